@@ -1,0 +1,349 @@
+"""The sections of the configuration tree: a frozen dataclass each.
+
+Every field says its meaning, its unit and its range; the names of the fields are the keys of the YAML files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which problems the run trains on and which it reports on."""
+
+    name: str = "tiny"
+    """Data set of the training problems: a key of ``ctrl_hpc.data.DATASETS``, or ``jsonl``."""
+    path: str | None = None
+    """File or folder with the data set, for ``jsonl`` and for machines without a hub; None: the data set's default."""
+    eval_names: tuple[str, ...] = ("tiny",)
+    """Data sets the critics are evaluated on."""
+    eval_path: str | None = None
+    """As ``path``, for the evaluation problems."""
+    eval_split: str = "test"
+    """Split reported on: ``dev`` while tuning, ``test`` for results."""
+    n_train: int = 1000
+    """Training problems used at most; > 0."""
+    n_eval: int = 600
+    """Evaluation problems used at most, of each data set; > 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyConfig:
+    """The miniature world: its problems, and its two models when they are trained anew."""
+
+    rebuild: bool = False
+    """Train the generator and the base critic from scratch instead of using the shipped ones."""
+    models: str = "models/tiny"
+    """Folder with the shipped ``generator`` and ``critic``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptConfig:
+    """Templates of the user turns."""
+
+    folder: str = "default"
+    """``default``, ``tiny``, or a folder that holds solution.j2, critique.j2, critique_hinted.j2 and revision.j2."""
+    system: str | None = None
+    """System message of every chat; None: none is added (the chat template may have a default of its own)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticConfig:
+    """The model that is trained."""
+
+    model: str = "models/tiny/critic"
+    """Hugging Face folder of the base critic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleConfig:
+    """Stage ``sample``: the generator's drafts, executed."""
+
+    n_samples: int = 4
+    """Drafts a problem; >= 1 (paper: 4)."""
+    temperature: float = 1.0
+    """Sampling temperature of the drafts; >= 0."""
+    max_tokens: int = 1024
+    """Longest draft in tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthesizeConfig:
+    """Stage ``synthesize``: critiques from the base critic that sees an execution hint."""
+
+    n_critiques: int = 1000
+    """Critiques kept for SFT at most; > 0."""
+    temperature: float = 1.0
+    """Sampling temperature; >= 0."""
+    max_tokens: int = 1024
+    """Longest critique in tokens."""
+    balance: bool = True
+    """Keep as many critiques of right drafts as of wrong ones."""
+    consistent_only: bool = True
+    """Drop critiques whose judgement contradicts the execution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate; > 0."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Decay after the warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up; >= 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; >= 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How Megatron-core divides the critic; the data-parallel size is what is left of the trainer's ranks."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks; divides the attention heads."""
+    pipeline: int = 1
+    """Pipeline-parallel ranks; divides the layers."""
+    sequence: bool = False
+    """Sequence parallelism in the tensor-parallel group."""
+    distributed_optimizer: bool = False
+    """Shard the optimizer over data-parallel ranks (GPU)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerConfig:
+    """The trainer's processes and numerics, for SFT and RL."""
+
+    nodes: int = 1
+    """Nodes of the trainer job; >= 1."""
+    ranks_per_node: int = 1
+    """Ranks on a node: one a GPU, or plain processes on a CPU; >= 1."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the critic is trained; auto: cuda where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations; auto: bfloat16 on cuda, float32 on cpu."""
+    kernels: Literal["auto", "triton", "torch"] = "auto"
+    """Backend of the loss kernels; auto: triton on cuda, torch on cpu."""
+    micro_batch_tokens: int = 16384
+    """Token budget of a micro-batch on one data-parallel rank, padding included; > 0."""
+    threads: int = 1
+    """CPU threads of a rank; >= 1."""
+    timeout_s: float = 1800.0
+    """A collective that takes longer is a fault: the stacks are dumped and the job ends."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; >= 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFTConfig:
+    """Stage ``sft``: the critic imitates the synthesised critiques, without the hint."""
+
+    epochs: int = 1
+    """Passes over the critiques; >= 1."""
+    batch_size: int = 256
+    """Critiques an optimizer step; >= 1."""
+    max_length: int = 2048
+    """Longest prompt + critique in tokens; longer ones are dropped and counted."""
+    save_every: int = 50
+    """Steps between checkpoints; the last step is always saved."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=2e-5))
+    """AdamW for SFT."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RLConfig:
+    """Stage ``rl``: GRPO on the reward of the revised program."""
+
+    steps: int = 100
+    """Rollout steps; > 0."""
+    prompts_per_step: int = 128
+    """Drafts critiqued a step; > 0."""
+    group_size: int = 8
+    """Critiques a draft; >= 1 (paper: 8)."""
+    temperature: float = 1.0
+    """Sampling temperature of the critiques; > 0."""
+    max_tokens: int = 768
+    """Longest critique in tokens."""
+    max_revision_tokens: int = 1024
+    """Longest revision in tokens; revisions are greedy."""
+    minibatches: int = 4
+    """Optimizer steps a rollout step; >= 1."""
+    estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    """How rewards become advantages (``ctrl_kernels.group_advantages``)."""
+    clip_low: float = 0.2
+    """Lower clip range of the probability ratio."""
+    clip_high: float = 0.2
+    """Upper clip range of the probability ratio."""
+    dual_clip: float | None = None
+    """Dual clip for negative advantages, > 1; None: off."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Probability ratio of a token, or of a whole critique."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    """How token losses become one number."""
+    kl_coef: float = 1e-3
+    """Weight of the KL divergence to the SFT critic; 0: no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that divergence."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    verdict_coef: float = 0.0
+    """Weight of the reward for a right judgement (Critique-RL, RefCritic), in [0, 1]; 0 is the paper's reward."""
+    max_staleness: int = 0
+    """Largest number of weight versions a rollout may be old; 0: strictly on-policy."""
+    save_every: int = 10
+    """Rollout steps between checkpoints; the last step is always saved."""
+    save_samples: int = 16
+    """Samples a step written to the run's table for people to read."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="constant"))
+    """AdamW for RL."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Stage ``eval``: critique-revision turns on held-out problems."""
+
+    critics: tuple[str, ...] = ("none", "base", "sft", "rl", "exec_feedback")
+    """Critics compared: keys of ``ctrl_hpc.evaluate.critics.CRITICS``."""
+    turns: int = 5
+    """Critique-revision turns; >= 1."""
+    n_samples: int = 1
+    """Drafts a problem; >= 1."""
+    temperature: float = 0.7
+    """Sampling temperature of drafts and critiques; > 0. Revisions are greedy."""
+    greedy: bool = True
+    """Evaluate every critic greedily too, as NAME_greedy."""
+    max_tokens: int = 1024
+    """Longest draft, critique or revision in tokens."""
+    bootstrap: int = 2000
+    """Resamples of the confidence intervals; > 0."""
+    stop_when_correct: bool = True
+    """A draft judged Correct is kept and not critiqued again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsConfig:
+    """Limits of a test where the problem names none."""
+
+    cpu_s: float = 10.0
+    """CPU seconds."""
+    wall_s: float = 20.0
+    """Wall-clock seconds."""
+    memory_mb: int = 512
+    """Peak memory in MiB."""
+    output_bytes: int = 1 << 20
+    """Bytes of stdout and, apart, of stderr."""
+    processes: int = 16
+    """Processes and threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorConfig:
+    """The executor array: nsjail workers that run untrusted programs."""
+
+    elements: int = 1
+    """Array elements (services)."""
+    workers: int = 2
+    """Jails of an element; about one a core."""
+    cache: bool = True
+    """Share verdicts of identical programs through the run directory."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Default limits of a test."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutConfig:
+    """The rollout arrays: inference servers for the critic and for the generator."""
+
+    critic_elements: int = 1
+    """Servers of the critic being trained."""
+    generator_elements: int = 1
+    """Servers of the fixed generator; 0 when ``generator`` is a URL or ``oracle``."""
+    threads: int = 2
+    """CPU threads of a server."""
+    max_batch_tokens: int = 65536
+    """Largest padded batch of a CPU server, in tokens."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the models run; auto: cuda where there is one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """Slurm resources of one job or array element; None leaves a thing to the cluster's default."""
+
+    partition: str | None = None
+    """Partition."""
+    cpus: int = 2
+    """CPUs a task."""
+    memory_gb: float | None = None
+    """Memory of a node's share in GiB."""
+    gpus: int = 0
+    """GPUs a task."""
+    time_min: int = 240
+    """Time limit in minutes."""
+    constraint: str | None = None
+    """Node features."""
+    additional: dict[str, str] = field(default_factory=dict)
+    """Any other sbatch option, by its long name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchConfig:
+    """Where jobs run; usually a profile of ``configs/cluster``."""
+
+    engine: Literal["local", "slurm"] = "local"
+    """submitit's executor: processes on this machine, or Slurm jobs."""
+    account: str | None = None
+    """Slurm account."""
+    qos: str | None = None
+    """Quality of service."""
+    setup: tuple[str, ...] = ()
+    """Shell lines before the job's command: modules, environments, containers."""
+    signal_delay_s: int = 120
+    """Seconds before the time limit at which jobs are told to save and requeue."""
+    max_requeues: int = 10
+    """Times a job may be requeued after a timeout."""
+    array_parallelism: int = 256
+    """Array elements that run at once."""
+    heartbeat_s: float = 5.0
+    """Seconds between heartbeats of a service."""
+    dead_after_s: float = 30.0
+    """A service silent for longer is taken for dead."""
+    start_timeout_s: float = 600.0
+    """Longest wait for the first element of an array."""
+    bind: str = "127.0.0.1"
+    """Address services listen on; ``0.0.0.0`` (with ``advertise``) where jobs run on several hosts."""
+    trainer: JobConfig = field(default_factory=JobConfig)
+    """The trainer job."""
+    rollout: JobConfig = field(default_factory=JobConfig)
+    """An element of the rollout arrays."""
+    executor: JobConfig = field(default_factory=JobConfig)
+    """An element of the executor array."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline writes beside the run, for ``ctrl-hpc sync`` later."""
+    project: str = "ctrl-hpc"
+    """Project."""
+    entity: str | None = None
+    """Team or user; None: the account's default."""
+    group: str | None = None
+    """Run group; None: the run's name."""

@@ -1,0 +1,227 @@
+"""The records that flow between the stages: frozen dataclasses, no behaviour beyond small derived properties.
+
+problem -> solution -> verdict -> critique -> revision -> verdict -> reward. Every record converts to and from one
+JSON line with :mod:`ctrl_hpc.jsonl`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal[
+    "accepted",
+    "wrong_answer",
+    "runtime_error",
+    "time_limit",
+    "memory_limit",
+    "output_limit",
+    "unsupported",
+    "sandbox_error",
+]
+TestStatus = Literal[Status, "not_run"]
+Judgement = Literal["correct", "incorrect"]
+Split = Literal["train", "dev", "test"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StdinTest:
+    """The program reads ``stdin`` and must print ``expected_stdout`` (compared by the problem's comparison mode)."""
+
+    stdin: str
+    expected_stdout: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssertTest:
+    """Test code that calls the program's functions and raises when they are wrong (MBPP+, HumanEval)."""
+
+    code: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionTest:
+    """Calling ``name(*args)`` must return ``expected``; arguments and results are plain data (JSON plus tuples, sets)."""
+
+    name: str
+    args: tuple[Any, ...]
+    expected: Any
+
+
+TestCase = StdinTest | AssertTest | FunctionTest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one test of one program may use."""
+
+    cpu_s: float = 10.0
+    """CPU seconds."""
+    wall_s: float = 20.0
+    """Wall-clock seconds."""
+    memory_mb: int = 512
+    """Peak memory in MiB."""
+    output_bytes: int = 1 << 20
+    """Bytes of stdout and, apart, of stderr."""
+    processes: int = 16
+    """Processes and threads alive at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestResult:
+    """What one test of one program did."""
+
+    __test__ = False  # not a pytest class
+
+    status: TestStatus
+    stdout: bytes = b""
+    stderr: bytes = b""
+    exit_code: int | None = None
+    """None when the process ended by a signal or never ran."""
+    signal: int | None = None
+    cpu_s: float = 0.0
+    wall_s: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The judgement of a program against all tests; ``status`` is the first test's that is not accepted."""
+
+    status: Status
+    tests: tuple[TestResult, ...] = ()
+    detail: str = ""
+    """One line on what went wrong; empty when accepted."""
+
+    @property
+    def passed(self) -> int:
+        """Number of accepted tests."""
+        return sum(test.status == "accepted" for test in self.tests)
+
+    @property
+    def total(self) -> int:
+        """Number of tests, run or not."""
+        return len(self.tests)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether every test passed."""
+        return self.status == "accepted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A programming problem with its tests; None means unknown."""
+
+    id: str
+    source: str
+    split: str
+    prompt: str
+    tests: tuple[TestCase, ...]
+    starter_code: str | None = None
+    cpu_s: float | None = None
+    memory_mb: int | None = None
+    difficulty: str | None = None
+    canonical_solution: str | None = None
+    comparison: str | None = None
+    """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """One program to be run against tests: what an executor takes."""
+
+    program: str
+    tests: tuple[TestCase, ...]
+    limits: Limits
+    comparison: str = "exact"
+    stop_at_first_failure: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Chat = tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to sample completions; ``temperature=0`` is greedy decoding."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    n: int = 1
+    """Completions a chat."""
+    seed: int | None = None
+    """Completion j of chat i is drawn with a seed derived from (seed, i, j), whatever the batch it is decoded in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One completion. Token ids and log-probs are empty when the endpoint does not give them."""
+
+    text: str
+    prompt_ids: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    """The completion's tokens, the end-of-turn token included when it was sampled."""
+    logprobs: tuple[float, ...] = ()
+    """Natural log-probability of each token under the sampling distribution at the sampling temperature."""
+    finish_reason: Literal["stop", "length", "abort"] = "stop"
+    version: int = 0
+    """Version of the weights that made it (see weight sync); 0 for a model that never changes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """A draft program for a problem, by the fixed generator, with its verdict once executed."""
+
+    id: str
+    problem_id: str
+    text: str
+    """The generator's whole answer."""
+    program: str | None
+    """The code taken from the answer; None when it holds none."""
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Critique:
+    """Feedback on a solution, by a critic."""
+
+    id: str
+    solution_id: str
+    text: str
+    judgement: Judgement | None
+    """The overall judgement; None when the critique has none, or several that disagree."""
+    generation: Generation | None = None
+    """Token ids and log-probs, kept where training needs them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """The generator's second try, after reading a critique."""
+
+    critique_id: str
+    text: str
+    program: str | None
+    kept: bool
+    """True when the critique judged the draft correct, so that the draft was kept and the generator not asked."""
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """What a critique earned, and why."""
+
+    critique_id: str
+    value: float
+    reason: str
+    """One of ``ctrl_hpc.flow.reward.REASONS``."""
+    masked: bool = False
+    """True when the environment failed (a sandbox fault): the sample leaves its group."""
