@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from ctrl_hpc.config_sections import (
     CriticConfig,
@@ -36,6 +37,7 @@ from ctrl_hpc.config_sections import (
 )
 
 __all__ = [
+    "STAGES",
     "Config",
     "CriticConfig",
     "DataConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "WandbConfig",
     "dump",
     "load",
+    "value",
 ]
 
 
@@ -110,14 +113,189 @@ class Config:
     """Tracking."""
 
 
+_POSITIVE = (
+    "data.n_train data.n_eval sample.n_samples sample.max_tokens synthesize.n_critiques synthesize.max_tokens "
+    "trainer.nodes trainer.ranks_per_node trainer.micro_batch_tokens trainer.threads trainer.timeout_s "
+    "trainer.keep_checkpoints sft.epochs sft.batch_size sft.max_length sft.save_every sft.optimizer.lr rl.steps "
+    "rl.prompts_per_step rl.group_size rl.temperature rl.max_tokens rl.max_revision_tokens rl.minibatches "
+    "rl.save_every rl.optimizer.lr eval.turns eval.n_samples eval.temperature eval.max_tokens eval.bootstrap "
+    "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
+    "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
+    "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
+    "launch.start_timeout_s launch.array_parallelism"
+).split()
+_NOT_NEGATIVE = (
+    "seed sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
+    "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
+    "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
+    "rollout.generator_elements launch.max_requeues launch.signal_delay_s"
+).split()
+STAGES = ("sample", "synthesize", "sft", "rl", "eval", "report")
+"""Stages of a run, in order."""
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file with ``a.b=c`` overrides.
 
-    Raises ValueError with one line that names the key, the value and what is allowed.
+    Relative model and data paths that do not exist from the working directory are taken from the project's root (the
+    folder above ``configs``). Raises ValueError with one line that names the key, the value and what is allowed.
     """
-    raise AssertionError
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such configuration file")
+    schema = OmegaConf.structured(Config)
+    try:
+        file = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    given = _merge(schema, file, str(path))
+    for override in overrides:
+        given = _merge(given, _override(override), "override")
+    profile = _profile(str(given.cluster), path)
+    merged = schema if profile is None else _merge(schema, OmegaConf.load(profile), str(profile))
+    merged = _merge(merged, file, str(path))
+    for override in overrides:
+        merged = _merge(merged, _override(override), "override")
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ValueError(f"{path}: {missing[0]}: missing; every configuration names it")
+    config: Any = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    config = _absolute_paths(config, path)
+    _validate(config)
+    return config
 
 
 def dump(config: Config) -> str:
     """The whole configuration as YAML, defaults included; ``load`` reads it back to an equal configuration."""
-    raise AssertionError
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def value(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _override(text: str) -> Any:
+    key, equals, item = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {text!r}: expected KEY=VALUE, for example rl.steps=50")
+    # wandb sweeps write Python's None
+    item = "null" if item == "None" else item
+    try:
+        return OmegaConf.from_dotlist([f"{key}={item}"])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"override {text!r}: {_one_line(error)}") from None
+
+
+def _merge(base: Any, extra: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, extra)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where}: {_explain(error, base, extra)}") from None
+
+
+def _explain(error: OmegaConfBaseException, base: Any, extra: Any) -> str:
+    key = error.full_key
+    if isinstance(error, ConfigKeyError) and key:
+        parent = OmegaConf.select(base, key.rpartition(".")[0]) if "." in key else base
+        allowed = sorted(map(str, parent)) if OmegaConf.is_dict(parent) else []
+        close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"{key}: unknown key{hint}; allowed: {', '.join(allowed)}"
+    if not key:  # a section given as a plain value: find which
+        for name in extra:
+            if OmegaConf.is_dict(OmegaConf.select(base, str(name))) and not OmegaConf.is_dict(extra[name]):
+                return f"{name}: {extra[name]!r} is not a section; write {name}.KEY=VALUE"
+    return f"{key}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n    full_key")[0].split())
+
+
+def _profile(name: str, path: Path) -> Path | None:
+    """The file of a cluster profile: a path, or a name looked up beside the configuration and in the project."""
+    places = [Path(name)] if name.endswith((".yaml", ".yml")) else []
+    folders = [path.parent / "cluster", path.parent.parent / "cluster", ROOT / "configs" / "cluster"]
+    places += [folder / f"{name}.yaml" for folder in folders]
+    for place in places:
+        if place.is_file():
+            return place
+    if name == "local":
+        return None
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")} | {"local"})
+    raise ValueError(f"cluster: {name!r} is not a profile; allowed: {', '.join(known)}, or the path of a YAML file")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The project's folder: configs, models and slurm lie there in a checkout."""
+
+
+def _absolute_paths(config: Config, file: Path) -> Config:
+    roots = [Path.cwd(), *file.resolve().parents, ROOT]
+
+    def absolute(text: str | None) -> str | None:
+        if text is None or "://" in text or Path(text).is_absolute():
+            return text
+        return str(next((root / text for root in roots if (root / text).exists()), Path.cwd() / text))
+
+    is_folder = config.generator != "oracle"
+    data = replace(config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path))
+    folder = config.prompts.folder
+    return replace(
+        config,
+        run_dir=str(Path(config.run_dir or Path("runs") / config.name).absolute()),
+        generator=(absolute(config.generator) or "") if is_folder else config.generator,
+        data=data,
+        tiny=replace(config.tiny, models=absolute(config.tiny.models) or ""),
+        critic=replace(config.critic, model=absolute(config.critic.model) or ""),
+        prompts=replace(config.prompts, folder=(absolute(folder) or "") if "/" in folder else folder),
+    )
+
+
+def _validate(config: Config) -> None:
+    for key in _POSITIVE:
+        if not value(config, key) > 0:
+            raise ValueError(f"{key}: {value(config, key)} is not allowed; it must be greater than 0")
+    for key in _NOT_NEGATIVE:
+        if not value(config, key) >= 0:
+            raise ValueError(f"{key}: {value(config, key)} is not allowed; it must be 0 or greater")
+    if not config.name or "/" in config.name:
+        raise ValueError(f"name: {config.name!r} is not allowed; a name without slashes")
+    for stage in config.stages:
+        if stage not in STAGES:
+            raise ValueError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}")
+    if not 0.0 <= config.rl.verdict_coef <= 1.0:
+        raise ValueError(f"rl.verdict_coef: {config.rl.verdict_coef} is not allowed; it must lie in [0, 1]")
+    if config.rl.dual_clip is not None and config.rl.dual_clip <= 1.0:
+        raise ValueError(f"rl.dual_clip: {config.rl.dual_clip} is not allowed; it must be greater than 1, or null")
+    _validate_combinations(config)
+
+
+def _validate_combinations(config: Config) -> None:
+    ranks = config.trainer.nodes * config.trainer.ranks_per_node
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    if ranks % model_ranks:
+        raise ValueError(
+            f"parallel.tensor x parallel.pipeline = {model_ranks} does not divide the trainer's {ranks} ranks "
+            f"(trainer.nodes {config.trainer.nodes} x trainer.ranks_per_node {config.trainer.ranks_per_node})"
+        )
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        raise ValueError("parallel.sequence: true needs parallel.tensor > 1")
+    if config.rl.estimator != "dr_grpo" and config.rl.group_size == 1:
+        raise ValueError(
+            f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=dr_grpo"
+        )
+    samples = config.rl.prompts_per_step * config.rl.group_size
+    if samples < config.rl.minibatches:
+        raise ValueError(f"rl.minibatches: {config.rl.minibatches} is more than the {samples} critiques of a step")
+    served = "://" not in config.generator and config.generator != "oracle"
+    if served and config.rollout.generator_elements == 0:
+        raise ValueError(
+            "rollout.generator_elements: 0 leaves the generator's folder unserved; at least 1, or generator=URL"
+        )
+    if "://" in config.generator and not config.generator_model:
+        raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

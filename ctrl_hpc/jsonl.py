@@ -10,11 +10,9 @@ import types
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ctrl_hpc.records import AssertTest, FunctionTest, StdinTest
-
-R = TypeVar("R")
 
 KINDS: dict[str, type] = {"stdin": StdinTest, "assert": AssertTest, "function": FunctionTest}
 """The ``kind`` of a test case in a problem file."""
@@ -160,12 +158,14 @@ def _decode_record(cls: Any, data: Any, where: str) -> Any:
             values[field.name] = decode(hints[field.name], data[key], path)
     unknown = sorted(set(data) - known)
     if unknown:
-        raise ValueError(f"{where + '.' if where else ''}{unknown[0]}: unknown field; allowed: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{where + '.' if where else ''}{unknown[0]}: unknown field; allowed: {', '.join(sorted(known))}"
+        )
     return cls(**values)
 
 
-def iterate(cls: type[R], path: str | Path) -> Iterator[R]:
-    """The records of a JSONL file; blank lines are skipped; a bad line raises ``ValueError("FILE:LINE: field: ...")``."""
+def iterate[R](cls: type[R], path: str | Path) -> Iterator[R]:
+    """The records of a JSONL file; blank lines are skipped; a bad line raises ValueError "FILE:LINE: field: ..."."""
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -180,7 +180,7 @@ def iterate(cls: type[R], path: str | Path) -> Iterator[R]:
                 raise ValueError(f"{path}:{number}: {error}") from None
 
 
-def read(cls: type[R], path: str | Path) -> list[R]:
+def read[R](cls: type[R], path: str | Path) -> list[R]:
     """All records of a JSONL file."""
     return list(iterate(cls, path))
 

@@ -41,7 +41,7 @@ class AssertTest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionTest:
-    """Calling ``name(*args)`` must return ``expected``; arguments and results are plain data (JSON plus tuples, sets)."""
+    """Calling ``name(*args)`` must return ``expected``; all of it plain data (JSON, tuples, sets)."""
 
     name: str
     args: tuple[Any, ...]
