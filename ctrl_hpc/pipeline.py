@@ -1,0 +1,280 @@
+"""The pipeline: sample -> synthesize -> sft -> rl -> eval -> report, each stage resumable, its records on disk.
+
+    problem -> solution -> execution -> hint -> critique -> revision -> execution -> reward -> advantage -> update
+
+Every stage is a function of the run and of the connections to its services; the cluster only decides where they run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ctrl_hpc import jsonl, run_directory
+from ctrl_hpc.cluster.connect import Connections, connect
+from ctrl_hpc.cluster.services import Services
+from ctrl_hpc.cluster.trainer import run_trainer
+from ctrl_hpc.config import Config
+from ctrl_hpc.data import datasets
+from ctrl_hpc.evaluate import report as reporting
+from ctrl_hpc.evaluate import run as evaluation
+from ctrl_hpc.flow.critiquing import critique_with_hints
+from ctrl_hpc.flow.drafting import draft
+from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.flow.filters import select
+from ctrl_hpc.flow.hints import hint
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.progress import in_chunks
+from ctrl_hpc.records import Critique, Problem, Sampling, Solution
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A prepared run: its configuration, its folder, its problems and its prompts."""
+
+    config: Config
+    folder: Path
+    problems: tuple[Problem, ...]
+    """Training problems."""
+    eval_problems: dict[str, tuple[Problem, ...]]
+    """Evaluation problems by data set."""
+    prompts: Prompts
+
+    def every_problem(self) -> list[Problem]:
+        """Training and evaluation problems."""
+        return [*self.problems, *(problem for items in self.eval_problems.values() for problem in items)]
+
+
+def sample(run: Run, connections: Connections) -> dict[str, Any]:
+    """Drafts of the fixed generator for every training problem, executed."""
+    config = run.config
+    sampling = Sampling(
+        temperature=config.sample.temperature,
+        max_tokens=config.sample.max_tokens,
+        n=config.sample.n_samples,
+        seed=config.seed,
+    )
+    solutions: list[Solution] = []
+    for start, problems in in_chunks(run.problems, 512, "sample: drafts, executed"):
+        seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
+        drafts = draft(problems, connections.generator, run.prompts, seeded)
+        solutions += execute(drafts, problems, connections.executor, config.executor.limits)
+    jsonl.write(run.folder / "sample" / "solutions.jsonl", solutions)
+    right = sum(solution.verdict is not None and solution.verdict.accepted for solution in solutions)
+    return {"solutions": len(solutions), "pass_at_1": right / len(solutions)}
+
+
+def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
+    """Stage I's critiques: the base critic, shown an execution hint that it must not mention."""
+    config = run.config
+    by_id = {problem.id: problem for problem in run.problems}
+    pairs = [(by_id[solution.problem_id], solution) for solution in _solutions(run)]
+    sampling = Sampling(temperature=config.synthesize.temperature, max_tokens=config.synthesize.max_tokens)
+    connections.critic.update_weights(config.critic.model, 0)
+    critiques: list[Critique] = []
+    for start, chunk in in_chunks(pairs, 512, "synthesize: critiques from hints"):
+        hinted = [(problem, solution, hint(problem, solution)) for problem, solution in chunk]
+        seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
+        critiques += critique_with_hints(hinted, connections.critic, run.prompts, seeded)
+    kept, dropped = select(
+        list(zip(critiques, (solution for _, solution in pairs), strict=True)),
+        n=config.synthesize.n_critiques,
+        balance=config.synthesize.balance,
+        consistent_only=config.synthesize.consistent_only,
+        seed=config.seed,
+    )
+    jsonl.write(run.folder / "synthesize" / "critiques.jsonl", kept)
+    return {"critiques": len(kept), "dropped": dropped}
+
+
+def sft(run: Run, connections: Connections | None) -> dict[str, Any]:
+    """Supervised fine-tuning of the critic on those critiques, without the hint."""
+    run_trainer(run.config, run.folder, "sft")
+    return {}
+
+
+def rl(run: Run, connections: Connections | None) -> dict[str, Any]:
+    """GRPO: the critic is rewarded when the fixed generator's revision passes all tests."""
+    run_trainer(run.config, run.folder, "rl")
+    return {}
+
+
+def evaluate(run: Run, connections: Connections) -> dict[str, Any]:
+    """Critique-revision turns of every critic on the evaluation problems."""
+    problems = {name: list(items) for name, items in run.eval_problems.items()}
+    evaluation.run(run.config, run.folder, connections, problems, run.prompts)
+    return {}
+
+
+def report(run: Run, connections: Connections | None) -> dict[str, Any]:
+    """Tables, plots and ``report/results.json`` from the records of the run."""
+    reporting.write(run.config, run.folder)
+    return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stage, the services it calls, and the stages whose records it reads."""
+
+    run: Callable[[Run, Any], dict[str, Any]]
+    services: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+STAGES: dict[str, Stage] = {
+    "sample": Stage(run=sample, services=("executor", "generator")),
+    "synthesize": Stage(run=synthesize, services=("critic",), after=("sample",)),
+    "sft": Stage(run=sft, after=("sample", "synthesize")),
+    "rl": Stage(run=rl, services=("executor", "generator", "critic"), after=("sample", "sft")),
+    "eval": Stage(run=evaluate, services=("executor", "generator", "critic")),
+    "report": Stage(run=report, after=("eval",)),
+}
+
+
+def run(config: Config, stages: Iterable[str] | None = None) -> Path:
+    """Run the stages that are not done yet, in order; returns the run's folder."""
+    folder = run_directory.prepare(config)
+    wanted = config.stages if stages is None else tuple(stages)
+    names = [name for name in STAGES if name in wanted]
+    todo = [name for name in names if not run_directory.is_done(folder, name)]
+    for name in names:
+        if name not in todo:
+            console.print(f"{name}: done before, skipped")
+    if todo:
+        check_inputs(config, folder, todo)
+        this = prepare(config, folder)
+        needed = services_of(this.config, todo)
+        with Services(this.config, folder) as services:
+            services.start(needed)
+            connections = connect(this.config, folder, this.every_problem()) if needed else None
+            for name in todo:
+                run_stage(name, this, connections)
+    return folder
+
+
+def prepare(config: Config, folder: Path) -> Run:
+    """The run's problems, prompts and models, made or read back."""
+    config = _models(config, folder)
+    problems = _problems(config, folder, "train", config.data.name, config.data.path, "train", config.data.n_train)
+    evaluated = {
+        name: _problems(
+            config, folder, f"eval-{name}", name, config.data.eval_path, config.data.eval_split, config.data.n_eval
+        )
+        for name in config.data.eval_names
+    }
+    prompts = Prompts.load(config.prompts.folder, config.prompts.system)
+    return Run(config=config, folder=folder, problems=problems, eval_problems=evaluated, prompts=prompts)
+
+
+def run_stage(name: str, this: Run, connections: Connections | None) -> None:
+    """One stage, timed; its ``done.json`` is written last."""
+    console.rule(f"[bold]{name}")
+    started = time.monotonic()
+    before = run_directory.spent_before(this.folder, name)
+    try:
+        if name == "rl":
+            check_conditions(this, connections)
+        facts = STAGES[name].run(this, connections)
+    except BaseException:
+        run_directory.add_attempt(this.folder, name, time.monotonic() - started)
+        raise
+    seconds = before + time.monotonic() - started
+    run_directory.mark_done(this.folder, name, seconds, **facts)
+    told = ", ".join(
+        f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+    )
+    console.print(f"{name}: done in {seconds:.1f} s{': ' + told if told else ''}")
+
+
+def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
+    """Stop before anything starts when a folder is missing or an earlier stage has not run."""
+    for name in todo:
+        for before in STAGES[name].after:
+            if before not in todo and not run_directory.is_done(folder, before):
+                raise ValueError(
+                    f"{name}: needs the records of {before}; run `ctrl-hpc {before}` with the same arguments first"
+                )
+    if "eval" in todo:
+        for critic in ("sft", "rl"):
+            if critic in config.eval.critics and critic not in todo and not run_directory.is_done(folder, critic):
+                raise ValueError(
+                    f"eval.critics: {critic} has not been trained in {folder}; run `ctrl-hpc {critic}` first"
+                )
+    folders = {}
+    needed = services_of(config, todo)
+    if "generator" in needed:
+        folders["generator"] = config.generator
+    if "critic" in needed or {"sft", "rl"} & set(todo):
+        folders["critic.model"] = config.critic.model
+    for key, path in folders.items():
+        if not config.tiny.rebuild and not (Path(path) / "config.json").is_file():
+            raise ValueError(f"{key}: {path} is not a Hugging Face model folder (it holds no config.json)")
+
+
+def services_of(config: Config, stages: Iterable[str]) -> set[str]:
+    """The roles of the services that these stages call under this configuration."""
+    needed = {role for name in stages for role in STAGES[name].services}
+    if not {"base", "sft", "rl"} & set(config.eval.critics) and not {"synthesize", "rl"} & set(stages):
+        needed.discard("critic")
+    if config.generator == "oracle" or "://" in config.generator:
+        needed.discard("generator")
+    return needed
+
+
+def check_conditions(this: Run, connections: Connections | None) -> None:
+    """Before RL in the tiny world: the conditions under which the revision's reward is honest, printed."""
+    if this.config.data.name != "tiny" or connections is None:
+        return
+    from ctrl_hpc.data.tiny_probe import probe
+
+    connections.critic.update_weights(this.config.critic.model, 0)
+    conditions = probe(this.problems, connections.generator, connections.critic, connections.executor, this.prompts)
+    table = Table(title="conditions of an honest reward", title_justify="left")
+    for column in ("condition", "value", "allowed", ""):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for condition in conditions:
+        allowed = f"{condition.allowed_low:.2f} to {condition.allowed_high:.2f}"
+        table.add_row(condition.name, f"{condition.value:.3f}", allowed, "ok" if condition.ok else "VIOLATED")
+    console.print(table)
+    jsonl.write(this.folder / "rl" / "conditions.jsonl", conditions)
+    broken = [condition.name for condition in conditions if not condition.ok]
+    if broken and this.config.tiny.require_conditions:
+        raise ValueError(
+            f"the reward would not be honest: {', '.join(broken)}; rebuild the models with another seed "
+            "(tiny.rebuild=true seed=N), or tiny.require_conditions=false"
+        )
+
+
+def _models(config: Config, folder: Path) -> Config:
+    if not config.tiny.rebuild:
+        return config
+    from ctrl_hpc.data.tiny_models import rebuild
+
+    models = folder / "models"
+    if not run_directory.is_done(folder, "models"):
+        started = time.monotonic()
+        rebuild(models, config.seed)
+        run_directory.mark_done(folder, "models", time.monotonic() - started)
+    critic = replace(config.critic, model=str(models / "critic"))
+    return replace(config, generator=str(models / "generator"), critic=critic)
+
+
+def _problems(
+    config: Config, folder: Path, kind: str, name: str, path: str | None, split: str, n: int
+) -> tuple[Problem, ...]:
+    file = folder / "problems" / f"{kind}.jsonl"
+    if not file.exists():
+        jsonl.write(file, datasets.load(name, path=path, split=split, n=n, seed=config.seed))
+    return tuple(jsonl.read(Problem, file))
+
+
+def _solutions(run: Run) -> list[Solution]:
+    return jsonl.read(Solution, run.folder / "sample" / "solutions.jsonl")

