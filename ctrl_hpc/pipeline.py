@@ -141,7 +141,7 @@ STAGES: dict[str, Stage] = {
 
 def run(config: Config, stages: Iterable[str] | None = None) -> Path:
     """Run the stages that are not done yet, in order; returns the run's folder."""
-    folder = run_directory.prepare(config)
+    folder = run_directory.check(config)
     wanted = config.stages if stages is None else tuple(stages)
     names = [name for name in STAGES if name in wanted]
     todo = [name for name in names if not run_directory.is_done(folder, name)]
@@ -150,6 +150,7 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
             console.print(f"{name}: done before, skipped")
     if todo:
         check_inputs(config, folder, todo)
+        run_directory.prepare(config)
         this = prepare(config, folder)
         needed = services_of(this.config, todo)
         with Services(this.config, folder) as services:

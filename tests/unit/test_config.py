@@ -1,0 +1,96 @@
+"""The configuration: every shipped file loads, and bad input is one line that names the key."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from ctrl_hpc.config import ROOT, dump, load, value
+
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
+TINY = ROOT / "configs" / "tiny.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_survives_a_dump(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    again = tmp_path / "config.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("name: a\nrl: {steps: 7, clip_low: 0.1}\n")
+    config = load(file, ["rl.steps=9", "eval.critics=[none,rl]"])
+    assert (config.rl.steps, config.rl.clip_low, config.rl.clip_high) == (9, 0.1, 0.2)
+    assert config.eval.critics == ("none", "rl")
+
+
+def test_a_cluster_profile_lies_between_defaults_and_file(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "ours.yaml").write_text("launch: {engine: slurm, account: physics, heartbeat_s: 2.0}\n")
+    file = tmp_path / "a.yaml"
+    file.write_text("name: a\nlaunch: {heartbeat_s: 3.0}\n")
+    config = load(file, ["cluster=ours"])
+    assert (config.launch.engine, config.launch.account, config.launch.heartbeat_s) == ("slurm", "physics", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("rl.stepss=1", "rl.stepss: unknown key (did you mean steps?)"),
+        ("rl.steps=abc", "rl.steps: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("rl.ratio=word", "rl.ratio: Invalid value 'word', expected one of ['token', 'sequence']"),
+        ("rl=3", "rl: 3 is not a section"),
+        ("rl.steps=0", "rl.steps: 0 is not allowed; it must be greater than 0"),
+        ("rl.verdict_coef=2", "rl.verdict_coef: 2.0 is not allowed; it must lie in [0, 1]"),
+        ("cluster=nowhere", "cluster: 'nowhere' is not a profile; allowed:"),
+        ("stages=[sample,party]", "stages: 'party' is not a stage; allowed: sample, synthesize, sft, rl, eval, report"),
+        ("trainer.ranks_per_node=3", "parallel.tensor x parallel.pipeline = 2 does not divide the trainer's 3 ranks"),
+        ("generator=http://localhost:1/v1", "generator_model: missing"),
+        ("steps", "override 'steps': expected KEY=VALUE"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(override: str, told: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(TINY, [override])
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_a_name_and_a_missing_file_say_so(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 1\n")
+    with pytest.raises(ValueError, match="name: missing"):
+        load(file)
+    with pytest.raises(ValueError, match="no such configuration file"):
+        load(tmp_path / "b.yaml")
+    file.write_text("name: [unclosed\n")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load(file)
+
+
+def test_relative_model_folders_are_found_from_the_project_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load(TINY)
+    assert config.run_dir == str(tmp_path / "runs" / "tiny")
+    assert config.prompts.folder == "tiny"
+    assert config.critic.model.endswith("models/tiny/critic")
+
+
+def test_every_field_is_documented() -> None:
+    for name in ("config.py", "config_sections.py"):
+        tree = ast.parse((ROOT / "ctrl_hpc" / name).read_text())
+        for section in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+            for index, node in enumerate(section.body):
+                if isinstance(node, ast.AnnAssign):
+                    after = section.body[index + 1] if index + 1 < len(section.body) else None
+                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    assert documented, f"{section.name}.{ast.unparse(node.target)} has no docstring"
+
+
+def test_value_reads_a_dotted_key() -> None:
+    assert value(load(TINY), "rl.optimizer.beta1") == 0.9

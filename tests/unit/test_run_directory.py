@@ -1,0 +1,46 @@
+"""A run directory belongs to one configuration, and interrupted stages are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ctrl_hpc import run_directory
+from ctrl_hpc.config import ROOT, load
+
+TINY = ROOT / "configs" / "tiny.yaml"
+
+
+def test_the_same_configuration_comes_back_and_another_is_refused(tmp_path: Path) -> None:
+    config = load(TINY, [f"run_dir={tmp_path / 'run'}"])
+    folder = run_directory.prepare(config)
+    assert load(folder / "config.yaml") == config
+    assert run_directory.prepare(config) == folder
+    before = (folder / "config.yaml").read_bytes()
+    other = load(TINY, [f"run_dir={tmp_path / 'run'}", "rl.steps=3"])
+    with pytest.raises(ValueError, match=r"belongs to another configuration: rl.steps is 100 there and 3 now"):
+        run_directory.prepare(other)
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_where_a_run_runs_may_change(tmp_path: Path) -> None:
+    config = load(TINY, [f"run_dir={tmp_path / 'run'}"])
+    run_directory.prepare(config)
+    moved = replace(config, launch=replace(config.launch, account="physics"), stages=("report",))
+    assert load(run_directory.prepare(moved) / "config.yaml") == moved
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not a run directory and not empty"):
+        run_directory.prepare(load(TINY, [f"run_dir={tmp_path}"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_stages_are_done_only_when_marked_and_attempts_add_up(tmp_path: Path) -> None:
+    assert not run_directory.is_done(tmp_path, "rl")
+    run_directory.add_attempt(tmp_path, "rl", 1.5)
+    run_directory.add_attempt(tmp_path, "rl", 2.0)
+    assert run_directory.spent_before(tmp_path, "rl") == 3.5
+    run_directory.mark_done(tmp_path, "rl", 4.0)
+    assert run_directory.is_done(tmp_path, "rl")
