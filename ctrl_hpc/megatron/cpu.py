@@ -1,0 +1,110 @@
+"""What Megatron-core needs to run on a CPU: everything that pretends, in one file, used only there.
+
+Megatron-core allocates with ``device="cuda"``, reads the current CUDA device and stream, and compares
+``Tensor.type()`` with CUDA's names. On a machine, or in a process, that trains on the CPU, ``install`` makes each of
+these mean the CPU. On a GPU this file is never imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "ones",
+    "ones_like",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+_installed = False
+
+
+class _Stream:
+    """A CUDA stream on a machine without streams: everything is already in order."""
+
+    def wait_stream(self, _stream: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
+def install() -> None:
+    """Make ``cuda`` mean ``cpu`` for the rest of this process; call it before Megatron-core is imported."""
+    global _installed
+    if _installed:
+        return
+    assert not any(name.startswith("megatron.core") for name in sys.modules), "install() comes before Megatron-core"
+    assert not torch.cuda.is_initialized(), "this process already uses a GPU"
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for name in ("to", "new_empty", "new_zeros", "new_tensor"):
+        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[method-assign,assignment]
+    stream = _Stream()
+    nothing: Mapping[str, Callable[..., Any]] = {
+        "current_device": lambda: torch.device("cpu"),
+        "set_device": lambda _device: None,
+        "synchronize": lambda _device=None: None,
+        "empty_cache": lambda: None,
+        "current_stream": lambda _device=None: stream,
+        "default_stream": lambda _device=None: stream,
+        "manual_seed": lambda _seed: None,
+    }
+    for name, function in nothing.items():
+        setattr(torch.cuda, name, function)
+    # Megatron decorates small functions with torch.compile when it is imported: on a CPU that costs a second of
+    # imports and, when they are called, minutes of C++ compilation that a small model never earns back.
+    torch.compile = _no_compile  # type: ignore[assignment]
+    # Tensor-parallel all-reduces are asynchronous; this variable only orders CUDA streams, and its absence is warned of.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _installed = True
+
+
+def installed() -> bool:
+    """Whether this process trains on the CPU with Megatron-core."""
+    return _installed
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    cpu = torch.device("cpu")
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = cpu
+        return function(*(cpu if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+    return call
+
+
+def _cuda_type_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = function(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+
+    return call
+
+
+def _no_compile(function: Callable[..., Any] | None = None, **_options: Any) -> Callable[..., Any]:
+    return function if function is not None else lambda wrapped: wrapped

@@ -1,0 +1,315 @@
+"""Weights between a Hugging Face folder and Megatron's shards, tensor by tensor, by one table of layouts.
+
+A Megatron parameter, its tensor-parallel shards put together along ``dim``, is a concatenation of row (or column)
+ranges of Hugging Face tensors; loading cuts this rank's interval out of that concatenation, reading no other bytes,
+and exporting cuts the concatenation back into the tensors it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctrl_hpc.megatron.architecture import Architecture
+from ctrl_hpc.megatron.parallel_state import World
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+FILE_BYTES = 4 << 30
+"""Size at which an export starts another safetensors file."""
+BUCKET_BYTES = 64 << 20
+"""Parameters are gathered over the tensor-parallel group in messages of about this size."""
+SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+SIDE_FILES += ("added_tokens.json", "chat_template*")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows (or columns) ``start`` to ``stop`` of a Hugging Face tensor; ``name`` None is zero padding."""
+
+    name: str | None
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a Megatron parameter is made: pieces along ``dim``; None is a tensor that every rank holds whole."""
+
+    dim: int | None
+    pieces: tuple[Piece, ...]
+
+
+def layout(name: str, architecture: Architecture, tensor: int, first_layer: int) -> Layout:
+    """The layout of Megatron parameter ``name``; ``first_layer`` is the number of this stage's first layer.
+
+    Both of Megatron's namings are known: the local specification's and Transformer Engine's fused norms.
+    """
+    whole = {"decoder.final_layernorm.weight": "model.norm.weight"}
+    if name in whole:
+        return Layout(None, (Piece(whole[name], 0, architecture.hidden_size),))
+    vocabulary = {
+        "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+        "output_layer.weight": "model.embed_tokens.weight" if architecture.tied else "lm_head.weight",
+    }
+    if name in vocabulary:
+        rows, padded = architecture.vocab_size, architecture.padded_vocab(tensor)
+        return Layout(0, (Piece(vocabulary[name], 0, rows), Piece(None, 0, padded - rows)))
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    assert match is not None, f"no layout for parameter {name}"
+    return _layer_layout(match[2], f"model.layers.{first_layer + int(match[1])}.", architecture, tensor)
+
+
+def _layer_layout(name: str, prefix: str, architecture: Architecture, tensor: int) -> Layout:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    whole = {
+        "input_layernorm.weight": prefix + "input_layernorm.weight",
+        "self_attention.linear_qkv.layer_norm_weight": prefix + "input_layernorm.weight",
+        "pre_mlp_layernorm.weight": prefix + "post_attention_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": prefix + "post_attention_layernorm.weight",
+        "self_attention.q_layernorm.weight": attention + "q_norm.weight",
+        "self_attention.k_layernorm.weight": attention + "k_norm.weight",
+    }
+    if name in whole:
+        size = architecture.head_dim if "self_attn" in whole[name] else architecture.hidden_size
+        return Layout(None, (Piece(whole[name], 0, size),))
+    if name in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
+        return Layout(0, tuple(_qkv_pieces(attention, name.rsplit(".", 1)[1], architecture)))
+    if name == "mlp.linear_fc1.weight":  # each rank holds its rows of the gate, then its rows of the up projection
+        rows = architecture.mlp_size // tensor
+        halves = (mlp + "gate_proj.weight", mlp + "up_proj.weight")
+        return Layout(0, tuple(Piece(half, r * rows, (r + 1) * rows) for r in range(tensor) for half in halves))
+    columns = {
+        "self_attention.linear_proj.weight": (attention + "o_proj.weight", architecture.n_heads * architecture.head_dim),
+        "mlp.linear_fc2.weight": (mlp + "down_proj.weight", architecture.mlp_size),
+    }
+    assert name in columns, f"no layout for parameter {prefix}{name}"
+    source, size = columns[name]
+    return Layout(1, (Piece(source, 0, size),))
+
+
+def _qkv_pieces(prefix: str, kind: str, architecture: Architecture) -> Iterator[Piece]:
+    """Megatron interleaves: the query heads of a group, then its key head, then its value head, group after group."""
+    queries = architecture.n_heads // architecture.n_kv_heads * architecture.head_dim
+    for group in range(architecture.n_kv_heads):
+        yield Piece(f"{prefix}q_proj.{kind}", group * queries, (group + 1) * queries)
+        for part in ("k_proj", "v_proj"):
+            yield Piece(f"{prefix}{part}.{kind}", group * architecture.head_dim, (group + 1) * architecture.head_dim)
+
+
+class Folder:
+    """The tensors of a Hugging Face folder, read in slices; no tensor is held longer than it is looked at.
+
+    Raises ValueError when a weight file or a tensor is missing, or a file is broken.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
+        self._open: dict[str, Any] = {}
+        if (self.path / INDEX).is_file():
+            self._files: dict[str, str] = json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        elif (self.path / SINGLE).is_file():
+            self._files = dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+        else:
+            raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; safetensors weights are needed")
+
+    def read(self, piece: Piece, dim: int) -> Tensor:
+        """The rows (``dim`` 0) or columns (``dim`` 1) of a piece."""
+        assert piece.name is not None
+        if piece.name not in self._files:
+            raise ValueError(f"{self.path}: tensor {piece.name} is missing")
+        tensor = self._handle(self._files[piece.name]).get_slice(piece.name)
+        size = tensor.get_shape()[dim]
+        if piece.stop > size:
+            raise ValueError(f"{self.path}: tensor {piece.name} has size {size} in dimension {dim}, not {piece.stop}")
+        return tensor[piece.start : piece.stop] if dim == 0 else tensor[:, piece.start : piece.stop]
+
+    def _handle(self, name: str) -> Any:
+        if name not in self._open:
+            try:
+                self._open[name] = safe_open(str(self.path / name), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.path / name}: cannot be read: {error}") from None
+        return self._open[name]
+
+
+@torch.no_grad()
+def load(model: torch.nn.Module, folder: str | Path, architecture: Architecture, world: World) -> None:
+    """Set this rank's parameters from a Hugging Face folder; reads only the rank's own bytes, a tensor at a time."""
+    source = Folder(folder)
+    first_layer = first_layer_of(architecture, world)
+    for name, parameter in model.named_parameters():
+        rule = layout(name, architecture, world.tensor_size, first_layer)
+        dim = rule.dim or 0
+        shards = 1 if rule.dim is None else world.tensor_size
+        total = sum(piece.stop - piece.start for piece in rule.pieces)
+        low = total // shards * (world.tensor_rank if shards > 1 else 0)
+        parts = [
+            source.read(piece, dim).to(parameter)
+            if piece.name is not None
+            else parameter.new_zeros(piece.stop - piece.start, *parameter.shape[1:])
+            for piece in interval(rule.pieces, low, low + total // shards)
+        ]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+        if value.shape != parameter.shape:
+            raise ValueError(f"{folder}: {name} is {list(value.shape)} there, {list(parameter.shape)} in the critic")
+        parameter.copy_(value)
+
+
+def interval(pieces: tuple[Piece, ...], low: int, high: int) -> Iterator[Piece]:
+    """The parts of a concatenation of pieces that lie in [low, high)."""
+    at = 0
+    for piece in pieces:
+        size = piece.stop - piece.start
+        first, last = max(low, at), min(high, at + size)
+        if first < last:
+            yield Piece(piece.name, piece.start + first - at, piece.start + last - at)
+        at += size
+
+
+def first_layer_of(architecture: Architecture, world: World) -> int:
+    """The number of the first layer of this rank's pipeline stage."""
+    return architecture.n_layers // world.pipeline_size * world.pipeline_rank
+
+
+@torch.no_grad()
+def gather(model: torch.nn.Module, architecture: Architecture, world: World) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of this pipeline stage, on the CPU, on the stage's first tensor-parallel rank.
+
+    Every rank of the tensor-parallel group must run through it; the others yield nothing. A tied output layer is not
+    repeated.
+    """
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        if name == "output_layer.weight" and architecture.tied:
+            continue
+        bucket.append((name, parameter))
+        size += parameter.numel() * parameter.element_size()
+        if size >= BUCKET_BYTES:
+            yield from _gather_bucket(bucket, architecture, world)
+            bucket, size = [], 0
+    yield from _gather_bucket(bucket, architecture, world)
+
+
+def _gather_bucket(
+    bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World
+) -> Iterator[tuple[str, Tensor]]:
+    if not bucket:
+        return
+    flat = torch.cat([parameter.flatten() for _, parameter in bucket])
+    shards = [flat]
+    if world.tensor_size > 1:
+        shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == 0 else []
+        dist.gather(flat, shards or None, group=world.tensor_group, group_dst=0)
+    if world.tensor_rank != 0:
+        return
+    first_layer = first_layer_of(architecture, world)
+    at = 0
+    for name, parameter in bucket:
+        rule = layout(name, architecture, world.tensor_size, first_layer)
+        local = [shard[at : at + parameter.numel()].view(parameter.shape).cpu() for shard in shards]
+        at += parameter.numel()
+        full = local[0] if rule.dim is None or len(local) == 1 else torch.cat(local, rule.dim)
+        yield from _split(full, rule)
+
+
+def _split(full: Tensor, rule: Layout) -> Iterator[tuple[str, Tensor]]:
+    dim = rule.dim or 0
+    parts: dict[str, list[tuple[int, Tensor]]] = {}
+    at = 0
+    for piece in rule.pieces:
+        size = piece.stop - piece.start
+        if piece.name is not None:
+            parts.setdefault(piece.name, []).append((piece.start, full.narrow(dim, at, size)))
+        at += size
+    for name, ranges in parts.items():
+        ordered = [tensor for _, tensor in sorted(ranges, key=lambda item: item[0])]
+        yield name, (ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim)).contiguous()
+
+
+def export(
+    model: torch.nn.Module, architecture: Architecture, world: World, folder: str | Path, *, source: str | Path
+) -> None:
+    """Write the critic as a Hugging Face folder, with ``source``'s configuration and tokenizer; all ranks take part.
+
+    Every pipeline stage writes its own tensors. The folder appears whole, by a rename, or not at all; one that is
+    there is replaced.
+    """
+    target = Path(folder)
+    part = target.with_name(f".{target.name}.part")
+    if world.main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    if world.pipeline_size > 1:
+        world.barrier()
+    files = _write_stage(model, architecture, world, part)
+    if world.pipeline_size > 1:
+        stages: list[Any] = [None] * world.size
+        dist.all_gather_object(stages, files)
+        files = {name: file for stage in stages for name, file in stage.items()}
+    if world.main:
+        _finish(part, target, files, Path(source))
+
+
+def _write_stage(model: torch.nn.Module, architecture: Architecture, world: World, part: Path) -> dict[str, str]:
+    files: dict[str, str] = {}
+    pending: dict[str, Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        file = f"model-{world.pipeline_rank:03d}-{len(set(files.values())):05d}.safetensors"
+        save_file(pending, part / file, metadata={"format": "pt"})
+        files.update(dict.fromkeys(pending, file))
+        pending.clear()
+
+    if world.data_rank != 0:
+        return files
+    for name, tensor in gather(model, architecture, world):
+        pending[name] = tensor
+        size += tensor.numel() * tensor.element_size()
+        if size >= FILE_BYTES:
+            flush()
+            size = 0
+    if pending:
+        flush()
+    return files
+
+
+def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path) -> None:
+    names = set(files.values())
+    if len(names) == 1:
+        os.replace(part / next(iter(names)), part / SINGLE)
+    else:
+        total = sum((part / name).stat().st_size for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    link_side_files(source, part)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(part, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def link_side_files(source: Path, target: Path) -> None:
+    """Give ``target`` the configuration and tokenizer of ``source``: hard links where possible, else copies."""
+    for pattern in SIDE_FILES:
+        for file in source.glob(pattern):
+            try:
+                os.link(file, target / file.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(file, target / file.name)

@@ -1,0 +1,153 @@
+"""The critic as a Megatron-core GPTModel, and its forward pass up to the hidden states that the losses read.
+
+Shapes: B sequences, T positions (padded on the right), D hidden size, N selected positions, V vocabulary rows of this
+rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import util
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
+
+from ctrl_hpc.config import ParallelConfig
+from ctrl_hpc.megatron.architecture import Architecture
+from ctrl_hpc.megatron.attention import RMSNorm, SDPAttention
+from ctrl_hpc.megatron.parallel_state import World
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed; it is used on a GPU wherever it is."""
+    return util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(architecture: Architecture, parallel: ParallelConfig, world: World) -> TransformerConfig:
+    """Megatron's configuration of an architecture; no dropout, no bias but Qwen2's, no random initialisation.
+
+    Raises ValueError when heads, layers or groups do not divide.
+    """
+    _check_divisible(architecture, parallel)
+    on_gpu = world.device.type == "cuda"
+    fused = on_gpu and has_transformer_engine()
+    scale = architecture.rope_amplitude**2 * architecture.head_dim**-0.5
+    recompute: dict[str, Any] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[parallel.recompute]
+    return TransformerConfig(
+        num_layers=architecture.n_layers,
+        hidden_size=architecture.hidden_size,
+        num_attention_heads=architecture.n_heads,
+        num_query_groups=architecture.n_kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.mlp_size,
+        softmax_scale=scale,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        qk_layernorm=architecture.qk_norm,
+        add_qkv_bias=architecture.qkv_bias,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        bias_activation_fusion=on_gpu,
+        apply_rope_fusion=fused,
+        gradient_accumulation_fusion=fused,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=world.dtype,
+        pipeline_dtype=world.dtype,
+        bf16=world.dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        variable_seq_lengths=parallel.pipeline > 1,
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
+        calculate_per_token_loss=True,
+        **recompute,
+    )
+
+
+def build(architecture: Architecture, parallel: ParallelConfig, world: World) -> GPTModel:
+    """This rank's part of the critic, its weights not yet set (see ``huggingface_weights.load``)."""
+    config = transformer_config(architecture, parallel, world)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=_layer_spec(config, world),
+        vocab_size=architecture.padded_vocab(parallel.tensor),
+        max_sequence_length=architecture.max_positions,
+        pre_process=world.first_stage,
+        post_process=world.last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+        rotary_base=10000,
+    )
+    frequencies = torch.tensor(architecture.inverse_frequencies, dtype=torch.float32, device=world.device)
+    assert model.rotary_pos_emb.inv_freq.shape == frequencies.shape
+    model.rotary_pos_emb.inv_freq = frequencies
+    return model.to(world.device)
+
+
+def hidden_states(model: Any, tokens_BT: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run the model (or this stage of it).
+
+    On the last pipeline stage ``select`` takes the final hidden states [T, B, D], whole on every tensor-parallel rank,
+    and returns those the loss needs, [N, D]. Elsewhere the stage's output goes to the next stage untouched. The
+    gradient that flows back must be complete on every tensor-parallel rank: the loss kernels all-reduce it once.
+    """
+
+    def process(*, hidden_states: Tensor, config: Any, **_unused: Any) -> Tensor:
+        if config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return select(hidden_states)
+
+    positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+    return model(tokens_BT, positions_BT, None, output_processor=process)
+
+
+def output_weight(model: GPTModel) -> Tensor:
+    """This rank's rows [V, D] of the output layer: the embedding's, where the two are tied."""
+    weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    return weight if weight is not None else model.output_layer.weight
+
+
+def _layer_spec(config: TransformerConfig, world: World) -> Any:
+    if world.device.type == "cuda" and has_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.core_attention = SDPAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    n_local = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * n_local, layer_norm=RMSNorm)
+
+
+def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> None:
+    divisions = {
+        "parallel.tensor": (parallel.tensor, {"attention heads": architecture.n_heads, "MLP width": architecture.mlp_size}),
+        "parallel.pipeline": (parallel.pipeline, {"layers": architecture.n_layers}),
+    }
+    for key, (ranks, sizes) in divisions.items():
+        for what, size in sizes.items():
+            if size % ranks:
+                raise ValueError(f"{key}={ranks} must divide the critic's {size} {what}")
+    few, many = sorted((parallel.tensor, architecture.n_kv_heads))
+    if many % few:
+        raise ValueError(f"parallel.tensor={parallel.tensor} and the critic's {architecture.n_kv_heads} key-value heads: one must divide the other")

@@ -1,0 +1,215 @@
+"""The ranks of a training job: torch.distributed and Megatron's tensor, pipeline and data-parallel groups.
+
+Ranks are numbered as the launcher says in ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``;
+without them a job of one rank starts by itself.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from ctrl_hpc.config import Config
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This rank's place in the job. Group objects are for collectives on ``device``; ``host_group`` moves CPU data."""
+
+    rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    """Of weights and activations; gradients and optimizer state are fp32 always."""
+    tensor_rank: int
+    tensor_size: int
+    tensor_group: Group
+    pipeline_rank: int
+    pipeline_size: int
+    pipeline_group: Group
+    data_rank: int
+    data_size: int
+    data_group: Group
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank talks to the outside: services, files that all share, tracking."""
+        return self.rank == 0
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank holds the output layer, so that it computes losses."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def main_value(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank; any picklable object (travels through host memory)."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse, in one line naming the keys, a layout that cannot run.
+
+    Raises ValueError.
+    """
+    parallel, trainer = config.parallel, config.trainer
+    for name in ("tensor", "pipeline"):
+        if getattr(parallel, name) < 1:
+            raise ValueError(f"parallel.{name}: {getattr(parallel, name)} is not allowed; it must be >= 1")
+    model_parallel = parallel.tensor * parallel.pipeline
+    if world_size % model_parallel:
+        raise ValueError(
+            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} must divide the trainer's "
+            f"{world_size} ranks (trainer.nodes x trainer.ranks_per_node)"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
+    on_cpu = device_type(config) == "cpu"
+    if on_cpu and parallel.distributed_optimizer:
+        raise ValueError("parallel.distributed_optimizer=true needs trainer.device=cuda and Transformer Engine")
+    if on_cpu and trainer.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("trainer.kernels=triton needs trainer.device=cuda (or TRITON_INTERPRET=1, for tests)")
+
+
+def device_type(config: Config) -> str:
+    """``cuda`` or ``cpu``: what ``trainer.device`` means on this machine."""
+    wanted = config.trainer.device
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("trainer.device=cuda: this machine has no usable GPU; use trainer.device=cpu or auto")
+    return wanted
+
+
+def initialize(config: Config) -> World:
+    """Join the job: process group, Megatron's groups, seeds, threads, and a stack dump for whatever hangs or crashes.
+
+    Collectives that take longer than ``trainer.timeout_s`` fail. Raises ValueError for an impossible layout.
+    """
+    faulthandler.enable()
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    check(config, size)
+    kind = device_type(config)
+    if kind == "cpu":
+        from ctrl_hpc.megatron import cpu
+
+        cpu.install()
+        torch.set_num_threads(config.trainer.threads)
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if size == 1:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    timeout = datetime.timedelta(seconds=config.trainer.timeout_s)
+    backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+
+    from megatron.core import parallel_state as mpu
+
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=max(1, round(config.trainer.timeout_s / 60)),
+    )
+    seed_everything(config.seed)
+    _start_random_tracker(kind, config.seed)
+    return World(
+        rank=rank,
+        size=size,
+        device=device,
+        dtype=_dtype(config, kind),
+        tensor_rank=mpu.get_tensor_model_parallel_rank(),
+        tensor_size=mpu.get_tensor_model_parallel_world_size(),
+        tensor_group=mpu.get_tensor_model_parallel_group(),
+        pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
+        pipeline_size=mpu.get_pipeline_model_parallel_world_size(),
+        pipeline_group=mpu.get_pipeline_model_parallel_group(),
+        data_rank=mpu.get_data_parallel_rank(),
+        data_size=mpu.get_data_parallel_world_size(),
+        data_group=mpu.get_data_parallel_group(),
+    )
+
+
+@contextmanager
+def job(config: Config) -> Iterator[World]:
+    """``initialize`` for the length of a block; the groups are taken down when it ends well.
+
+    When it ends badly they are left: taking them down would wait for ranks that may hang.
+    """
+    world = initialize(config)
+    yield world
+    faulthandler.cancel_dump_traceback_later()
+    destroy()
+
+
+def destroy() -> None:
+    """Leave the job."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core.tensor_parallel import random as tensor_random
+
+    mpu.destroy_model_parallel()
+    mpu.destroy_global_memory_buffer()
+    tensor_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
+    dist.destroy_process_group()
+
+
+def watch(timeout_s: float) -> None:
+    """Restart the watch: without another call within ``timeout_s`` every thread's stack goes to stderr."""
+    faulthandler.dump_traceback_later(timeout_s, repeat=False, file=sys.__stderr__)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; the same on every rank, for nothing random depends on the layout."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _start_random_tracker(kind: str, seed: int) -> None:
+    from megatron.core.tensor_parallel import random as tensor_random
+
+    if kind == "cuda":
+        tensor_random.model_parallel_cuda_manual_seed(seed)
+    else:  # nothing random happens inside the model (no dropout), and a CPU has no CUDA generator to fork
+        tensor_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+
+def _dtype(config: Config, kind: str) -> torch.dtype:
+    name = config.trainer.dtype
+    if name == "auto":
+        name = "bfloat16" if kind == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
