@@ -1,0 +1,108 @@
+"""Chats from templates: the content of every user turn is a Jinja2 file that can be replaced.
+
+A folder holds four files, each with its own variables:
+
+=====================  ========================================  =============================================
+solution.j2            problem                                   asks the generator for a program
+critique.j2            problem, draft, program                   asks the critic for a critique
+critique_hinted.j2     problem, draft, program, hint             the same, with what the execution showed
+revision.j2            problem, draft, program, critique         second turn: asks the generator to revise
+=====================  ========================================  =============================================
+
+``problem`` is the :class:`~ctrl_hpc.records.Problem` (``problem.prompt``, ``problem.starter_code``), ``draft`` the
+generator's whole answer, ``program`` the code taken from it (None when it holds none), ``hint`` and ``critique`` texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
+
+from ctrl_hpc.flow.hints import Hint
+from ctrl_hpc.records import Chat, Message, Problem, Solution
+
+PACKAGED = Path(__file__).parent / "templates"
+"""Folder of the templates that come with the package."""
+VARIABLES: dict[str, tuple[str, ...]] = {
+    "solution": ("problem",),
+    "critique": ("problem", "draft", "program"),
+    "critique_hinted": ("problem", "draft", "program", "hint"),
+    "revision": ("problem", "draft", "program", "critique"),
+}
+"""The templates of a folder and the variables each may use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """The four templates, and the system message that opens every chat (None: no such message)."""
+
+    templates: dict[str, Template]
+    system: str | None = None
+
+    @classmethod
+    def load(cls, folder: str, system: str | None = None) -> Self:
+        """The templates of a packaged folder (``default``, ``tiny``) or of any other.
+
+        Raises ValueError with one line when the folder or a file is missing, does not parse, or uses a variable that
+        it does not get.
+        """
+        place = PACKAGED / folder if "/" not in folder and (PACKAGED / folder).is_dir() else Path(folder)
+        if not place.is_dir():
+            packaged = ", ".join(sorted(path.name for path in PACKAGED.iterdir() if path.is_dir()))
+            raise ValueError(f"prompts.folder: {folder!r} is no folder; allowed: {packaged}, or the path of a folder")
+        return cls(templates={name: _template(place / f"{name}.j2", name) for name in VARIABLES}, system=system)
+
+    def solution(self, problem: Problem) -> Chat:
+        """The generator's first turn: write a program."""
+        return self._open(self._render("solution", problem=problem))
+
+    def critique(self, problem: Problem, solution: Solution) -> Chat:
+        """The critic's turn: judge a solution and say how to improve it."""
+        return self._open(self._render("critique", problem=problem, **_draft(solution)))
+
+    def hinted_critique(self, problem: Problem, solution: Solution, hint: Hint) -> Chat:
+        """The critic's turn with what the execution showed (stage I)."""
+        return self._open(self._render("critique_hinted", problem=problem, hint=hint.text, **_draft(solution)))
+
+    def revision(self, problem: Problem, solution: Solution, critique_text: str) -> Chat:
+        """The generator's second turn, after its draft: revise it in the light of a critique."""
+        asked = self._render("revision", problem=problem, critique=critique_text, **_draft(solution))
+        return (
+            *self.solution(problem),
+            Message(role="assistant", content=solution.text),
+            Message(role="user", content=asked),
+        )
+
+    def _render(self, name: str, **variables: object) -> str:
+        return self.templates[name].render(**variables)
+
+    def _open(self, content: str) -> Chat:
+        user = Message(role="user", content=content)
+        return (user,) if self.system is None else (Message(role="system", content=self.system), user)
+
+
+def _draft(solution: Solution) -> dict[str, object]:
+    return {"draft": solution.text, "program": solution.program}
+
+
+def _template(path: Path, name: str) -> Template:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    try:
+        source = path.read_text(encoding="utf-8")
+        unknown = sorted(meta.find_undeclared_variables(environment.parse(source)) - set(VARIABLES[name]))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such template; a folder of prompts holds {_files()}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except TemplateSyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.message}") from None
+    if unknown:
+        raise ValueError(f"{path}: unknown variable {unknown[0]!r}; allowed: {', '.join(VARIABLES[name])}")
+    return environment.from_string(source)
+
+
+def _files() -> str:
+    return ", ".join(f"{name}.j2" for name in VARIABLES)

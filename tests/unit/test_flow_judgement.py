@@ -1,0 +1,102 @@
+"""The overall judgement of a critique: hand-written cases, and properties over generated text."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctrl_hpc.flow.judgement import parse_judgement
+
+CASES = {
+    "Overall judgment: Correct": "correct",
+    "Overall judgment: Incorrect": "incorrect",
+    "overall judgement: INCORRECT": "incorrect",
+    "Overall judgment: Correct.": "correct",
+    "Overall judgment: Incorrect. To be correct it must sort.": "incorrect",
+    "Overall judgment: Incorrect because the loop ends early": "incorrect",
+    "Overall judgment: Incorrect (see above)": "incorrect",
+    "Overall judgment - Correct": "correct",
+    "**Overall judgment:** Incorrect": "incorrect",
+    "**Overall judgment**: **Correct**": "correct",
+    "**Overall judgment: Correct**": "correct",
+    "__Overall Judgment__: `Incorrect`.": "incorrect",
+    "### Overall judgment\n\nIncorrect": "incorrect",
+    "## Overall judgment:\n**Correct**\n": "correct",
+    "3. Overall judgment: Correct": "correct",
+    "- Overall judgment: [Incorrect]": "incorrect",
+    "Analysis: fine.\r\nOverall judgment: Correct\r\n": "correct",
+    "Overall judgment: Correct\nOverall judgment: Correct": "correct",
+    "Overall judgment: (Correct/Incorrect)\nOverall judgment: Correct": "correct",
+    # none, or several that disagree
+    "": None,
+    "Correct": None,
+    "This is correct.": None,
+    "Overall judgment:": None,
+    "Overall judgment: Correct\nOverall judgment: Incorrect": None,
+    "Overall judgment: Correct. Overall judgment: Incorrect": None,
+    "Overall judgment: Correct/Incorrect": None,
+    "Overall judgment: {Correct|Incorrect}": None,
+    "Overall judgment: Correct or Incorrect": None,
+    "Overall judgment: Correct, or Incorrect": None,
+    "Overall judgment: Correct (incorrect)": None,
+    "Overall judgment: Not correct": None,
+    "Overall judgment: Correct?": None,
+    "Overall judgment: Correctness is good": None,
+    "Overall judgment: partially correct": None,
+    "My overall judgment: Correct": None,
+    "The word overall judgment Correct": None,
+    # inside code and quotations
+    "```\nOverall judgment: Correct\n```": None,
+    "```python\n# x\nOverall judgment: Correct": None,
+    "~~~\nOverall judgment: Correct\n~~~\nOverall judgment: Incorrect": "incorrect",
+    "    Overall judgment: Correct": None,
+    "> Overall judgment: Correct": None,
+    "# Overall judgment: Correct\n```\nx\n```": "correct",
+}
+
+
+@pytest.mark.parametrize("text", CASES)
+def test_reads_the_judgement_line(text):
+    assert parse_judgement(text) == CASES[text]
+
+
+PROSE = st.lists(
+    st.text(alphabet=st.characters(exclude_characters="`~", exclude_categories=["Cs", "Cc"]), max_size=30).filter(
+        lambda line: "overall" not in line.lower()
+    ),
+    max_size=4,
+).map("\n".join)
+SPELLING = st.sampled_from(["Overall judgment", "overall judgement", "OVERALL JUDGMENT", "Overall  judgment"])
+VERDICT = st.sampled_from(["Correct", "Incorrect", "correct", "INCORRECT"])
+WRAP = st.sampled_from(
+    ["{label}: {verdict}", "**{label}:** {verdict}", "## {label}\n{verdict}", "- {label}: *{verdict}*."]
+)
+
+
+@settings(derandomize=True, max_examples=300)
+@given(before=PROSE, after=PROSE, label=SPELLING, verdict=VERDICT, wrap=WRAP)
+def test_prose_around_the_line_changes_nothing(before, after, label, verdict, wrap):
+    line = wrap.format(label=label, verdict=verdict)
+    assert parse_judgement(f"{before}\n{line}\n{after}") == verdict.lower()
+
+
+@settings(derandomize=True, max_examples=100)
+@given(before=PROSE, label=SPELLING, verdict=VERDICT, tag=st.sampled_from(["", "python", "text"]))
+def test_code_never_judges(before, label, verdict, tag):
+    assert parse_judgement(f"{before}\n```{tag}\n{label}: {verdict}\n```\n") is None
+
+
+@settings(derandomize=True, max_examples=100)
+@given(verdicts=st.lists(VERDICT, min_size=1, max_size=5), between=PROSE)
+def test_several_must_agree(verdicts, between):
+    text = f"\n{between}\n".join(f"Overall judgment: {verdict}" for verdict in verdicts)
+    distinct = {verdict.lower() for verdict in verdicts}
+    assert parse_judgement(text) == (distinct.pop() if len(distinct) == 1 else None)
+
+
+@settings(derandomize=True, max_examples=200)
+@given(
+    text=st.text(max_size=200)
+    | st.lists(st.sampled_from(["Overall judgment", ":", "Correct", "*", "\n", " "])).map("".join)
+)
+def test_any_text_has_an_answer(text):
+    assert parse_judgement(text) in ("correct", "incorrect", None)

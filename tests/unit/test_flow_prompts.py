@@ -1,0 +1,110 @@
+"""Chats from templates: their turns and variables, and the one-line errors of a folder that is not right."""
+
+import shutil
+
+import pytest
+
+from ctrl_hpc.flow.hints import Hint
+from ctrl_hpc.flow.prompts import PACKAGED, Prompts
+from ctrl_hpc.records import Problem, Solution
+
+PROBLEM = Problem(id="p", source="s", split="test", prompt="Print <n> & {{ n }}.", tests=())
+SOLUTION = Solution(id="p/0", problem_id="p", text="Here:\n```python\nprint(1)\n```", program="print(1)")
+HINT = Hint(kind="failed", text="THE HINT")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "solution.j2").write_text("S {{ problem.prompt }}")
+    (tmp_path / "critique.j2").write_text("C {{ problem.prompt }} | {{ draft }} | {{ program }}")
+    (tmp_path / "critique_hinted.j2").write_text("H {{ program }} | {{ hint }}")
+    (tmp_path / "revision.j2").write_text("R {{ critique }}")
+    return tmp_path
+
+
+def turns(chat):
+    return [(message.role, message.content) for message in chat]
+
+
+def test_every_chat_from_a_folder_of_ones_own(folder):
+    prompts = Prompts.load(str(folder))
+    asked = "S Print <n> & {{ n }}."
+    assert turns(prompts.solution(PROBLEM)) == [("user", asked)]
+    assert turns(prompts.critique(PROBLEM, SOLUTION)) == [
+        ("user", f"C Print <n> & {{{{ n }}}}. | {SOLUTION.text} | print(1)")
+    ]
+    assert turns(prompts.hinted_critique(PROBLEM, SOLUTION, HINT)) == [("user", "H print(1) | THE HINT")]
+    assert turns(prompts.revision(PROBLEM, SOLUTION, "No.")) == [
+        ("user", asked),
+        ("assistant", SOLUTION.text),
+        ("user", "R No."),
+    ]
+
+
+def test_the_system_message_opens_every_chat(folder):
+    prompts = Prompts.load(str(folder), system="Be brief.")
+    chats = [
+        prompts.solution(PROBLEM),
+        prompts.critique(PROBLEM, SOLUTION),
+        prompts.hinted_critique(PROBLEM, SOLUTION, HINT),
+        prompts.revision(PROBLEM, SOLUTION, "No."),
+    ]
+    assert [turns(chat)[0] for chat in chats] == [("system", "Be brief.")] * 4
+    assert [len(chat) for chat in chats] == [2, 2, 2, 4]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in PACKAGED.iterdir() if path.is_dir()))
+def test_packaged_templates_carry_their_variables(name):
+    prompts = Prompts.load(name)
+    solution, critique = prompts.solution(PROBLEM)[-1].content, prompts.critique(PROBLEM, SOLUTION)[-1].content
+    hinted = prompts.hinted_critique(PROBLEM, SOLUTION, HINT)[-1].content
+    revision = prompts.revision(PROBLEM, SOLUTION, "THE CRITIQUE")[-1].content
+    assert PROBLEM.prompt in solution
+    for text in (critique, hinted):
+        assert PROBLEM.prompt in text
+        assert "print(1)" in text
+    assert "THE HINT" in hinted
+    assert "THE HINT" not in critique
+    assert "THE CRITIQUE" in revision
+
+
+def test_the_default_asks_for_the_papers_form_and_shows_the_starter_code():
+    prompts = Prompts.load("default")
+    critique = prompts.critique(PROBLEM, SOLUTION)[-1].content
+    positions = [critique.index(part) for part in ("\nAnalysis:", "\nImprovement suggestions:", "\nOverall judgment:")]
+    assert positions == sorted(positions)
+    started = Problem(id="p", source="s", split="test", prompt="?", tests=(), starter_code="def f(x):")
+    assert "```python\ndef f(x):\n```" in prompts.solution(started)[-1].content
+    assert "starter" not in prompts.solution(PROBLEM)[-1].content
+
+
+def test_a_folder_that_does_not_exist_names_the_choices():
+    with pytest.raises(
+        ValueError, match=r"prompts.folder: 'nowhere' is no folder; allowed: default, .*path of a folder"
+    ):
+        Prompts.load("nowhere")
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "revision.j2").unlink()
+    with pytest.raises(ValueError, match=r"revision\.j2: no such template"):
+        Prompts.load(str(folder))
+
+
+def test_an_unknown_variable_is_named_when_loading(folder):
+    (folder / "critique.j2").write_text("{{ problem.prompt }} {{ hint }}")
+    with pytest.raises(ValueError, match=r"critique\.j2: unknown variable 'hint'; allowed: problem, draft, program$"):
+        Prompts.load(str(folder))
+
+
+def test_a_syntax_error_names_file_and_line(folder):
+    (folder / "critique.j2").write_text("fine\n{% if x %}")
+    with pytest.raises(ValueError, match=r"critique\.j2:2: "):
+        Prompts.load(str(folder))
+
+
+def test_the_packaged_folder_can_be_copied_and_edited(tmp_path):
+    copy = tmp_path / "mine"
+    shutil.copytree(PACKAGED / "default", copy)
+    (copy / "revision.j2").write_text("Again: {{ critique }}")
+    assert Prompts.load(str(copy)).revision(PROBLEM, SOLUTION, "No.")[-1].content == "Again: No."
