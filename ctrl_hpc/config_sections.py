@@ -283,6 +283,9 @@ class RolloutConfig:
     """Largest padded batch of a CPU server, in tokens."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the models run; auto: cuda where there is one."""
+    batching: Literal["auto", "padded", "continuous"] = "auto"
+    """padded: length-sorted batches, each request with its own random stream; continuous: requests join and leave the
+    running batch, seeded together. auto: continuous on cuda, padded on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,8 @@ class Engine(Protocol):
     """A model behind the rollout server: token ids in, token ids and log-probs out."""
 
     version: int
+    max_positions: int
+    """Longest prompt and completion together, in tokens."""
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
         """One completion for each prompt (``n`` and per-request seeds are resolved by the caller)."""

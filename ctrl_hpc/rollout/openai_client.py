@@ -1,0 +1,163 @@
+"""Any OpenAI-compatible endpoint as a ``Generator``: vLLM, SGLang, or a commercial API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.rollout.loop_thread import LoopThread
+from ctrl_hpc.rollout.seed import derive_seed
+
+_FINISH = {"stop": "stop", "length": "length", "eos": "stop"}
+_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+
+
+@dataclass(slots=True)
+class Usage:
+    """What the endpoint says was used, and its price."""
+
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    """In the currency of the prices given."""
+
+
+class OpenAIGenerator:
+    """Asks ``URL/chat/completions``, a request a chat, many at once.
+
+    Rate limits and server faults are retried with exponential back-off and full jitter, ``Retry-After`` respected.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_env: str = "OPENAI_API_KEY",
+        max_in_flight: int = 32,
+        requests_per_min: float | None = None,
+        max_tries: int = 8,
+        timeout_s: float = 600.0,
+        price_in: float = 0.0,
+        price_out: float = 0.0,
+    ) -> None:
+        """``url`` is the endpoint's base (with or without ``/v1``); prices are for a million tokens."""
+        base = url.rstrip("/")
+        self._url = f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
+        self._model, self._key_env, self._max_tries = model, key_env, max_tries
+        self._max_in_flight = max_in_flight
+        self._interval_s = 60.0 / requests_per_min if requests_per_min else 0.0
+        self._next_start = 0.0
+        self._prices = (price_in, price_out)
+        self._jitter = random.Random()
+        self._lock = threading.Lock()
+        self.usage = Usage()
+        """Totals since the generator was made."""
+        key = os.environ.get(key_env)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._thread = LoopThread("openai-client")
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=30.0), headers=headers)
+
+    def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
+        """``sampling.n`` completions for each chat, in order.
+
+        Raises ValueError when the endpoint refuses a request, RuntimeError when it keeps failing.
+        """
+        return self._thread.run(self._all(chats, sampling))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._thread.run(self._http.aclose())
+        self._thread.close()
+
+    async def _all(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
+        slots = asyncio.Semaphore(self._max_in_flight)
+
+        async def one(i: int, chat: Chat) -> list[Generation]:
+            async with slots:
+                return await self._one(self._body(i, chat, sampling))
+
+        tasks = [asyncio.create_task(one(i, chat)) for i, chat in enumerate(chats)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _body(self, i: int, chat: Chat, sampling: Sampling) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": [{"role": message.role, "content": message.content} for message in chat],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "n": sampling.n,
+        }
+        if sampling.seed is not None:
+            body["seed"] = derive_seed(sampling.seed, i)
+        return body
+
+    async def _one(self, body: dict[str, Any]) -> list[Generation]:
+        for attempt in range(self._max_tries):
+            await self._wait_turn()
+            try:
+                response = await self._http.post(self._url, json=body)
+            except httpx.TransportError as error:
+                problem, wait_s = f"{type(error).__name__}: {error}", 0.0
+            else:
+                if response.status_code < 300:
+                    return self._read(response.json(), body["n"])
+                problem = f"HTTP {response.status_code}: {response.text[:300]}"
+                if response.status_code in (401, 403):
+                    raise ValueError(f"{self._url}: {problem}; the key is read from ${self._key_env}")
+                if response.status_code not in _RETRIED:
+                    raise ValueError(f"{self._url}: {problem}")
+                wait_s = _retry_after(response)
+            if attempt + 1 < self._max_tries:
+                with self._lock:
+                    self.usage.retries += 1
+                await asyncio.sleep(wait_s + self._jitter.uniform(0.0, min(60.0, 0.5 * 2**attempt)))
+        raise RuntimeError(f"{self._url} failed {self._max_tries} times; the last answer: {problem}")
+
+    async def _wait_turn(self) -> None:
+        """Keep to the rate limit: requests start at least ``60 / requests_per_min`` seconds apart."""
+        with self._lock:
+            start = max(time.monotonic(), self._next_start)
+            self._next_start = start + self._interval_s
+        await asyncio.sleep(max(0.0, start - time.monotonic()))
+
+    def _read(self, data: dict[str, Any], n: int) -> list[Generation]:
+        used = data.get("usage") or {}
+        tokens = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
+        with self._lock:
+            self.usage.requests += 1
+            self.usage.prompt_tokens += tokens[0]
+            self.usage.completion_tokens += tokens[1]
+            self.usage.cost += sum(count * price / 1e6 for count, price in zip(tokens, self._prices, strict=True))
+        choices = sorted(data["choices"], key=lambda choice: choice.get("index", 0))
+        if len(choices) != n:
+            raise RuntimeError(f"{self._url}: asked for {n} choices, got {len(choices)}")
+        return [
+            Generation(
+                text=choice["message"].get("content") or "",
+                finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
+            )
+            for choice in choices
+        ]
+
+
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds the endpoint asks to wait; 0 when it does not say."""
+    value = response.headers.get("retry-after", "")
+    return min(120.0, float(value)) if value.replace(".", "", 1).isdigit() else 0.0

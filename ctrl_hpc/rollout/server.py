@@ -1,0 +1,331 @@
+"""The rollout server: SGLang's native routes and OpenAI's, over one model.
+
+Native: ``/generate`` (token ids or text in; text, token ids and log-probs out; lists are batches),
+``/update_weights_from_disk``, ``/get_weight_version``, ``/get_model_info``, ``/health``, ``/metrics``.
+OpenAI: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` (``ctrl_hpc.rollout.openai_routes``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict
+
+from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout.seed import derive_seed
+from ctrl_hpc.rollout.worker import Worker
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (-1, 0, 1 << 30),
+    "min_p": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "min_new_tokens": (0,),
+    "stop": (None, []),
+    "stop_token_ids": (None, []),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True, False),
+    "spaces_between_special_tokens": (True, False),
+    "no_stop_trim": (True, False),
+}
+"""Sampling parameters of SGLang that this server accepts only where they change nothing."""
+_KNOWN = ("temperature", "top_p", "max_new_tokens", "n", "sampling_seed")
+
+
+class GenerateBody(BaseModel):
+    """Body of ``/generate``: ``text`` or ``input_ids``, single or a list; ``sampling_params`` single or one each."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] = {}
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] | None = None
+    rid: str | list[str] | None = None
+    stream: bool = False
+
+
+class UpdateBody(BaseModel):
+    """Body of ``/update_weights_from_disk``; ``weight_version`` is a number, as text or not."""
+
+    model_path: str
+    weight_version: int | str | None = None
+    load_format: str | None = None
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+
+
+def sampling_of(params: dict[str, Any]) -> Sampling:
+    """SGLang's sampling parameters as a ``Sampling``; raises ValueError naming the parameter that is not served."""
+    for key, value in params.items():
+        if key in _KNOWN:
+            continue
+        if key not in _NEUTRAL:
+            raise ValueError(f"sampling_params.{key} is unknown; allowed: {', '.join(_KNOWN)}")
+        if value not in _NEUTRAL[key]:
+            raise ValueError(f"sampling_params.{key}={value!r} is not served here")
+    sampling = Sampling(
+        temperature=_number(params, "temperature", 1.0),
+        top_p=_number(params, "top_p", 1.0),
+        max_tokens=_integer(params, "max_new_tokens", 128),
+        n=_integer(params, "n", 1),
+        seed=None if params.get("sampling_seed") is None else _integer(params, "sampling_seed", 0),
+    )
+    check_sampling(sampling)
+    return sampling
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for a value outside its range."""
+    if sampling.temperature < 0:
+        raise ValueError(f"temperature={sampling.temperature}: must be >= 0")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p={sampling.top_p}: must be in (0, 1]")
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_new_tokens={sampling.max_tokens}: must be >= 1")
+    if sampling.n < 1:
+        raise ValueError(f"n={sampling.n}: must be >= 1")
+    if sampling.seed is not None and sampling.seed < 0:
+        raise ValueError(f"seed={sampling.seed}: must be >= 0")
+
+
+def _number(params: dict[str, Any], key: str, default: float) -> float:
+    value = params.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{key}={value!r}: must be a number")
+    return float(value)
+
+
+def _integer(params: dict[str, Any], key: str, default: int) -> int:
+    value = params.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{key}={value!r}: must be a whole number")
+    return value
+
+
+class Service:
+    """A worker with its tokenizer: expands ``n``, runs requests, decodes texts."""
+
+    def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:
+        self.worker, self.tokenizer, self.model = worker, tokenizer, model
+
+    async def complete(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[list[Generation]]:
+        """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones."""
+        flat_prompts, flat_sampling = [], []
+        for prompt, item in zip(prompts, sampling, strict=True):
+            for j in range(item.n):
+                seed = item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j)
+                flat_prompts.append(prompt)
+                flat_sampling.append(
+                    Sampling(temperature=item.temperature, top_p=item.top_p, max_tokens=item.max_tokens, seed=seed)
+                )
+        generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling))
+        flat = iter(generations)
+        return [[next(flat) for _ in range(item.n)] for item in sampling]
+
+    def texts(self, generations: Sequence[Generation]) -> list[str]:
+        """The completions' texts, special tokens left out."""
+        return self.tokenizer.batch_decode([list(item.token_ids) for item in generations], skip_special_tokens=True)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The HTTP application over a service."""
+    from ctrl_hpc.rollout.openai_routes import add_openai_routes
+
+    app = FastAPI(title="ctrl-hpc rollout server", docs_url=None, redoc_url=None)
+
+    @app.exception_handler(ValueError)
+    async def bad_value(_: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse({"error": {"message": f"{where}: {first['msg']}"}}, status_code=400)
+
+    @app.exception_handler(RuntimeError)
+    async def fault(_: Request, error: RuntimeError) -> JSONResponse:
+        return JSONResponse({"error": {"message": str(error)}}, status_code=500)
+
+    @app.post("/generate")
+    async def generate(body: GenerateBody) -> Any:
+        return await _generate(service, body)
+
+    @app.post("/update_weights_from_disk")
+    async def update_weights(body: UpdateBody) -> JSONResponse:
+        version = service.worker.engine.version + 1 if body.weight_version is None else int(body.weight_version)
+        try:
+            await asyncio.wrap_future(service.worker.update(body.model_path, version))
+        except (ValueError, OSError) as error:
+            return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400)
+        return JSONResponse({"success": True, "message": f"weight version {version}", "num_paused_requests": 0})
+
+    @app.get("/get_weight_version")
+    async def weight_version() -> dict[str, str]:
+        return {"weight_version": str(service.worker.engine.version)}
+
+    @app.get("/get_model_info")
+    @app.get("/model_info")
+    async def model_info() -> dict[str, Any]:
+        version = str(service.worker.engine.version)
+        model = service.model
+        return {"model_path": model, "tokenizer_path": model, "is_generation": True, "weight_version": version}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "weight_version": str(service.worker.engine.version), "waiting": service.worker.waiting}
+
+    @app.get("/metrics")
+    async def metrics() -> PlainTextResponse:
+        return PlainTextResponse(_metrics(service))
+
+    add_openai_routes(app, service)
+    return app
+
+
+async def _generate(service: Service, body: GenerateBody) -> Any:
+    if body.stream:
+        raise ValueError("stream=true is not served here")
+    if (body.text is None) == (body.input_ids is None):
+        raise ValueError("exactly one of text and input_ids is needed")
+    if body.text is not None:
+        single = isinstance(body.text, str)
+        texts = [body.text] if isinstance(body.text, str) else body.text
+        prompts = [service.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    else:
+        single = not body.input_ids or isinstance(body.input_ids[0], int)
+        prompts = [body.input_ids] if single else body.input_ids  # type: ignore[list-item,assignment]
+    params = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params] * len(prompts)
+    if len(params) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
+    sampling = [sampling_of(item) for item in params]
+    groups = await service.complete(prompts, sampling)
+    flat = [generation for group in groups for generation in group]
+    with_logprobs = body.return_logprob if isinstance(body.return_logprob, bool) else any(body.return_logprob)
+    texts = service.texts(flat)
+    out = [_native(item, text, with_logprobs, service) for item, text in zip(flat, texts, strict=True)]
+    return JSONResponse(out[0] if single and sampling[0].n == 1 else out)
+
+
+def _native(generation: Generation, text: str, with_logprobs: bool, service: Service) -> dict[str, Any]:
+    tokens = list(generation.token_ids)
+    if generation.finish_reason == "stop":
+        finish: dict[str, Any] = {"type": "stop", "matched": tokens[-1]}
+    else:
+        finish = {"type": "length", "length": len(tokens)}
+    meta: dict[str, Any] = {
+        "id": uuid.uuid4().hex,
+        "finish_reason": finish,
+        "prompt_tokens": len(generation.prompt_ids),
+        "completion_tokens": len(tokens),
+        "weight_version": str(generation.version),
+    }
+    if with_logprobs:
+        pairs = zip(generation.logprobs, tokens, strict=True)
+        meta["output_token_logprobs"] = [(logprob, token, None) for logprob, token in pairs]
+    return {"text": text, "output_ids": tokens, "meta_info": meta}
+
+
+def _metrics(service: Service) -> str:
+    totals = service.worker.totals
+    rows = (
+        ("ctrl_rollout_requests_total", "counter", "Completions served.", totals.requests),
+        ("ctrl_rollout_prompt_tokens_total", "counter", "Prompt tokens.", totals.prompt_tokens),
+        ("ctrl_rollout_completion_tokens_total", "counter", "Completion tokens.", totals.completion_tokens),
+        ("ctrl_rollout_busy_seconds_total", "counter", "Seconds spent decoding.", totals.busy_s),
+        ("ctrl_rollout_weight_updates_total", "counter", "Weight updates.", totals.updates),
+        ("ctrl_rollout_weight_version", "gauge", "Version of the weights.", service.worker.engine.version),
+        ("ctrl_rollout_waiting", "gauge", "Requests that wait.", service.worker.waiting),
+    )
+    return "".join(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in rows)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that ends gracefully on SIGTERM, SIGINT and SIGUSR2, whoever installed handlers before."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        before = {number: signal.signal(number, self._end) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _end(self, *_: object) -> None:
+        self.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises ValueError when the port is in use or the host unknown."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError as error:
+        sock.close()
+        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
+    return sock
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    on_ready: Callable[[str], None] | None = None,
+    threads: int = 2,
+    device: str = "auto",
+    batching: str = "auto",
+    max_batch_tokens: int = 65536,
+) -> None:
+    """Serve a Hugging Face folder until SIGTERM, SIGINT or SIGUSR2; ``on_ready`` gets the URL once it answers.
+
+    Raises ValueError for a missing model folder or a port in use.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from ctrl_hpc.rollout.engine import load_engine
+    from ctrl_hpc.rollout.weights import weight_files
+
+    weight_files(model)
+    sock = listen(host, port)
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    stop_ids = frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
+    engine = load_engine(model, device=device, batching=batching, max_batch_tokens=max_batch_tokens, stop_ids=stop_ids)
+    worker = Worker(engine)
+    app = create_app(Service(worker, tokenizer, model))
+    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+    url = f"http://{host}:{sock.getsockname()[1]}"
+
+    async def ready() -> None:
+        if on_ready is not None:
+            await asyncio.to_thread(on_ready, url)
+
+    app.router.on_startup.append(ready)
+    try:
+        server.run(sockets=[sock])
+    finally:
+        worker.close()
+        sock.close()

@@ -1,0 +1,57 @@
+"""New weights for a model that is already in memory, from a Hugging Face folder of the same architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder; raises ValueError when there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no model folder {folder}")
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def copy_weights(model: torch.nn.Module, folder: str | Path) -> None:
+    """Copy a folder's weights into the parameters of ``model``, in place.
+
+    All names and shapes are checked before anything is copied: on ValueError the model is as it was.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        state.update(load_file(path))
+    own = dict(model.state_dict())
+    tied = _tied_names(own)
+    for name in sorted(set(own) - set(state)):
+        if not any(other in state for other in tied[name]):
+            raise ValueError(f"{folder}: weight {name} is missing")
+    for name, tensor in state.items():
+        if name not in own:
+            raise ValueError(f"{folder}: weight {name} is not part of the served model")
+        if tensor.shape != own[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the served model's is {tuple(own[name].shape)}"
+            raise ValueError(f"{folder}: weight {name} has shape {shapes}")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def _tied_names(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:
+    """For each name, the names of entries that share its memory (tied embeddings)."""
+    by_memory: dict[tuple[int, torch.Size], set[str]] = {}
+    for name, tensor in state.items():
+        by_memory.setdefault((tensor.data_ptr(), tensor.shape), set()).add(name)
+    return {name: by_memory[(tensor.data_ptr(), tensor.shape)] - {name} for name, tensor in state.items()}

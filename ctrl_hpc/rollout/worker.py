@@ -1,0 +1,143 @@
+"""The one thread of a rollout server that touches the model: it gathers waiting requests into a batch."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctrl_hpc.protocols import Engine
+from ctrl_hpc.records import Generation, Sampling
+
+GATHER_S = 0.002
+"""How long the first waiting request waits for company."""
+
+
+@dataclass(slots=True)
+class _Request:
+    prompts: Sequence[Sequence[int]]
+    sampling: Sequence[Sampling]
+    future: Future[list[Generation]] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _Update:
+    folder: str
+    version: int
+    future: Future[None] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the worker has done since it started."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    busy_s: float = 0.0
+    updates: int = 0
+
+
+class Worker:
+    """Serves requests in the order they come, all that wait in one batch; a weight update waits for its turn."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.totals = Totals()
+        self._queue: queue.SimpleQueue[_Request | _Update | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="rollout-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests not yet taken."""
+        return self._queue.qsize()
+
+    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> Future[list[Generation]]:
+        """A future of one completion a prompt."""
+        request = _Request(prompts, sampling)
+        self._queue.put(request)
+        return request.future
+
+    def update(self, folder: str, version: int) -> Future[None]:
+        """A future that is done when the weights are loaded; requests submitted later use them."""
+        update = _Update(folder, version)
+        self._queue.put(update)
+        return update.future
+
+    def close(self) -> None:
+        """End the thread after what it is doing now."""
+        self._queue.put(None)
+
+    def _loop(self) -> None:
+        pending: list[_Request] = []
+        while True:
+            item: _Request | _Update | bool | None = self._queue.get()
+            while isinstance(item, _Request):
+                pending.append(item)
+                item = self._next_soon()
+            if pending:
+                self._generate(pending)
+                pending = []
+            if isinstance(item, _Update):
+                self._apply(item)
+            elif item is None:
+                return
+
+    def _next_soon(self) -> _Request | _Update | bool | None:
+        """The next item, waiting a moment for it; False when none came."""
+        try:
+            return self._queue.get(timeout=GATHER_S)
+        except queue.Empty:
+            return False
+
+    def _generate(self, requests: list[_Request]) -> None:
+        started = time.perf_counter()
+        prompts = [prompt for request in requests for prompt in request.prompts]
+        sampling = [item for request in requests for item in request.sampling]
+        try:
+            generations = self.engine.generate(prompts, sampling)
+        except (ValueError, RuntimeError) as error:
+            self._generate_apart(requests, error)
+            return
+        finally:
+            self.totals.busy_s += time.perf_counter() - started
+        self.totals.requests += len(prompts)
+        self.totals.prompt_tokens += sum(map(len, prompts))
+        self.totals.completion_tokens += sum(len(generation.token_ids) for generation in generations)
+        start = 0
+        for request in requests:
+            end = start + len(request.prompts)
+            _resolve(request.future, generations[start:end])
+            start = end
+
+    def _generate_apart(self, requests: list[_Request], error: ValueError | RuntimeError) -> None:
+        """A gathered batch failed: the request at fault gets the error, its mates are served."""
+        if len(requests) == 1:
+            _reject(requests[0].future, error)
+            return
+        for request in requests:
+            self._generate([request])
+
+    def _apply(self, update: _Update) -> None:
+        try:
+            self.engine.load_weights(update.folder, update.version)
+        except (ValueError, OSError) as error:
+            _reject(update.future, error)
+            return
+        self.totals.updates += 1
+        _resolve(update.future, None)
+
+
+def _resolve(future: Future[Any], value: Any) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_result(value)
+
+
+def _reject(future: Future[Any], error: Exception) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

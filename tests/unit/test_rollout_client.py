@@ -1,0 +1,135 @@
+"""The rollout client over servers that come, go, restart and lag behind."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_qwen
+import rollout_server
+from transformers import AutoTokenizer
+
+from ctrl_hpc.records import Chat, Generation, Message, Sampling
+from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.engine import load_engine
+
+SAMPLING = Sampling(temperature=1.0, max_tokens=10, n=2, seed=11)
+
+
+def chats(count: int) -> list[Chat]:
+    return [(Message(role="user", content=f"print the sum {'x' * i}"),) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_qwen.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_qwen.build(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: str) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def urls(folder: str) -> Iterator[list[str]]:
+    with rollout_server.running(folder) as first, rollout_server.running(folder) as second:
+        yield [first, second]
+
+
+def tokens(groups: Sequence[Sequence[Generation]]) -> list[list[tuple[int, ...]]]:
+    return [[item.token_ids for item in group] for group in groups]
+
+
+def test_answers_do_not_depend_on_the_servers(urls: list[str], tokenizer: Any) -> None:
+    many = RolloutClient(lambda: urls, tokenizer, max_in_flight=3)
+    one = RolloutClient(lambda: urls[:1], tokenizer)
+    spread, alone = many.complete(chats(7), SAMPLING), one.complete(chats(7), SAMPLING)
+    assert tokens(spread) == tokens(alone)
+    assert [len(group) for group in spread] == [2] * 7
+    assert spread[0][0].token_ids != spread[0][1].token_ids
+    template = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "print the sum "}], add_generation_prompt=True
+    )
+    assert list(spread[0][0].prompt_ids) == list(template["input_ids"])
+    assert spread[0][0].text == tokenizer.decode(list(spread[0][0].token_ids), skip_special_tokens=True)
+    assert len(spread[0][0].logprobs) == len(spread[0][0].token_ids)
+    assert one.complete([], SAMPLING) == []
+    many.close()
+    one.close()
+
+
+def test_a_server_that_is_not_there_loses_nothing(urls: list[str], tokenizer: Any) -> None:
+    listening = rollout_server.listen("127.0.0.1", 0)
+    dead = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.close()
+    client = RolloutClient(lambda: [dead, urls[0]], tokenizer, max_in_flight=2)
+    reference = RolloutClient(lambda: urls, tokenizer)
+    assert tokens(client.complete(chats(5), SAMPLING)) == tokens(reference.complete(chats(5), SAMPLING))
+    client.close()
+    reference.close()
+
+
+def test_a_server_that_hangs_is_left_when_its_registration_goes(urls: list[str], tokenizer: Any) -> None:
+    with rollout_server.listen("127.0.0.1", 0) as mute:  # accepts connections, never answers
+        hung = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        asked = threading.Event()
+        threading.Thread(target=lambda: (mute.accept(), asked.set()), daemon=True).start()
+        client = RolloutClient(lambda: [urls[0]] if asked.is_set() else [hung], tokenizer)
+        reference = RolloutClient(lambda: urls, tokenizer)
+        assert tokens(client.complete(chats(3), SAMPLING)) == tokens(reference.complete(chats(3), SAMPLING))
+        client.close()
+        reference.close()
+
+
+def test_no_server_at_all_is_said(tokenizer: Any) -> None:
+    client = RolloutClient(lambda: [], tokenizer, patience_s=0.2, role="critic")
+    with pytest.raises(RuntimeError, match="no critic server has been alive for 0 s"):
+        client.complete(chats(1), SAMPLING)
+    client.close()
+
+
+def test_a_refused_request_is_the_users_error(urls: list[str], tokenizer: Any) -> None:
+    client = RolloutClient(lambda: urls, tokenizer)
+    with pytest.raises(ValueError, match="256 positions"):
+        client.complete([(Message(role="user", content="7 " * 400),)], SAMPLING)
+    client.close()
+
+
+def test_new_weights_reach_every_server_and_late_ones(folder: str, other: str, tokenizer: Any) -> None:
+    live: list[str] = []
+    client = RolloutClient(lambda: list(live), tokenizer, max_in_flight=2)
+    with rollout_server.running(folder) as first, rollout_server.running(folder) as late:
+        live.append(first)
+        before = client.complete(chats(4), SAMPLING)
+        assert client.update_weights(other, 3) == 1
+        live.append(late)
+        after = client.complete(chats(4), SAMPLING)
+    assert {item.version for group in before for item in group} == {0}
+    assert {item.version for group in after for item in group} == {3}
+    assert tokens(before) != tokens(after)
+    client.close()
+
+
+def test_a_restarted_server_gets_the_newest_weights_again(folder: str, other: str, tokenizer: Any) -> None:
+    engine = load_engine(folder, device="cpu")
+    with rollout_server.running(folder, engine) as url:
+        client = RolloutClient(lambda: [url], tokenizer)
+        client.update_weights(other, 5)
+        expected = client.complete(chats(2), SAMPLING)
+        engine.load_weights(folder, 0)  # what a restart at the same address looks like
+        assert tokens(client.complete(chats(2), SAMPLING)) == tokens(expected)
+        assert engine.version == 5
+        client.close()
+
+
+def test_refused_weights_are_an_error(urls: list[str], tokenizer: Any, tmp_path: Path) -> None:
+    client = RolloutClient(lambda: urls, tokenizer)
+    with pytest.raises(ValueError, match="no model folder"):
+        client.update_weights(str(tmp_path / "none"), 1)
+    client.close()

@@ -1,0 +1,175 @@
+"""The padded engine against transformers' own generate and forward."""
+
+from pathlib import Path
+
+import pytest
+import random_qwen
+import torch
+from transformers import AutoModelForCausalLM
+
+from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout.continuous import ContinuousEngine
+from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
+from ctrl_hpc.rollout.seed import derive_seed
+
+PROMPTS = [[5, 9, 200], [7], [30, 31, 32, 33, 34, 35, 36], [5, 9, 200], [100, 101]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_qwen.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: str) -> PaddedEngine:
+    engine = load_engine(folder, device="cpu")
+    assert isinstance(engine, PaddedEngine)
+    return engine
+
+
+def sample(seed: int, **values: float) -> Sampling:
+    return Sampling(**{"temperature": 1.0, "max_tokens": 24, "seed": seed, **values})  # type: ignore[arg-type]
+
+
+def test_greedy_equals_transformers_generate(engine: PaddedEngine) -> None:
+    out = engine.generate(PROMPTS, [Sampling(temperature=0.0, max_tokens=24)] * len(PROMPTS))
+    for prompt, generation in zip(PROMPTS, out, strict=True):
+        ids = torch.tensor([prompt])
+        expected = engine.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=sorted(engine.stop_ids),
+        )
+        assert list(generation.token_ids) == expected[0, len(prompt) :].tolist()
+        assert generation.prompt_ids == tuple(prompt)
+
+
+def full_forward_logprobs(model: torch.nn.Module, generation: Generation, temperature: float) -> torch.Tensor:
+    ids = torch.tensor([generation.prompt_ids + generation.token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(generation.prompt_ids) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(generation.token_ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_logprobs_equal_a_full_forward_at_the_sampling_temperature(engine: PaddedEngine, temperature: float) -> None:
+    out = engine.generate(PROMPTS, [sample(i, temperature=temperature) for i in range(len(PROMPTS))])
+    for generation in out:
+        expected = full_forward_logprobs(engine.model, generation, temperature)
+        assert torch.allclose(torch.tensor(generation.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_request_is_answered_alike_alone_and_in_any_batch(engine: PaddedEngine) -> None:
+    sampling = [sample(derive_seed(3, i)) for i in range(len(PROMPTS))]
+    together = engine.generate(PROMPTS, sampling)
+    alone = [engine.generate([prompt], [item])[0] for prompt, item in zip(PROMPTS, sampling, strict=True)]
+    backwards = engine.generate(PROMPTS[::-1], sampling[::-1])[::-1]
+    small = PaddedEngine(engine.model, engine.stop_ids, max_batch_tokens=64).generate(PROMPTS, sampling)
+    for others in (alone, backwards, small):
+        assert [item.token_ids for item in others] == [item.token_ids for item in together]
+    assert together[0].token_ids != together[3].token_ids  # the same prompt with another seed
+
+
+def test_sampled_frequencies_follow_the_softmax(engine: PaddedEngine) -> None:
+    count = 4000
+    out = engine.generate([PROMPTS[0]] * count, [sample(i, max_tokens=1, temperature=0.8) for i in range(count)])
+    with torch.no_grad():
+        expected = torch.softmax(engine.model(torch.tensor([PROMPTS[0]])).logits[0, -1] / 0.8, -1)
+    drawn = torch.bincount(torch.tensor([item.token_ids[0] for item in out]), minlength=len(expected)) / count
+    error = (expected * (1 - expected) / count).sqrt()  # standard error of a frequency
+    assert ((drawn - expected).abs() <= 5 * error + 1e-3).all()
+
+
+def test_the_nucleus_is_the_smallest_set_of_that_mass(engine: PaddedEngine) -> None:
+    with torch.no_grad():
+        probs = torch.softmax(engine.model(torch.tensor([PROMPTS[0]])).logits[0, -1], -1)
+    sorted_probs, order = probs.sort(descending=True)
+    top_p = float(sorted_probs[:3].sum()) - 1e-4  # three tokens are needed to reach it
+    out = engine.generate([PROMPTS[0]] * 300, [sample(i, max_tokens=1, top_p=top_p) for i in range(300)])
+    assert {item.token_ids[0] for item in out} == set(order[:3].tolist())
+
+
+def test_it_stops_at_the_stop_token_and_at_the_limits(engine: PaddedEngine) -> None:
+    greedy = engine.generate([PROMPTS[0]], [Sampling(temperature=0.0, max_tokens=6)])[0]
+    assert greedy.finish_reason == "length" and len(greedy.token_ids) == 6
+    stop = greedy.token_ids[3]
+    first = greedy.token_ids.index(stop)
+    stopping = PaddedEngine(engine.model, frozenset({stop}))
+    out = stopping.generate([PROMPTS[0]], [Sampling(temperature=0.0, max_tokens=6)])[0]
+    assert out.finish_reason == "stop" and out.token_ids == greedy.token_ids[: first + 1]
+    mixed = engine.generate([PROMPTS[0]] * 2, [Sampling(temperature=0.0, max_tokens=n) for n in (2, 5)])
+    assert [item.token_ids for item in mixed] == [greedy.token_ids[:2], greedy.token_ids[:5]]
+    long = [3] * 250  # the model has 256 positions
+    assert len(engine.generate([long], [Sampling(temperature=0.0, max_tokens=100)])[0].token_ids) <= 6
+
+
+def test_bad_prompts_are_named(engine: PaddedEngine) -> None:
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        engine.generate([[1], []], [Sampling()] * 2)
+    with pytest.raises(ValueError, match="256 positions"):
+        engine.generate([[1] * 256], [Sampling()])
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        engine.generate([[100000]], [Sampling()])
+
+
+def test_new_weights_change_the_answers_and_the_version(folder: str, tmp_path: Path) -> None:
+    engine = load_engine(folder, device="cpu")
+    other = random_qwen.build(tmp_path / "other", seed=1)
+    greedy = [Sampling(temperature=0.0, max_tokens=12)]
+    before = engine.generate([PROMPTS[2]], greedy)[0]
+    engine.load_weights(other, 4)
+    after = engine.generate([PROMPTS[2]], greedy)[0]
+    assert (before.version, after.version) == (0, 4)
+    assert before.token_ids != after.token_ids
+    assert after.token_ids == load_engine(other, device="cpu").generate([PROMPTS[2]], greedy)[0].token_ids
+    engine.load_weights(folder, 5)
+    assert engine.generate([PROMPTS[2]], greedy)[0].token_ids == before.token_ids
+
+
+def test_weights_of_another_shape_change_nothing(engine: PaddedEngine, tmp_path: Path) -> None:
+    wide = random_qwen.build(tmp_path / "wide", width=64)
+    before = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    with pytest.raises(ValueError, match="has shape"):
+        engine.load_weights(wide, 9)
+    with pytest.raises(ValueError, match="no model folder"):
+        engine.load_weights(str(tmp_path / "nowhere"), 9)
+    assert engine.version == 0
+    assert all(torch.equal(before[name], tensor) for name, tensor in engine.model.state_dict().items())
+
+
+def test_sharded_and_untied_folders_load(tmp_path: Path) -> None:
+    first = random_qwen.build(tmp_path / "a", tied=False)
+    second = random_qwen.build(tmp_path / "b", tied=False, seed=1)
+    model = AutoModelForCausalLM.from_pretrained(second)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    engine = load_engine(first, device="cpu")
+    engine.load_weights(str(tmp_path / "sharded"), 1)
+    assert isinstance(engine, PaddedEngine)
+    expected = model.state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in engine.model.state_dict().items())
+
+
+def test_stop_ids_come_from_both_files(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert stop_token_ids(tmp_path) == {5, 7, 9}
+
+
+def test_continuous_batching_answers_as_the_padded_engine(folder: str, engine: PaddedEngine) -> None:
+    loaded = load_engine(folder, device="cpu", batching="continuous")
+    assert isinstance(loaded, ContinuousEngine)
+    continuous = ContinuousEngine(loaded.model, loaded.stop_ids, num_blocks=16, max_batch_tokens=64, page_size=16)
+    greedy = [Sampling(temperature=0.0, max_tokens=8)] * 3
+    expected = engine.generate(PROMPTS[:3], greedy)
+    got = continuous.generate(PROMPTS[:3], greedy)
+    assert [item.token_ids for item in got] == [item.token_ids for item in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+
+
+def test_an_unknown_way_of_batching_lists_the_choices(folder: str) -> None:
+    with pytest.raises(ValueError, match="allowed: auto, padded, continuous"):
+        load_engine(folder, device="cpu", batching="other")

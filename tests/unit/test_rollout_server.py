@@ -1,0 +1,155 @@
+"""The HTTP routes of the rollout server, asked with plain httpx."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import random_qwen
+import rollout_server
+import torch
+
+from ctrl_hpc.rollout.engine import load_engine
+from ctrl_hpc.rollout.server import listen, serve
+
+PROMPT = [5, 9, 200]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return random_qwen.build(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def http(folder: str) -> Iterator[httpx.Client]:
+    with rollout_server.running(folder) as url, httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+def generate(http: httpx.Client, **body: Any) -> Any:
+    response = http.post("/generate", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_generate_gives_ids_and_logprobs(http: httpx.Client, folder: str) -> None:
+    params = {"temperature": 0, "max_new_tokens": 5}
+    answer = generate(http, input_ids=PROMPT, sampling_params=params, return_logprob=True)
+    engine: Any = load_engine(folder, device="cpu")
+    ids = torch.tensor([PROMPT])
+    expected = engine.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert answer["output_ids"] == expected[0, 3:].tolist()
+    triples = answer["meta_info"]["output_token_logprobs"]
+    assert [token for _, token, _ in triples] == answer["output_ids"]
+    assert all(logprob <= 0 for logprob, _, _ in triples)
+    assert answer["meta_info"]["prompt_tokens"] == 3
+    assert answer["meta_info"]["weight_version"] == "0"
+    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": 5}
+
+
+def test_lists_are_batches_with_parameters_of_their_own(http: httpx.Client) -> None:
+    params = [{"max_new_tokens": 3, "sampling_seed": 1}, {"max_new_tokens": 6, "sampling_seed": 1}]
+    short, long = generate(http, input_ids=[PROMPT, PROMPT], sampling_params=params)
+    assert long["output_ids"][:3] == short["output_ids"]
+    assert len(long["output_ids"]) > 3
+
+
+def test_n_gives_different_seeded_samples(http: httpx.Client) -> None:
+    params = {"max_new_tokens": 12, "n": 3, "sampling_seed": 7}
+    first = generate(http, input_ids=PROMPT, sampling_params=params)
+    again = generate(http, input_ids=PROMPT, sampling_params=params)
+    assert [item["output_ids"] for item in first] == [item["output_ids"] for item in again]
+    assert len({tuple(item["output_ids"]) for item in first}) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "exactly one of text and input_ids"),
+        ({"input_ids": []}, "is empty"),
+        ({"input_ids": PROMPT, "sampling_params": {"temprature": 1}}, "sampling_params.temprature is unknown"),
+        ({"input_ids": PROMPT, "sampling_params": {"top_k": 5}}, "top_k=5 is not served"),
+        ({"input_ids": PROMPT, "sampling_params": {"temperature": -1}}, "temperature=-1.0: must be >= 0"),
+        ({"input_ids": PROMPT, "sampling_params": {"top_p": 0}}, r"must be in (0, 1]"),
+        ({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1.5}}, "must be a whole number"),
+        ({"input_ids": [PROMPT, PROMPT], "sampling_params": [{}]}, "2 prompts, but 1 sampling_params"),
+        ({"input_ids": PROMPT, "tokens": 1}, "tokens"),
+    ],
+)
+def test_bad_requests_are_one_line(http: httpx.Client, body: dict[str, Any], message: str) -> None:
+    response = http.post("/generate", json=body)
+    assert response.status_code == 400
+    text = response.json()["error"]["message"]
+    assert message in text and "\n" not in text
+
+
+def test_a_bad_request_does_not_spoil_its_batch_mates(http: httpx.Client) -> None:
+    bad = http.post("/generate", json={"input_ids": [999999]})
+    assert bad.status_code == 400 and "vocabulary" in bad.json()["error"]["message"]
+    assert len(generate(http, input_ids=PROMPT, sampling_params={"max_new_tokens": 2})["output_ids"]) > 0
+
+
+def test_weights_are_updated_from_disk(folder: str, tmp_path: Path) -> None:
+    other = random_qwen.build(tmp_path / "other", seed=1)
+    params = {"temperature": 0, "max_new_tokens": 8}
+    with rollout_server.running(folder) as url, httpx.Client(base_url=url, timeout=60) as http:
+        before = generate(http, input_ids=PROMPT, sampling_params=params)
+        response = http.post("/update_weights_from_disk", json={"model_path": other, "weight_version": "3"})
+        assert response.json()["success"] is True
+        after = generate(http, input_ids=PROMPT, sampling_params=params)
+        assert http.get("/get_weight_version").json() == {"weight_version": "3"}
+        missing = http.post("/update_weights_from_disk", json={"model_path": str(tmp_path / "no")})
+        assert missing.status_code == 400 and "no model folder" in missing.json()["message"]
+        assert generate(http, input_ids=PROMPT, sampling_params=params)["output_ids"] == after["output_ids"]
+    assert before["output_ids"] != after["output_ids"]
+    assert (before["meta_info"]["weight_version"], after["meta_info"]["weight_version"]) == ("0", "3")
+
+
+def test_openai_chat(http: httpx.Client) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "read the numbers"}],
+        "max_tokens": 6,
+        "temperature": 0,
+        "n": 2,
+        "logprobs": True,
+    }
+    data = http.post("/v1/chat/completions", json=body).json()
+    first, second = data["choices"]
+    assert first["message"] == second["message"]
+    assert first["message"]["role"] == "assistant" and first["finish_reason"] in ("stop", "length")
+    assert data["usage"]["completion_tokens"] == sum(len(item["logprobs"]["content"]) for item in (first, second))
+    assert data["usage"]["total_tokens"] == data["usage"]["prompt_tokens"] + data["usage"]["completion_tokens"]
+
+
+def test_openai_completions_and_models(http: httpx.Client, folder: str) -> None:
+    assert http.get("/v1/models").json()["data"][0]["id"] == folder
+    body = {"prompt": [PROMPT, [7]], "max_tokens": 4, "temperature": 0, "logprobs": 1}
+    data = http.post("/v1/completions", json=body).json()
+    assert [choice["index"] for choice in data["choices"]] == [0, 1]
+    native = generate(http, input_ids=PROMPT, sampling_params={"temperature": 0, "max_new_tokens": 4})
+    assert data["choices"][0]["text"] == native["text"]
+    stop = native["text"][1:3]
+    cut = http.post("/v1/completions", json={**body, "prompt": PROMPT, "stop": stop}).json()["choices"][0]
+    assert cut["text"] == native["text"][: native["text"].find(stop)] and cut["finish_reason"] == "stop"
+
+
+def test_health_and_metrics(http: httpx.Client) -> None:
+    assert http.get("/health").json()["status"] == "ok"
+    before = _total(http, "ctrl_rollout_completion_tokens_total")
+    answer = generate(http, input_ids=PROMPT, sampling_params={"max_new_tokens": 4})
+    assert _total(http, "ctrl_rollout_completion_tokens_total") - before == len(answer["output_ids"])
+
+
+def _total(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(name + " ")))
+
+
+def test_a_port_in_use_and_a_missing_model_are_one_line(folder: str, tmp_path: Path) -> None:
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    with sock, pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        serve(folder, port=port)
+    with pytest.raises(ValueError, match="no model folder"):
+        serve(str(tmp_path / "none"))
