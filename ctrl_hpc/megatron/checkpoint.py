@@ -1,0 +1,140 @@
+"""Checkpoints: Megatron's distributed format (any TP x PP x DP in, any out), atomic, the newest ones kept.
+
+A checkpoint is a folder ``step-NNNNNN`` with model, optimizer, random state of every rank, and a small dictionary of
+progress (step, position in the data, tracking id). It is written beside its place and renamed when it is whole, so a
+crash leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.models.gpt import GPTModel
+
+from ctrl_hpc.megatron.optimizer import Optimizer
+from ctrl_hpc.megatron.parallel_state import World
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def _local_queue(*_unused: Any, **_options: Any) -> queue.Queue[Any]:
+    return queue.Queue()
+
+
+# Megatron starts a manager process for the results of its writer threads, ten seconds for each rank, for the sake of
+# asynchronous saves in another process; saves in this process need only a queue.
+filesystem_async.get_write_results_queue = _local_queue
+
+
+def save(
+    folder: Path, step: int, model: GPTModel, optimizer: Optimizer, world: World, progress: dict[str, Any], keep: int
+) -> None:
+    """Write ``folder/step-NNNNNN`` and remove all but the newest ``keep``; every rank takes part.
+
+    ``progress`` must be the same on every rank.
+    """
+    target = folder / f"step-{step:06d}"
+    part = folder / f".step-{step:06d}.part"
+    if world.main:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    world.barrier()
+    state = _sharded_state(model, optimizer, world, is_loading=False)
+    state["progress"] = {**progress, "step": step, "optimizer_steps": optimizer.steps, "world_size": world.size}
+    dist_checkpointing.save(state, str(part), validate_access_integrity=False)
+    world.barrier()
+    if world.main:
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(part, target)
+        _remove_old(folder, keep)
+    world.barrier()
+
+
+def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> dict[str, Any] | None:
+    """Restore the newest checkpoint of ``folder`` into the model and the optimizer; its progress, or None without one.
+
+    Random state is restored where the number of ranks is the same. Raises ValueError when it does not fit the model.
+    """
+    newest = world.main_value(str(latest(folder) or ""))
+    if not newest:
+        return None
+    try:
+        progress = dist_checkpointing.load_common_state_dict(newest)["progress"]
+        same_ranks = progress["world_size"] == world.size
+        state = _sharded_state(model, optimizer, world, is_loading=True, with_random=same_ranks)
+        loaded = dist_checkpointing.load(state, newest)
+    except (CheckpointingException, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{newest}: does not fit this critic and layout: {_one_line(error)}") from error
+    model.load_state_dict(loaded["model"])
+    optimizer.inner.load_state_dict(loaded["optimizer"])
+    optimizer.steps = progress["optimizer_steps"]
+    if same_ranks:
+        _set_random_state(loaded["random"])
+    return progress
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a folder."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def _all(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    steps = {int(match[1]): path for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for path in _all(folder)[:-keep]:
+        gone = path.with_name(f".{path.name}.old")
+        os.replace(path, gone)  # a checkpoint half removed must not look whole
+        shutil.rmtree(gone)
+
+
+def _sharded_state(
+    model: GPTModel, optimizer: Optimizer, world: World, *, is_loading: bool, with_random: bool = True
+) -> dict[str, Any]:
+    weights = model.sharded_state_dict()
+    state = {"model": weights, "optimizer": optimizer.inner.sharded_state_dict(weights, is_loading=is_loading)}
+    if with_random:
+        state["random"] = ShardedObject("random", _random_state(), (world.size,), (world.rank,))
+    return state
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        state |= {"cuda": torch.cuda.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+        torch.cuda.set_rng_state(state["cuda"])
+        get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,1 @@
+"""The trainer's two stages, SFT and RL, on Megatron-core and the project's loss kernels."""

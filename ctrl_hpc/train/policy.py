@@ -1,0 +1,200 @@
+"""The critic in training: log-probabilities, one optimizer step of a loss, weights in and out.
+
+Shapes: N response tokens of a micro-batch, B its sequences, R response slots, S sequences of a batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import ctrl_kernels
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from ctrl_hpc.config import Config, OptimizerConfig
+from ctrl_hpc.megatron import architecture as architectures
+from ctrl_hpc.megatron import huggingface_weights, model
+from ctrl_hpc.megatron.optimizer import Optimizer
+from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.train.batch import Batch, MicroBatch, micro_batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The output layer as the loss kernels take it: this rank's rows of its weight, and where they lie."""
+
+    weight: Tensor
+    group: dist.ProcessGroup | None
+    vocab_start: int
+    vocab_size: int
+    backend: str
+
+    def options(self, temperature: float) -> dict[str, Any]:
+        """Keyword arguments of the kernels that take hidden states."""
+        return {
+            "temperature": temperature,
+            "group": self.group,
+            "vocab_start": self.vocab_start,
+            "vocab_size": self.vocab_size,
+            "backend": self.backend,
+        }
+
+    def logprobs(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+        """Log-probability [N] of each target."""
+        options = self.options(temperature)
+        return ctrl_kernels.linear_token_logprobs(hidden_ND, self.weight, targets_N, **options)
+
+    def logprobs_and_entropy(self, hidden_ND: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of the distribution, both [N]."""
+        options = self.options(temperature)
+        return ctrl_kernels.linear_token_logprobs(hidden_ND, self.weight, targets_N, return_entropy=True, **options)
+
+
+class Loss(Protocol):
+    """A loss of one micro-batch: its part of the batch's loss (a scalar), and what to log.
+
+    The parts of all micro-batches and data-parallel ranks add up to the loss of the batch: the denominator is global.
+    The logged values add up likewise.
+    """
+
+    def __call__(self, head: Head, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's part."""
+        ...
+
+
+class Policy:
+    """A critic over the ranks of the job. Every method is called by all ranks, with the same arguments."""
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        folder: str | Path,
+        *,
+        optimizer: OptimizerConfig | None = None,
+        total_steps: int = 0,
+    ) -> None:
+        """Load a Hugging Face folder; without ``optimizer`` the critic is frozen (a reference).
+
+        Raises ValueError for a missing or unfitting folder, or an impossible combination of settings.
+        """
+        self.config, self.world = config, world
+        self.architecture = architectures.read(folder)
+        self.model = model.build(self.architecture, config.parallel, world)
+        huggingface_weights.load(self.model, folder, self.architecture, world)
+        self.optimizer: Optimizer | None = None
+        if optimizer is not None:
+            self.optimizer = Optimizer(self.model, optimizer, config.parallel, world, total_steps)
+        else:
+            self.model.requires_grad_(False)
+
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """Log-probability of each response token, fp32 [S, R] on the CPU, zero beyond a response; on every rank."""
+
+        def score(head: Head, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs_N = head.logprobs(hidden_ND, micro.targets_N, temperature)
+            return logprobs_N.sum(), {"grid": micro.grid(logprobs_N)}
+
+        parts = self._micro_batches(batch)
+        with torch.no_grad():
+            scored = self._run(parts, score, forward_only=True)
+        logprobs_SR = torch.zeros(batch.mask_SR.shape, dtype=torch.float32)
+        for micro, grid_BR in zip(parts, (item["grid"] for item in scored), strict=False):
+            if len(micro.rows_B):
+                logprobs_SR[micro.rows_B, : micro.n_slots] = grid_BR.float().cpu()
+        return self._from_all_shares(logprobs_SR)
+
+    def update(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """One optimizer step on a batch; what the loss logged, summed, with ``loss``, ``grad_norm`` and ``lr``.
+
+        Raises FloatingPointError, before anything changes, when the gradient is not finite.
+        """
+        assert self.optimizer is not None, "a frozen critic is not updated"
+        logged = self.gradients(batch, loss)
+        return logged | self.optimizer.step()
+
+    def gradients(self, batch: Batch, loss: Loss) -> dict[str, float]:
+        """The gradient of the loss of a batch, left in Megatron's buffers; what the loss logged."""
+        assert self.optimizer is not None, "a frozen critic has no gradient"
+        self.optimizer.zero_grad()
+        results = self._run(self._micro_batches(batch), loss, forward_only=False)
+        return self._sum_logged(results)
+
+    def export(self, folder: str | Path, *, source: str | Path) -> None:
+        """Write a Hugging Face folder, whole or not at all, with the tokenizer and configuration of ``source``."""
+        huggingface_weights.export(self.model, self.architecture, self.world, folder, source=source)
+
+    def head(self) -> Head:
+        """The output layer; on the last pipeline stage."""
+        weight = model.output_weight(self.model)
+        backend = self.config.trainer.kernels
+        return Head(
+            weight=weight,
+            group=self.world.tensor_group if self.world.tensor_size > 1 else None,
+            vocab_start=self.world.tensor_rank * weight.shape[0],
+            vocab_size=self.architecture.vocab_size,
+            backend=backend,
+        )
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        return micro_batches(
+            batch,
+            data_rank=self.world.data_rank,
+            data_size=self.world.data_size,
+            budget=self.config.trainer.micro_batch_tokens,
+            multiple=self.world.tensor_size if self.config.parallel.sequence else 1,
+            device=self.world.device,
+        )
+
+    def _run(self, parts: Sequence[MicroBatch], loss: Loss, *, forward_only: bool) -> list[dict[str, Tensor]]:
+        """Forward (and backward) through the pipeline; what the loss logged for each micro-batch, on the last stage."""
+
+        def forward_step(micros: Iterator[MicroBatch], stage: Any) -> tuple[Tensor, Callable[..., Any]]:
+            micro = next(micros)
+            output = model.hidden_states(
+                stage, micro.tokens_BT, lambda hidden_TBD: hidden_TBD.flatten(0, 1).index_select(0, micro.positions_N)
+            )
+            return output, partial(self._loss, loss, micro)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(parts),
+            model=[self.model if self.optimizer is None else self.optimizer.ddp],
+            num_microbatches=len(parts),
+            seq_length=parts[0].tokens_BT.shape[1],
+            micro_batch_size=parts[0].tokens_BT.shape[0],
+            forward_only=forward_only,
+        )
+
+    def _loss(
+        self, loss: Loss, micro: MicroBatch, hidden_ND: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        value, logged = loss(self.head(), micro, hidden_ND)
+        tokens = torch.tensor(len(micro.targets_N), dtype=torch.int, device=hidden_ND.device)
+        return value, tokens, {"loss": value.detach(), **logged}
+
+    def _from_all_shares(self, values: Tensor) -> Tensor:
+        """Sum over data-parallel ranks, then from the last pipeline stage to all; small CPU tensors."""
+        if self.world.data_size > 1 or self.world.pipeline_size > 1:
+            contributes = self.world.last_stage and self.world.tensor_rank == 0
+            values = values if contributes else torch.zeros_like(values)
+            dist.all_reduce(values)
+        return values
+
+    def _sum_logged(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+        mine: dict[str, float] = {}
+        for result in results:
+            for name, value in result.items():
+                mine[name] = mine.get(name, 0.0) + float(value)
+        if self.world.data_size == 1 and self.world.pipeline_size == 1:
+            return mine
+        everyone: list[Any] = [None] * self.world.size
+        dist.all_gather_object(everyone, mine if self.world.last_stage and self.world.tensor_rank == 0 else {})
+        names = sorted({name for logged in everyone for name in logged})
+        return {name: sum(logged.get(name, 0.0) for logged in everyone) for name in names}
