@@ -16,8 +16,8 @@ from ctrl_hpc.records import AssertTest, FunctionTest, StdinTest
 
 KINDS: dict[str, type] = {"stdin": StdinTest, "assert": AssertTest, "function": FunctionTest}
 """The ``kind`` of a test case in a problem file."""
-_RENAMED = {(StdinTest, "expected_stdout"): "stdout"}
-_FREE_FORM = {(FunctionTest, "args"), (FunctionTest, "expected")}
+_RENAMED: dict[tuple[type, str], str] = {(StdinTest, "expected_stdout"): "stdout"}
+_FREE_FORM: set[tuple[type, str]] = {(FunctionTest, "args"), (FunctionTest, "expected")}
 
 
 def encode(value: Any) -> Any:

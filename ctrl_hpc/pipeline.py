@@ -66,7 +66,9 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
     for start, problems in in_chunks(run.problems, 512, "sample: drafts, executed"):
         seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
         drafts = draft(problems, connections.generator, run.prompts, seeded)
-        solutions += execute(drafts, problems, connections.executor, config.executor.limits)
+        by_id = {problem.id: problem for problem in problems}
+        pairs = [(by_id[solution.problem_id], solution) for solution in drafts]
+        solutions += execute(pairs, connections.executor, config.executor.limits)
     jsonl.write(run.folder / "sample" / "solutions.jsonl", solutions)
     right = sum(solution.verdict is not None and solution.verdict.accepted for solution in solutions)
     return {"solutions": len(solutions), "pass_at_1": right / len(solutions)}

@@ -110,7 +110,8 @@ def test_the_frozen_generator_is_not_the_policy(finished: Path) -> None:
     drafts = jsonl.read(Solution, finished / "eval" / "tiny" / "drafts_greedy.jsonl")[:30]
     for draft in drafts:
         chat = [
-            {"role": message.role, "content": message.content} for message in prompts.solution(problems[draft.problem_id])
+            {"role": message.role, "content": message.content}
+            for message in prompts.solution(problems[draft.problem_id])
         ]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = network.generate(**ids, max_new_tokens=48, do_sample=False)
