@@ -119,7 +119,7 @@ _POSITIVE = (
     "trainer.keep_checkpoints sft.epochs sft.batch_size sft.max_length sft.save_every sft.optimizer.lr rl.steps "
     "rl.prompts_per_step rl.group_size rl.temperature rl.max_tokens rl.max_revision_tokens rl.minibatches "
     "rl.save_every rl.optimizer.lr eval.turns eval.n_samples eval.temperature eval.max_tokens eval.bootstrap "
-    "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
+    "eval.chunk parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
     "launch.start_timeout_s launch.array_parallelism"
@@ -128,7 +128,7 @@ _NOT_NEGATIVE = (
     "seed sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
     "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
-    "rollout.generator_elements launch.max_requeues launch.signal_delay_s"
+    "rollout.generator_elements launch.max_requeues launch.signal_delay_s eval.report_samples"
 ).split()
 STAGES = ("sample", "synthesize", "sft", "rl", "eval", "report")
 """Stages of a run, in order."""

@@ -209,6 +209,16 @@ class RLConfig:
     """Weight of the reward for a right judgement (Critique-RL, RefCritic), in [0, 1]; 0 is the paper's reward."""
     max_staleness: int = 0
     """Largest number of weight versions a rollout may be old; 0: strictly on-policy."""
+    importance_cap: float | None = None
+    """Cap of the importance weights that correct for rollouts by older weights or another engine (truncated importance
+    sampling), > 0; None: no correction."""
+    refill_rounds: int = 0
+    """Times a step draws more drafts in place of those whose critiques all earned the same; >= 0 (0: they are skipped
+    in the update)."""
+    reference: Literal["copy", "swap"] = "copy"
+    """The frozen reference: a second copy beside the critic, or its weights kept in host memory and swapped in."""
+    replay: str | None = None
+    """Folder of recorded rollouts (``rl/rollouts`` of another run) to learn from instead of sampling."""
     save_every: int = 10
     """Rollout steps between checkpoints; the last step is always saved."""
     save_samples: int = 16
@@ -237,6 +247,13 @@ class EvalConfig:
     """Resamples of the confidence intervals; > 0."""
     stop_when_correct: bool = True
     """A draft judged Correct is kept and not critiqued again."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Further critics by name, to be listed in ``critics``: a Hugging Face folder of the critic's architecture, or
+    ``URL#MODEL`` of an OpenAI-compatible endpoint."""
+    chunk: int = 1024
+    """Samples of a turn that are asked for together and then written down; a killed evaluation loses one chunk."""
+    report_samples: int = 24
+    """Samples of every critic shown in the report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,12 +7,11 @@ import signal
 from dataclasses import dataclass
 from typing import Literal
 
-from ctrl_hpc.records import AssertTest, FunctionTest, Problem, Solution, StdinTest, TestCase, TestResult, Verdict
+from ctrl_hpc.flow.feedback import case, shown
+from ctrl_hpc.records import Problem, Solution, TestResult, Verdict
 
 Kind = Literal["passed", "failed", "partial", "error", "timeout", "unknown"]
 
-SHOWN_CHARACTERS = 600
-"""Longest input, output or message shown; longer ones lose their middle."""
 CONTEXT_LINES = 2
 """Lines of code shown before and after the line that failed."""
 
@@ -60,14 +59,6 @@ def _fenced(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def _shown(text: str) -> str:
-    text = text.rstrip("\n")
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    half = SHOWN_CHARACTERS // 2
-    return f"{text[:half]} ... ({len(text) - 2 * half} characters left out) ... {text[-half:]}"
-
-
 def _first(verdict: Verdict, status: str) -> int | None:
     return next((index for index, test in enumerate(verdict.tests) if test.status == status), None)
 
@@ -77,26 +68,8 @@ def _partial_text(problem: Problem, verdict: Verdict) -> str:
     index = _first(verdict, "wrong_answer")
     if index is None or index >= len(problem.tests):
         return head
-    asked, expected, actual = _case(problem.tests[index], verdict.tests[index])
-    return f"{head}\nInput:\n{_shown(asked)}\nExpected:\n{_shown(expected)}\nActual:\n{_shown(actual)}"
-
-
-def _case(test: TestCase, result: TestResult) -> tuple[str, str, str]:
-    """Input, expected and actual output of a failed test, as text."""
-    actual = result.stdout.decode("utf-8", "replace")
-    match test:
-        case StdinTest():
-            return test.stdin, test.expected_stdout, actual
-        case FunctionTest():
-            call = f"{test.name}({', '.join(map(repr, test.args))})"
-            return call, repr(test.expected), actual or _last_line(result.stderr)
-        case AssertTest():
-            return test.code, "the assertions hold", _last_line(result.stderr) or "an assertion fails"
-
-
-def _last_line(stderr: bytes) -> str:
-    lines = [line for line in stderr.decode("utf-8", "replace").split("\n") if line.strip()]
-    return lines[-1].strip() if lines else ""
+    asked, expected, actual = case(problem.tests[index], verdict.tests[index])
+    return f"{head}\nInput:\n{shown(asked)}\nExpected:\n{shown(expected)}\nActual:\n{shown(actual)}"
 
 
 def _error_text(program: str, verdict: Verdict) -> str:
@@ -106,11 +79,11 @@ def _error_text(program: str, verdict: Verdict) -> str:
     error = _error_message(stderr) or _exit_message(result) or verdict.detail or "the program failed"
     line = error_line(program, stderr)
     if line is None:
-        return f"The program fails with an error.\n{_fenced(program)}\nError:\n{_shown(error)}"
+        return f"The program fails with an error.\n{_fenced(program)}\nError:\n{shown(error)}"
     lines = program.split("\n")
     block = "\n".join(lines[max(line - 1 - CONTEXT_LINES, 0) : line + CONTEXT_LINES])
     where = f"in line {line}: {lines[line - 1].strip()}"
-    return f"The program fails with an error {where}\n{_fenced(block)}\nError:\n{_shown(error)}"
+    return f"The program fails with an error {where}\n{_fenced(block)}\nError:\n{shown(error)}"
 
 
 _FRAME = re.compile(r'^\s+File "(?P<file>[^"]*)", line (?P<line>\d+)')

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from ctrl_hpc.flow.feedback import execution_feedback
 from ctrl_hpc.flow.hints import error_line, hint, mentions_hint
 from ctrl_hpc.records import (
     AssertTest,
@@ -176,3 +177,28 @@ def test_critiques_that_give_the_hint_away(text):
 )
 def test_critiques_that_only_reason(text):
     assert not mentions_hint(text)
+
+
+def test_raw_feedback_shows_the_failure_with_the_shortest_input():
+    tests = (
+        StdinTest(stdin="1 2 3\n", expected_stdout="6\n"),
+        StdinTest(stdin="1\n", expected_stdout="1\n"),
+        StdinTest(stdin="\n", expected_stdout="0\n"),
+    )
+    wrong = TestResult(status="wrong_answer", stdout=b"9\n")
+    text = execution_feedback(problem(*tests), solution("wrong_answer", wrong, wrong, OK))
+    assert text == "1 of 3 tests passed: wrong answer.\nInput:\n1\nExpected:\n1\nActual:\n9"
+
+
+def test_raw_feedback_of_other_verdicts():
+    assert execution_feedback(problem(), solution("accepted", OK, OK)) == "All 2 tests passed."
+    crash = TestResult(status="runtime_error", stderr=CARETS, exit_code=1)
+    assert execution_feedback(problem(), solution("runtime_error", crash, OK)).endswith(
+        "\nError:\nIndexError: list index out of range"
+    )
+    slow = TestResult(status="time_limit", stdout=b"half")
+    text = execution_feedback(problem(), solution("time_limit", slow, OK))
+    assert text == "1 of 2 tests passed: time limit.\nInput:\n0\nExpected:\n1"
+    skipped = TestResult(status="not_run")
+    none = solution("wrong_answer", skipped, skipped, program=None, detail="no program in the answer")
+    assert execution_feedback(problem(), none) == "0 of 2 tests passed: wrong answer.\nno program in the answer"
