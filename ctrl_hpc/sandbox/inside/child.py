@@ -1,0 +1,167 @@
+"""What a forked child does before it becomes the program: limits, descriptors, streams, then the untrusted source.
+
+Nothing in this process is trusted once the source runs: results are judged from the exit status and from files that
+the executor made, and everything that could tell the right answer is elsewhere.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _sitebuiltins
+import atexit
+import bisect  # noqa: F401  (loaded here so that programs find it loaded, as are the others marked so)
+import builtins
+import collections  # noqa: F401
+import copy  # noqa: F401
+import functools  # noqa: F401
+import gc
+import heapq  # noqa: F401
+import io
+import itertools  # noqa: F401
+import linecache
+import math  # noqa: F401
+import mmap
+import opcode
+import operator  # noqa: F401
+import os
+import re  # noqa: F401
+import resource
+import string  # noqa: F401
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable
+
+import checker
+import solution
+
+RUN, SERVE, CHECK = range(3)
+"""Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them."""
+PROGRAM_NAME = "solution.py"
+_RAISE = opcode.opmap["RAISE_VARARGS"]
+_OPEN_FILES = 64
+_BILLION = 10**9
+
+for _name in ("exit", "quit"):
+    setattr(builtins, _name, _sitebuiltins.Quitter(_name, "Ctrl-D (i.e. EOF)"))
+
+
+def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits: tuple[int, ...]) -> None:
+    """Become the program; never returns.
+
+    ``pending[0]`` is cleared, and the page given up, once the program is about to run: whatever fails before that is
+    the executor's fault, whatever fails later is the program's.
+    """
+    _limit(*limits)
+    source = _read(fds[0])
+    # Received descriptors are numbered upwards from 3, so no dup2 overwrites one still to be moved.
+    for target, fd in enumerate(fds[1:]):
+        assert fd > target
+        os.dup2(fd, target, inheritable=target < 3)
+    os.closerange(len(fds) - 1, _OPEN_FILES)
+    _open_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    gc.enable()
+    pending[0] = 0
+    pending.close()
+    if kind == CHECK:
+        checker.main(source)
+    name = "__main__" if kind == RUN else "solution"
+    module = types.ModuleType(name)
+    module.__dict__.update(__builtins__=builtins, __file__=PROGRAM_NAME)
+    sys.modules[name] = module
+    sys.argv = [PROGRAM_NAME]
+    serve = (lambda: solution.serve(module.__dict__)) if kind == SERVE else None
+    _execute(source, module.__dict__, note, serve)
+
+
+def _limit(cpu_ns: int, memory: int, file_size: int, processes: int, stack: int) -> None:
+    cpu_s = -(-cpu_ns // _BILLION) + 1  # a backstop: the runner enforces the limit itself, to the millisecond
+    for which, value in (
+        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_FSIZE, file_size),
+        (resource.RLIMIT_NPROC, processes),
+        (resource.RLIMIT_STACK, stack),
+        (resource.RLIMIT_AS, memory),
+    ):
+        resource.setrlimit(which, (value, value))
+
+
+def _read(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _open_streams() -> None:
+    stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape")
+    stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "surrogateescape", "\n")
+    stderr = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace", "\n", line_buffering=True
+    )
+    vars(sys).update(stdin=stdin, __stdin__=stdin, stdout=stdout, __stdout__=stdout, stderr=stderr, __stderr__=stderr)
+
+
+def _execute(source: bytes, namespace: dict, note: mmap.mmap, then: Callable[[], None] | None) -> None:
+    """Run the program as a script would be run, then leave as an interpreter would, without tearing it down."""
+    stdout, leave = sys.stdout, os._exit
+    try:
+        code = compile(source, PROGRAM_NAME, "exec", dont_inherit=True)
+        exec(code, namespace)
+        if then is not None:
+            then()
+        status = 0
+    except SystemExit as error:
+        status = _exit_status(error)
+    except BaseException as error:  # noqa: BLE001 (whatever the program raises ends up in its stderr)
+        status = 1
+        _report(error, source, note)
+    status = _finish(stdout, status)
+    leave(status)
+
+
+def _exit_status(error: SystemExit) -> int:
+    if error.code is None:
+        return 0
+    if isinstance(error.code, int):
+        return error.code & 0xFF
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _report(error: BaseException, source: bytes, note: mmap.mmap) -> None:
+    tb = error.__traceback__.tb_next if error.__traceback__ else None
+    if isinstance(error, MemoryError) and not _raised_by_program(tb):
+        note[0] = 1
+    lines = source.decode("utf-8", "replace").splitlines(keepends=True)
+    linecache.cache[PROGRAM_NAME] = (len(source), None, lines, PROGRAM_NAME)
+    if sys.excepthook is not sys.__excepthook__:
+        sys.excepthook(type(error), error, tb)
+        return
+    traceback.print_exception(type(error), error, tb)
+
+
+def _raised_by_program(tb: types.TracebackType | None) -> bool:
+    """Whether the innermost frame raised by a ``raise`` statement (or there is none), not by a failed allocation."""
+    if tb is None:
+        return False
+    while tb.tb_next is not None:
+        tb = tb.tb_next
+    return tb.tb_frame.f_code.co_code[tb.tb_lasti] == _RAISE
+
+
+def _finish(stdout: typing.TextIO, status: int) -> int:
+    try:
+        threading = sys.modules.get("threading")
+        if threading is not None:
+            threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        stdout.flush()
+    except BaseException:  # noqa: BLE001 (as the interpreter does: a failed flush at exit is status 120)
+        return status or 120
+    try:
+        sys.stderr.flush()
+    except BaseException:  # noqa: BLE001
+        return status or 120
+    return status

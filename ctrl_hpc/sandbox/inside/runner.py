@@ -1,0 +1,165 @@
+"""Pid 1 of a jail: takes jobs from the executor, forks one child a job, enforces its limits, reports how it ended.
+
+A job is one datagram of integers with file descriptors beside it (source, stdin, stdout, stderr and, for calls, a
+request and a reply channel). The runner never reads or writes what those files hold: only the forked child reads the
+source, after which it is no longer trusted. So this process's memory, which every child inherits, holds integers only,
+and no child can find another program's text, input or output in it.
+
+Only the standard library, and no module of ours from outside this folder.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket as socket
+import _thread
+import contextlib
+import gc
+import mmap
+import os
+import resource
+import select
+import struct
+import sys
+import time
+import traceback
+
+import child
+
+REQUEST = struct.Struct("<8q")
+"""kind, CPU limit (ns), wall limit (ns), address space (bytes), file size (bytes), processes, stack (bytes), 0."""
+REPLY = struct.Struct("<8q")
+"""wait status, reason, CPU (ns), wall (ns), peak RSS (KiB), flags, 0, 0."""
+READY, FINISHED, CPU_LIMIT, WALL_LIMIT, CANCELLED, FAULT = range(6)
+"""Reasons: how a job ended."""
+CANCEL = -1
+"""The kind of a message that ends the running job; between jobs it means nothing."""
+DIRTY, OUT_OF_MEMORY = 1, 2
+"""Flags: something was left in /tmp; the child died of a MemoryError that it had not raised itself."""
+
+MAX_FDS = 8
+_CONTROL_FD = 0
+_SCRATCH = "/tmp"
+_THREAD_STACK_BYTES = 8 << 20
+_MILLION, _BILLION = 10**6, 10**9
+
+
+def _receive(control: socket.socket) -> tuple[tuple[int, ...], list[int]] | None:
+    """The next job's integers and descriptors; None when the executor is gone."""
+    data, ancillary, _, _ = control.recvmsg(REQUEST.size, socket.CMSG_SPACE(MAX_FDS * 4))
+    if len(data) != REQUEST.size:
+        return None
+    fds: list[int] = []
+    for _, _, payload in ancillary:
+        fds.extend(struct.unpack(f"{len(payload) // 4}i", payload))
+    return REQUEST.unpack(data), fds
+
+
+def _watch(control: socket.socket, pid: int, cpu_ns: int, wall_ns: int, start: int) -> int:
+    """Wait until the child ends or reaches a limit, or the executor cancels or leaves; returns the reason."""
+    clock = ~pid << 3 | 2  # the CPU clock of a process, as in clock_getcpuclockid(3)
+    pidfd = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        poller.register(control, select.POLLIN)
+        while True:
+            now = time.monotonic_ns()
+            cpu_left = cpu_ns - time.clock_gettime_ns(clock)
+            wall_left = wall_ns - (now - start)
+            if wall_left <= 0:
+                return WALL_LIMIT
+            if cpu_left <= 0:
+                return CPU_LIMIT
+            events = poller.poll(min(cpu_left, wall_left) / _MILLION + 0.2)
+            ready = [fd for fd, _ in events]
+            if pidfd in ready:
+                return FINISHED
+            if ready:
+                return CANCELLED
+    finally:
+        os.close(pidfd)
+
+
+def _reap(main_pid: int) -> tuple[int, int, int]:
+    """Kill and reap everything but this process; returns the main child's status, all CPU (ns), peak RSS (KiB)."""
+    status, cpu_s, peak_kb = 0, 0.0, 0
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
+        try:
+            pid, wait_status, usage = os.wait4(-1, 0)
+        except ChildProcessError:
+            return status, int(cpu_s * _BILLION), peak_kb
+        cpu_s += usage.ru_utime + usage.ru_stime
+        peak_kb = max(peak_kb, usage.ru_maxrss)
+        if pid == main_pid:
+            status = wait_status
+
+
+def _clean() -> bool:
+    """Remove plain files from /tmp; whether nothing else was there. If not, the executor replaces the jail."""
+    for name in os.listdir(_SCRATCH):
+        try:
+            os.unlink(f"{_SCRATCH}/{name}")
+        except OSError:
+            return False
+    info = os.stat(_SCRATCH)
+    return info.st_mode == 0o41777 and info.st_nlink == 2 and not os.listxattr(_SCRATCH)
+
+
+def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple[int, ...], fds: list[int]) -> bytes:
+    kind, cpu_ns, wall_ns, *limits, _ = job
+    pending[0], note[0] = 1, 0
+    start = time.monotonic_ns()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child.main(kind, fds, pending, note, (cpu_ns, *limits))
+        except BaseException:  # noqa: BLE001 (a failure before the program ran: its place is the executor's log)
+            traceback.print_exc()
+        os._exit(1)
+    reason = _watch(control, pid, cpu_ns, wall_ns, start)
+    wall = time.monotonic_ns() - start
+    status, cpu, peak_kb = _reap(pid)
+    if reason == FINISHED and cpu > cpu_ns:
+        reason = CPU_LIMIT
+    if pending[0]:
+        reason = FAULT
+    flags = (0 if _clean() else DIRTY) | (OUT_OF_MEMORY if note[0] else 0)
+    return REPLY.pack(status, reason, cpu, wall, peak_kb, flags, 0, 0)
+
+
+def main() -> None:
+    """Serve jobs until the executor closes its end."""
+    # Python's own SIGINT handler would make pid 1 killable from inside: without handlers the kernel shields it.
+    for number in range(1, signal.NSIG):
+        if signal.getsignal(number) not in (signal.SIG_DFL, None):
+            signal.signal(number, signal.SIG_DFL)
+    control = socket.socket(fileno=_CONTROL_FD)
+    pending, note = mmap.mmap(-1, mmap.PAGESIZE), mmap.mmap(-1, mmap.PAGESIZE)
+    os.chdir(_SCRATCH)
+    sys.path[0] = _SCRATCH  # programs import from their own folder, not from the runner's
+    os.umask(0o022)
+    _thread.stack_size(_THREAD_STACK_BYTES)  # the main thread's limit, which is larger, is the default otherwise
+    gc.disable()
+    gc.freeze()
+    control.send(REPLY.pack(0, READY, 0, 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0, 0, 0))
+    while True:
+        job = _receive(control)
+        if job is None:
+            os._exit(0)
+        if job[0][0] == CANCEL:
+            continue
+        reply = _run(control, pending, note, *job)
+        for fd in job[1]:
+            os.close(fd)
+        try:
+            control.send(reply)
+        except OSError:
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True
+    main()

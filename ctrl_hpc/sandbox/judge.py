@@ -1,0 +1,166 @@
+"""Judging: how an output is compared with the expected one, and which status a run earns.
+
+Outputs are bytes. The default compares tokens exactly; everything laxer has a name and is used only where a problem
+asks for it. A special judge is one more entry of :data:`COMPARISONS`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ctrl_hpc.records import Limits, TestStatus
+from ctrl_hpc.sandbox.inside import plain
+from ctrl_hpc.sandbox.jail import Ended, Reason
+
+Comparison = Callable[[bytes, bytes, bytes], bool]
+"""``(stdout, expected, stdin) -> accepted``."""
+
+FLOAT_TOLERANCE = 1e-6
+"""Absolute or relative, whichever is wider, as in DMOJ's and testlib's float checkers."""
+_FUSION_TOLERANCE = 1e-5
+_XFSZ, _XCPU = 25, 24
+_FLOAT = re.compile(rb"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def exact(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
+    """The same tokens, byte for byte; ASCII whitespace separates tokens and how much of it does not matter."""
+    return stdout.split() == expected.split()
+
+
+def lines(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
+    """The same lines, but for whitespace at their ends and empty lines at the end."""
+    return _stripped_lines(stdout) == _stripped_lines(expected)
+
+
+def _stripped_lines(text: bytes) -> list[bytes]:
+    return [line.rstrip() for line in text.rstrip().split(b"\n")]
+
+
+def floating(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
+    """Like :func:`exact`, but a token expected with a ``.`` or an exponent may differ by :data:`FLOAT_TOLERANCE`."""
+    ours, theirs = stdout.split(), expected.split()
+    return len(ours) == len(theirs) and all(map(_close_tokens, ours, theirs))
+
+
+def _close_tokens(token: bytes, expected: bytes) -> bool:
+    if token == expected:
+        return True
+    if not (set(expected) & set(b".eE") and _FLOAT.fullmatch(expected) and _FLOAT.fullmatch(token)):
+        return False
+    return close(float(token), float(expected))
+
+
+def close(value: float, expected: float) -> bool:
+    """Whether two finite numbers differ by at most :data:`FLOAT_TOLERANCE`, absolute or relative."""
+    if not (math.isfinite(value) and math.isfinite(expected)):
+        return value == expected
+    return abs(value - expected) <= FLOAT_TOLERANCE * max(1.0, abs(expected))
+
+
+def sandbox_fusion(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
+    """SandboxFusion's rule, for compatibility only: line by line, case ignored, numbers within a relative 1e-5.
+
+    It accepts 1000000000 for 1000000007 and ``1_2`` for 12, and rejects ``1.00 2.00`` for ``1.0 2.0``.
+    """
+    ours, theirs = _fusion_lines(stdout), _fusion_lines(expected)
+    return len(ours) == len(theirs) and all(map(_fusion_equal, ours, theirs))
+
+
+def _fusion_lines(text: bytes) -> list[str]:
+    return [line.lower().strip() for line in text.decode("utf-8", "replace").strip().split("\n")]
+
+
+def _fusion_equal(line: str, expected: str) -> bool:
+    if line == expected:
+        return True
+    try:
+        value, target = float(line), float(expected)
+    except ValueError:
+        return False
+    return abs(value - target) / max(abs(target), 1e-10) < _FUSION_TOLERANCE
+
+
+COMPARISONS: dict[str, Comparison] = {
+    "exact": exact,
+    "float": floating,
+    "lines": lines,
+    "sandbox_fusion": sandbox_fusion,
+}
+"""Comparison modes by name. A special judge is added here by the program that uses it."""
+
+
+def comparison(name: str) -> Comparison:
+    """The comparison of that name; ValueError lists the names there are."""
+    if name not in COMPARISONS:
+        raise ValueError(f"comparison: {name!r} is not one of {', '.join(COMPARISONS)}")
+    return COMPARISONS[name]
+
+
+def failure(ended: Ended, output_bytes: int, killed_for_memory: bool, limits: Limits) -> TestStatus | None:
+    """Why a run failed, whatever it printed: output before time before memory before runtime error; None if it did not.
+
+    ``output_bytes`` is the larger of its stdout and stderr.
+    """
+    if output_bytes > limits.output_bytes or ended.signal == _XFSZ:
+        return "output_limit"
+    if ended.reason in (Reason.CPU_LIMIT, Reason.WALL_LIMIT) or ended.signal == _XCPU:
+        return "time_limit"
+    if ended.out_of_memory or killed_for_memory or ended.peak_memory_mb > limits.memory_mb:
+        return "memory_limit"
+    if ended.signal is not None or ended.exit_code != 0:
+        return "runtime_error"
+    return None
+
+
+def same_value(data: Any, expected: Any, tolerant: bool) -> bool:
+    """Whether encoded plain data (see ``inside/plain.py``) from a solution equals ``expected``, as ``==`` would say.
+
+    Walks along ``expected``, so that hostile data costs no more than the expected value is large. A returned tuple
+    equals an expected list, as the usual JSON test files cannot say tuple. ``tolerant`` allows :data:`FLOAT_TOLERANCE`
+    on floats.
+    """
+    if isinstance(expected, list):
+        items = data["tuple"] if isinstance(data, dict) and set(data) == {"tuple"} else data
+        return _same_items(items, expected, tolerant)
+    if isinstance(expected, tuple):
+        return isinstance(data, dict) and set(data) == {"tuple"} and _same_items(data["tuple"], expected, tolerant)
+    if isinstance(expected, deque):
+        return isinstance(data, dict) and set(data) == {"deque"} and _same_items(data["deque"], expected, tolerant)
+    if isinstance(expected, dict):
+        return _same_dict(data, expected, tolerant)
+    if isinstance(expected, (set, frozenset)):
+        body = next(iter(data.values())) if isinstance(data, dict) and set(data) <= {"set", "frozenset"} else None
+        return isinstance(body, list) and len(body) == len(expected) and plain.decode({"set": body}) == expected
+    if isinstance(data, (list, dict)) and not (isinstance(data, dict) and len(data) == 1):
+        return False
+    value = plain.decode(data)
+    if tolerant and isinstance(expected, float) and isinstance(value, (int, float)):
+        return close(float(value), expected)
+    return bool(value == expected)
+
+
+def _same_items(items: Any, expected: Any, tolerant: bool) -> bool:
+    return (
+        isinstance(items, list)
+        and len(items) == len(expected)
+        and all(same_value(item, target, tolerant) for item, target in zip(items, expected, strict=True))
+    )
+
+
+def _same_dict(data: Any, expected: dict[Any, Any], tolerant: bool) -> bool:
+    body = data["dict"] if isinstance(data, dict) and set(data) == {"dict"} else None
+    if not isinstance(body, list) or len(body) != len(expected):
+        return False
+    remaining = set(expected)
+    for pair in body:
+        if not (isinstance(pair, list) and len(pair) == 2):
+            return False
+        key = plain.decode(pair[0])
+        if key not in remaining or not same_value(pair[1], expected[key], tolerant):
+            return False
+        remaining.remove(key)
+    return True
