@@ -1,4 +1,4 @@
-"""Plain data as JSON lines between a solution and its judge. Used inside the jail and outside, so it imports the standard library only.
+"""Plain data as JSON lines between a solution and its judge, inside the jail and outside; standard library only.
 
 What crosses: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, deque, Decimal,
 Fraction and finite iterators. Subclasses cross as their plain base, so no method of the sender ever runs at the
