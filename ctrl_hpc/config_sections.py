@@ -350,7 +350,15 @@ class LaunchConfig:
     start_timeout_s: float = 600.0
     """Longest wait for the first element of an array."""
     bind: str = "127.0.0.1"
-    """Address services listen on; ``0.0.0.0`` (with ``advertise``) where jobs run on several hosts."""
+    """Address services listen on; ``0.0.0.0`` where jobs run on several hosts."""
+    advertise: str | None = None
+    """Address by which other jobs reach a service; None: the one it listens on, or with 0.0.0.0 its node's address."""
+    max_restarts: int = 5
+    """Times in a row an element of an array is started again when it dies before it served; >= 0."""
+    python: str | None = None
+    """Command that starts Python in a Slurm job, for example inside a container; None: this Python."""
+    srun_args: tuple[str, ...] = ()
+    """More arguments of srun, for example of pyxis: ``--container-image=...``."""
     trainer: JobConfig = field(default_factory=JobConfig)
     """The trainer job."""
     rollout: JobConfig = field(default_factory=JobConfig)

@@ -52,7 +52,7 @@ def save(
         part.mkdir(parents=True)
     world.barrier()
     state = _sharded_state(model, optimizer, world, is_loading=False)
-    state["progress"] = {**progress, "step": step, "optimizer_steps": optimizer.steps, "world_size": world.size}
+    state["progress"] = {**progress, "step": step, "world_size": world.size}
     dist_checkpointing.save(state, str(part), validate_access_integrity=False)
     world.barrier()
     if world.main:
@@ -67,7 +67,7 @@ def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> d
 
     Random state is restored where the number of ranks is the same. Raises ValueError when it does not fit the model.
     """
-    newest = world.main_value(str(latest(folder) or ""))
+    newest = world.from_main(lambda: str(latest(folder) or ""))
     if not newest:
         return None
     try:
@@ -79,7 +79,6 @@ def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> d
         raise ValueError(f"{newest}: does not fit this critic and layout: {_one_line(error)}") from error
     model.load_state_dict(loaded["model"])
     optimizer.inner.load_state_dict(loaded["optimizer"])
-    optimizer.steps = progress["optimizer_steps"]
     if same_ranks:
         _set_random_state(loaded["random"])
     return progress

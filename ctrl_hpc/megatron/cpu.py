@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,11 +42,14 @@ class _Stream:
 
 
 def install() -> None:
-    """Make ``cuda`` mean ``cpu`` for the rest of this process; call it before Megatron-core is imported."""
+    """Make ``cuda`` mean ``cpu`` for the rest of this process; before Megatron-core is imported where that is possible.
+
+    (Where a GPU is there but not used it comes later, and Megatron's compiled functions, none of them called on a CPU,
+    stay compiled.)
+    """
     global _installed
     if _installed:
         return
-    assert not any(name.startswith("megatron.core") for name in sys.modules), "install() comes before Megatron-core"
     assert not torch.cuda.is_initialized(), "this process already uses a GPU"
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -70,14 +72,9 @@ def install() -> None:
     # Megatron decorates small functions with torch.compile when it is imported: on a CPU that costs a second of
     # imports and, when they are called, minutes of C++ compilation that a small model never earns back.
     torch.compile = _no_compile  # type: ignore[assignment]
-    # Tensor-parallel all-reduces are asynchronous; this variable only orders CUDA streams, and its absence is warned of.
+    # It orders CUDA streams and means nothing here, but Megatron warns of its absence.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _installed = True
-
-
-def installed() -> bool:
-    """Whether this process trains on the CPU with Megatron-core."""
-    return _installed
 
 
 def _is_cuda(device: Any) -> bool:

@@ -31,8 +31,17 @@ FILE_BYTES = 4 << 30
 """Size at which an export starts another safetensors file."""
 BUCKET_BYTES = 64 << 20
 """Parameters are gathered over the tensor-parallel group in messages of about this size."""
-SIDE_FILES = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
-SIDE_FILES += ("added_tokens.json", "chat_template*")
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+)
+"""What an export takes over from the folder that the critic came from, as patterns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,10 @@ def _layer_layout(name: str, prefix: str, architecture: Architecture, tensor: in
         halves = (mlp + "gate_proj.weight", mlp + "up_proj.weight")
         return Layout(0, tuple(Piece(half, r * rows, (r + 1) * rows) for r in range(tensor) for half in halves))
     columns = {
-        "self_attention.linear_proj.weight": (attention + "o_proj.weight", architecture.n_heads * architecture.head_dim),
+        "self_attention.linear_proj.weight": (
+            attention + "o_proj.weight",
+            architecture.n_heads * architecture.head_dim,
+        ),
         "mlp.linear_fc2.weight": (mlp + "down_proj.weight", architecture.mlp_size),
     }
     assert name in columns, f"no layout for parameter {prefix}{name}"
@@ -241,12 +253,18 @@ def _split(full: Tensor, rule: Layout) -> Iterator[tuple[str, Tensor]]:
 
 
 def export(
-    model: torch.nn.Module, architecture: Architecture, world: World, folder: str | Path, *, source: str | Path
+    model: torch.nn.Module,
+    architecture: Architecture,
+    world: World,
+    folder: str | Path,
+    *,
+    source: str | Path,
+    link: bool = False,
 ) -> None:
     """Write the critic as a Hugging Face folder, with ``source``'s configuration and tokenizer; all ranks take part.
 
     Every pipeline stage writes its own tensors. The folder appears whole, by a rename, or not at all; one that is
-    there is replaced.
+    there is replaced. ``link`` makes the side files hard links to those of ``source`` where the file system can.
     """
     target = Path(folder)
     part = target.with_name(f".{target.name}.part")
@@ -261,7 +279,7 @@ def export(
         dist.all_gather_object(stages, files)
         files = {name: file for stage in stages for name, file in stage.items()}
     if world.main:
-        _finish(part, target, files, Path(source))
+        _finish(part, target, files, Path(source), link)
 
 
 def _write_stage(model: torch.nn.Module, architecture: Architecture, world: World, part: Path) -> dict[str, str]:
@@ -288,7 +306,11 @@ def _write_stage(model: torch.nn.Module, architecture: Architecture, world: Worl
     return files
 
 
-def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path) -> None:
+def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, link: bool) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in set(files.values()):  # safetensors writes files that only their owner can read
+        (part / name).chmod(0o666 & ~umask)
     names = set(files.values())
     if len(names) == 1:
         os.replace(part / next(iter(names)), part / SINGLE)
@@ -296,7 +318,7 @@ def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path) ->
         total = sum((part / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    link_side_files(source, part)
+    _side_files(source, part, link)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -305,11 +327,13 @@ def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path) ->
     shutil.rmtree(old, ignore_errors=True)
 
 
-def link_side_files(source: Path, target: Path) -> None:
-    """Give ``target`` the configuration and tokenizer of ``source``: hard links where possible, else copies."""
+def _side_files(source: Path, target: Path, link: bool) -> None:
     for pattern in SIDE_FILES:
         for file in source.glob(pattern):
-            try:
-                os.link(file, target / file.name)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(file, target / file.name)
+            if link:
+                try:
+                    os.link(file, target / file.name)
+                    continue
+                except OSError:  # another file system, or one without hard links
+                    pass
+            shutil.copyfile(file, target / file.name)

@@ -42,7 +42,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
     on_gpu = world.device.type == "cuda"
     fused = on_gpu and has_transformer_engine()
     scale = architecture.rope_amplitude**2 * architecture.head_dim**-0.5
-    recompute: dict[str, Any] = {
+    recompute: Any = {
         "none": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -74,6 +74,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
         variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # unused; the default refuses variable lengths
         perform_initialization=False,
         use_cpu_initialization=not on_gpu,
         calculate_per_token_loss=True,
@@ -141,7 +142,10 @@ def _layer_spec(config: TransformerConfig, world: World) -> Any:
 
 def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> None:
     divisions = {
-        "parallel.tensor": (parallel.tensor, {"attention heads": architecture.n_heads, "MLP width": architecture.mlp_size}),
+        "parallel.tensor": (
+            parallel.tensor,
+            {"attention heads": architecture.n_heads, "MLP width": architecture.mlp_size},
+        ),
         "parallel.pipeline": (parallel.pipeline, {"layers": architecture.n_layers}),
     }
     for key, (ranks, sizes) in divisions.items():
@@ -150,4 +154,7 @@ def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> No
                 raise ValueError(f"{key}={ranks} must divide the critic's {size} {what}")
     few, many = sorted((parallel.tensor, architecture.n_kv_heads))
     if many % few:
-        raise ValueError(f"parallel.tensor={parallel.tensor} and the critic's {architecture.n_kv_heads} key-value heads: one must divide the other")
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} and the critic's {architecture.n_kv_heads} key-value heads: "
+            "one must divide the other"
+        )

@@ -44,11 +44,11 @@ class Optimizer:
         self, model: GPTModel, config: OptimizerConfig, parallel: ParallelConfig, world: World, total_steps: int
     ) -> None:
         if parallel.distributed_optimizer and util.find_spec("transformer_engine") is None:
-            raise ValueError("parallel.distributed_optimizer=true needs Transformer Engine (its checkpoints load only there)")
+            raise ValueError(
+                "parallel.distributed_optimizer=true needs Transformer Engine (its checkpoints load only there)"
+            )
         self.config = config
         self.total_steps = total_steps
-        self.steps = 0
-        """Optimizer steps made; part of a checkpoint."""
         half = world.dtype == torch.bfloat16
         self.ddp = DistributedDataParallel(
             config=model.config,
@@ -86,23 +86,24 @@ class Optimizer:
         self.ddp.zero_grad_buffer()
         self.inner.zero_grad()
 
-    def step(self) -> dict[str, float]:
+    def step(self, position: int) -> dict[str, float]:
         """Clip and apply the gradients; ``grad_norm`` (before clipping, over the whole model) and ``lr``.
+
+        ``position`` is the step's number in the schedule, from 0.
 
         Raises FloatingPointError, before anything changes, when a gradient is NaN or infinite.
         """
-        rate = learning_rate(self.config, self.steps, self.total_steps)
+        rate = learning_rate(self.config, position, self.total_steps)
         for group in self.inner.param_groups:
             group["lr"] = rate
         self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm} at optimizer step {self.steps}; nothing was updated")
+            raise FloatingPointError(f"the gradient norm is {norm} at optimizer step {position}; nothing was updated")
         if 0.0 < self.config.clip_grad < norm:
             self._scale_gradients(self.config.clip_grad / (norm + 1e-6))
         if not self.inner.step_with_ready_grads():
-            raise RuntimeError(f"Megatron's optimizer refused step {self.steps}")
-        self.steps += 1
+            raise RuntimeError(f"Megatron's optimizer refused step {position}")
         return {"grad_norm": norm, "lr": rate}
 
     def _scale_gradients(self, factor: float) -> None:

@@ -12,7 +12,7 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from ctrl_hpc.config import Config
 
-Group = dist.ProcessGroup
+type Group = dist.ProcessGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +60,27 @@ class World:
         """Whether this rank holds the output layer, so that it computes losses."""
         return self.pipeline_rank == self.pipeline_size - 1
 
-    def main_value(self, value: Any) -> Any:
-        """Rank 0's ``value``, on every rank; any picklable object (travels through host memory)."""
-        box = [value]
-        if self.size > 1:
+    def from_main[**P, T](self, make: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+        """What ``make(...)`` returns on rank 0, on every rank; only rank 0 calls it. Any picklable object.
+
+        When it raises there, the other ranks raise RuntimeError with its text instead of waiting for it.
+        """
+        if self.size == 1:
+            return make(*args, **options)
+        if not self.main:
+            box: list[Any] = [None]
             dist.broadcast_object_list(box, src=0)
-        return box[0]
+            value, error = box[0]
+            if error is not None:
+                raise RuntimeError(f"rank 0 failed: {error}")
+            return value
+        try:
+            made = make(*args, **options)
+        except BaseException as error:
+            dist.broadcast_object_list([(None, f"{type(error).__name__}: {error}")], src=0)
+            raise
+        dist.broadcast_object_list([(made, None)], src=0)
+        return made
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -121,7 +136,11 @@ def initialize(config: Config) -> World:
 
         cpu.install()
         torch.set_num_threads(config.trainer.threads)
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()) if kind == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        if kind == "cuda"
+        else torch.device("cpu")
+    )
     if kind == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -183,7 +202,7 @@ def destroy() -> None:
 
 def watch(timeout_s: float) -> None:
     """Restart the watch: without another call within ``timeout_s`` every thread's stack goes to stderr."""
-    faulthandler.dump_traceback_later(timeout_s, repeat=False, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(timeout_s, repeat=False, file=sys.__stderr__ or 2)
 
 
 def seed_everything(seed: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import ctrl_kernels
 import torch
 import torch.distributed as dist
+from ctrl_kernels.backend import Backend
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Head:
     group: dist.ProcessGroup | None
     vocab_start: int
     vocab_size: int
-    backend: str
+    backend: Backend
 
     def options(self, temperature: float) -> dict[str, Any]:
         """Keyword arguments of the kernels that take hidden states."""
@@ -99,25 +100,29 @@ class Policy:
 
         def score(head: Head, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs_N = head.logprobs(hidden_ND, micro.targets_N, temperature)
-            return logprobs_N.sum(), {"grid": micro.grid(logprobs_N)}
+            return logprobs_N.sum(), {"logprobs": micro.grid(logprobs_N)}
 
-        parts = self._micro_batches(batch)
-        with torch.no_grad():
-            scored = self._run(parts, score, forward_only=True)
-        logprobs_SR = torch.zeros(batch.mask_SR.shape, dtype=torch.float32)
-        for micro, grid_BR in zip(parts, (item["grid"] for item in scored), strict=False):
-            if len(micro.rows_B):
-                logprobs_SR[micro.rows_B, : micro.n_slots] = grid_BR.float().cpu()
-        return self._from_all_shares(logprobs_SR)
+        return self._score(batch, score, ["logprobs"])[0]
 
-    def update(self, batch: Batch, loss: Loss) -> dict[str, float]:
+    def logprobs_and_entropy(self, batch: Batch, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As :meth:`logprobs`, with the entropy [S, R] of the distribution each token was drawn from."""
+
+        def score(head: Head, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logprobs_N, entropy_N = head.logprobs_and_entropy(hidden_ND, micro.targets_N, temperature)
+            return logprobs_N.sum(), {"logprobs": micro.grid(logprobs_N), "entropy": micro.grid(entropy_N)}
+
+        logprobs_SR, entropy_SR = self._score(batch, score, ["logprobs", "entropy"])
+        return logprobs_SR, entropy_SR
+
+    def update(self, batch: Batch, loss: Loss, position: int) -> dict[str, float]:
         """One optimizer step on a batch; what the loss logged, summed, with ``loss``, ``grad_norm`` and ``lr``.
 
-        Raises FloatingPointError, before anything changes, when the gradient is not finite.
+        ``position`` is the step's number in the learning-rate schedule. Raises FloatingPointError, before anything
+        changes, when the gradient is not finite.
         """
         assert self.optimizer is not None, "a frozen critic is not updated"
         logged = self.gradients(batch, loss)
-        return logged | self.optimizer.step()
+        return logged | self.optimizer.step(position)
 
     def gradients(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """The gradient of the loss of a batch, left in Megatron's buffers; what the loss logged."""
@@ -126,9 +131,12 @@ class Policy:
         results = self._run(self._micro_batches(batch), loss, forward_only=False)
         return self._sum_logged(results)
 
-    def export(self, folder: str | Path, *, source: str | Path) -> None:
-        """Write a Hugging Face folder, whole or not at all, with the tokenizer and configuration of ``source``."""
-        huggingface_weights.export(self.model, self.architecture, self.world, folder, source=source)
+    def export(self, folder: str | Path, *, source: str | Path, link: bool = False) -> None:
+        """Write a Hugging Face folder, whole or not at all, with the tokenizer and configuration of ``source``.
+
+        ``link`` shares those files with ``source`` where the file system can, for folders that live one step.
+        """
+        huggingface_weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
 
     def head(self) -> Head:
         """The output layer; on the last pipeline stage."""
@@ -152,6 +160,18 @@ class Policy:
             device=self.world.device,
         )
 
+    def _score(self, batch: Batch, score: Loss, names: list[str]) -> list[Tensor]:
+        """The grids that ``score`` logs, put together from micro-batches and data-parallel ranks."""
+        parts = self._micro_batches(batch)
+        with torch.no_grad():
+            scored = self._run(parts, score, forward_only=True)
+        values = torch.zeros(len(names), *batch.mask_SR.shape, dtype=torch.float32)
+        for micro, grids in zip(parts, scored, strict=False):
+            if len(micro.rows_B):
+                for index, name in enumerate(names):
+                    values[index, micro.rows_B, : micro.n_slots] = grids[name].float().cpu()
+        return list(self._from_all_shares(values))
+
     def _run(self, parts: Sequence[MicroBatch], loss: Loss, *, forward_only: bool) -> list[dict[str, Tensor]]:
         """Forward (and backward) through the pipeline; what the loss logged for each micro-batch, on the last stage."""
 
@@ -172,9 +192,7 @@ class Policy:
             forward_only=forward_only,
         )
 
-    def _loss(
-        self, loss: Loss, micro: MicroBatch, hidden_ND: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(self, loss: Loss, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         value, logged = loss(self.head(), micro, hidden_ND)
         tokens = torch.tensor(len(micro.targets_N), dtype=torch.int, device=hidden_ND.device)
         return value, tokens, {"loss": value.detach(), **logged}
@@ -198,3 +216,44 @@ class Policy:
         dist.all_gather_object(everyone, mine if self.world.last_stage and self.world.tensor_rank == 0 else {})
         names = sorted({name for logged in everyone for name in logged})
         return {name: sum(logged.get(name, 0.0) for logged in everyone) for name in names}
+
+
+class Reference(Protocol):
+    """The frozen critic that the KL term holds on to."""
+
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """As :meth:`Policy.logprobs`."""
+        ...
+
+
+class SwappedReference:
+    """The reference's weights in host memory, put into the policy for the length of a call."""
+
+    def __init__(self, policy: Policy) -> None:
+        """Remember the policy's weights as they are now."""
+        self._policy = policy
+        self._weights = [parameter.detach().cpu().clone() for parameter in policy.model.parameters()]
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """As :meth:`Policy.logprobs`, with the remembered weights; the policy's come back to the bit."""
+        parameters = list(self._policy.model.parameters())
+        current = [parameter.detach().cpu().clone() for parameter in parameters]
+        try:
+            _copy(self._weights, parameters)
+            return self._policy.logprobs(batch, temperature=temperature)
+        finally:
+            _copy(current, parameters)
+
+
+@torch.no_grad()
+def _copy(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    for value, parameter in zip(values, parameters, strict=True):
+        parameter.copy_(value)
+
+
+def make_reference(policy: Policy, folder: Path, kind: str) -> Reference:
+    """The reference critic of ``folder``, which ``policy`` has just been loaded from: a ``copy``, or by ``swap``."""
+    if kind == "swap":
+        return SwappedReference(policy)
+    return Policy(policy.config, policy.world, folder)

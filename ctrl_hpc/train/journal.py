@@ -1,0 +1,101 @@
+"""What a training stage tells the outside: metrics.jsonl, progress.json, wandb, and how long each phase took."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from ctrl_hpc.config import Config
+from ctrl_hpc.tracking import Tracker
+
+
+class Clock:
+    """Seconds spent in the phases of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the block under ``time/PHASE_s``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{phase}_s"
+            self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call."""
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+
+class Journal:
+    """The log of one stage, written by rank 0; on the other ranks it does nothing.
+
+    ``start`` is the step that comes next: records of it and later, left by a run that died after its last checkpoint,
+    are removed, so that every step is there once.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, stage: str, *, steps: int, start: int, tracking_id: str, main: bool
+    ) -> None:
+        self._folder, self._stage, self._steps, self._main = run_dir / stage, stage, steps, main
+        self._exit = ExitStack()
+        self._tracker: Tracker | None = None
+        if main:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            truncate(self._folder / "metrics.jsonl", start)
+            metrics = self._folder / "metrics.jsonl"
+            self._metrics = self._exit.enter_context(metrics.open("a", encoding="utf-8"))
+            self._tracker = self._exit.enter_context(Tracker(config, run_dir, stage, tracking_id))
+            self._progress(start, {})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._exit.close()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Step ``step`` (from 0) is done."""
+        if self._tracker is None:
+            return
+        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._metrics.flush()
+        self._tracker.log(metrics, step)
+        self._progress(step + 1, metrics)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Rows for people to read."""
+        if self._tracker is not None and rows:
+            self._tracker.table(name, columns, rows)
+
+    def _progress(self, done: int, metrics: dict[str, float]) -> None:
+        record = {"stage": self._stage, "step": done, "steps": self._steps, "metrics": metrics, "time": time.time()}
+        part = self._folder / ".progress.json.part"
+        part.write_text(json.dumps(record), encoding="utf-8")
+        os.replace(part, self._folder / "progress.json")
+
+
+def truncate(file: Path, start: int) -> None:
+    """Keep of a metrics file the whole records of steps before ``start``."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that was being written when the run was killed
+        if record["step"] < start:
+            kept.append(line + "\n")
+    part = file.with_name(f".{file.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, file)

@@ -1,0 +1,249 @@
+"""Stage ``rl``: GRPO on the reward of the revised program (paper, section 3.3).
+
+Rank 0 talks to the services: the critic's rollout array, the fixed generator, the executors. Every rank holds the same
+experience and takes its part of the update.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config, RLConfig
+from ctrl_hpc.flow.critiquing import critique
+from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.flow.revising import revise
+from ctrl_hpc.flow.reward import score
+from ctrl_hpc.megatron import checkpoint, parallel_state
+from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.records import Problem, Sampling, Solution
+from ctrl_hpc.train.data_order import sampling_seed
+from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, record_file, replay
+from ctrl_hpc.train.interruption import Interruption
+from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.losses import RLLoss
+from ctrl_hpc.train.policy import Policy, Reference, make_reference
+from ctrl_hpc.train.source import COLUMNS, Source
+
+
+def run(config: Config, run_dir: str | Path) -> None:
+    """Train on every rank of the job, from ``run_dir/sft/hf``; the critic ends in ``run_dir/rl/hf``.
+
+    Continues from the last checkpoint in ``run_dir/rl/checkpoints``. Raises ValueError for what the user can mend.
+    """
+    check(config.rl)
+    with parallel_state.job(config) as world:
+        train(config, Path(run_dir), world)
+
+
+def check(options: RLConfig) -> None:
+    """Refuse, in one line naming the key, settings that cannot work.
+
+    Raises ValueError.
+    """
+    if options.max_staleness not in (0, 1):
+        raise ValueError(
+            f"rl.max_staleness={options.max_staleness} is not allowed; allowed: 0 (rollouts by the newest weights), "
+            "1 (a step's rollouts are made during the update before it)"
+        )
+    if options.group_size < 2:
+        raise ValueError(f"rl.group_size={options.group_size} is not allowed; critiques are compared in groups of >= 2")
+    if not options.temperature > 0:
+        raise ValueError(f"rl.temperature={options.temperature} is not allowed; it must be > 0")
+
+
+def train(config: Config, run_dir: Path, world: World) -> None:
+    """The loop: rollout, revise, execute and reward; advantages, update, publish, save, log. Then export."""
+    options, folder, sft = config.rl, run_dir / "rl", run_dir / "sft" / "hf"
+    policy = Policy(config, world, sft, optimizer=options.optimizer, total_steps=options.steps * options.minibatches)
+    reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
+    assert policy.optimizer is not None
+    saved = checkpoint.load(folder / "checkpoints", policy.model, policy.optimizer, world)
+    new = {"step": 0, "position": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4))}
+    progress: dict[str, Any] = saved or new
+    start, clock = int(progress["step"]), Clock()
+    source = Source.open(config, run_dir) if world.main else None
+    journal = Journal(
+        config,
+        run_dir,
+        "rl",
+        steps=options.steps,
+        start=start,
+        tracking_id=progress["tracking_id"],
+        main=world.main,
+    )
+    with journal, Interruption() as interruption:
+        publish(policy, source, folder, start, sft)
+        for step in range(start, options.steps):
+            began = time.perf_counter()
+            parallel_state.watch(config.trainer.timeout_s)
+            experience = world.from_main(_experience, source, step, progress["position"])
+            advantages_S = experience.advantages(options.estimator)
+            logged = improve(policy, reference, experience, advantages_S, step, clock)
+            with clock("publish"):
+                publish(policy, source, folder, step + 1, sft)
+            interruption.measured("step", time.perf_counter() - began)
+            stop = world.from_main(lambda: interruption.requested)
+            progress |= {"step": step + 1, "position": experience.position}
+            saving = stop or (step + 1) % options.save_every == 0 or step + 1 == options.steps
+            if saving:
+                with clock("save"):
+                    save(policy, folder, progress)
+            times = clock.take()
+            interruption.measured("save", times.get("time/save_s", 0.0))
+            times["time/step_s"] = time.perf_counter() - began
+            journal.log(step, experience.metrics | logged | times)
+            if saving and source is not None:
+                journal.table("rl/samples", COLUMNS, source.samples(step, options.save_samples))
+            if stop and step + 1 < options.steps:
+                interruption.obey(step)
+    policy.export(folder / "hf", source=sft)
+
+
+def _experience(source: Source | None, step: int, position: int) -> Experience:
+    assert source is not None, "rank 0 has a source"
+    return source.experience(collect, step, position)
+
+
+def collect(source: Source, step: int, position: int) -> Experience:
+    """The experience of a step, by rank 0, from drafts at ``position`` on; recorded on disk.
+
+    With ``rl.refill_rounds`` more drafts are drawn in place of those whose critiques all earned the same.
+    """
+    options = source.config.rl
+    if options.replay is not None:
+        return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
+    assert source.pool is not None
+    rollouts: list[Rollout] = []
+    clock, executed, version = Clock(), 0, source.version
+    for turn in range(1 + options.refill_rounds):
+        missing = options.prompts_per_step - len(learnable_groups(rollouts))
+        if missing == 0:
+            break
+        pairs = source.pool.draw(position, missing)
+        position += missing
+        seed = sampling_seed(source.config.seed, step, f"critiques, round {turn}")
+        made, n_runs = roll_out(source, pairs, seed, clock)
+        rollouts += made
+        executed += n_runs
+    jsonl.write(record_file(source.folder, step), rollouts)
+    times = clock.take()
+    tokens = sum(len(item.token_ids) for item in rollouts)
+    rates = {
+        "rollout/tokens_per_s": tokens / times["time/rollout_s"],
+        "executor/runs": float(executed),
+        "executor/runs_per_s": executed / times["time/execute_s"],
+    }
+    return Experience.of(rollouts, version=max(version, step), position=position, metrics=times | rates)
+
+
+def roll_out(
+    source: Source, pairs: Sequence[tuple[Problem, Solution]], seed: int, clock: Clock
+) -> tuple[list[Rollout], int]:
+    """The method: critiques of drafts, the fixed generator's greedy revisions, their execution, the reward.
+
+    Also the number of programs executed.
+    """
+    config, options, services = source.config, source.config.rl, source.connections
+    assert services is not None
+    sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens, n=options.group_size, seed=seed)
+    greedy = Sampling(temperature=0.0, max_tokens=options.max_revision_tokens)
+    with clock("rollout"):
+        critiques = critique(pairs, services.critic, source.prompts, sampling)
+    repeated = [pair for pair in pairs for _ in range(options.group_size)]
+    triples = [(problem, draft, item) for (problem, draft), item in zip(repeated, critiques, strict=True)]
+    with clock("revise"):
+        revisions = revise(triples, services.generator, source.prompts, greedy)
+    todo = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
+    runs = {(problem.id, item.program) for problem, item in todo if item.verdict is None and item.program is not None}
+    with clock("execute"):
+        revisions = execute(todo, services.executor, config.executor.limits)
+    rollouts = []
+    for (_, draft, item), revision in zip(triples, revisions, strict=True):
+        assert draft.verdict is not None
+        reward = score(item, revision, draft.verdict, verdict_coef=options.verdict_coef)
+        rollouts.append(Rollout.of(item, revision, draft.verdict, reward))
+    return rollouts, len(runs)
+
+
+def improve(
+    policy: Policy, reference: Reference | None, experience: Experience, advantages_S: Tensor, step: int, clock: Clock
+) -> dict[str, float]:
+    """The update: ``rl.minibatches`` optimizer steps on the groups that have something to learn from.
+
+    Log-probabilities of the old policy and of the reference are this trainer's own, never the rollout engine's. Groups
+    whose rewards are all the same are left out and counted.
+    """
+    options = policy.config.rl
+    groups = experience.learnable_groups()
+    skipped = {"rl/groups": float(len(groups)), "rl/skipped_groups": float(experience.n_groups - len(groups))}
+    if not groups:
+        return skipped
+    random.Random(sampling_seed(policy.config.seed, step, "minibatches")).shuffle(groups)
+    n_parts = min(options.minibatches, len(groups))
+    parts = [experience.rows(groups[i::n_parts]) for i in range(n_parts)]
+    rows = [row for part in parts for row in part]
+    batch = experience.batch.select(rows)
+    with clock("logprobs"):
+        old_SR, entropy_SR = policy.logprobs_and_entropy(batch, temperature=options.temperature)
+    reference_SR = None
+    if reference is not None:
+        with clock("reference"):
+            reference_SR = reference.logprobs(batch, temperature=options.temperature)
+    rollout_SR = experience.rollout_SR[rows, : old_SR.shape[1]]
+    importance_SR = None
+    if options.importance_cap is not None:
+        importance_SR = (old_SR - rollout_SR).exp().clamp(max=options.importance_cap)
+    logged: list[dict[str, float]] = []
+    with clock("update"):
+        first = 0
+        for index, part in enumerate(parts):
+            own = slice(first, first + len(part))
+            first += len(part)
+            minibatch = batch.select(range(own.start, own.stop))
+            loss = RLLoss.of(
+                minibatch,
+                options,
+                advantages_S=advantages_S[part],
+                old_SR=old_SR[own],
+                reference_SR=reference_SR[own] if reference_SR is not None else None,
+                importance_SR=importance_SR[own] if importance_SR is not None else None,
+            )
+            logged.append(policy.update(minibatch, loss, step * options.minibatches + index))
+    means = {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in logged[0]}
+    return skipped | means | _token_means(batch.mask_SR, old_SR, rollout_SR, entropy_SR)
+
+
+def _token_means(mask_SR: Tensor, old_SR: Tensor, rollout_SR: Tensor, entropy_SR: Tensor) -> dict[str, float]:
+    """Entropy, and how far the rollout engine's distribution is from the trainer's (k3 estimate of their KL)."""
+    gap_SR = torch.where(mask_SR, old_SR - rollout_SR, 0.0)
+    n = mask_SR.sum()
+    return {
+        "rl/entropy": float(entropy_SR.sum() / n),
+        "rl/rollout_kl": float((gap_SR.exp() - 1 - gap_SR).sum() / n),
+        "rl/rollout_gap": float(gap_SR.abs().max()),
+    }
+
+
+def publish(policy: Policy, source: Source | None, folder: Path, version: int, sft: Path) -> None:
+    """Hand the critic's weights to its servers, as version ``version``; every rank takes part."""
+    weights = folder / "weights" / f"v{version:06d}"
+    policy.export(weights, source=sft, link=True)
+    if source is not None:
+        source.publish(weights, version)
+
+
+def save(policy: Policy, folder: Path, progress: dict[str, Any]) -> None:
+    """Write a checkpoint; every rank takes part."""
+    assert policy.optimizer is not None
+    keep = policy.config.trainer.keep_checkpoints
+    step = int(progress["step"])
+    checkpoint.save(folder / "checkpoints", step, policy.model, policy.optimizer, policy.world, progress, keep)

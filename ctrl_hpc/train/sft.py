@@ -1,0 +1,125 @@
+"""Stage ``sft``: the critic learns to write the synthesised critiques without having seen the hint."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.megatron import checkpoint, parallel_state
+from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.records import Chat, Critique, Problem, Solution
+from ctrl_hpc.train.batch import collate
+from ctrl_hpc.train.data_order import take
+from ctrl_hpc.train.interruption import Interruption
+from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.losses import SFTLoss
+from ctrl_hpc.train.policy import Policy
+
+Sequences = list[tuple[Sequence[int], Sequence[int]]]
+"""(prompt, response) token ids."""
+
+
+def run(config: Config, run_dir: str | Path) -> None:
+    """Train on every rank of the job; the critic ends in ``run_dir/sft/hf``.
+
+    Continues from the last checkpoint in ``run_dir/sft/checkpoints``. Raises ValueError for what the user can mend.
+    """
+    with parallel_state.job(config) as world:
+        train(config, Path(run_dir), world)
+
+
+def train(config: Config, run_dir: Path, world: World) -> None:
+    """The loop: batch, update, log, save; then export."""
+    options, folder = config.sft, run_dir / "sft"
+    sequences, dropped = world.from_main(lambda: read_sequences(config, run_dir))
+    steps_per_epoch = -(-len(sequences) // options.batch_size)
+    steps = options.epochs * steps_per_epoch
+    policy = Policy(config, world, config.critic.model, optimizer=options.optimizer, total_steps=steps)
+    assert policy.optimizer is not None
+    saved = checkpoint.load(folder / "checkpoints", policy.model, policy.optimizer, world)
+    progress: dict[str, Any] = saved or {"step": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4))}
+    start, clock = int(progress["step"]), Clock()
+    journal = Journal(
+        config, run_dir, "sft", steps=steps, start=start, tracking_id=progress["tracking_id"], main=world.main
+    )
+    with journal, Interruption() as interruption:
+        for step in range(start, steps):
+            began = time.perf_counter()
+            parallel_state.watch(config.trainer.timeout_s)
+            epoch, index = divmod(step, steps_per_epoch)
+            first = epoch * len(sequences) + index * options.batch_size
+            count = min(options.batch_size, (epoch + 1) * len(sequences) - first)
+            rows = take(len(sequences), seed=config.seed, start=first, count=count)
+            batch = collate([sequences[row] for row in rows])
+            with clock("update"):
+                logged = policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), step)
+            interruption.measured("step", time.perf_counter() - began)
+            stop = world.from_main(lambda: interruption.requested)
+            if stop or (step + 1) % options.save_every == 0 or step + 1 == steps:
+                with clock("save"):
+                    progress |= {"step": step + 1}
+                    checkpoint.save(
+                        folder / "checkpoints",
+                        step + 1,
+                        policy.model,
+                        policy.optimizer,
+                        world,
+                        progress,
+                        config.trainer.keep_checkpoints,
+                    )
+            tokens = {"sft/tokens": float(batch.n_tokens), "sft/dropped": float(dropped)}
+            times = clock.take()
+            interruption.measured("save", times.get("time/save_s", 0.0))
+            journal.log(step, {f"sft/{name}": value for name, value in logged.items()} | tokens | times)
+            if stop and step + 1 < steps:
+                interruption.obey(step)
+    policy.export(folder / "hf", source=config.critic.model)
+
+
+def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
+    """The critiques as token sequences, and how many were dropped for their length.
+
+    Raises ValueError when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    problems = {problem.id: problem for problem in jsonl.iterate(Problem, run_dir / "problems" / "train.jsonl")}
+    solutions = {item.id: item for item in jsonl.iterate(Solution, run_dir / "sample" / "solutions.jsonl")}
+    critiques = jsonl.read(Critique, run_dir / "synthesize" / "critiques.jsonl")
+    prompts = Prompts.load(config.prompts.folder, config.prompts.system)
+    tokenizer = AutoTokenizer.from_pretrained(config.critic.model)
+    sequences: Sequences = []
+    for critique in critiques:
+        solution = solutions[critique.solution_id]
+        chat = prompts.critique(problems[solution.problem_id], solution)
+        sequences.append((prompt_ids(tokenizer, chat), response_ids(tokenizer, critique)))
+    kept = [pair for pair in sequences if len(pair[0]) + len(pair[1]) <= config.sft.max_length]
+    if not kept:
+        raise ValueError(
+            f"sft: none of the {len(critiques)} critiques of {run_dir / 'synthesize'} fits "
+            f"sft.max_length={config.sft.max_length}"
+        )
+    return kept, len(critiques) - len(kept)
+
+
+def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
+    """A chat as the critic is asked it."""
+    messages = [{"role": message.role, "content": message.content} for message in chat]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def response_ids(tokenizer: Any, critique: Critique) -> Sequence[int]:
+    """A critique as the critic would write it, up to the end of its turn."""
+    generation = critique.generation
+    if generation is not None and generation.token_ids:
+        ids = generation.token_ids
+        whole = generation.finish_reason == "stop"
+    else:
+        ids, whole = tuple(tokenizer(critique.text, add_special_tokens=False)["input_ids"]), True
+    return (*ids, tokenizer.eos_token_id) if whole and ids[-1:] != (tokenizer.eos_token_id,) else ids
