@@ -1,0 +1,115 @@
+"""Tracking with Weights & Biases: one run a role, grouped by experiment; offline beside the run unless told otherwise.
+
+Nothing here needs a network: ``ctrl-hpc sync`` (or ``wandb sync RUN_DIR/wandb/offline-run-*``) uploads later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from ctrl_hpc.config import Config
+
+OWN_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME", "WANDB_SERVICE")
+"""Variables that belong to one process (a sweep's agent sets them): children that inherited them would all write the
+same run."""
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for jobs and child processes: without what names this process's own wandb run."""
+    return {name: value for name, value in environment.items() if name not in OWN_VARIABLES}
+
+
+class Tracker:
+    """The wandb run of one role (driver, sft, rl, rollout, executor ...) of an experiment.
+
+    ``id`` names the run: a process that starts again with the same id continues it (online in place; offline beside,
+    to be appended in order by the sync). Under a sweep's agent the run is the one the agent named. With
+    ``wandb.mode=disabled`` every method does nothing. Raises RuntimeError with one line when wandb cannot start.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, role: str, id: str) -> None:
+        self._run: Any = None
+        if config.wandb.mode == "disabled":
+            return
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb  # a second of start-up that --help need not pay
+
+        options = config.wandb
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+        )
+        try:
+            self._run = wandb.init(
+                dir=str(run_dir),
+                mode=options.mode,
+                project=options.project,
+                entity=options.entity,
+                group=options.group or config.name,
+                job_type=role,
+                name=f"{config.name}-{role}",
+                id=os.environ.get("WANDB_RUN_ID", id),
+                resume="allow" if options.mode == "online" else None,
+                config=_plain(config),
+                settings=settings,
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise RuntimeError(f"wandb: {reason}; wandb.mode=offline needs no server") from None
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers of one step; ``step`` is an axis of its own, so that a continued run stays monotonous."""
+        if self._run is not None:
+            self._run.log({**metrics, "step": step})
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Rows for people to read: samples, critiques, verdicts."""
+        if self._run is not None:
+            import wandb
+
+            data = [list(row) for row in rows]
+            self._run.log({name: wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
+
+    def image(self, path: Path) -> None:
+        """A picture file, under its name without the ending."""
+        if self._run is not None:
+            import wandb
+
+            self._run.log({path.stem: wandb.Image(str(path))})
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """The run's final numbers, those that a sweep compares among them."""
+        if self._run is not None:
+            self._run.summary.update(dict(values))
+
+    def close(self, exit_code: int = 0) -> None:
+        """End the run; what was logged is on disk (offline) or sent (online) when this returns."""
+        if self._run is not None:
+            run, self._run = self._run, None
+            run.finish(exit_code=exit_code)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    container = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
