@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def _parser() -> argparse.ArgumentParser:
     _configured(data, _data)
     data.add_argument("--out", type=Path, default=None, help="file to write (default: standard output)")
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
+    for name, text, command in (
+        ("status", "jobs, stages, steps and the last errors of a run", _status),
+        ("logs", "the logs of a run, or of one role", _logs),
+        ("stop", "end a run and everything it started", _stop),
+    ):
+        about = commands.add_parser(name, help=text)
+        about.add_argument("run_dir", metavar="RUN", help="run directory")
+        about.set_defaults(command=command)
+        if name == "logs":
+            about.add_argument("role", nargs="?", default=None, help="driver, trainer, executor, generator or critic")
+            about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
+        if name == "status":
+            about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     bench = commands.add_parser("bench", help="measure: executor")
     bench.add_argument("what", choices=["executor"])
     bench.add_argument("--workers", type=int, default=2)
@@ -162,6 +176,33 @@ def _serve_rollout(options: argparse.Namespace) -> int:
     from ctrl_hpc.rollout.server import serve
 
     serve(options.model, host=options.host, port=options.port, threads=options.threads, on_ready=_say)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.status import status
+    from ctrl_hpc.status_table import show
+
+    show(status(options.run_dir))
+    while options.watch:
+        time.sleep(2.0)
+        show(status(options.run_dir), clear=True)
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.status import logs
+
+    for file in logs(options.run_dir, options.role):
+        print(f"==> {file} <==")
+        print("\n".join(file.read_text(errors="replace").splitlines()[-options.lines :]))
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.status import stop
+
+    print("\n".join(stop(options.run_dir)) or f"{options.run_dir}: nothing was running")
     return 0
 
 
