@@ -1,0 +1,78 @@
+"""Clients over the services of a run, for the driver and for rank 0 of the RL trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctrl_hpc.cluster.elements import token
+from ctrl_hpc.cluster.registry import Registry
+from ctrl_hpc.config import Config
+from ctrl_hpc.protocols import Executor, Generator
+from ctrl_hpc.records import Problem
+from ctrl_hpc.rollout.client import OpenAIGenerator, RolloutClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connections:
+    """The three clients of a run."""
+
+    critic: RolloutClient
+    generator: Generator
+    executor: Executor
+
+    def close(self) -> None:
+        """Close the clients' connections."""
+        for client in (self.critic, self.generator, self.executor):
+            close = getattr(client, "close", None)
+            if close is not None:
+                close()
+
+
+def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | None = None) -> Connections:
+    """Clients that find the services through the run directory, whichever are alive at the time of a call.
+
+    ``problems`` are needed by ``generator=oracle`` only.
+    """
+    from ctrl_hpc.sandbox.client import ExecutorClient
+
+    launch = config.launch
+    registry = Registry(run_dir, heartbeat_s=launch.heartbeat_s, dead_after_s=launch.dead_after_s)
+    return Connections(
+        critic=_rollout(config, registry, "critic", config.critic.model),
+        generator=_generator(config, registry, problems),
+        executor=ExecutorClient(_finder(registry, "executor"), token=token(config, run_dir)),
+    )
+
+
+def _finder(registry: Registry, role: str) -> Callable[[], Sequence[str]]:
+    return lambda: registry.endpoints(role)
+
+
+def _rollout(config: Config, registry: Registry, role: str, model: str) -> RolloutClient:
+    return RolloutClient(
+        _finder(registry, role), _tokenizer(model), patience_s=config.launch.start_timeout_s, role=role
+    )
+
+
+def _generator(config: Config, registry: Registry, problems: Iterable[Problem] | None) -> Generator:
+    if config.generator == "oracle":
+        from ctrl_hpc.flow.oracle import OracleGenerator
+        from ctrl_hpc.flow.prompts import Prompts
+
+        if problems is None:
+            raise ValueError("generator=oracle: the problems are needed here")
+        return OracleGenerator(problems, Prompts.load(config.prompts.folder, config.prompts.system))
+    if "://" in config.generator:
+        return OpenAIGenerator(config.generator, config.generator_model or "")
+    return _rollout(config, registry, "generator", config.generator)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if not Path(model).is_dir():
+        raise ValueError(f"no model folder {model}")
+    return AutoTokenizer.from_pretrained(model)

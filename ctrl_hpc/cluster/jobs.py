@@ -1,0 +1,326 @@
+"""Jobs of a run through submitit: the local executor and Slurm by one code path, the engine chosen by configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import submitit
+from submitit.core.utils import JobPaths
+
+from ctrl_hpc.cluster import processes
+from ctrl_hpc.cluster.registry import Registry
+from ctrl_hpc.config import Config, JobConfig
+
+State = Literal["pending", "running", "ended"]
+_SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
+_SQUEUE_EVERY_S = 2.0
+_environment_lock = threading.Lock()
+
+
+@dataclass(slots=True)
+class Job:
+    """A submitted job, or an element of an array."""
+
+    role: str
+    element: int
+    handle: Any
+    """submitit's job."""
+    engine: str
+    tasks: int
+    submitted: float = field(default_factory=time.monotonic)
+    seen_tasks: dict[int, float | None] = field(default_factory=dict)
+    """Local: process ids of its tasks ever seen, with their start times."""
+
+    @property
+    def id(self) -> str:
+        """Slurm's job id, or the local controller's process id."""
+        return str(self.handle.job_id)
+
+    def log(self, task: int = 0) -> Path:
+        """What a task prints."""
+        return Path(JobPaths(self.handle.paths.folder, self.id, task).stdout)
+
+    def result(self, task: int = 0) -> tuple[str, Any] | None:
+        """``("success", value)`` or ``("error", traceback)`` once the task has ended by itself; None before, or when
+        it was killed."""
+        path = JobPaths(self.handle.paths.folder, self.id, task).result_pickle
+        try:
+            with open(path, "rb") as file:
+                outcome: tuple[str, Any] = pickle.load(file)
+                return outcome
+        except (FileNotFoundError, EOFError):
+            return None
+
+    def last_words(self, task: int = 0) -> str:
+        """The last line of the error, or of the log."""
+        outcome = self.result(task)
+        text = outcome[1] if outcome and outcome[0] == "error" else ""
+        if not text and self.log(task).is_file():
+            text = self.log(task).read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+
+class Jobs:
+    """Submits, watches and ends the jobs of one driver."""
+
+    def __init__(self, config: Config, run_dir: str | Path, name: str) -> None:
+        """``name`` tells the records of several ``Jobs`` of one driver apart."""
+        self._file = record_folder(run_dir) / f"jobs-{name}.json"
+        self._launch = config.launch
+        self._name = config.name
+        self._wandb_mode = config.wandb.mode
+        self._run_dir = Path(run_dir).absolute()
+        self._jobs: list[Job] = []
+        self._queue: tuple[float, dict[str, str]] = (-1.0, {})
+        self._missing: dict[str, int] = {}
+        if self._launch.engine == "slurm" and shutil.which("sbatch") is None:
+            raise ValueError("launch.engine: slurm needs the commands sbatch, squeue and scancel, which are not here")
+
+    @property
+    def log_dir(self) -> Path:
+        """Folder of all logs."""
+        return self._run_dir / "logs"
+
+    def submit(
+        self,
+        role: str,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        resources: JobConfig,
+        *,
+        elements: Sequence[int] | None = None,
+        nodes: int = 1,
+        tasks_per_node: int = 1,
+        threads: int = 1,
+    ) -> list[Job]:
+        """One job for each tuple of arguments, as one array where there are several; does not wait for them."""
+        with _environment_lock, _environment(threads, self._wandb_mode), _interrupts_blocked():
+            executor = self._executor(role, resources, nodes, tasks_per_node)
+            columns = list(zip(*arguments, strict=True))
+            if len(arguments) == 1:
+                handles = [executor.submit(function, *arguments[0])]
+            else:
+                handles = executor.map_array(function, *columns)
+        numbers = range(len(handles)) if elements is None else elements
+        jobs = [
+            Job(role=role, element=number, handle=handle, engine=self._launch.engine, tasks=nodes * tasks_per_node)
+            for number, handle in zip(numbers, handles, strict=True)
+        ]
+        self._jobs += jobs
+        self._record()
+        return jobs
+
+    def _executor(self, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> submitit.AutoExecutor:
+        launch = self._launch
+        # without %j: Slurm makes no folders, and would lose the log of a job that starts at once
+        folder = self.log_dir / role
+        executor = submitit.AutoExecutor(
+            folder=folder,
+            cluster=launch.engine,
+            slurm_max_num_timeout=launch.max_requeues,
+            **({"slurm_python": launch.python} if launch.python else {}),
+        )
+        common = {
+            "name": f"{self._name}-{role}",
+            "timeout_min": resources.time_min,
+            "nodes": nodes,
+            "tasks_per_node": tasks_per_node,
+            "stderr_to_stdout": True,
+        }
+        if launch.engine == "local":
+            executor.update_parameters(**common, gpus_per_node=resources.gpus * tasks_per_node)
+            return executor
+        gang = ("--kill-on-bad-exit=1",) if nodes * tasks_per_node > 1 else ()
+        executor.update_parameters(
+            **common,
+            cpus_per_task=resources.cpus,
+            mem_gb=resources.memory_gb,
+            slurm_partition=resources.partition,
+            slurm_constraint=resources.constraint,
+            slurm_gpus_per_node=resources.gpus * tasks_per_node or None,
+            slurm_account=launch.account,
+            slurm_qos=launch.qos,
+            slurm_signal_delay_s=launch.signal_delay_s,
+            slurm_array_parallelism=launch.array_parallelism,
+            slurm_setup=["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}", *launch.setup],
+            slurm_srun_args=[*gang, *launch.srun_args] or None,
+            slurm_additional_parameters={"requeue": True, **resources.additional},
+        )
+        return executor
+
+    def state(self, job: Job) -> State:
+        """Where a job stands; for Slurm at most one squeue call in two seconds, whatever the number of jobs."""
+        if job.engine == "local":
+            self._see_tasks(job)
+            return "running" if job.handle._process.poll() is None else "ended"
+        queue = self._squeue()
+        if job.id in queue:
+            self._missing.pop(job.id, None)
+            return "pending" if queue[job.id] in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
+        if any(job.result(task) is not None for task in range(job.tasks)):
+            return "ended"
+        # a job may be missing from one listing while it is requeued
+        return "ended" if self._missing.get(job.id, 0) >= 2 else "running"
+
+    def task_lost(self, job: Job) -> bool:
+        """Local gangs: whether a task has ended while others run (Slurm kills the rest by itself)."""
+        if job.engine != "local":
+            return False
+        self._see_tasks(job)
+        ended = sum(not processes.is_running(pid, start) for pid, start in job.seen_tasks.items())
+        return len(job.seen_tasks) == job.tasks and ended > 0
+
+    def _see_tasks(self, job: Job) -> None:
+        if len(job.seen_tasks) < job.tasks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(int(job.id)).children():
+                    job.seen_tasks.setdefault(child.pid, processes.started(child.pid))
+
+    def _squeue(self) -> dict[str, str]:
+        when, states = self._queue
+        if time.monotonic() - when < _SQUEUE_EVERY_S:
+            return states
+        command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if answer.returncode == 0:
+            states = dict(line.split("|", 1) for line in answer.stdout.split())
+            for job in self._jobs:
+                if job.engine == "slurm" and job.id not in states:
+                    self._missing[job.id] = self._missing.get(job.id, 0) + 1
+        self._queue = (time.monotonic(), states)
+        return states
+
+    def end(self, jobs: Sequence[Job], *, grace_s: float = 5.0) -> None:
+        """End these jobs and wait until none of their processes is left (local), or Slurm has been told."""
+        local = [job for job in jobs if job.engine == "local"]
+        for job in local:
+            self._see_tasks(job)
+        tasks = [pid for job in local for pid, start in job.seen_tasks.items() if processes.is_running(pid, start)]
+        controllers = [int(job.id) for job in local if job.handle._process.poll() is None]
+        if tasks or controllers:
+            processes.end([*controllers, *tasks], first=tasks, grace_s=grace_s)
+        for job in local:
+            job.handle._process.wait()
+        distributed = [job.id for job in jobs if job.engine == "slurm" and self.state(job) != "ended"]
+        if distributed:
+            subprocess.run(["scancel", *distributed], capture_output=True, timeout=60, check=False)
+        self._jobs = [job for job in self._jobs if job not in jobs]
+        self._record()
+
+    def _record(self) -> None:
+        """Tell later drivers, ``status`` and ``stop`` what was started."""
+        records = [_record_of(job) for job in self._jobs]
+        file = self._file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_name(f".{file.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(records, indent=1), encoding="utf-8")
+        os.replace(part, file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """A job as written in the run directory."""
+
+    role: str
+    element: int
+    engine: str
+    job_id: str
+    machine: str
+    started: float | None
+    log: str
+    tasks: int
+
+
+def _record_of(job: Job) -> dict[str, Any]:
+    started = processes.started(int(job.id)) if job.engine == "local" else None
+    record = JobRecord(
+        role=job.role,
+        element=job.element,
+        engine=job.engine,
+        job_id=job.id,
+        machine=processes.machine() if job.engine == "local" else "",
+        started=started,
+        log=str(job.log()),
+        tasks=job.tasks,
+    )
+    return asdict(record)
+
+
+def record_folder(run_dir: str | Path) -> Path:
+    """Where the jobs of a run are written down."""
+    return Path(run_dir) / "services"
+
+
+def recorded(run_dir: str | Path) -> list[JobRecord]:
+    """The jobs the last driver had."""
+    files = sorted(record_folder(run_dir).glob("jobs-*.json"))
+    return [JobRecord(**record) for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def end_recorded(run_dir: str | Path) -> int:
+    """End what an earlier driver left behind: local process trees of this machine, and Slurm jobs; how many."""
+    records = recorded(run_dir)
+    here = processes.machine()
+    local = [
+        int(record.job_id)
+        for record in records
+        if record.engine == "local"
+        and record.machine == here
+        and processes.is_running(int(record.job_id), record.started)
+    ]
+    tasks = [member.pid for member in processes.tree(local) if member.pid not in local]
+    for service in Registry(run_dir).entries():
+        # a task outlives its controller when that was killed
+        if service.role != "driver" and service.machine == here and processes.is_running(service.pid, service.started):
+            tasks.append(service.pid)
+    if local or tasks:
+        processes.end([*local, *tasks], first=tasks)
+    slurm = [record.job_id for record in records if record.engine == "slurm"]
+    if slurm and shutil.which("scancel"):
+        subprocess.run(["scancel", "--quiet", *slurm], capture_output=True, timeout=60, check=False)
+    for file in record_folder(run_dir).glob("jobs-*.json"):
+        file.unlink(missing_ok=True)
+    return len(local) + len(slurm)
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Processes started meanwhile do not see the terminal's Ctrl-C: the driver ends them in order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _environment(threads: int, wandb_mode: str) -> Iterator[None]:
+    """The environment jobs inherit: no identity of a wandb run or Slurm job, threads that do not spin, no network."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if _SCRUBBED.fullmatch(name):
+            del os.environ[name]
+    os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
+    os.environ["WANDB_MODE"] = wandb_mode
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

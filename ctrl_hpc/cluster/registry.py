@@ -1,0 +1,204 @@
+"""Who serves a run, and where: a file a service in the run directory, rewritten with every heartbeat.
+
+The run directory lies on a file system that all nodes share. A reader takes a service for dead when its heartbeat has
+not changed for ``dead_after_s`` (by the reader's own clock, so that clocks may differ), or, on the same machine, at
+once when its process is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ctrl_hpc.cluster import processes
+
+ROLES = ("executor", "generator", "critic")
+"""Roles of the arrays."""
+_CACHE_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """One registered process of a run."""
+
+    role: str
+    id: str
+    url: str
+    machine: str
+    host: str
+    pid: int
+    started: float | None
+    job_id: str
+    log: str
+    session: str
+    """The driver that started it."""
+    beat: float = 0.0
+    """Unix time of the last heartbeat, by the service's clock."""
+    count: int = 0
+    """Heartbeats so far."""
+
+
+def folder_of(run_dir: str | Path) -> Path:
+    """Where the services of a run register."""
+    return Path(run_dir) / "services"
+
+
+class Registration:
+    """A service's entry, kept fresh by a thread until ``close``; a context manager."""
+
+    def __init__(self, file: Path, service: Service, heartbeat_s: float) -> None:
+        self._file, self._service, self._heartbeat_s = file, service, heartbeat_s
+        self._closed = threading.Event()
+        _write(file, replace(service, beat=time.time()))
+        self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{service.role}", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Withdraw the entry."""
+        self._closed.set()
+        self._thread.join()
+        self._file.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._closed.wait(self._heartbeat_s):
+            count += 1
+            try:
+                _write(self._file, replace(self._service, beat=time.time(), count=count))
+            except OSError:  # a full or absent disk: the next heartbeat tries again
+                continue
+
+
+class Registry:
+    """Reads and writes the services of one run."""
+
+    def __init__(self, run_dir: str | Path, *, heartbeat_s: float = 5.0, dead_after_s: float = 30.0) -> None:
+        self.folder = folder_of(run_dir)
+        self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
+        self._seen: dict[Path, tuple[tuple[float, int], float]] = {}
+        self._cache: tuple[float, list[Service]] = (-1.0, [])
+        self._lock = threading.Lock()
+
+    def register(
+        self, role: str, url: str, *, id: str, host: str = "", job_id: str = "", log: str = "", session: str = ""
+    ) -> Registration:
+        """Announce this process under a role; ids are unique within it."""
+        pid = os.getpid()
+        service = Service(
+            role=role,
+            id=id,
+            url=url,
+            machine=processes.machine(),
+            host=host or processes.machine().partition("/")[0],
+            pid=pid,
+            started=processes.started(pid),
+            job_id=job_id or str(pid),
+            log=log,
+            session=session,
+        )
+        return Registration(self.folder / role / f"{id}.json", service, self._heartbeat_s)
+
+    def endpoints(self, role: str) -> list[str]:
+        """URLs of the services of a role that are alive, in a stable order."""
+        return [service.url for service in self.services() if service.role == role and service.url]
+
+    def services(self) -> list[Service]:
+        """Every service that is alive."""
+        with self._lock:
+            when, cached = self._cache
+            if time.monotonic() - when < _CACHE_S:
+                return cached
+            alive = [service for file, service in self._read() if self._is_alive(file, service)]
+            self._cache = (time.monotonic(), alive)
+            return alive
+
+    def entries(self) -> list[Service]:
+        """Every entry there is, dead ones too."""
+        return [service for _, service in self._read()]
+
+    def remove(self, keep: Callable[[Service], bool]) -> None:
+        """Remove the entries that are not to be kept."""
+        for file, service in self._read():
+            if not keep(service):
+                file.unlink(missing_ok=True)
+        self._cache = (-1.0, [])
+
+    def _read(self) -> list[tuple[Path, Service]]:
+        out = []
+        for file in sorted(self.folder.glob("*/*.json")):
+            service = read_entry(file)
+            if service is not None:
+                out.append((file, service))
+        return out
+
+    def _is_alive(self, file: Path, service: Service) -> bool:
+        if service.machine == processes.machine() and not processes.is_running(service.pid, service.started):
+            return False
+        beat = (service.beat, service.count)
+        now = time.monotonic()
+        last, since = self._seen.get(file, (None, now))
+        if last is None:
+            # first sight: trust the clocks once, but only for how old the beat is
+            since = now - max(0.0, time.time() - service.beat)
+        elif last != beat:
+            since = now
+        self._seen[file] = (beat, since)
+        return now - since < self._dead_after_s
+
+
+class DriverWatch:
+    """A job's view of the driver that started it."""
+
+    def __init__(self, run_dir: str | Path, session: str, dead_after_s: float) -> None:
+        self._file = folder_of(run_dir) / "driver" / "driver.json"
+        self._session, self._dead_after_s = session, dead_after_s
+        self._last: tuple[float, int] | None = None
+        self._since = time.monotonic()
+
+    def alive(self) -> bool:
+        """False once the driver is gone, silent for too long, or another driver has taken the run over."""
+        driver = read_entry(self._file)
+        now = time.monotonic()
+        if driver is not None:
+            if driver.session != self._session:
+                return False
+            if driver.machine == processes.machine() and not processes.is_running(driver.pid, driver.started):
+                return False
+            if (driver.beat, driver.count) != self._last:
+                self._last, self._since = (driver.beat, driver.count), now
+        return now - self._since < self._dead_after_s
+
+
+def new_session() -> str:
+    """A name for a driver's start."""
+    return uuid.uuid4().hex[:12]
+
+
+def read_entry(file: Path) -> Service | None:
+    """An entry; None when it is gone or being replaced on a file system without atomic renames."""
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    known = {field.name for field in fields(Service)}
+    return Service(**{key: item for key, item in data.items() if key in known})
+
+
+def _write(file: Path, service: Service) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(asdict(service)), encoding="utf-8")
+    os.replace(part, file)

@@ -1,0 +1,190 @@
+"""The arrays of a run as long-lived services: started, watched, started again when they die, ended with the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from rich.console import Console
+
+from ctrl_hpc.cluster.elements import SERVE, token
+from ctrl_hpc.cluster.jobs import Job, Jobs, end_recorded
+from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
+from ctrl_hpc.config import Config, JobConfig
+
+POLL_S = 0.2
+"""Seconds between looks while arrays start."""
+WATCH_S = 1.0
+"""Seconds between looks afterwards."""
+STUCK_S = 60.0
+"""An array that has not come up for so long is reported, again and again."""
+console = Console(stderr=True)
+
+
+class Services:
+    """The services of one driver; a context manager that leaves no job behind.
+
+    Entering ends what an earlier, killed driver left running. ``start`` returns when every role has its first
+    element; later ones join as they come. A thread starts elements again that die, at most ``launch.max_restarts``
+    times in a row without having served.
+    """
+
+    def __init__(self, config: Config, run_dir: str | Path) -> None:
+        self.config, self.run_dir = config, Path(run_dir).absolute()
+        self.session = new_session()
+        launch = config.launch
+        self.registry = Registry(self.run_dir, heartbeat_s=launch.heartbeat_s, dead_after_s=launch.dead_after_s)
+        self.jobs = Jobs(config, self.run_dir, "services")
+        self._arrays: dict[str, list[Job]] = {}
+        self._served: set[str] = set()
+        self._failures: dict[tuple[str, int], int] = {}
+        self._given_up: set[tuple[str, int]] = set()
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._driver: Registration | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._refuse_second_driver()
+        end_recorded(self.run_dir)
+        self.registry.remove(lambda _: False)
+        token(self.config, self.run_dir)
+        log = self.run_dir / "logs" / "driver.log"
+        self._driver = self.registry.register("driver", "", id="driver", log=str(log), session=self.session)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                self._handlers[number] = signal.signal(number, _interrupt)
+        threading.Thread(target=self._watch, name="service-watch", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def start(self, roles: Iterable[str]) -> None:
+        """Start the arrays of these roles, all at once, and wait for the first element of each.
+
+        Raises ValueError for an unknown role, RuntimeError (one line, with the log's path) when an array fails.
+        """
+        wanted = sorted(set(roles) - set(self._arrays))
+        for role in wanted:
+            if role not in SERVE:
+                raise ValueError(f"{role!r} is not a service; allowed: {', '.join(SERVE)}")
+        with self._lock:
+            for role in wanted:
+                count = self._elements(role)
+                self._arrays[role] = self._submit(role, list(range(count))) if count else []
+        self._wait_for_first([role for role in wanted if self._arrays[role]])
+
+    ensure = start
+
+    def stop(self) -> None:
+        """End all arrays; returns when no local process of theirs is left."""
+        self._ended.set()
+        with self._lock:
+            jobs = [job for array in self._arrays.values() for job in array]
+            self._arrays = {}
+            self.jobs.end(jobs)
+            self.registry.remove(lambda service: service.role == "driver")
+        if self._driver is not None:
+            self._driver.close()
+            self._driver = None
+
+    def _refuse_second_driver(self) -> None:
+        for service in self.registry.services():
+            if service.role == "driver" and service.pid != os.getpid():
+                where = f"process {service.pid} on {service.host}"
+                raise ValueError(f"{self.run_dir}: another driver ({where}) works on this run; stop it first")
+
+    def _elements(self, role: str) -> int:
+        rollout = self.config.rollout
+        counts = {
+            "executor": self.config.executor.elements,
+            "critic": rollout.critic_elements,
+            "generator": rollout.generator_elements,
+        }
+        return counts[role]
+
+    def _submit(self, role: str, elements: list[int]) -> list[Job]:
+        launch = self.config.launch
+        resources: JobConfig = launch.executor if role == "executor" else launch.rollout
+        threads = 1 if role == "executor" else self.config.rollout.threads
+        arguments = [(self.config, str(self.run_dir), element, self.session) for element in elements]
+        return self.jobs.submit(role, SERVE[role], arguments, resources, elements=elements, threads=threads)
+
+    def _wait_for_first(self, roles: list[str]) -> None:
+        began = told = time.monotonic()
+        missing = set(roles)
+        while missing:
+            missing -= {service.role for service in self._mine()}
+            for role in sorted(missing):
+                self._fail_if_hopeless(role)
+            waited = time.monotonic() - began
+            if missing and waited > self.config.launch.start_timeout_s:
+                role = sorted(missing)[0]
+                raise RuntimeError(f"{role}: no element of the array came up in {waited:.0f} s; {self._where(role)}")
+            if missing and time.monotonic() - told > STUCK_S:
+                told = time.monotonic()
+                for role in sorted(missing):
+                    states = ", ".join(sorted({self.jobs.state(job) for job in self._arrays[role]}))
+                    console.print(f"{role}: still waiting after {waited:.0f} s (jobs: {states}); {self._where(role)}")
+            if missing:
+                time.sleep(POLL_S)
+
+    def _fail_if_hopeless(self, role: str) -> None:
+        """An array all of whose elements ended before any served: say what the last one said."""
+        jobs = self._arrays[role]
+        if role in self._served or any(self.jobs.state(job) != "ended" for job in jobs):
+            return
+        if any(service.role == role for service in self._mine()):
+            return
+        raise RuntimeError(f"{role}: the array ended before it served: {jobs[-1].last_words()} ({self._where(role)})")
+
+    def _where(self, role: str) -> str:
+        return f"log: {self._arrays[role][0].log()}"
+
+    def _mine(self) -> list[Service]:
+        return [service for service in self.registry.services() if service.session == self.session]
+
+    def _watch(self) -> None:
+        """Start dead elements again, until the end."""
+        while not self._ended.wait(WATCH_S):
+            alive = {(service.role, service.job_id) for service in self._mine()}
+            with self._lock:
+                if self._ended.is_set():
+                    return
+                for role, jobs in self._arrays.items():
+                    for job in list(jobs):
+                        if (role, job.id) in alive:
+                            self._served.add(role)
+                            self._failures.pop((role, job.element), None)
+                        elif role in self._served and self.jobs.state(job) == "ended":
+                            self._restart(role, job)
+
+    def _restart(self, role: str, job: Job) -> None:
+        key = (role, job.element)
+        if key in self._given_up:
+            return
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        if failures > self.config.launch.max_restarts:
+            self._given_up.add(key)
+            console.print(f"{role} element {job.element}: given up after {failures - 1} restarts; log: {job.log()}")
+            return
+        console.print(f"{role} element {job.element} ended ({job.last_words()[:200]}); starting it again")
+        self.jobs.end([job])
+        self.registry.remove(lambda service: not (service.role == role and service.job_id == job.id))
+        jobs = self._arrays[role]
+        jobs[jobs.index(job)] = self._submit(role, [job.element])[0]
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    print(f"ctrl-hpc: {signal.Signals(number).name}: stopping", file=sys.stderr)
+    raise KeyboardInterrupt

@@ -1,0 +1,140 @@
+"""What a run is doing: its jobs, services, steps and logs, read from the run directory; and ending it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from ctrl_hpc.cluster import processes
+from ctrl_hpc.cluster.jobs import end_recorded, recorded
+from ctrl_hpc.cluster.registry import Registry, folder_of
+
+STAGES = ("sft", "rl")
+
+
+def jobs(run_dir: str | Path) -> list[dict[str, Any]]:
+    """A row for the driver and for each job of the run: role, element, state, host, job id, process id, URL, log.
+
+    ``state`` is ``serving`` (registered and alive), ``starting`` (submitted, not registered), or ``dead``.
+    """
+    registry = Registry(run_dir)
+    alive = {(service.role, service.job_id): service for service in registry.services()}
+    rows: list[dict[str, Any]] = []
+    for (role, job_id), service in sorted(alive.items()):
+        rows.append(
+            {
+                "role": role,
+                "state": "serving" if service.url else "running",
+                "host": service.host,
+                "job_id": job_id,
+                "pid": service.pid,
+                "url": service.url,
+                "log": service.log,
+                "since_beat_s": round(max(0.0, time.time() - service.beat), 1),
+            }
+        )
+    for record in recorded(run_dir):
+        if (record.role, record.job_id) in alive:
+            continue
+        here = record.engine == "local" and record.machine == processes.machine()
+        dead = here and not processes.is_running(int(record.job_id), record.started)
+        rows.append(
+            {
+                "role": record.role,
+                "state": "dead" if dead else "starting",
+                "host": "",
+                "job_id": record.job_id,
+                "pid": int(record.job_id) if here else None,
+                "url": "",
+                "log": record.log,
+                "since_beat_s": None,
+            }
+        )
+    return rows
+
+
+def status(run_dir: str | Path) -> dict[str, Any]:
+    """``{"run_dir", "running", "jobs", "stages", "errors"}``; raises ValueError when this is no run directory."""
+    folder = _run_folder(run_dir)
+    rows = jobs(folder)
+    return {
+        "run_dir": str(folder),
+        "running": any(row["role"] == "driver" for row in rows),
+        "jobs": rows,
+        "stages": {stage: _stage(folder, stage) for stage in _stages(folder)},
+        "errors": _last_errors(folder),
+    }
+
+
+def logs(run_dir: str | Path, role: str | None = None) -> list[Path]:
+    """The logs of a run, or of one role, oldest first; raises ValueError for a role without logs, naming those with."""
+    folder = _run_folder(run_dir) / "logs"
+    files = sorted(folder.glob("*.log")) + sorted(folder.glob("*/*.out"))
+    names = {file: file.stem if file.parent == folder else file.parent.name for file in files}
+    if role is not None and role not in names.values():
+        raise ValueError(f"{role}: no logs; there are: {', '.join(sorted(set(names.values()))) or 'none'}")
+    chosen = [file for file in files if role is None or names[file] == role]
+    return sorted(chosen, key=lambda file: file.stat().st_mtime)
+
+
+def stop(run_dir: str | Path, *, grace_s: float = 30.0) -> list[str]:
+    """End a run from outside: its driver, then whatever is left; returns a line for each thing that was ended."""
+    folder = _run_folder(run_dir)
+    said = []
+    for service in Registry(folder).services():
+        if service.role != "driver":
+            continue
+        if service.machine != processes.machine():
+            said.append(f"the driver runs on {service.host}: its services were cancelled, it will end by itself")
+            continue
+        os.kill(service.pid, signal.SIGINT)
+        deadline = time.monotonic() + grace_s
+        while processes.is_running(service.pid, service.started) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if processes.is_running(service.pid, service.started):
+            os.kill(service.pid, signal.SIGKILL)
+        said.append(f"driver {service.pid} ended")
+    left = end_recorded(folder)
+    if left:
+        said.append(f"{left} jobs ended")
+    Registry(folder).remove(lambda _: False)
+    return said
+
+
+def _run_folder(run_dir: str | Path) -> Path:
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file() and not folder_of(folder).is_dir():
+        raise ValueError(f"{folder}: not a run directory (it holds no config.yaml)")
+    return folder
+
+
+def _stages(folder: Path) -> list[str]:
+    known = ("models", "sample", "synthesize", "sft", "rl", "eval", "report")
+    return [name for name in known if (folder / name).is_dir()]
+
+
+def _stage(folder: Path, stage: str) -> dict[str, Any]:
+    done = folder / stage / "done.json"
+    if done.is_file():
+        return {"state": "done", **json.loads(done.read_text(encoding="utf-8"))}
+    progress = folder / stage / "progress.json"
+    if progress.is_file():
+        return {"state": "started", **json.loads(progress.read_text(encoding="utf-8"))}
+    return {"state": "started"}
+
+
+def _last_errors(folder: Path, count: int = 5) -> list[str]:
+    """The last lines of logs that look like an error, newest first."""
+    out = []
+    for file in reversed(logs(folder)):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]
+        found = [line.strip() for line in lines if "Error" in line or "error:" in line]
+        if found:
+            out.append(f"{file.parent.name}/{file.name}: {found[-1][:300]}")
+        if len(out) == count:
+            break
+    return out

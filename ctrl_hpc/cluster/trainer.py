@@ -1,0 +1,193 @@
+"""The trainer: one gang-scheduled job, a task a rank, watched from the driver and continued when it is interrupted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import submitit
+from rich.console import Console
+
+from ctrl_hpc.cluster import nodes
+from ctrl_hpc.cluster.elements import leave_with_driver
+from ctrl_hpc.cluster.jobs import Job, Jobs
+from ctrl_hpc.cluster.processes import is_running
+from ctrl_hpc.cluster.registry import Registry, read_entry
+from ctrl_hpc.config import Config
+from ctrl_hpc.progress import Steps
+
+Stage = Literal["sft", "rl"]
+POLL_S = 0.2
+STUCK_S = 60.0
+"""A trainer without progress for so long is reported."""
+TRAIN: dict[str, str] = {"sft": "ctrl_hpc.train.sft", "rl": "ctrl_hpc.train.rl"}
+"""The module of each stage; its ``run(config, run_dir)`` is called on every rank."""
+_TRIES_WITHOUT_PROGRESS = 2
+_PEER_LOST = re.compile(
+    r"gloo|nccl|connection (reset|closed|refused)|broken pipe|socket|tcpstore|processgroup|distbackend|"
+    r"stopped before the end|timed.out|preempted|not checkpointable",
+    re.IGNORECASE,
+)
+"""Errors that say that another rank went away, or that the job was told to stop: worth another start."""
+console = Console(stderr=True)
+
+
+def run_trainer(config: Config, run_dir: str | Path, stage: Stage) -> None:
+    """Run a training stage to its end as a job of ``trainer.nodes`` x ``trainer.ranks_per_node`` tasks.
+
+    Shows progress, ends the job on Ctrl-C, and as soon as one rank fails. A job that was preempted, timed out, or lost
+    a process is submitted again, up to ``launch.max_requeues`` times, and continues from its last checkpoint; twice
+    without progress is a failure. Raises RuntimeError with one line that says what failed and names the log.
+    """
+    folder = Path(run_dir).absolute()
+    jobs = Jobs(config, folder, "trainer")
+    without_progress = 0
+    for _ in range(config.launch.max_requeues + 1):
+        before = _progress(folder, stage)[0]
+        job = _submit(jobs, config, folder, stage)
+        try:
+            problem = _follow(jobs, job, config, folder, stage)
+        finally:
+            jobs.end([job], grace_s=5.0)
+        if problem is None:
+            return
+        if not problem.transient:
+            raise RuntimeError(f"{stage}: {problem.text} (log: {problem.log})")
+        without_progress = without_progress + 1 if _progress(folder, stage)[0] <= before else 0
+        if without_progress >= _TRIES_WITHOUT_PROGRESS:
+            raise RuntimeError(f"{stage}: {problem.text}, twice without progress (log: {problem.log})")
+        console.print(f"{stage}: {problem.text}; continuing from the last checkpoint (log: {problem.log})")
+    raise RuntimeError(f"{stage}: interrupted more than launch.max_requeues={config.launch.max_requeues} times")
+
+
+class _Problem:
+    def __init__(self, text: str, log: Path, transient: bool) -> None:
+        self.text, self.log, self.transient = text, log, transient
+
+
+def _submit(jobs: Jobs, config: Config, folder: Path, stage: Stage) -> Job:
+    trainer = config.trainer
+    session = _session(folder)
+    port = 0 if config.launch.engine == "slurm" else _free_port()
+    resources = config.launch.trainer
+    return jobs.submit(
+        "trainer",
+        run_rank,
+        [(config, str(folder), TRAIN[stage], session, port)],
+        resources,
+        nodes=trainer.nodes,
+        tasks_per_node=trainer.ranks_per_node,
+        threads=trainer.threads,
+    )[0]
+
+
+def _session(folder: Path) -> str:
+    entry = read_entry(folder / "services" / "driver" / "driver.json")
+    if entry is None:
+        raise ValueError(f"{folder}: the trainer runs under a driver; enter Services(config, run_dir) first")
+    return entry.session
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) -> _Problem | None:
+    """Watch a job to its end; what went wrong, or None."""
+    moved = time.monotonic()
+    step, total, note = _progress(folder, stage)
+    steps: Steps | None = None
+    with ExitStack() as stack:
+        while True:
+            now = _progress(folder, stage)
+            if now != (step, total, note):
+                step, total, note = now
+                moved = time.monotonic()
+                steps = steps or stack.enter_context(Steps(f"{stage}: steps", total, done=step))
+                steps.reach(step, note)
+            outcomes = [job.result(task) for task in range(job.tasks)]
+            if all(outcome is not None and outcome[0] == "success" for outcome in outcomes):
+                return None
+            failed = any(outcome is not None and outcome[0] == "error" for outcome in outcomes)
+            if failed or jobs.state(job) == "ended" or _lost(jobs, job):
+                return _diagnose(job)
+            if time.monotonic() - moved > STUCK_S:
+                moved = time.monotonic()
+                state = jobs.state(job)
+                console.print(f"{stage}: no progress for {STUCK_S:.0f} s (job {job.id} {state}; log: {job.log()})")
+            time.sleep(POLL_S)
+
+
+def _lost(jobs: Jobs, job: Job) -> bool:
+    """Whether a rank is gone without a result (its result file appears before its process ends)."""
+    if not jobs.task_lost(job):
+        return False
+    finished = sum(job.result(task) is not None for task in range(job.tasks))
+    ended = sum(not is_running(pid, start) for pid, start in job.seen_tasks.items())
+    return ended > finished
+
+
+def _diagnose(job: Job) -> _Problem:
+    """The first error of a rank's own, else a rank that was told to stop or killed."""
+    time.sleep(2 * POLL_S)  # ranks fail together: let the one at fault write its error
+    errors = []
+    for task in range(job.tasks):
+        outcome = job.result(task)
+        if outcome is not None and outcome[0] == "error":
+            errors.append((task, job.last_words(task)))
+    own = [(task, text) for task, text in errors if not _PEER_LOST.search(text)]
+    if own:
+        task, text = own[0]
+        return _Problem(f"rank {task} failed: {text}", job.log(task), transient=False)
+    silent = [task for task in range(job.tasks) if job.result(task) is None]
+    if silent:
+        return _Problem(f"the job lost rank {silent[0]}", job.log(silent[0]), transient=True)
+    task, text = errors[0]
+    return _Problem(f"rank {task} stopped: {text}", job.log(task), transient=True)
+
+
+def _progress(folder: Path, stage: Stage) -> tuple[int, int, str]:
+    """Step, steps and a short note, as rank 0 last wrote them; zeros before."""
+    try:
+        record = json.loads((folder / stage / "progress.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0, 0, ""
+    metrics = record.get("metrics", {})
+    shown = ("sft/loss",) if stage == "sft" else ("rl/reward", "rl/kl")
+    note = " ".join(f"{name.partition('/')[2]} {metrics[name]:.3f}" for name in shown if name in metrics)
+    return int(record["step"]), int(record["steps"]), note
+
+
+def run_rank(config: Config, run_dir: str, module: str, session: str, port: int) -> None:
+    """One rank of the trainer: sets torch.distributed's environment and runs the module's ``run``."""
+    leave_with_driver(run_dir, session, config.launch.dead_after_s)
+    environment = submitit.JobEnvironment()
+    node = nodes.first_node()
+    os.environ.update(
+        RANK=str(environment.global_rank),
+        WORLD_SIZE=str(environment.num_tasks),
+        LOCAL_RANK=str(environment.local_rank),
+        LOCAL_WORLD_SIZE=str(config.trainer.ranks_per_node),
+        MASTER_ADDR="127.0.0.1" if config.launch.engine == "local" else nodes.address(node),
+        MASTER_PORT=str(port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 40000),
+    )
+    registry = Registry(run_dir, heartbeat_s=config.launch.heartbeat_s)
+    with registry.register(
+        "trainer",
+        "",
+        id=f"{environment.global_rank}-{environment.job_id}",
+        host=nodes.this_node(),
+        job_id=environment.job_id,
+        log=str(environment.paths.stdout),
+        session=session,
+    ):
+        importlib.import_module(module).run(config, Path(run_dir))

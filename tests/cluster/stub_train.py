@@ -1,0 +1,30 @@
+"""A training stage that counts steps, and misbehaves on request: what the trainer job's tests run on every rank."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run(config: Any, run_dir: Path) -> None:
+    """Behaves as ``run_dir/behaviour.json`` says: fail_rank, kill_rank_once, hang."""
+    wishes = json.loads((run_dir / "behaviour.json").read_text())
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    (run_dir / f"rank-{rank}-of-{world}").write_text(
+        json.dumps({key: os.environ.get(key) for key in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "WANDB_RUN_ID")})
+    )
+    if wishes.get("fail_rank") == rank:
+        raise ValueError("the data set is empty")
+    once = run_dir / "killed-once"
+    if wishes.get("kill_rank_once") == rank and not once.exists():
+        once.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if wishes.get("hang") or (wishes.get("kill_rank_once") is not None and not once.exists()) or "fail_rank" in wishes:
+        while True:
+            time.sleep(0.1)
+    if rank == 0:
+        (run_dir / "sft").mkdir(exist_ok=True)
+        record = {"stage": "sft", "step": 3, "steps": 3, "metrics": {"sft/loss": 0.5}, "time": time.time()}
+        (run_dir / "sft" / "progress.json").write_text(json.dumps(record))

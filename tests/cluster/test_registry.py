@@ -1,0 +1,97 @@
+"""Registrations: found while they are fresh, forgotten when stale, whatever the clocks say."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ctrl_hpc.cluster import processes, registry
+from ctrl_hpc.cluster.registry import DriverWatch, Registry
+
+
+def rewrite(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_a_registered_service_is_found_until_it_withdraws(run_dir: Path) -> None:
+    here = Registry(run_dir, heartbeat_s=60)
+    with here.register("executor", "http://127.0.0.1:1", id="0-7", job_id="7"):
+        assert Registry(run_dir).endpoints("executor") == ["http://127.0.0.1:1"]
+        assert Registry(run_dir).endpoints("critic") == []
+        (service,) = Registry(run_dir).services()
+        assert (service.job_id, service.machine) == ("7", processes.machine())
+    assert Registry(run_dir).endpoints("executor") == []
+
+
+def test_heartbeats_refresh_the_entry(run_dir: Path) -> None:
+    with Registry(run_dir, heartbeat_s=0.02).register("executor", "http://a", id="0"):
+        file = run_dir / "services" / "executor" / "0.json"
+        first = registry.read_entry(file)
+        assert first is not None
+        deadline = time.monotonic() + 20
+        while (now := registry.read_entry(file)) is not None and now.count < first.count + 3:
+            assert time.monotonic() < deadline
+
+
+def test_a_silent_service_is_dead_by_the_readers_clock(run_dir: Path, monkeypatch: object) -> None:
+    registration = Registry(run_dir, heartbeat_s=600).register("executor", "http://a", id="0")
+    file = run_dir / "services" / "executor" / "0.json"
+    rewrite(file, machine="elsewhere", beat=time.time() + 10_000)  # a node whose clock is fast
+    clock = [100.0]
+    monkeypatch.setattr(registry.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
+    reader = Registry(run_dir, dead_after_s=30)
+    assert reader.endpoints("executor") == ["http://a"]
+    clock[0] += 29
+    assert reader.endpoints("executor") == ["http://a"]
+    rewrite(file, count=1)
+    clock[0] += 29
+    assert reader.endpoints("executor") == ["http://a"]  # it beat in between
+    clock[0] += 31
+    assert reader.endpoints("executor") == []
+    rewrite(file, count=2)
+    clock[0] += 1
+    assert reader.endpoints("executor") == ["http://a"]  # a lost heartbeat came back
+    registration.close()
+
+
+def test_an_old_entry_is_dead_at_first_sight(run_dir: Path) -> None:
+    registration = Registry(run_dir, heartbeat_s=600).register("executor", "http://a", id="0")
+    rewrite(run_dir / "services" / "executor" / "0.json", machine="elsewhere", beat=time.time() - 100)
+    assert Registry(run_dir, dead_after_s=30).endpoints("executor") == []
+    registration.close()
+
+
+def test_a_process_that_is_gone_is_dead_at_once_on_its_machine(run_dir: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    registration = Registry(run_dir, heartbeat_s=600).register("executor", "http://a", id="0")
+    file = run_dir / "services" / "executor" / "0.json"
+    rewrite(file, pid=child.pid, started=processes.started(child.pid))
+    assert Registry(run_dir).endpoints("executor") == ["http://a"]
+    child.communicate(b"\n")
+    assert Registry(run_dir).endpoints("executor") == []
+    registration.close()
+
+
+def test_a_broken_entry_is_not_a_service(run_dir: Path) -> None:
+    folder = run_dir / "services" / "executor"
+    folder.mkdir(parents=True)
+    (folder / "0.json").write_text('{"role": "exec')
+    assert Registry(run_dir).services() == []
+
+
+def test_the_driver_is_watched(run_dir: Path) -> None:
+    here = Registry(run_dir, heartbeat_s=600)
+    with here.register("driver", "", id="driver", session="one"):
+        assert DriverWatch(run_dir, "one", 30).alive()
+        assert not DriverWatch(run_dir, "two", 30).alive()  # another driver has taken over
+        file = run_dir / "services" / "driver" / "driver.json"
+        rewrite(file, pid=2**22 - 1)
+        assert not DriverWatch(run_dir, "one", 30).alive()
+    assert not DriverWatch(run_dir, "one", 0.0).alive()
+
+
+def test_service_records_are_plain_data() -> None:
+    names = {field.name for field in dataclasses.fields(registry.Service)}
+    assert {"role", "id", "url", "host", "pid", "job_id", "log", "session", "beat"} <= names
