@@ -7,6 +7,7 @@ these mean the CPU. On a GPU this file is never imported.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable, Mapping
@@ -69,12 +70,21 @@ def install() -> None:
     }
     for name, function in nothing.items():
         setattr(torch.cuda, name, function)
+    _keep_memory()
     # Megatron decorates small functions with torch.compile when it is imported: on a CPU that costs a second of
     # imports and, when they are called, minutes of C++ compilation that a small model never earns back.
     torch.compile = _no_compile  # type: ignore[assignment]
     # It orders CUDA streams and means nothing here, but Megatron warns of its absence.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _installed = True
+
+
+def _keep_memory() -> None:
+    """Let glibc keep freed memory: by default every large tensor is mapped anew, and its pages zeroed, each time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 1 << 30)
 
 
 def _is_cuda(device: Any) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctrl_hpc.config import ParallelConfig
+from ctrl_hpc.megatron import rotary
 from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.megatron.attention import RMSNorm, SDPAttention
 from ctrl_hpc.megatron.parallel_state import World
@@ -40,7 +41,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
     """
     _check_divisible(architecture, parallel)
     on_gpu = world.device.type == "cuda"
-    fused = on_gpu and has_transformer_engine()
+    rotary.install()
     scale = architecture.rope_amplitude**2 * architecture.head_dim**-0.5
     recompute: Any = {
         "none": {},
@@ -63,8 +64,8 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
         gated_linear_unit=True,
         activation_func=functional.silu,
         bias_activation_fusion=on_gpu,
-        apply_rope_fusion=fused,
-        gradient_accumulation_fusion=fused,
+        apply_rope_fusion=True,
+        gradient_accumulation_fusion=on_gpu and util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=world.dtype,

@@ -82,6 +82,11 @@ class MicroBatch:
     n_slots: int
     """R of the responses in this micro-batch, >= 1."""
 
+    def pick(self, values_SR: Tensor) -> Tensor:
+        """The values [N] that a grid over the batch's sequences has for these tokens, on the tokens' device."""
+        device = self.rows_N.device
+        return values_SR.to(device)[self.rows_B.to(device)[self.rows_N], self.slots_N]
+
     def grid(self, values_N: Tensor) -> Tensor:
         """Values of tokens as [B, R], zero where there is no token; differentiable."""
         grid_BR = values_N.new_zeros(self.tokens_BT.shape[0], self.n_slots)

@@ -7,6 +7,7 @@ Shapes: N response tokens of the micro-batch, B its sequences, R their longest r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ctrl_kernels
 import torch
@@ -35,16 +36,17 @@ class RLLoss:
     """The clipped policy objective of GRPO with its KL and entropy terms (paper, section 3.3; Shao et al. 2024).
 
     Logged, as means over the batch's tokens: ``kl`` to the reference, ``clip_fraction``, ``approx_kl`` to the policy
-    that is improved, ``ratio``, ``entropy``.
+    that is improved, ``ratio``, ``entropy``, and ``rollout_kl``, the divergence of the trainer's old policy from the
+    engine that sampled (k3 estimate).
     """
 
     options: RLConfig
     advantages_S: Tensor
-    old_SR: Tensor
-    """Log-probabilities before the update, by this trainer."""
+    rollout_SR: Tensor
+    """Log-probabilities by the engine that sampled."""
+    old_SR: Tensor | None
+    """Log-probabilities before the update, by this trainer; None where the weights are still those of before it."""
     reference_SR: Tensor | None
-    importance_SR: Tensor | None
-    """Truncated importance weights, where rollouts are not by the old policy."""
     n_sequences: int
     n_tokens: int
 
@@ -55,17 +57,17 @@ class RLLoss:
         options: RLConfig,
         *,
         advantages_S: Tensor,
-        old_SR: Tensor,
+        rollout_SR: Tensor,
+        old_SR: Tensor | None = None,
         reference_SR: Tensor | None = None,
-        importance_SR: Tensor | None = None,
     ) -> RLLoss:
         """The loss of a batch, normalised by the batch's own tokens or sequences."""
         return cls(
             options=options,
             advantages_S=advantages_S,
+            rollout_SR=rollout_SR,
             old_SR=old_SR,
             reference_SR=reference_SR,
-            importance_SR=importance_SR,
             n_sequences=len(batch),
             n_tokens=batch.n_tokens,
         )
@@ -73,42 +75,59 @@ class RLLoss:
     def __call__(self, head: Head, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's part of the loss."""
         options = self.options
-        if options.entropy_coef != 0.0:
-            logprobs_N, entropy_N = head.logprobs_and_entropy(hidden_ND, micro.targets_N, options.temperature)
-            entropy_BR: Tensor | None = micro.grid(entropy_N)
+        values = {
+            "advantages": micro.pick(self.advantages_S[:, None].expand_as(self.rollout_SR)),
+            "mask": torch.ones(len(micro.targets_N), device=hidden_ND.device),
+        }
+        rollout_N = micro.pick(self.rollout_SR)
+        if self.reference_SR is not None:
+            values["ref_logprobs"] = micro.pick(self.reference_SR)
+        one_pass = self.old_SR is not None and options.ratio == "token" and options.aggregation == "token-mean"
+        if one_pass:
+            assert self.old_SR is not None
+            old_N = micro.pick(self.old_SR)
+            values |= self._behaviour(old_N, rollout_N)
+            loss, metrics = ctrl_kernels.linear_policy_loss(
+                hidden_ND,
+                head.weight,
+                micro.targets_N,
+                **values,
+                **self._options(),
+                **head.options(options.temperature),
+            )
         else:
-            logprobs_N, entropy_BR = head.logprobs(hidden_ND, micro.targets_N, options.temperature), None
-        mask_BR = micro.grid(torch.ones_like(logprobs_N))
-        advantages_B1 = _rows(self.advantages_S[:, None], micro, 1)
-        assert advantages_B1 is not None
-        loss, metrics = ctrl_kernels.policy_loss(
-            micro.grid(logprobs_N),
-            _rows(self.old_SR, micro, micro.n_slots),
-            advantages_B1.expand_as(mask_BR).contiguous(),
-            mask_BR,
-            clip_low=options.clip_low,
-            clip_high=options.clip_high,
-            dual_clip=options.dual_clip,
-            ref_logprobs=_rows(self.reference_SR, micro, micro.n_slots),
-            kl_coef=options.kl_coef if self.reference_SR is not None else 0.0,
-            kl_estimator=options.kl_estimator,
-            ratio=options.ratio,
-            aggregation=options.aggregation,
-            importance_weights=_rows(self.importance_SR, micro, micro.n_slots),
-            entropy=entropy_BR,
-            entropy_coef=options.entropy_coef,
-            denominator=float(self.n_tokens if options.aggregation == "token-mean" else self.n_sequences),
-            backend=head.backend,
-        )
+            logprobs_N, entropy_N = head.logprobs_and_entropy(hidden_ND, micro.targets_N, options.temperature)
+            old_N = micro.pick(self.old_SR) if self.old_SR is not None else logprobs_N.detach()
+            values |= self._behaviour(old_N, rollout_N) | {"entropy": entropy_N}
+            grids = {name: micro.grid(value_N) for name, value_N in values.items()}
+            loss, metrics = ctrl_kernels.policy_loss(
+                micro.grid(logprobs_N),
+                **grids,
+                **self._options(),
+                ratio=options.ratio,
+                aggregation=options.aggregation,
+                backend=head.backend,
+            )
         share = len(micro.targets_N) / self.n_tokens
-        names = ["clip_fraction", "approx_kl", "ratio"] + (["kl"] if self.reference_SR is not None else [])
-        return loss, {name: metrics[name] * share for name in names}
+        names = ["clip_fraction", "approx_kl", "ratio", "entropy"] + (["kl"] if self.reference_SR is not None else [])
+        gap_N = (old_N - rollout_N).clamp(-20, 20)
+        rollout_kl = (gap_N.exp() - 1 - gap_N).sum() / self.n_tokens
+        return loss, {name: metrics[name] * share for name in names} | {"rollout_kl": rollout_kl}
 
+    def _behaviour(self, old_N: Tensor, rollout_N: Tensor) -> dict[str, Tensor]:
+        """The old policy's log-probabilities and, where asked for, truncated importance weights towards it."""
+        cap = self.options.importance_cap
+        weights = {} if cap is None else {"importance_weights": (old_N - rollout_N).exp().clamp(max=cap)}
+        return {"old_logprobs": old_N, **weights}
 
-def _rows(values_SR: Tensor | None, micro: MicroBatch, n_slots: int) -> Tensor | None:
-    """The rows of a micro-batch, on its device; zeros for one of padding."""
-    if values_SR is None:
-        return None
-    if not len(micro.rows_B):
-        return torch.zeros(micro.tokens_BT.shape[0], n_slots, device=micro.tokens_BT.device)
-    return values_SR[micro.rows_B, :n_slots].to(micro.tokens_BT.device)
+    def _options(self) -> dict[str, Any]:
+        options = self.options
+        return {
+            "clip_low": options.clip_low,
+            "clip_high": options.clip_high,
+            "dual_clip": options.dual_clip,
+            "kl_coef": options.kl_coef if self.reference_SR is not None else 0.0,
+            "kl_estimator": options.kl_estimator,
+            "entropy_coef": options.entropy_coef,
+            "denominator": float(self.n_tokens if options.aggregation == "token-mean" else self.n_sequences),
+        }

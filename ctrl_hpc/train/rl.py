@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ctrl_hpc import jsonl
@@ -179,8 +178,9 @@ def improve(
 ) -> dict[str, float]:
     """The update: ``rl.minibatches`` optimizer steps on the groups that have something to learn from.
 
-    Log-probabilities of the old policy and of the reference are this trainer's own, never the rollout engine's. Groups
-    whose rewards are all the same are left out and counted.
+    Log-probabilities of the old policy and of the reference are this trainer's own, never the rollout engine's; those
+    of the first minibatch's old policy come from the pass of its own update. Groups whose rewards are all the same
+    are left out and counted.
     """
     options = policy.config.rl
     groups = experience.learnable_groups()
@@ -190,47 +190,24 @@ def improve(
     random.Random(sampling_seed(policy.config.seed, step, "minibatches")).shuffle(groups)
     n_parts = min(options.minibatches, len(groups))
     parts = [experience.rows(groups[i::n_parts]) for i in range(n_parts)]
-    rows = [row for part in parts for row in part]
-    batch = experience.batch.select(rows)
+    batches = [experience.batch.select(rows) for rows in parts]
     with clock("logprobs"):
-        old_SR, entropy_SR = policy.logprobs_and_entropy(batch, temperature=options.temperature)
-    reference_SR = None
-    if reference is not None:
-        with clock("reference"):
-            reference_SR = reference.logprobs(batch, temperature=options.temperature)
-    rollout_SR = experience.rollout_SR[rows, : old_SR.shape[1]]
-    importance_SR = None
-    if options.importance_cap is not None:
-        importance_SR = (old_SR - rollout_SR).exp().clamp(max=options.importance_cap)
-    logged: list[dict[str, float]] = []
+        old = [None, *(policy.logprobs(batch, temperature=options.temperature) for batch in batches[1:])]
+    with clock("reference"):
+        fixed = [reference.logprobs(batch, temperature=options.temperature) if reference else None for batch in batches]
+    logged = []
     with clock("update"):
-        first = 0
-        for index, part in enumerate(parts):
-            own = slice(first, first + len(part))
-            first += len(part)
-            minibatch = batch.select(range(own.start, own.stop))
+        for index, (rows, batch, old_SR, reference_SR) in enumerate(zip(parts, batches, old, fixed, strict=True)):
             loss = RLLoss.of(
-                minibatch,
+                batch,
                 options,
-                advantages_S=advantages_S[part],
-                old_SR=old_SR[own],
-                reference_SR=reference_SR[own] if reference_SR is not None else None,
-                importance_SR=importance_SR[own] if importance_SR is not None else None,
+                advantages_S=advantages_S[rows],
+                rollout_SR=experience.rollout_SR[rows, : batch.mask_SR.shape[1]],
+                old_SR=old_SR,
+                reference_SR=reference_SR,
             )
-            logged.append(policy.update(minibatch, loss, step * options.minibatches + index))
-    means = {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in logged[0]}
-    return skipped | means | _token_means(batch.mask_SR, old_SR, rollout_SR, entropy_SR)
-
-
-def _token_means(mask_SR: Tensor, old_SR: Tensor, rollout_SR: Tensor, entropy_SR: Tensor) -> dict[str, float]:
-    """Entropy, and how far the rollout engine's distribution is from the trainer's (k3 estimate of their KL)."""
-    gap_SR = torch.where(mask_SR, old_SR - rollout_SR, 0.0)
-    n = mask_SR.sum()
-    return {
-        "rl/entropy": float(entropy_SR.sum() / n),
-        "rl/rollout_kl": float((gap_SR.exp() - 1 - gap_SR).sum() / n),
-        "rl/rollout_gap": float(gap_SR.abs().max()),
-    }
+            logged.append(policy.update(batch, loss, step * options.minibatches + index))
+    return skipped | {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in logged[0]}
 
 
 def publish(policy: Policy, source: Source | None, folder: Path, version: int, sft: Path) -> None:
