@@ -1,0 +1,1 @@
+"""Evaluation: critique-revision turns on held-out problems, metrics with confidence intervals, report and plots."""

@@ -1,0 +1,88 @@
+"""The critics that an evaluation compares: models, and feedback that is computed from the execution or the problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctrl_hpc.config import Config
+from ctrl_hpc.flow.feedback import execution_feedback
+from ctrl_hpc.flow.judgement import parse_judgement
+from ctrl_hpc.records import Critique, Judgement, Problem, Solution
+
+Feedback = Callable[[Problem, Solution], tuple[str, Judgement | None]]
+"""The text of a critique and its overall judgement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Critic:
+    """A critic: a model (``model``), computed feedback (``feedback``), or neither, for the drafts alone."""
+
+    model: Callable[[Config, Path], str] | None = None
+    """Its Hugging Face folder, or ``URL#MODEL`` of an OpenAI-compatible endpoint, in a run."""
+    feedback: Feedback | None = None
+
+
+def exec_feedback(problem: Problem, solution: Solution) -> tuple[str, Judgement | None]:
+    """What the execution showed, raw: judged correct only when every test passed."""
+    right = solution.verdict is not None and solution.verdict.accepted
+    return execution_feedback(problem, solution), "correct" if right else "incorrect"
+
+
+def oracle(problem: Problem, solution: Solution) -> tuple[str, Judgement | None]:
+    """The best critique its data set can compute."""
+    text = ORACLES[problem.source](problem, solution.program or "")
+    return text, parse_judgement(text)
+
+
+def _tiny_oracle(problem: Problem, program: str) -> str:
+    from ctrl_hpc.data import tiny
+
+    return tiny.oracle_critique(problem, program)
+
+
+ORACLES: dict[str, Callable[[Problem, str], str]] = {"tiny": _tiny_oracle}
+"""``(problem, program) -> critique`` of the data sets that know what is wrong with a program."""
+
+CRITICS: dict[str, Critic] = {
+    "none": Critic(),
+    "base": Critic(model=lambda config, run_dir: config.critic.model),
+    "sft": Critic(model=lambda config, run_dir: str(run_dir / "sft" / "hf")),
+    "rl": Critic(model=lambda config, run_dir: str(run_dir / "rl" / "hf")),
+    "exec_feedback": Critic(feedback=exec_feedback),
+    "oracle": Critic(feedback=oracle),
+}
+"""The critics by name; ``eval.models`` adds more."""
+
+
+def critics(config: Config) -> dict[str, Critic]:
+    """The critics that ``eval.critics`` names, in its order.
+
+    Raises ValueError for an unknown name, and for an oracle where a data set has none.
+    """
+    known = dict(CRITICS)
+    for name, place in config.eval.models.items():
+        if name in CRITICS or not name or "/" in name or name.endswith("_greedy"):
+            raise ValueError(f"eval.models: {name!r} is not allowed as a name; not one of {', '.join(CRITICS)}")
+        known[name] = Critic(model=_at(place))
+    for name in config.eval.critics:
+        if name not in known:
+            raise ValueError(f"eval.critics: {name!r} is not a critic; allowed: {', '.join(known)}")
+    without = [name for name in config.data.eval_names if name not in ORACLES]
+    if "oracle" in config.eval.critics and without:
+        raise ValueError(f"eval.critics: oracle: {without[0]} has none; data sets that have: {', '.join(ORACLES)}")
+    return {name: known[name] for name in config.eval.critics}
+
+
+def _at(place: str) -> Callable[[Config, Path], str]:
+    return lambda config, run_dir: place
+
+
+def feedback_critiques(pairs: Sequence[tuple[Problem, Solution]], feedback: Feedback) -> list[Critique]:
+    """One computed critique of each solution, in order."""
+    out = []
+    for problem, solution in pairs:
+        text, judgement = feedback(problem, solution)
+        out.append(Critique(id=f"{solution.id}#0", solution_id=solution.id, text=text, judgement=judgement))
+    return out

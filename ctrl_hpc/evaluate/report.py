@@ -1,0 +1,108 @@
+"""The report of a run: ``report/`` with results.json, index.html, tables, and plots as PNG."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate import plots, samples, tables
+from ctrl_hpc.evaluate.metrics import check_identity
+from ctrl_hpc.evaluate.results import History, collect, read_histories
+from ctrl_hpc.tracking import Tracker
+
+OBJECTIVE = ("rl", "sft", "base")
+"""The critics whose pass@1 after one turn is ``eval/pass_at_1``, what sweeps maximise: the first that was evaluated."""
+
+
+def write(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Write the report of an evaluated run, print its table, log it to wandb; returns ``results.json``.
+
+    Raises ValueError when the run's evaluation is not there.
+    """
+    histories = {name: read_histories(config, run_dir, name) for name in config.data.eval_names}
+    results = collect(config, run_dir, histories)
+    for entry in results["datasets"].values():
+        for row in entry["critics"].values():
+            check_identity(row)
+    folder = run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    jsonl.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    made = [tables.results_table(name, entry) for name, entry in results["datasets"].items()]
+    made += [
+        tables.differences_table(name, entry) for name, entry in results["datasets"].items() if entry["differences"]
+    ]
+    jsonl.write_text(folder / "results.md", "\n".join(map(tables.markdown, made)))
+    jsonl.write_text(folder / "results.tex", "\n".join(map(tables.latex, made)))
+    pictures = plots.draw_all(results, folder)
+    jsonl.write_text(folder / "index.html", page(config, results, histories, made, pictures))
+    with Tracker(config, run_dir, "report", f"{config.name}-report-{config.seed}") as tracker:
+        tracker.log(metrics(results), 0)
+        tracker.summary(metrics(results))
+        for picture in pictures:
+            tracker.image(picture)
+    console = Console()
+    for table in made[: len(results["datasets"])]:
+        console.print(tables.rich_table(table))
+    console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
+    return results
+
+
+def metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers logged to wandb: ``eval/DATASET/CRITIC/...``, and ``eval/pass_at_1``, the objective of sweeps.
+
+    pass@1 is that after one turn; the objective is its mean over the data sets.
+    """
+    out: dict[str, float] = {}
+    objective = []
+    for dataset, entry in results["datasets"].items():
+        critics = entry["critics"]
+        for name, row in critics.items():
+            prefix = f"eval/{dataset}/{name}"
+            out[f"{prefix}/pass_at_1"] = row["pass_at_1"][1]
+            out[f"{prefix}/pass_at_1_last"] = row["pass_at_1"][-1]
+            out[f"{prefix}/delta_up"], out[f"{prefix}/delta_down"] = row["delta_up"], row["delta_down"]
+            if row["judgement"]["f1_macro"] is not None:
+                out[f"{prefix}/f1_macro"] = row["judgement"]["f1_macro"]
+        best = next(name for name in (*OBJECTIVE, *critics) if name in critics)
+        objective.append(critics[best]["pass_at_1"][1])
+    out["eval/pass_at_1"] = sum(objective) / len(objective)
+    return out
+
+
+def page(
+    config: Config,
+    results: Mapping[str, Any],
+    histories: Mapping[str, dict[str, list[History]]],
+    made: Sequence[tables.Table],
+    pictures: Sequence[Path],
+) -> str:
+    """``index.html``: one file that needs nothing else, pictures and samples inside."""
+    shown = []
+    for dataset, items in histories.items():
+        for sample in samples.choose(items, config.eval.report_samples):
+            shown.append({"dataset": dataset, **sample, "critic": plots.label(sample["critic"])})
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    # a "<" inside a script element could end it
+    data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
+    return environment.get_template("report.html.j2").render(
+        name=config.name,
+        seed=config.seed,
+        generator=config.generator,
+        critic=config.critic.model,
+        temperature=config.eval.temperature,
+        tables=made,
+        pictures=[(picture.stem, base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures],
+        wall_time_s=results["wall_time_s"],
+        samples=data,
+        transitions=samples.TRANSITIONS,
+    )

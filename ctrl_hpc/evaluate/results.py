@@ -1,0 +1,210 @@
+"""The numbers of a run, from its records: what ``report/results.json`` holds.
+
+Per data set and critic: pass@1 over turns, Δ↑, Δ↓, judgement metrics, their intervals and breakdowns; the wall time of
+every stage; the learning curve of RL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate import metrics, tree
+from ctrl_hpc.evaluate.critics import Critic, critics
+from ctrl_hpc.evaluate.metrics import Outcomes
+from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of
+from ctrl_hpc.evaluate.tree import Node
+from ctrl_hpc.records import Problem, Solution, Verdict
+
+PAIRS = (("base", "none"), ("sft", "base"), ("sft", "none"), ("rl", "sft"), ("rl", "none"), ("exec_feedback", "none"))
+"""Critics whose difference is reported, paired by problem."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """One draft and what each turn made of it; turns after the last node left it as it was."""
+
+    problem: Problem
+    draft: Solution
+    nodes: tuple[Node, ...]
+
+    def verdicts(self, turns: int) -> list[Verdict]:
+        """The verdict of the draft and after each of the turns."""
+        assert self.draft.verdict is not None
+        found = [self.draft.verdict, *(node.verdict for node in self.nodes)]
+        return found + [found[-1]] * (turns + 1 - len(found))
+
+
+def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, list[History]]]) -> dict[str, Any]:
+    """All numbers of ``report/results.json``, from the histories by data set and critic."""
+    datasets = {name: _dataset(config, items) for name, items in histories.items()}
+    return {"datasets": datasets, "wall_time_s": wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
+
+
+def read_histories(config: Config, run_dir: Path, dataset: str) -> dict[str, list[History]]:
+    """Every sample's history, by critic (``NAME``, and ``NAME_greedy`` when greedy critics were evaluated).
+
+    Raises ValueError when the evaluation's records are not there.
+    """
+    problems_file = run_dir / "problems" / f"eval-{dataset}.jsonl"
+    if not problems_file.exists() or not drafts_file(run_dir, dataset, "").exists():
+        raise ValueError(
+            f"{run_dir}: holds no evaluation of {dataset}; run `ctrl-hpc eval` with the same arguments first"
+        )
+    problems = {problem.id: problem for problem in jsonl.read(Problem, problems_file)}
+    modes = MODES if config.eval.greedy else MODES[:1]
+    drafts = {mode: jsonl.read(Solution, drafts_file(run_dir, dataset, mode)) for mode in modes}
+    out = {}
+    for name, critic in critics(config).items():
+        for mode in modes:
+            is_none = critic.model is None and critic.feedback is None
+            nodes = [] if is_none else _nodes(config, run_dir, dataset, name, critic, mode)
+            out[name + mode] = [
+                History(
+                    problem=problems[draft.problem_id],
+                    draft=draft,
+                    nodes=tuple(by_sample[draft.id] for by_sample in nodes if draft.id in by_sample),
+                )
+                for draft in (drafts[mode] if is_none else drafts[""])
+            ]
+    return out
+
+
+def _nodes(config: Config, run_dir: Path, dataset: str, name: str, critic: Critic, mode: str) -> list[dict[str, Node]]:
+    folder = folder_of(run_dir, dataset, name, critic, mode)
+    if not tree.is_grown(folder, config.eval.turns):
+        raise ValueError(f"{folder}: the evaluation has not finished; run `ctrl-hpc eval` with the same arguments")
+    return tree.read(folder, config.eval.turns)
+
+
+def outcomes(histories: Sequence[History], turns: int, order: dict[str, int]) -> tuple[Outcomes, int]:
+    """The histories as arrays, and how many were left out because of environment faults.
+
+    ``order`` gives each problem its index.
+    """
+    problem, correct, judged, timeout = [], [], [], []
+    sides = {"correct": 1, "incorrect": -1, None: 0}
+    for history in histories:
+        verdicts = history.verdicts(turns)
+        if any(verdict.status == "sandbox_error" for verdict in verdicts):
+            continue
+        problem.append(order[history.problem.id])
+        correct.append([verdict.accepted for verdict in verdicts])
+        timeout.append([verdict.status == "time_limit" for verdict in verdicts])
+        judged.append(sides[history.nodes[0].judgement] if history.nodes else 0)
+    size = len(problem)
+    found = Outcomes(
+        problem_N=np.array(problem, dtype=np.int64),
+        correct_NT=np.array(correct, dtype=bool).reshape(size, turns + 1),
+        judged_N=np.array(judged, dtype=np.int64),
+        timeout_NT=np.array(timeout, dtype=bool).reshape(size, turns + 1),
+    )
+    return found, len(histories) - size
+
+
+def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, Any]:
+    ids = sorted({history.problem.id for items in histories.values() for history in items})
+    order = {problem_id: index for index, problem_id in enumerate(ids)}
+    weights_BP = metrics.bootstrap_weights(len(ids), config.eval.bootstrap, config.seed)
+    rows, found = {}, {}
+    for name, items in histories.items():
+        found[name], masked = outcomes(items, config.eval.turns, order)
+        judges = any(history.nodes for history in items)
+        row = metrics.summary(found[name], weights_BP, judges=judges)
+        row["n_masked"] = masked
+        row["by_difficulty"] = _by_difficulty(items, config.eval.turns)
+        row["similarity"] = _similarity(items)
+        row["critique_tokens"] = _critique_tokens(items)
+        if config.eval.n_samples > 1:
+            row["pass_at_k"] = _pass_at_k(found[name])
+        rows[name] = row
+    differences = {
+        f"{one}{mode} - {other}": metrics.difference(
+            found[one + mode], found[other + mode * (other != "none")], weights_BP
+        )
+        for one, other in PAIRS
+        for mode in MODES
+        if one + mode in found and other in found
+    }
+    return {
+        "n_problems": len(ids),
+        "n_samples": config.eval.n_samples,
+        "critics": rows,
+        "differences": differences,
+    }
+
+
+def _by_difficulty(histories: Sequence[History], turns: int) -> dict[str, Any]:
+    """pass@1 by turn and the number of samples, for each difficulty the problems name."""
+    groups: dict[str, list[list[bool]]] = {}
+    for history in histories:
+        verdicts = history.verdicts(turns)
+        if history.problem.difficulty is not None and not any(item.status == "sandbox_error" for item in verdicts):
+            groups.setdefault(history.problem.difficulty, []).append([verdict.accepted for verdict in verdicts])
+    return {
+        name: {"n_samples": len(rows), "pass_at_1": [float(share) for share in np.mean(rows, axis=0)]}
+        for name, rows in sorted(groups.items())
+    }
+
+
+def _similarity(histories: Sequence[History]) -> float | None:
+    """Mean similarity of first revisions to their drafts, over the words of the programs (Ratcliff-Obershelp)."""
+    ratios = [
+        SequenceMatcher(None, history.draft.program.split(), node.program.split(), autojunk=False).ratio()
+        for history in histories
+        for node in history.nodes[:1]
+        if not node.kept and history.draft.program is not None and node.program is not None
+    ]
+    return float(np.mean(ratios)) if ratios else None
+
+
+def _critique_tokens(histories: Sequence[History]) -> float | None:
+    """Mean length of the first critiques in tokens."""
+    lengths = [node.critique_tokens for history in histories for node in history.nodes[:1] if node.critique_tokens]
+    return float(np.mean(lengths)) if lengths else None
+
+
+def _pass_at_k(found: Outcomes) -> dict[str, list[float]]:
+    """pass@k by turn, for k = 1, 2, 4, ... up to the number of samples of a problem that has the fewest."""
+    counts_P = np.bincount(found.problem_N)
+    present = np.flatnonzero(counts_P)
+    right_PT = np.stack([np.bincount(found.problem_N, column) for column in found.correct_NT.T], axis=1).astype(int)
+    out = {}
+    k = 1
+    while present.size and k <= counts_P[present].min():
+        values = [[metrics.pass_at_k(int(counts_P[p]), int(c), k) for c in right_PT[p]] for p in present]
+        out[str(k)] = [float(share) for share in np.mean(values, axis=0)]
+        k *= 2
+    return out
+
+
+def wall_times(run_dir: Path) -> dict[str, float]:
+    """Seconds of every stage that is done."""
+    times = {}
+    for file in sorted(run_dir.glob("*/done.json")):
+        record = json.loads(file.read_text())
+        times[str(record["stage"])] = float(record["wall_time_s"])
+    return times
+
+
+def learning_curve(run_dir: Path) -> list[dict[str, float]]:
+    """The metrics of every RL step, counted from 1: ``{"step", "reward", "kl", ...}``."""
+    file = run_dir / "rl" / "metrics.jsonl"
+    if not file.exists():
+        return []
+    points: dict[int, dict[str, float]] = {}
+    for line in file.read_text().splitlines():
+        if line.strip():
+            record = json.loads(line)
+            point = {key.removeprefix("rl/"): value for key, value in record.items()}
+            point["step"] = int(point["step"]) + 1
+            points[int(point["step"])] = point
+    return [points[step] for step in sorted(points)]

@@ -1,0 +1,202 @@
+"""The evaluation of a run: shared drafts, then every critic's turns on them, on disk under ``eval/DATASET/``.
+
+``drafts.jsonl`` (sampled) and ``drafts_greedy.jsonl`` are the critic ``none`` and ``none_greedy``. Every other critic's
+turns start from the sampled drafts, so that all compare on the same ones: ``CRITIC/`` with critiques sampled at
+``eval.temperature``, ``CRITIC_greedy/`` with greedy ones (computed feedback has no temperature: one folder is both).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate.critics import Critic, critics, feedback_critiques
+from ctrl_hpc.evaluate.memory import RememberingExecutor, RememberingGenerator
+from ctrl_hpc.evaluate.tree import Environment, Sample, Write, derived_seed, grow, is_grown, trimmed
+from ctrl_hpc.flow.critiquing import critique
+from ctrl_hpc.flow.drafting import draft
+from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.progress import Steps
+from ctrl_hpc.protocols import Executor, Generator
+from ctrl_hpc.records import Critique, Problem, Sampling, Solution
+from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+
+MODES = ("", "_greedy")
+"""What is appended to a critic's name: sampled, and greedy."""
+
+
+class CriticServers(Generator, Protocol):
+    """The rollout array of the critic."""
+
+    def update_weights(self, folder: str, version: int) -> object:
+        """Let every server load a Hugging Face folder."""
+        ...
+
+
+class Services(Protocol):
+    """What the evaluation talks to (:func:`ctrl_hpc.cluster.connect.connect`)."""
+
+    @property
+    def critic(self) -> CriticServers | None:
+        """Serves the critics that are folders."""
+        ...
+
+    @property
+    def generator(self) -> Generator:
+        """The fixed generator."""
+        ...
+
+    @property
+    def executor(self) -> Executor:
+        """Runs programs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tree:
+    """The turns of one critic on one data set in one mode."""
+
+    dataset: str
+    critic: str
+    mode: str
+    folder: Path
+
+
+def run(
+    config: Config, run_dir: Path, connections: Services, problems: dict[str, list[Problem]], prompts: Prompts
+) -> None:
+    """Evaluate every critic of ``eval.critics`` on every data set; what is on disk already is not done again.
+
+    Raises ValueError when a critic is unknown or has no model.
+    """
+    chosen = critics(config)
+    places = {name: item.model(config, run_dir) for name, item in chosen.items() if item.model is not None}
+    for name, place in places.items():
+        if "://" not in place and not (Path(place) / "config.json").is_file():
+            raise ValueError(f"eval.critics: {name}: {place} is not a Hugging Face model folder (no config.json)")
+    environment = Environment(
+        generator=RememberingGenerator(connections.generator),
+        executor=RememberingExecutor(connections.executor),
+        prompts=prompts,
+        limits=config.executor.limits,
+        revision=Sampling(temperature=0.0, max_tokens=config.eval.max_tokens),
+        stop_when_correct=config.eval.stop_when_correct,
+    )
+    trees = [tree for name, item in chosen.items() for tree in trees_of(config, run_dir, name, item)]
+    with Steps("eval: drafts, then critics", len(trees) + len(problems)) as steps:
+        drafts = {}
+        for dataset, items in problems.items():
+            drafts[dataset] = draft_all(config, run_dir, dataset, items, environment)
+            steps.advance(note=f"{dataset}: drafts")
+        version = int(time.time() * 1000)  # newer than whatever a server left over from an earlier start holds
+        for name, item in chosen.items():
+            version += 1
+            critic: Generator | None = None
+            for tree in (tree for tree in trees if tree.critic == name):
+                if not is_grown(tree.folder, config.eval.turns):
+                    if critic is None and item.model is not None:
+                        critic = _load(places[name], connections, version)
+                    write = _writer(config, tree, item, critic, prompts)
+                    seed = derived_seed(config.seed, tree.dataset, tree.critic + tree.mode)
+                    grow(
+                        drafts[tree.dataset],
+                        write,
+                        environment,
+                        tree.folder,
+                        turns=config.eval.turns,
+                        chunk=config.eval.chunk,
+                        seed=seed,
+                    )
+                steps.advance(note=f"{tree.dataset}: {tree.critic}{tree.mode}")
+
+
+def trees_of(config: Config, run_dir: Path, name: str, critic: Critic) -> list[Tree]:
+    """The trees of a critic: none for ``none``; computed feedback has no greedy one of its own."""
+    if critic.model is None and critic.feedback is None:
+        return []
+    modes = MODES if config.eval.greedy and critic.model is not None else MODES[:1]
+    return [
+        Tree(dataset=dataset, critic=name, mode=mode, folder=folder_of(run_dir, dataset, name, critic, mode))
+        for dataset in config.data.eval_names
+        for mode in modes
+    ]
+
+
+def folder_of(run_dir: Path, dataset: str, name: str, critic: Critic, mode: str) -> Path:
+    """Where the turns of a critic in a mode lie."""
+    return run_dir / "eval" / dataset / (name + mode if critic.model is not None else name)
+
+
+def drafts_file(run_dir: Path, dataset: str, mode: str) -> Path:
+    """Where the drafts of a mode lie."""
+    return run_dir / "eval" / dataset / f"drafts{mode}.jsonl"
+
+
+def draft_all(
+    config: Config, run_dir: Path, dataset: str, problems: Sequence[Problem], environment: Environment
+) -> list[Sample]:
+    """The sampled drafts, executed; the greedy ones are made and executed beside them."""
+    sampled: list[Solution] = []
+    for mode in MODES if config.eval.greedy else MODES[:1]:
+        file = drafts_file(run_dir, dataset, mode)
+        temperature, n = (0.0, 1) if mode else (config.eval.temperature, config.eval.n_samples)
+        sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens, n=n)
+        if not file.exists():
+            solutions: list[Solution] = []
+            size = max(config.eval.chunk // n, 1)
+            for start in range(0, len(problems), size):
+                part = file.with_name(f"drafts{mode}.parts") / f"{start:07d}.jsonl"
+                if not part.exists():
+                    seed = derived_seed(config.seed, dataset, "drafts", start)
+                    jsonl.write(
+                        part, _drafts(problems[start : start + size], replace(sampling, seed=seed), environment)
+                    )
+                solutions += jsonl.read(Solution, part)
+            jsonl.write(file, solutions)
+        if not mode:
+            sampled = jsonl.read(Solution, file)
+    by_id = {problem.id: problem for problem in problems}
+    return [(by_id[solution.problem_id], solution) for solution in sampled]
+
+
+def _drafts(problems: Sequence[Problem], sampling: Sampling, environment: Environment) -> list[Solution]:
+    solutions = draft(problems, environment.generator, environment.prompts, sampling)
+    by_id = {problem.id: problem for problem in problems}
+    pairs = [(by_id[solution.problem_id], solution) for solution in solutions]
+    executed = execute(pairs, environment.executor, environment.limits)
+    return [replace(item, verdict=trimmed(item.verdict)) if item.verdict else item for item in executed]
+
+
+def _load(place: str, connections: Services, version: int) -> Generator:
+    if "://" in place:
+        url, _, model = place.partition("#")
+        if not model:
+            raise ValueError(f"eval.models: {place!r} names no model; expected URL#MODEL")
+        return OpenAIGenerator(url, model)
+    if connections.critic is None:
+        raise ValueError(f"eval.critics: no critic server runs to serve {place}")
+    connections.critic.update_weights(place, version)
+    return connections.critic
+
+
+def _writer(config: Config, tree: Tree, item: Critic, critic: Generator | None, prompts: Prompts) -> Write:
+    if item.feedback is not None:
+        feedback = item.feedback
+        return lambda samples, seed: feedback_critiques(samples, feedback)
+    assert critic is not None
+    temperature = 0.0 if tree.mode else config.eval.temperature
+    sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens)
+    return partial(_ask, critic=RememberingGenerator(critic), prompts=prompts, sampling=sampling)
+
+
+def _ask(
+    samples: Sequence[Sample], seed: int, *, critic: Generator, prompts: Prompts, sampling: Sampling
+) -> list[Critique]:
+    return critique(samples, critic, prompts, replace(sampling, seed=seed))
