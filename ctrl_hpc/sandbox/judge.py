@@ -10,9 +10,10 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
-from ctrl_hpc.records import Limits, TestStatus
+from ctrl_hpc.records import Execution, Limits, TestStatus
 from ctrl_hpc.sandbox.inside import plain
 from ctrl_hpc.sandbox.jail import Ended, Reason
 
@@ -84,10 +85,27 @@ def _fusion_equal(line: str, expected: str) -> bool:
     return abs(value - target) / max(abs(target), 1e-10) < _FUSION_TOLERANCE
 
 
+def livecodebench(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
+    """LiveCodeBench's rule: line by line without surrounding whitespace, or the same numbers as exact decimals."""
+    ours = [line.strip() for line in stdout.strip().split(b"\n")]
+    theirs = [line.strip() for line in expected.strip().split(b"\n")]
+    return len(ours) == len(theirs) and all(map(_same_decimals, ours, theirs))
+
+
+def _same_decimals(line: bytes, expected: bytes) -> bool:
+    if line == expected:
+        return True
+    tokens, targets = line.split(), expected.split()
+    if len(tokens) != len(targets) or not all(map(_FLOAT.fullmatch, [*tokens, *targets])):
+        return False
+    return all(Decimal(a.decode()) == Decimal(b.decode()) for a, b in zip(tokens, targets, strict=True))
+
+
 COMPARISONS: dict[str, Comparison] = {
     "exact": exact,
     "float": floating,
     "lines": lines,
+    "livecodebench": livecodebench,
     "sandbox_fusion": sandbox_fusion,
 }
 """Comparison modes by name. A special judge is added here by the program that uses it."""
@@ -98,6 +116,21 @@ def comparison(name: str) -> Comparison:
     if name not in COMPARISONS:
         raise ValueError(f"comparison: {name!r} is not one of {', '.join(COMPARISONS)}")
     return COMPARISONS[name]
+
+
+def check(execution: Execution) -> None:
+    """ValueError names the comparison that there is not, or the limit that is out of range."""
+    comparison(execution.comparison)
+    for name, low, high in (
+        ("cpu_s", 0.001, 86400),
+        ("wall_s", 0.001, 86400),
+        ("memory_mb", 1, 1 << 20),
+        ("output_bytes", 0, 1 << 30),
+        ("processes", 1, 4096),
+    ):
+        value = getattr(execution.limits, name)
+        if not low <= value <= high:
+            raise ValueError(f"limits.{name}: {value} is not in [{low}, {high}]")
 
 
 def failure(ended: Ended, output_bytes: int, killed_for_memory: bool, limits: Limits) -> TestStatus | None:

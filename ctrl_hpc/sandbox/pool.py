@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from ctrl_hpc.records import Execution, Limits, TestCase, Verdict
 from ctrl_hpc.sandbox import judge, rootfs
+from ctrl_hpc.sandbox.cache import VerdictCache
 from ctrl_hpc.sandbox.jail import JailFault
 from ctrl_hpc.sandbox.worker import Worker
 
+_Item = tuple[Execution, str, Future[Verdict]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]
 
 
 class Sandbox:
     """Runs untrusted programs against tests. Close it, or use it as a context manager.
 
-    ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. Raises
+    ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. With a
+    ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. Raises
     ValueError, with what is missing, where this machine cannot isolate programs.
     """
 
-    def __init__(self, workers: int = 2, *, fresh: bool = False, root_parent: Path | None = None) -> None:
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        fresh: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_mb: int = 1024,
+        root_parent: Path | None = None,
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
         root = rootfs.ensure(root_parent)
         self.workers = workers
-        self._queue: queue.SimpleQueue[tuple[Execution, Future[Verdict]] | None] = queue.SimpleQueue()
+        self.counts: Counter[str] = Counter()
+        """Executions and tests run, cache hits, and executions that joined one in flight."""
+        self._cache = VerdictCache(Path(cache_dir), cache_mb) if cache_dir is not None else None
+        self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._in_flight: dict[str, Future[Verdict]] = {}
+        self._unfinished = 0
         self._closed = False
         first = Worker(root, fresh)
         try:
@@ -49,26 +70,64 @@ class Sandbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def unfinished(self) -> int:
+        """Executions that wait or run."""
+        return self._unfinished
+
     def _serve(self, worker: Worker) -> None:
         try:
             while (item := self._queue.get()) is not None:
-                execution, future = item
+                execution, key, future = item
                 if future.set_running_or_notify_cancel():
                     try:
-                        future.set_result(worker.execute(execution))
+                        future.set_result(self._verdict(worker, execution, key))
                     except BaseException as error:  # noqa: BLE001 (delivered to whoever waits for the future)
                         future.set_exception(error)
         finally:
             worker.close()
 
+    def _verdict(self, worker: Worker, execution: Execution, key: str) -> Verdict:
+        if self._cache is not None:
+            known = _unless_disk_fails(partial(self._cache.get, key))
+            if known is not None:
+                self._count(cache_hits=1)
+                return known
+        verdict = worker.execute(execution)
+        self._count(executions=1, tests=sum(test.status != "not_run" for test in verdict.tests))
+        if self._cache is not None:
+            _unless_disk_fails(partial(self._cache.put, key, execution, verdict))
+        return verdict
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            self.counts.update(amounts)
+
     def submit(self, execution: Execution) -> Future[Verdict]:
         """Queue an execution; its verdict comes with the future."""
-        if self._closed:
-            raise ValueError("the sandbox is closed")
-        judge.comparison(execution.comparison)
+        judge.check(execution)
+        key = self._cache.key(execution) if self._cache is not None else ""
         future: Future[Verdict] = Future()
-        self._queue.put((execution, future))
+        with self._lock:
+            if self._closed:
+                raise ValueError("the sandbox is closed")
+            leader = self._in_flight.get(key) if key else None
+            if leader is not None:
+                self.counts["joined"] += 1
+            else:
+                leader = Future()
+                leader.add_done_callback(lambda _: self._finished(key))
+                self._unfinished += 1
+                if key:
+                    self._in_flight[key] = leader
+                self._queue.put((execution, key, leader))
+        leader.add_done_callback(lambda done: _pass_on(done, future))
         return future
+
+    def _finished(self, key: str) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            self._in_flight.pop(key, None)
 
     def run_tests(
         self,
@@ -103,15 +162,37 @@ class Sandbox:
         """Finish what runs, drop what waits, end the jails."""
         if self._closed:
             return
-        self._closed = True
-        while not self._queue.empty():
-            item = self._queue.get()
-            if item is not None:
-                item[1].cancel()
+        with self._lock:
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while (item := self._queue.get_nowait()) is not None:
+                item[2].cancel()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
+
+
+def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:
+    """The result of a cache operation; a full or lost disk costs the cache, never a verdict."""
+    try:
+        return step()
+    except OSError as error:
+        logging.getLogger(__name__).warning("the verdict cache fails: %s", error)
+        return None
+
+
+def _pass_on(done: Future[Verdict], future: Future[Verdict]) -> None:
+    """Give a leader's outcome to a future that waits for it, unless that was cancelled meanwhile."""
+    if done.cancelled():
+        future.cancel()
+        future.set_running_or_notify_cancel()
+    elif future.set_running_or_notify_cancel():
+        error = done.exception()
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(done.result())
 
 
 def _as_execution(task: Task) -> Execution:

@@ -1,0 +1,204 @@
+"""The executor over HTTP: our batch route, SandboxFusion's routes, health and Prometheus metrics.
+
+``POST /run_tests`` takes ``{"executions": [...]}`` and gives ``{"verdicts": [...]}``, records as in ``ctrl_hpc.jsonl``.
+Work that waits is bounded: beyond it the answer is 429, and 503 while the service drains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from ctrl_hpc import jsonl, service
+from ctrl_hpc.records import Execution, StdinTest, Verdict
+from ctrl_hpc.sandbox import fusion, judge
+from ctrl_hpc.sandbox.metrics import Metrics
+from ctrl_hpc.sandbox.pool import Sandbox
+
+MAX_BODY_BYTES = 256 << 20
+MAX_WAITING = 1024
+"""Executions that may wait or run at once."""
+_RETRY_AFTER_S = "1"
+
+
+class Busy(Exception):
+    """More work than may wait."""
+
+
+class Service:
+    """A sandbox behind HTTP: admission, metrics, and whether it drains."""
+
+    def __init__(self, sandbox: Sandbox, max_waiting: int = MAX_WAITING) -> None:
+        self.sandbox, self.max_waiting = sandbox, max_waiting
+        self.draining = False
+        self.host = socket.gethostname()
+        self.metrics = Metrics(sandbox)
+
+    async def run(self, executions: list[Execution]) -> list[Verdict]:
+        """Verdicts in order. Raises Busy when too much waits; a batch always fits an idle service."""
+        waiting = self.sandbox.unfinished
+        if self.draining or (waiting and waiting + len(executions) > self.max_waiting):
+            self.metrics.refused()
+            raise Busy
+        start = time.monotonic()
+        for execution in executions:
+            judge.check(execution)
+        futures = [self.sandbox.submit(execution) for execution in executions]
+        try:
+            verdicts = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except asyncio.CancelledError:
+            for future in futures:
+                future.cancel()
+            raise
+        self.metrics.answered(verdicts, time.monotonic() - start)
+        return verdicts
+
+
+def create_app(
+    sandbox: Sandbox,
+    *,
+    token: str | None = None,
+    max_waiting: int = MAX_WAITING,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    on_started: Callable[[], Awaitable[None]] | None = None,
+) -> FastAPI:
+    """The HTTP application over a sandbox; ``app.state.service`` is its :class:`Service`."""
+    state = Service(sandbox, max_waiting)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if on_started is not None:
+            await on_started()
+        yield
+        state.draining = True
+
+    app = FastAPI(title="ctrl-hpc executor", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.service = state
+    app.add_middleware(
+        service.Gate,  # type: ignore[arg-type]
+        token=token,
+        max_body_bytes=max_body_bytes,
+        open_paths=frozenset({"/health"}),
+    )
+    _add_error_handlers(app, state)
+    _add_routes(app, state)
+    return app
+
+
+def _add_error_handlers(app: FastAPI, state: Service) -> None:
+    @app.exception_handler(service.BodyTooLarge)
+    async def too_large(_: Request, error: service.BodyTooLarge) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, status_code=413)
+
+    @app.exception_handler(ValueError)
+    async def bad_value(_: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, status_code=400)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return JSONResponse({"detail": f"{where or 'body'}: {first['msg']}"}, status_code=400)
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, __: Busy) -> JSONResponse:
+        status = 503 if state.draining else 429
+        return JSONResponse({"detail": "busy"}, status_code=status, headers={"retry-after": _RETRY_AFTER_S})
+
+
+def _add_routes(app: FastAPI, state: Service) -> None:
+    @app.post("/run_tests")
+    async def run_tests(request: Request) -> Response:
+        verdicts = await state.run(_executions(await request.body()))
+        body = json.dumps({"verdicts": jsonl.encode(verdicts)}, separators=(",", ":"))
+        return Response(body, media_type="application/json")
+
+    @app.post("/run_code")
+    async def run_code(body: fusion.RunCodeBody) -> JSONResponse:
+        fusion.check_language(body.language, "language")
+        execution = Execution(
+            program=body.code,
+            tests=(StdinTest(stdin=body.stdin or "", expected_stdout=""),),
+            limits=fusion.limits(body.run_timeout, body.memory_limit_MB),
+        )
+        (verdict,) = await state.run([execution])
+        return JSONResponse(fusion.run_response(verdict.tests[0], state.host))
+
+    @app.post("/submit")
+    async def submit(body: fusion.SubmitBody) -> JSONResponse:
+        execution, code = fusion.submission(body)
+        (verdict,) = await state.run([execution])
+        return JSONResponse(fusion.submit_response(body, execution, code, verdict, state.host))
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        status = "draining" if state.draining else "ok"
+        answer = {"status": status, "workers": state.sandbox.workers, "waiting": state.sandbox.unfinished}
+        return JSONResponse(answer, status_code=503 if state.draining else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _executions(body: bytes) -> list[Execution]:
+    """The executions of a request; ValueError names what is wrong with them."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("executions"), list):
+        raise ValueError("executions: a list is needed")
+    return [jsonl.decode(Execution, item, f"executions[{i}]") for i, item in enumerate(data["executions"])]
+
+
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    workers: int = 2,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    on_ready: Callable[[str], None] | None = None,
+    max_waiting: int = MAX_WAITING,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    drain_s: int = 60,
+) -> None:
+    """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
+
+    ``on_ready`` gets the URL once the service answers. Raises ValueError when the port is in use or this machine
+    cannot isolate programs.
+    """
+    sock = service.listen(host, port)
+    try:
+        with Sandbox(workers=workers, cache_dir=cache_dir) as sandbox:
+            failures: list[Exception] = []
+
+            async def ready() -> None:
+                try:
+                    if on_ready is not None:
+                        await asyncio.to_thread(on_ready, service.url(sock))
+                except Exception as error:  # noqa: BLE001 (raised again once the server has ended)
+                    failures.append(error)
+                    server.should_exit = True
+
+            app = create_app(
+                sandbox, token=token, max_waiting=max_waiting, max_body_bytes=max_body_bytes, on_started=ready
+            )
+            config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_s)
+            server = service.DrainingServer(config)
+            server.run(sockets=[sock])
+            if failures:
+                raise failures[0]
+    finally:
+        sock.close()

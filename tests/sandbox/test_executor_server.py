@@ -1,0 +1,258 @@
+"""The executor service, as a process of its own: routes, limits, token, drain, the PyPI client of SandboxFusion."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import sandbox_fusion
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest, Verdict
+from ctrl_hpc.sandbox.client import ExecutorClient
+
+SERVE = "import json, sys; from ctrl_hpc.sandbox.server import serve; serve(on_ready=lambda url: print(url, flush=True), **json.loads(sys.argv[1]))"  # noqa: E501
+LIMITS = Limits(cpu_s=2.0, wall_s=4.0, memory_mb=256)
+
+
+@contextmanager
+def serving(**options: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The URL and the process of a service."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, json.dumps(options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        url = process.stdout.readline().strip()
+        assert url, process.communicate()[1]
+        yield url, process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serving(workers=2) as (address, _):
+        yield address
+
+
+def double(n: int, factor: int = 2) -> Execution:
+    test = StdinTest(stdin=f"{n}\n", expected_stdout=f"{2 * n}\n")
+    return Execution(program=f"print(int(input()) * {factor})", tests=(test, test), limits=LIMITS)
+
+
+def test_the_client_gets_verdicts_in_order(url: str) -> None:
+    with ExecutorClient(lambda: [url]) as executor:
+        verdicts = executor.run_many([double(n, 2 + n % 2) for n in range(1, 21)])
+    assert [verdict.accepted for verdict in verdicts] == [n % 2 == 0 for n in range(1, 21)]
+    assert verdicts[1].tests[0].stdout == b"4\n"
+
+
+def test_all_kinds_of_tests_cross(url: str) -> None:
+    tests = (AssertTest(code="assert f((1, 2)) == {2, 1}"), FunctionTest(name="f", args=((1, 2),), expected={1, 2}))
+    with ExecutorClient(lambda: [url]) as executor:
+        (verdict,) = executor.run_many([Execution(program="f = set", tests=tests, limits=LIMITS)])
+    assert verdict.passed == 1 and verdict.tests[1].status == "accepted"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/run_tests", b"{", "not JSON"),
+        ("/run_tests", b"[]", "executions: a list is needed"),
+        ("/run_tests", b'{"executions": [{"program": 1}]}', "executions[0].program: expected str, got int 1"),
+        ("/run_code", b'{"code": "", "language": "cpp"}', "language: 'cpp' is not supported; allowed: python"),
+        ("/run_code", b'{"language": "python"}', "code: Field required"),
+        ("/run_code", b'{"code": "", "language": "python", "run_timeout": 0}', "run_timeout: 0"),
+        ("/submit", b'{"dataset": "x", "id": 1, "completion": "", "config": {}}', "is not one of CommonOJDataset"),
+    ],
+)
+def test_bad_requests_get_one_clear_line(url: str, path: str, body: bytes, message: str) -> None:
+    answer = httpx.post(url + path, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and message in answer.json()["detail"]
+
+
+def test_bad_comparisons_and_limits_are_refused(url: str) -> None:
+    for change, message in (
+        ({"comparison": "fuzzy"}, "comparison: 'fuzzy' is not one of exact"),
+        ({"limits": {"cpu_s": 0.0}}, "limits.cpu_s: 0.0 is not in"),
+    ):
+        body = {"executions": [jsonl.encode(double(1)) | change]}
+        answer = httpx.post(url + "/run_tests", json=body)
+        assert answer.status_code == 400 and message in answer.json()["detail"]
+
+
+def test_health_and_metrics(url: str) -> None:
+    assert httpx.get(url + "/health").json()["workers"] == 2
+    before = httpx.get(url + "/metrics").text
+    body = {"executions": [jsonl.encode(double(7, 5))]}
+    verdict = jsonl.decode(Verdict, httpx.post(url + "/run_tests", json=body).json()["verdicts"][0])
+    assert verdict.status == "wrong_answer"
+
+    def value(text: str, name: str) -> float:
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name + " "))
+
+    after = httpx.get(url + "/metrics").text
+    for name, change in (("executor_runs_total", 1), ("executor_tests_total", 2), ("executor_queue_length", 0)):
+        assert value(after, name) - value(before, name) == change
+    assert 'executor_verdicts_total{status="wrong_answer"}' in after and "executor_request_seconds_bucket" in after
+
+
+def test_token_and_size_limit() -> None:
+    with serving(workers=1, token="secret", max_body_bytes=2000) as (address, _):
+        assert httpx.get(address + "/health").status_code == 200
+        body = {"executions": [jsonl.encode(double(1))]}
+        for headers in ({}, {"authorization": "Bearer wrong"}):
+            assert httpx.post(address + "/run_tests", json=body, headers=headers).status_code == 401
+            assert httpx.get(address + "/metrics", headers=headers).status_code == 401
+        right = {"authorization": "Bearer secret"}
+        assert httpx.post(address + "/run_tests", json=body, headers=right).status_code == 200
+        assert httpx.post(address + "/run_tests", content=b" " * 2001, headers=right).status_code == 413
+        chunked = httpx.post(address + "/run_tests", content=iter([b" " * 1500, b" " * 1500]), headers=right)
+        assert chunked.status_code == 413
+        with ExecutorClient(lambda: [address], token="secret") as executor:
+            assert executor.run_many([double(3)])[0].accepted
+
+
+def sleeper(seconds: float, n: int = 0) -> Execution:
+    tests = (StdinTest(stdin="", expected_stdout="done"),)
+    program = f"import time; time.sleep({seconds}); print('done') #{n}"
+    return Execution(program=program, tests=tests, limits=Limits(cpu_s=5.0, wall_s=20.0))
+
+
+def test_beyond_the_queue_the_answer_is_429_and_the_client_waits() -> None:
+    with serving(workers=1, max_waiting=1) as (address, _):
+        body = {"executions": [jsonl.encode(sleeper(1.0))]}
+        with httpx.stream("GET", address + "/health"):
+            background = threading.Thread(target=httpx.post, args=(address + "/run_tests",), kwargs={"json": body})
+            background.start()
+            while httpx.get(address + "/health").json()["waiting"] == 0:
+                pass
+            refused = httpx.post(address + "/run_tests", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            with ExecutorClient(lambda: [address]) as executor:
+                assert all(verdict.accepted for verdict in executor.run_many([sleeper(0.0, n) for n in range(3)]))
+            background.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_drains(number: signal.Signals) -> None:
+    """What was accepted is answered; then the process ends by itself with exit code 0, its jails with it."""
+    with serving(workers=1) as (address, process):
+        answers: list[httpx.Response] = []
+        body = {"executions": [jsonl.encode(sleeper(1.0))]}
+        request = threading.Thread(target=lambda: answers.append(httpx.post(address + "/run_tests", json=body)))
+        request.start()
+        while httpx.get(address + "/health").json()["waiting"] == 0:
+            pass
+        process.send_signal(number)
+        request.join()
+        assert process.wait(timeout=30) == 0
+        assert answers[0].json()["verdicts"][0]["status"] == "accepted"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(address + "/health")
+
+
+def test_a_port_in_use_is_one_clear_line(url: str) -> None:
+    from ctrl_hpc.sandbox.server import serve
+
+    port = int(url.rsplit(":", 1)[1])
+    with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+        serve(port=port)
+
+
+def test_what_on_ready_raises_ends_the_service() -> None:
+    from ctrl_hpc.sandbox.server import serve
+
+    def fail(_: str) -> None:
+        raise ValueError("cannot register")
+
+    with pytest.raises(ValueError, match="cannot register"):
+        serve(workers=1, on_ready=fail)
+
+
+def test_the_cache_is_shared_between_services(tmp_path: Path) -> None:
+    batch = [double(n) for n in range(5)]
+    with (
+        serving(workers=1, cache_dir=str(tmp_path)) as (first, _),
+        serving(workers=1, cache_dir=str(tmp_path)) as (
+            second,
+            _,
+        ),
+    ):
+        for address in (first, second):
+            with ExecutorClient(lambda address=address: [address]) as executor:  # type: ignore[misc]
+                assert all(verdict.accepted for verdict in executor.run_many(batch))
+        assert "executor_runs_total 5.0" in httpx.get(first + "/metrics").text
+        assert "executor_cache_hits_total 5.0" in httpx.get(second + "/metrics").text
+
+
+def test_sandbox_fusion_run_code(url: str) -> None:
+    def run(code: str, **options: Any) -> sandbox_fusion.RunCodeResponse:
+        request = sandbox_fusion.RunCodeRequest(code=code, language="python", **options)
+        return sandbox_fusion.run_code(request, endpoint=url, max_attempts=1)
+
+    done = run("print(input())", stdin="hello")
+    assert (done.status, done.run_result.stdout, done.run_result.return_code) == ("Success", "hello\n", 0)
+    failed = run("import sys; sys.exit(3)")
+    assert (failed.status, failed.run_result.status, failed.run_result.return_code) == ("Failed", "Finished", 3)
+    late = run("while True: pass", run_timeout=0.5)
+    assert (late.status, late.run_result.status) == ("Failed", "TimeLimitExceeded")
+    flood = run("print('x' * 50_000_000)")
+    assert (flood.status, flood.message) == ("Failed", "output_limit") and flood.run_result.return_code != 0
+    summary = sandbox_fusion.summary_run_code_result(failed, sandbox_fusion.SummaryMapping(Success="ok", Failed="bad"))
+    assert summary == "bad"
+
+
+def submit(url: str, completion: str, kind: str, test: Any, **config: Any) -> sandbox_fusion.EvalResult:
+    settings = sandbox_fusion.TestConfig(
+        dataset_type=kind, language="python", provided_data={"id": 1, "test": test}, **config
+    )
+    request = sandbox_fusion.SubmitRequest(dataset="any", id=1, completion=completion, config=settings)
+    return sandbox_fusion.submit(request, endpoint=url, max_attempts=1)
+
+
+def test_sandbox_fusion_submit_common_oj(url: str) -> None:
+    cases = [{"input": {"stdin": f"{n}\n"}, "output": {"stdout": f"{n + 1}\n"}} for n in range(4)]
+    right = submit(url, "Here:\n```python\nprint(int(input()) + 1)\n```\n", "CommonOJDataset", cases)
+    assert right.accepted and len(right.tests) == 4 and right.extracted_code == "print(int(input()) + 1)"
+    assert right.tests[0].test_info == cases[0]
+    wrong = "```python\nprint(int(input()) * 2)\n```"
+    stopped = submit(url, wrong, "CommonOJDataset", json.dumps(cases))
+    assert not stopped.accepted and [test.passed for test in stopped.tests] == [False]
+    whole = submit(url, wrong, "CommonOJDataset", cases, extra={"run_all_cases": True})
+    assert [test.passed for test in whole.tests] == [False, True, False, False]
+
+
+def test_sandbox_fusion_submit_live_code_bench(url: str) -> None:
+    calls = {"inputs": ["[1, 2]\n3", "[]\n0"], "outputs": ["[4, 5]", "[]"], "fn_name": "shift"}
+    solution = (
+        "```python\nclass Solution:\n  def shift(self, xs: List[int], k: int):\n    return [x + k for x in xs]\n```"
+    )
+    test = {"input_output": json.dumps(calls)}
+    packed = base64.b64encode(zlib.compress(pickle.dumps(json.dumps(test)))).decode()
+    for form in (test, json.dumps(test), packed):
+        assert submit(url, solution, "LiveCodeBenchDataset", form).accepted
+    assert not submit(url, solution.replace("+", "-"), "LiveCodeBenchDataset", test).accepted
+    stdio = {"input_output": json.dumps({"inputs": ["2\n"], "outputs": ["0.50\n"]})}
+    assert submit(url, "```python\nprint(1 / int(input()))\n```", "LiveCodeBenchDataset", stdio).accepted
+
+
+def test_a_pickle_that_names_code_is_refused(url: str) -> None:
+    packed = base64.b64encode(zlib.compress(pickle.dumps(print))).decode()
+    with pytest.raises(Exception, match=r"builtins\.print is not plain data"):
+        submit(url, "```python\n```", "LiveCodeBenchDataset", packed)
