@@ -60,8 +60,8 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._exit.close()
+    def __exit__(self, *exception: Any) -> None:
+        self._exit.__exit__(*exception)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Step ``step`` (from 0) is done."""

@@ -7,11 +7,9 @@ experience and takes its part of the update.
 from __future__ import annotations
 
 import random
-import secrets
-import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -21,13 +19,13 @@ from ctrl_hpc.flow.critiquing import critique
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.revising import revise
 from ctrl_hpc.flow.reward import score
-from ctrl_hpc.megatron import checkpoint, parallel_state
+from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Problem, Sampling, Solution
+from ctrl_hpc.train.course import Course
 from ctrl_hpc.train.data_order import sampling_seed
 from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, record_file, replay
-from ctrl_hpc.train.interruption import Interruption
-from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.journal import Clock
 from ctrl_hpc.train.losses import RLLoss
 from ctrl_hpc.train.policy import Policy, Reference, make_reference
 from ctrl_hpc.train.source import COLUMNS, Source
@@ -60,51 +58,25 @@ def check(options: RLConfig) -> None:
 
 
 def train(config: Config, run_dir: Path, world: World) -> None:
-    """The loop: rollout, revise, execute and reward; advantages, update, publish, save, log. Then export."""
-    options, folder, sft = config.rl, run_dir / "rl", run_dir / "sft" / "hf"
+    """The loop: rollout, revise, execute and reward; advantages, update, publish, log and save. Then export."""
+    options, sft = config.rl, run_dir / "sft" / "hf"
     policy = Policy(config, world, sft, optimizer=options.optimizer, total_steps=options.steps * options.minibatches)
     reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
-    assert policy.optimizer is not None
-    saved = checkpoint.load(folder / "checkpoints", policy.model, policy.optimizer, world)
-    new = {"step": 0, "position": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4))}
-    progress: dict[str, Any] = saved or new
-    start, clock = int(progress["step"]), Clock()
-    source = Source.open(config, run_dir) if world.main else None
-    journal = Journal(
-        config,
-        run_dir,
-        "rl",
-        steps=options.steps,
-        start=start,
-        tracking_id=progress["tracking_id"],
-        main=world.main,
-    )
-    with journal, Interruption() as interruption:
-        publish(policy, source, folder, start, sft)
-        for step in range(start, options.steps):
-            began = time.perf_counter()
-            parallel_state.watch(config.trainer.timeout_s)
-            experience = world.from_main(_experience, source, step, progress["position"])
+    with ExitStack() as stack:
+        source = stack.enter_context(Source.open(config, run_dir)) if world.main else None
+        course = Course(config, run_dir, "rl", policy, steps=options.steps, save_every=options.save_every, position=0)
+        stack.enter_context(course)
+        publish(policy, source, course.folder, course.start, sft)
+        for step in course:
+            experience = world.from_main(_experience, source, step, course.progress["position"])
             advantages_S = experience.advantages(options.estimator)
-            logged = improve(policy, reference, experience, advantages_S, step, clock)
-            with clock("publish"):
-                publish(policy, source, folder, step + 1, sft)
-            interruption.measured("step", time.perf_counter() - began)
-            stop = world.from_main(lambda: interruption.requested)
-            progress |= {"step": step + 1, "position": experience.position}
-            saving = stop or (step + 1) % options.save_every == 0 or step + 1 == options.steps
-            if saving:
-                with clock("save"):
-                    save(policy, folder, progress)
-            times = clock.take()
-            interruption.measured("save", times.get("time/save_s", 0.0))
-            times["time/step_s"] = time.perf_counter() - began
-            journal.log(step, experience.metrics | logged | times)
-            if saving and source is not None:
-                journal.table("rl/samples", COLUMNS, source.samples(step, options.save_samples))
-            if stop and step + 1 < options.steps:
-                interruption.obey(step)
-    policy.export(folder / "hf", source=sft)
+            logged = improve(policy, reference, experience, advantages_S, step, course.clock)
+            with course.clock("publish"):
+                publish(policy, source, course.folder, step + 1, sft)
+            saved = course.done(step, experience.metrics | logged, position=experience.position)
+            if saved and source is not None:
+                course.journal.table("rl/samples", COLUMNS, source.samples(step, options.save_samples))
+    policy.export(run_dir / "rl" / "hf", source=sft)
 
 
 def _experience(source: Source | None, step: int, position: int) -> Experience:
@@ -216,11 +188,3 @@ def publish(policy: Policy, source: Source | None, folder: Path, version: int, s
     policy.export(weights, source=sft, link=True)
     if source is not None:
         source.publish(weights, version)
-
-
-def save(policy: Policy, folder: Path, progress: dict[str, Any]) -> None:
-    """Write a checkpoint; every rank takes part."""
-    assert policy.optimizer is not None
-    keep = policy.config.trainer.keep_checkpoints
-    step = int(progress["step"])
-    checkpoint.save(folder / "checkpoints", step, policy.model, policy.optimizer, policy.world, progress, keep)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,12 @@ from typing import Any
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.megatron import checkpoint, parallel_state
+from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Chat, Critique, Problem, Solution
 from ctrl_hpc.train.batch import collate
+from ctrl_hpc.train.course import Course
 from ctrl_hpc.train.data_order import take
-from ctrl_hpc.train.interruption import Interruption
-from ctrl_hpc.train.journal import Clock, Journal
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
 
@@ -35,51 +32,24 @@ def run(config: Config, run_dir: str | Path) -> None:
 
 
 def train(config: Config, run_dir: Path, world: World) -> None:
-    """The loop: batch, update, log, save; then export."""
-    options, folder = config.sft, run_dir / "sft"
-    sequences, dropped = world.from_main(lambda: read_sequences(config, run_dir))
+    """The loop: batch, update, log and save; then export."""
+    options = config.sft
+    sequences, dropped = world.from_main(read_sequences, config, run_dir)
     steps_per_epoch = -(-len(sequences) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     policy = Policy(config, world, config.critic.model, optimizer=options.optimizer, total_steps=steps)
-    assert policy.optimizer is not None
-    saved = checkpoint.load(folder / "checkpoints", policy.model, policy.optimizer, world)
-    progress: dict[str, Any] = saved or {"step": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4))}
-    start, clock = int(progress["step"]), Clock()
-    journal = Journal(
-        config, run_dir, "sft", steps=steps, start=start, tracking_id=progress["tracking_id"], main=world.main
-    )
-    with journal, Interruption() as interruption:
-        for step in range(start, steps):
-            began = time.perf_counter()
-            parallel_state.watch(config.trainer.timeout_s)
+    with Course(config, run_dir, "sft", policy, steps=steps, save_every=options.save_every) as course:
+        for step in course:
             epoch, index = divmod(step, steps_per_epoch)
             first = epoch * len(sequences) + index * options.batch_size
             count = min(options.batch_size, (epoch + 1) * len(sequences) - first)
             rows = take(len(sequences), seed=config.seed, start=first, count=count)
             batch = collate([sequences[row] for row in rows])
-            with clock("update"):
+            with course.clock("update"):
                 logged = policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), step)
-            interruption.measured("step", time.perf_counter() - began)
-            stop = world.from_main(lambda: interruption.requested)
-            if stop or (step + 1) % options.save_every == 0 or step + 1 == steps:
-                with clock("save"):
-                    progress |= {"step": step + 1}
-                    checkpoint.save(
-                        folder / "checkpoints",
-                        step + 1,
-                        policy.model,
-                        policy.optimizer,
-                        world,
-                        progress,
-                        config.trainer.keep_checkpoints,
-                    )
-            tokens = {"sft/tokens": float(batch.n_tokens), "sft/dropped": float(dropped)}
-            times = clock.take()
-            interruption.measured("save", times.get("time/save_s", 0.0))
-            journal.log(step, {f"sft/{name}": value for name, value in logged.items()} | tokens | times)
-            if stop and step + 1 < steps:
-                interruption.obey(step)
-    policy.export(folder / "hf", source=config.critic.model)
+            facts = {"tokens": float(batch.n_tokens), "dropped": float(dropped)}
+            course.done(step, {f"sft/{name}": value for name, value in (logged | facts).items()})
+    policy.export(run_dir / "sft" / "hf", source=config.critic.model)
 
 
 def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:

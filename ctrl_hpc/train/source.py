@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect
@@ -47,6 +47,15 @@ class Source:
         connections = connect(config, run_dir, [problem for problem, _ in pool.pairs])
         thread = ThreadPoolExecutor(1, "rollouts") if config.rl.max_staleness else None
         return cls(config=config, folder=folder, pool=pool, connections=connections, prompts=prompts, _thread=thread)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        if self.connections is not None:
+            self.connections.close()
 
     def experience(self, collect: Callable[[Source, int, int], Experience], step: int, position: int) -> Experience:
         """The experience of a step; with ``rl.max_staleness=1`` the next step's is begun at once."""

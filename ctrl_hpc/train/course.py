@@ -1,0 +1,101 @@
+"""A stage's walk over its steps: resumed from the last checkpoint, logged, saved, and stopped in time."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from ctrl_hpc.config import Config
+from ctrl_hpc.megatron import checkpoint, parallel_state
+from ctrl_hpc.train.interruption import Interruption
+from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.policy import Policy
+
+
+class Course:
+    """Iterate over it for the steps that are left; call :meth:`done` at the end of each.
+
+    ``progress`` is what a checkpoint remembers beside weights, optimizer and random state: the steps done, the
+    tracking id, and whatever the stage adds. A checkpoint is written every ``save_every`` steps, at the last one, and
+    when the job is told to stop.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, stage: str, policy: Policy, *, steps: int, save_every: int, **progress: Any
+    ) -> None:
+        """Load the newest checkpoint into ``policy``; ``progress`` is how a fresh run begins.
+
+        Raises ValueError when the checkpoint does not fit.
+        """
+        assert policy.optimizer is not None
+        world = policy.world
+        self.folder, self.steps = run_dir / stage, steps
+        self._config, self._policy, self._save_every = config, policy, save_every
+        saved = checkpoint.load(self.folder / "checkpoints", policy.model, policy.optimizer, world)
+        fresh = {"step": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4)), **progress}
+        self.progress: dict[str, Any] = saved or fresh
+        self.start = int(self.progress["step"])
+        self.clock = Clock()
+        self.journal = Journal(
+            config,
+            run_dir,
+            stage,
+            steps=steps,
+            start=self.start,
+            tracking_id=self.progress["tracking_id"],
+            main=world.main,
+        )
+        self._interruption = Interruption()
+        self._exit = ExitStack()
+        self._began = 0.0
+
+    def __enter__(self) -> Self:
+        self._exit.enter_context(self.journal)
+        self._exit.enter_context(self._interruption)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._exit.__exit__(*exception)
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.start, self.steps):
+            self._began = time.perf_counter()
+            parallel_state.watch(self._config.trainer.timeout_s)
+            yield step
+
+    def done(self, step: int, metrics: dict[str, float], **progress: Any) -> bool:
+        """Step ``step`` is done: save where it is due, log; whether it was saved.
+
+        When the job was told to stop, this does not return.
+        """
+        self._interruption.measured("step", time.perf_counter() - self._began)
+        stop = self._policy.world.from_main(lambda: self._interruption.requested)
+        self.progress |= {"step": step + 1, **progress}
+        saving = stop or (step + 1) % self._save_every == 0 or step + 1 == self.steps
+        if saving:
+            with self.clock("save"):
+                self._save()
+        times = self.clock.take()
+        self._interruption.measured("save", times.get("time/save_s", 0.0))
+        times["time/step_s"] = time.perf_counter() - self._began
+        self.journal.log(step, metrics | times)
+        if stop and step + 1 < self.steps:
+            self._interruption.obey(step)
+        return saving
+
+    def _save(self) -> None:
+        policy = self._policy
+        assert policy.optimizer is not None
+        checkpoint.save(
+            self.folder / "checkpoints",
+            int(self.progress["step"]),
+            policy.model,
+            policy.optimizer,
+            policy.world,
+            self.progress,
+            self._config.trainer.keep_checkpoints,
+        )
