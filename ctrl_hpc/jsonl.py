@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import json
 import os
 import types
@@ -136,10 +137,15 @@ def _decode_union(cls: Any, data: Any, where: str) -> Any:
     return _decode_record(KINDS[kind], {key: item for key, item in data.items() if key != "kind"}, where)
 
 
+@functools.cache
+def _type_hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _decode_record(cls: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise ValueError(f"{where or cls.__name__}: expected an object, got {_short(data)}")
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     values: dict[str, Any] = {}
     known = set()
     for field in dataclasses.fields(cls):
