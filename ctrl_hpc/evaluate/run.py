@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.critics import Critic, critics, feedback_critiques
 from ctrl_hpc.evaluate.memory import RememberingExecutor, RememberingGenerator
+from ctrl_hpc.evaluate.parts import in_parts
 from ctrl_hpc.evaluate.tree import Environment, Sample, Write, derived_seed, grow, is_grown, trimmed
 from ctrl_hpc.flow.critiquing import critique
 from ctrl_hpc.flow.drafting import draft
@@ -148,20 +148,13 @@ def draft_all(
         file = drafts_file(run_dir, dataset, mode)
         temperature, n = (0.0, 1) if mode else (config.eval.temperature, config.eval.n_samples)
         sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens, n=n)
-        if not file.exists():
-            solutions: list[Solution] = []
-            size = max(config.eval.chunk // n, 1)
-            for start in range(0, len(problems), size):
-                part = file.with_name(f"drafts{mode}.parts") / f"{start:07d}.jsonl"
-                if not part.exists():
-                    seed = derived_seed(config.seed, dataset, "drafts", start)
-                    jsonl.write(
-                        part, _drafts(problems[start : start + size], replace(sampling, seed=seed), environment)
-                    )
-                solutions += jsonl.read(Solution, part)
-            jsonl.write(file, solutions)
-        if not mode:
-            sampled = jsonl.read(Solution, file)
+
+        def work(chunk: Sequence[Problem], number: int, sampling: Sampling = sampling) -> list[Solution]:
+            seed = derived_seed(config.seed, dataset, "drafts", number)
+            return _drafts(chunk, replace(sampling, seed=seed), environment)
+
+        solutions = in_parts(file, Solution, problems, max(config.eval.chunk // n, 1), work)
+        sampled = sampled or solutions
     by_id = {problem.id: problem for problem in problems}
     return [(by_id[solution.problem_id], solution) for solution in sampled]
 

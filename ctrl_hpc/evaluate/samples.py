@@ -24,6 +24,8 @@ def choose(histories: Mapping[str, Sequence[History]], count: int) -> list[dict[
     """Up to ``count`` samples of every critic that wrote any, its transitions in turn so that each is represented."""
     out = []
     for critic, items in histories.items():
+        if critic.endswith("_greedy") and items == histories.get(critic.removesuffix("_greedy")):
+            continue  # computed feedback: its greedy critiques are the sampled ones
         groups: dict[str, list[History]] = {name: [] for name in TRANSITIONS}
         for history in items:
             if history.nodes and history.draft.verdict is not None:

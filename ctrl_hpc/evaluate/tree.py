@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import LimitsConfig
+from ctrl_hpc.evaluate.parts import in_parts
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.revising import revise
@@ -70,17 +71,12 @@ def grow(
     for turn in range(1, turns + 1):
         file = folder / f"turn_{turn}.jsonl"
         active = [sample for sample in samples if sample[1].id not in stopped]
-        if not file.exists():
-            nodes: list[Node] = []
-            for number, start in enumerate(range(0, len(active), chunk)):
-                part = folder / f"turn_{turn}.parts" / f"{number:05d}.jsonl"
-                if not part.exists():
-                    chunk_seed = derived_seed(seed, turn, number)
-                    jsonl.write(part, _turn(active[start : start + chunk], write, environment, chunk_seed))
-                nodes += jsonl.read(Node, part)
-            jsonl.write(file, nodes)
-            _remove_parts(folder / f"turn_{turn}.parts")
-        samples, stopped = _carry(samples, jsonl.read(Node, file), stopped, environment.stop_when_correct)
+
+        def work(chunk: Sequence[Sample], number: int, turn: int = turn) -> list[Node]:
+            return _turn(chunk, write, environment, derived_seed(seed, turn, number))
+
+        nodes = in_parts(file, Node, active, chunk, work)
+        samples, stopped = _carry(samples, nodes, stopped, environment.stop_when_correct)
 
 
 def is_grown(folder: Path, turns: int) -> bool:
@@ -156,10 +152,3 @@ def _carry(
                 done.add(solution.id)
         out.append((problem, solution))
     return out, done
-
-
-def _remove_parts(folder: Path) -> None:
-    if folder.exists():
-        for part in folder.iterdir():
-            part.unlink()
-        folder.rmdir()
