@@ -132,7 +132,7 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
         )
         for one, other in PAIRS
         for mode in MODES
-        if one + mode in found and other in found
+        if one + mode in found and other in found and not (mode and one == "exec_feedback")
     }
     return {
         "n_problems": len(ids),
