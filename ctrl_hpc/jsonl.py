@@ -153,7 +153,9 @@ def _decode_record(cls: Any, data: Any, where: str) -> Any:
         known.add(key)
         path = f"{where}.{key}" if where else key
         if key not in data:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if type(None) in typing.get_args(hints[field.name]):
+                values[field.name] = None  # None fields are left out when written
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{path}: missing")
         elif (cls, field.name) in _FREE_FORM:
             plain = decode_plain(data[key])

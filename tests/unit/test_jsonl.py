@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import AssertTest, Critique, FunctionTest, Problem, StdinTest, TestResult, Verdict
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
@@ -56,6 +56,12 @@ def test_a_problem_has_the_documented_form() -> None:
         "cpu_s": 1.5,
     }
     assert jsonl.decode(Problem, json.loads(jsonl.line(problem))) == problem
+
+
+def test_none_survives_where_the_field_has_no_default() -> None:
+    critique = Critique(id="a#0", solution_id="a", text="?", judgement=None)
+    assert "judgement" not in json.loads(jsonl.line(critique))
+    assert jsonl.decode(Critique, json.loads(jsonl.line(critique))) == critique
 
 
 def test_bytes_survive(tmp_path: Path) -> None:
