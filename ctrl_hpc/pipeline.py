@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import ctrl_hpc.evaluate.report as reporting
+import ctrl_hpc.evaluate.run as evaluation
 from ctrl_hpc import jsonl, run_directory
 from ctrl_hpc.cluster.connect import Connections, connect
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.data import datasets
-from ctrl_hpc.evaluate import report as reporting
-from ctrl_hpc.evaluate import run as evaluation
 from ctrl_hpc.flow.critiquing import critique_with_hints
 from ctrl_hpc.flow.drafting import draft
 from ctrl_hpc.flow.execution import execute
