@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config_sections import TinyConfig
+from ctrl_hpc.data import codecontests, humaneval, livecodebench, mbppplus, taco
 from ctrl_hpc.records import Problem
 
 Loader = Callable[[str | None, str], list[Problem]]
@@ -41,7 +42,16 @@ def _jsonl(path: str | None, split: str) -> list[Problem]:
     return problems
 
 
-DATASETS: dict[str, Loader] = {"tiny": _tiny, "jsonl": _jsonl}
+DATASETS: dict[str, Loader] = {
+    "tiny": _tiny,
+    "jsonl": _jsonl,
+    "taco": taco.load,
+    "codecontests": codecontests.load,
+    "livecodebench": livecodebench.load,
+    "mbppplus": mbppplus.load,
+    "humaneval": humaneval.load,
+    "humanevalplus": humaneval.load_plus,
+}
 """Every data set, by the name that configurations use."""
 
 
