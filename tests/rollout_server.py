@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from ctrl_hpc.protocols import Engine
 from ctrl_hpc.rollout.engine import load_engine
-from ctrl_hpc.rollout.server import Service, create_app, listen
+from ctrl_hpc.rollout.server import Service, create_app
 from ctrl_hpc.rollout.worker import Worker
+from ctrl_hpc.service import listen
 
 
 @contextlib.contextmanager

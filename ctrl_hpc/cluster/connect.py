@@ -38,26 +38,30 @@ def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | N
     """
     from ctrl_hpc.sandbox.client import ExecutorClient
 
-    launch = config.launch
-    registry = Registry(run_dir, heartbeat_s=launch.heartbeat_s, dead_after_s=launch.dead_after_s)
     return Connections(
-        critic=_rollout(config, registry, "critic", config.critic.model),
-        generator=_generator(config, registry, problems),
-        executor=ExecutorClient(_finder(registry, "executor"), token=token(config, run_dir)),
+        critic=_rollout(config, run_dir, "critic", config.critic.model),
+        generator=_generator(config, run_dir, problems),
+        executor=ExecutorClient(_finder(config, run_dir, "executor"), token=token(config, run_dir)),
     )
 
 
-def _finder(registry: Registry, role: str) -> Callable[[], Sequence[str]]:
+def _finder(config: Config, run_dir: str | Path, role: str) -> Callable[[], Sequence[str]]:
+    launch = config.launch
+    registry = Registry(run_dir, heartbeat_s=launch.heartbeat_s, dead_after_s=launch.dead_after_s)
     return lambda: registry.endpoints(role)
 
 
-def _rollout(config: Config, registry: Registry, role: str, model: str) -> RolloutClient:
+def _rollout(config: Config, run_dir: str | Path, role: str, model: str) -> RolloutClient:
     return RolloutClient(
-        _finder(registry, role), _tokenizer(model), patience_s=config.launch.start_timeout_s, role=role
+        _finder(config, run_dir, role),
+        _tokenizer(model),
+        patience_s=config.launch.start_timeout_s,
+        role=role,
+        token=token(config, run_dir),
     )
 
 
-def _generator(config: Config, registry: Registry, problems: Iterable[Problem] | None) -> Generator:
+def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] | None) -> Generator:
     if config.generator == "oracle":
         from ctrl_hpc.flow.oracle import OracleGenerator
         from ctrl_hpc.flow.prompts import Prompts
@@ -67,7 +71,7 @@ def _generator(config: Config, registry: Registry, problems: Iterable[Problem] |
         return OracleGenerator(problems, Prompts.load(config.prompts.folder, config.prompts.system))
     if "://" in config.generator:
         return OpenAIGenerator(config.generator, config.generator_model or "")
-    return _rollout(config, registry, "generator", config.generator)
+    return _rollout(config, run_dir, "generator", config.generator)
 
 
 def _tokenizer(model: str) -> Any:

@@ -74,6 +74,7 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             device=config.rollout.device,
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
+            token=token(config, run_dir),
         )
 
 
@@ -142,7 +143,7 @@ def _leave(number: int, _: FrameType | None) -> None:
 
 
 def token(config: Config, run_dir: str | Path) -> str | None:
-    """The bearer token executors ask for where they listen on more than loopback; made once a run, readable by its
+    """The bearer token services ask for where they listen on more than loopback; made once a run, readable by its
     owner only."""
     if config.launch.bind.startswith("127.") or config.launch.bind == "localhost":
         return None

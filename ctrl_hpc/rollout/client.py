@@ -70,8 +70,10 @@ class RolloutClient:
         patience_s: float = 600.0,
         timeout_s: float = 3600.0,
         role: str = "rollout",
+        token: str | None = None,
     ) -> None:
-        """``max_in_flight``: completions asked of a server at a time; ``patience_s``: longest time without a server."""
+        """``max_in_flight``: completions asked of a server at a time; ``patience_s``: longest time without a server;
+        ``token``: bearer token of the servers."""
         self._endpoints, self._tokenizer, self._role = endpoints, tokenizer, role
         self._max_in_flight, self._patience_s = max_in_flight, patience_s
         self._servers: dict[str, _Server] = {}
@@ -80,7 +82,10 @@ class RolloutClient:
         """Newest weight version handed to ``update_weights``."""
         self._thread = LoopThread(f"{role}-client")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=5.0), limits=limits, trust_env=False)
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._http = httpx.AsyncClient(
+            timeout=httpx.Timeout(timeout_s, connect=5.0), limits=limits, headers=headers, trust_env=False
+        )
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order.

@@ -8,13 +8,8 @@ OpenAI: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` (``ctrl_hp
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import socket
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
@@ -23,10 +18,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
+from ctrl_hpc import service as http_service
 from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout.seed import derive_seed
 from ctrl_hpc.rollout.worker import Worker
 
+MAX_BODY_BYTES = 1 << 28
+"""Largest request."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (-1, 0, 1 << 30),
     "min_p": (0, 0.0),
@@ -254,39 +252,6 @@ def _metrics(service: Service) -> str:
     return "".join(f"# HELP {name} {text}\n# TYPE {name} {kind}\n{name} {value}\n" for name, kind, text, value in rows)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn that ends gracefully on SIGTERM, SIGINT and SIGUSR2, whoever installed handlers before."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        before = {number: signal.signal(number, self._end) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _end(self, *_: object) -> None:
-        self.should_exit = True
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises ValueError when the port is in use or the host unknown."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError as error:
-        sock.close()
-        raise ValueError(f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}") from None
-    return sock
-
-
 def serve(
     model: str,
     *,
@@ -297,10 +262,12 @@ def serve(
     device: str = "auto",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
+    token: str | None = None,
 ) -> None:
     """Serve a Hugging Face folder until SIGTERM, SIGINT or SIGUSR2; ``on_ready`` gets the URL once it answers.
 
-    Raises ValueError for a missing model folder or a port in use.
+    With a ``token`` every route but ``/health`` and ``/metrics`` asks for it as a bearer token. Raises ValueError for a
+    missing model folder or a port in use.
     """
     import torch
     from transformers import AutoTokenizer
@@ -309,19 +276,23 @@ def serve(
     from ctrl_hpc.rollout.weights import weight_files
 
     weight_files(model)
-    sock = listen(host, port)
+    sock = http_service.listen(host, port)
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(model)
     stop_ids = frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
     engine = load_engine(model, device=device, batching=batching, max_batch_tokens=max_batch_tokens, stop_ids=stop_ids)
     worker = Worker(engine)
     app = create_app(Service(worker, tokenizer, model))
-    server = _Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
-    url = f"http://{host}:{sock.getsockname()[1]}"
+    gate = http_service.Gate(
+        app, token=token, max_body_bytes=MAX_BODY_BYTES, open_paths=frozenset({"/health", "/metrics"})
+    )
+    server = http_service.DrainingServer(
+        uvicorn.Config(gate, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    )
 
     async def ready() -> None:
         if on_ready is not None:
-            await asyncio.to_thread(on_ready, url)
+            await asyncio.to_thread(on_ready, http_service.url(sock))
 
     app.router.on_startup.append(ready)
     try:

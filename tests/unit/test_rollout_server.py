@@ -1,5 +1,8 @@
 """The HTTP routes of the rollout server, asked with plain httpx."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import rollout_server
 import torch
 
 from ctrl_hpc.rollout.engine import load_engine
-from ctrl_hpc.rollout.server import listen, serve
+from ctrl_hpc.rollout.server import serve
+from ctrl_hpc.service import listen
 
 PROMPT = [5, 9, 200]
 
@@ -144,6 +148,27 @@ def test_health_and_metrics(http: httpx.Client) -> None:
 def _total(http: httpx.Client, name: str) -> float:
     lines = http.get("/metrics").text.splitlines()
     return float(next(line.split()[1] for line in lines if line.startswith(name + " ")))
+
+
+def test_a_token_guards_all_but_health_and_metrics(folder: str) -> None:
+    """The served application as a whole, in a process of its own."""
+    code = (
+        "import sys; from ctrl_hpc.rollout.server import serve; "
+        "serve(sys.argv[1], token='secret', threads=1, on_ready=lambda url: print(url, flush=True))"
+    )
+    server = subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    url = server.stdout.readline().strip()
+    with httpx.Client(base_url=url, timeout=60) as http:
+        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}}
+        assert http.post("/generate", json=body).status_code == 401
+        assert http.post("/update_weights_from_disk", json={"model_path": folder}).status_code == 401
+        headers = {"authorization": "Bearer secret"}
+        assert http.post("/generate", json=body, headers=headers).status_code == 200
+        assert http.get("/health").status_code == http.get("/metrics").status_code == 200
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+    server.stdout.close()
 
 
 def test_a_port_in_use_and_a_missing_model_are_one_line(folder: str, tmp_path: Path) -> None:

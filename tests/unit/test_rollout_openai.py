@@ -1,0 +1,133 @@
+"""The OpenAI-compatible generator against a scripted endpoint: retries, limits, cost, and errors that are the user's."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from ctrl_hpc.records import Message, Sampling
+from ctrl_hpc.rollout import openai_client
+from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+
+CHATS = [(Message(role="user", content=f"question {i}"),) for i in range(3)]
+Answer = tuple[int, dict[str, str], Any]
+
+
+class Endpoint:
+    """Answers ``/v1/chat/completions`` by ``script(number, body)``; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.script: Callable[[int, dict[str, Any]], Answer] = lambda number, body: good(body)
+        self.lock = threading.Lock()
+
+
+def good(body: dict[str, Any]) -> Answer:
+    text = body["messages"][-1]["content"].upper()
+    choices = [
+        {"index": j, "message": {"role": "assistant", "content": f"{text} {j}"}, "finish_reason": "stop"}
+        for j in range(body["n"])
+    ]
+    return 200, {}, {"choices": choices[::-1], "usage": {"prompt_tokens": 10, "completion_tokens": 4}}
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Endpoint, str]]:
+    state = Endpoint()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            with state.lock:
+                number = len(state.asked)
+                state.asked.append(body)
+                state.keys.append(self.headers["authorization"])
+            code, headers, data = state.script(number, body)
+            text = json.dumps(data).encode()
+            self.send_response(code)
+            for name, value in {"content-length": str(len(text)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    async def no_sleep(_: float) -> None:
+        return
+
+    monkeypatch.setattr(openai_client.asyncio, "sleep", no_sleep)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield state, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_answers_come_in_order_with_their_cost(endpoint: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    state, url = endpoint
+    monkeypatch.setenv("MY_KEY", "secret")
+    generator = OpenAIGenerator(url, "m", key_env="MY_KEY", price_in=2.0, price_out=10.0)
+    out = generator.complete(CHATS, Sampling(temperature=0.5, max_tokens=7, n=2, seed=1))
+    assert [[item.text for item in group] for group in out] == [
+        [f"QUESTION {i} {j}" for j in range(2)] for i in range(3)
+    ]
+    assert (generator.usage.prompt_tokens, generator.usage.completion_tokens) == (30, 12)
+    assert generator.usage.cost == pytest.approx(30 * 2e-6 + 12 * 10e-6)
+    body = next(item for item in state.asked if item["messages"][0]["content"] == "question 0")
+    assert (body["model"], body["max_tokens"], body["temperature"], body["n"]) == ("m", 7, 0.5, 2)
+    assert len({item["seed"] for item in state.asked}) == 3
+    assert set(state.keys) == {"Bearer secret"}
+    generator.close()
+
+
+def test_rate_limits_and_faults_are_retried(endpoint: tuple[Endpoint, str]) -> None:
+    state, url = endpoint
+    state.script = lambda number, body: [(429, {"retry-after": "3"}, {}), (503, {}, {}), good(body)][min(number, 2)]
+    generator = OpenAIGenerator(f"{url}/v1", "m", key_env="NOT_SET_ANYWHERE")
+    assert generator.complete(CHATS[:1], Sampling())[0][0].text == "QUESTION 0 0"
+    assert (len(state.asked), generator.usage.retries) == (3, 2)
+    assert state.keys == [None] * 3
+    generator.close()
+
+
+def test_an_endpoint_that_keeps_failing_is_an_error(endpoint: tuple[Endpoint, str]) -> None:
+    state, url = endpoint
+    state.script = lambda number, body: (500, {}, {"error": "out of order"})
+    generator = OpenAIGenerator(url, "m", max_tries=3)
+    with pytest.raises(RuntimeError, match="failed 3 times; the last answer: HTTP 500: .*out of order"):
+        generator.complete(CHATS[:1], Sampling())
+    assert len(state.asked) == 3
+    generator.close()
+
+
+@pytest.mark.parametrize(("code", "message"), [(401, r"HTTP 401: .*key is read from \$MY_KEY"), (400, "HTTP 400")])
+def test_refusals_are_not_retried(endpoint: tuple[Endpoint, str], code: int, message: str) -> None:
+    state, url = endpoint
+    state.script = lambda number, body: (code, {}, {"error": "no"})
+    generator = OpenAIGenerator(url, "m", key_env="MY_KEY")
+    with pytest.raises(ValueError, match=message):
+        generator.complete(CHATS[:1], Sampling())
+    assert len(state.asked) == 1
+    generator.close()
+
+
+def test_the_rate_limit_spaces_requests(endpoint: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(openai_client.asyncio, "sleep", note)
+    monkeypatch.setattr(openai_client.time, "monotonic", lambda: 100.0)
+    _, url = endpoint
+    generator = OpenAIGenerator(url, "m", requests_per_min=30)
+    generator.complete(CHATS, Sampling())
+    assert sorted(waits) == pytest.approx([0.0, 2.0, 4.0])
+    generator.close()
