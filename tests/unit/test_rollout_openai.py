@@ -1,4 +1,4 @@
-"""The OpenAI-compatible generator against a scripted endpoint: retries, limits, cost, and errors that are the user's."""
+"""The OpenAI-compatible generator against a scripted endpoint: retries, limits, cost, user errors."""
 
 import json
 import threading
@@ -101,7 +101,7 @@ def test_an_endpoint_that_keeps_failing_is_an_error(endpoint: tuple[Endpoint, st
     state, url = endpoint
     state.script = lambda number, body: (500, {}, {"error": "out of order"})
     generator = OpenAIGenerator(url, "m", max_tries=3)
-    with pytest.raises(RuntimeError, match="failed 3 times; the last answer: HTTP 500: .*out of order"):
+    with pytest.raises(RuntimeError, match=r"failed 3 times; the last answer: HTTP 500: .*out of order"):
         generator.complete(CHATS[:1], Sampling())
     assert len(state.asked) == 3
     generator.close()

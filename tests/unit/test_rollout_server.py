@@ -150,6 +150,7 @@ def _total(http: httpx.Client, name: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith(name + " ")))
 
 
+@pytest.mark.slow
 def test_a_token_guards_all_but_health_and_metrics(folder: str) -> None:
     """The served application as a whole, in a process of its own."""
     code = (
