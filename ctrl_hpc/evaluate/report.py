@@ -21,6 +21,9 @@ from ctrl_hpc.tracking import Tracker
 OBJECTIVE = ("rl", "sft", "base")
 """The critics whose pass@1 after one turn is ``eval/pass_at_1``, what sweeps maximise: the first that was evaluated."""
 
+TABLE_WIDTH = 92
+"""Columns of the results' table: wider than a classical terminal, so that no figure is cut."""
+
 
 def write(config: Config, run_dir: Path) -> dict[str, Any]:
     """Write the report of an evaluated run, print its table, log it to wandb; returns ``results.json``.
@@ -48,9 +51,9 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         tracker.summary(metrics(results))
         for picture in pictures:
             tracker.image(picture)
-    console = Console()
-    for table in made[: len(results["datasets"])]:
-        console.print(tables.rich_table(table))
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    for name, entry in results["datasets"].items():
+        console.print(tables.rich_table(tables.terminal_table(name, entry)))
     console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
     return results
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 from ctrl_hpc.evaluate.plots import label
@@ -65,9 +66,26 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
+def terminal_table(dataset: str, entry: Mapping[str, Any]) -> Table:
+    """What of :func:`results_table` fits into 80 columns, critics by the names that ``results.json`` uses."""
+    critics: Mapping[str, Any] = entry["critics"]
+    turns = max(len(row["pass_at_1"]) for row in critics.values())
+    rows = []
+    for name, row in critics.items():
+        shares = [*row["pass_at_1"], row["delta_up"], row["delta_down"]]
+        shares += [row["judgement"]["f1_pass"], row["judgement"]["f1_fail"]]
+        rows.append((name, *map(percent, shares)))
+    return Table(
+        title=f"{dataset}: {entry['n_problems']} problems, pass@1 in % of drafts and after each turn; Δ of turn 1; F1",
+        columns=("critic", "draft", *(f"t{turn}" for turn in range(1, turns)), "Δ↑", "Δ↓", "right", "wrong"),
+        rows=tuple(rows),
+        strong=frozenset(index for index, name in enumerate(critics) if name in ("rl", "rl_greedy")),
+    )
+
+
 def rich_table(table: Table) -> RichTable:
     """For the terminal."""
-    out = RichTable(title=table.title, title_justify="left", title_style="bold")
+    out = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, column in enumerate(table.columns):
         out.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for number, row in enumerate(table.rows):
