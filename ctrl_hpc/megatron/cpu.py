@@ -14,21 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
-_FACTORIES = (
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "full",
-    "full_like",
-    "ones",
-    "ones_like",
-    "randn",
-    "tensor",
-    "zeros",
-    "zeros_like",
-)
+_FACTORIES = ("empty", "ones", "tensor", "zeros")
 _installed = False
 
 
@@ -52,10 +40,9 @@ def install() -> None:
     if _installed:
         return
     assert not torch.cuda.is_initialized(), "this process already uses a GPU"
+    _device_constructors()  # remembers the functions as they are, so that `with torch.device(...)` still knows them
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    for name in ("to", "new_empty", "new_zeros", "new_tensor"):
-        setattr(torch.Tensor, name, _on_cpu(getattr(torch.Tensor, name)))
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
     torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[method-assign,assignment]
     stream = _Stream()
@@ -77,6 +64,16 @@ def install() -> None:
     # It orders CUDA streams and means nothing here, but Megatron warns of its absence.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _installed = True
+
+
+def start_random_tracker() -> None:
+    """Megatron's random tracker without CUDA generators; nothing random happens inside the model (no dropout)."""
+    from megatron.core.tensor_parallel import random as tensor_random
+
+    tensor_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    # Recomputation of activations saves and restores the CUDA generator around a layer.
+    tensor_random._get_cuda_rng_state = lambda *_, **__: torch.empty(0)
+    tensor_random._set_cuda_rng_state = lambda *_, **__: None
 
 
 def _keep_memory() -> None:

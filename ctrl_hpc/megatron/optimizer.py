@@ -1,4 +1,4 @@
-"""AdamW over Megatron's gradient buffers: schedule, global gradient norm, clipping, and a loud end for a NaN."""
+"""AdamW over Megatron's gradient buffers: global gradient norm, clipping, and a loud end for a NaN."""
 
 from __future__ import annotations
 
@@ -17,38 +17,18 @@ from ctrl_hpc.config import OptimizerConfig, ParallelConfig
 from ctrl_hpc.megatron.parallel_state import World
 
 
-def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
-    """The rate of optimizer step ``step`` (from 0) of ``total``: linear warm-up, then the schedule down to ``min_lr``.
-
-    A pure function, so that a resumed run continues the same schedule.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    progress = min(progress, 1.0)
-    share = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
-    }[config.schedule]
-    return config.min_lr + (config.lr - config.min_lr) * share
-
-
 class Optimizer:
     """AdamW with fp32 main gradients and state, for one model on this rank.
 
     Gradients are sums over micro-batches and data-parallel ranks: the losses carry the global normalisation.
     """
 
-    def __init__(
-        self, model: GPTModel, config: OptimizerConfig, parallel: ParallelConfig, world: World, total_steps: int
-    ) -> None:
+    def __init__(self, model: GPTModel, config: OptimizerConfig, parallel: ParallelConfig, world: World) -> None:
         if parallel.distributed_optimizer and util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "parallel.distributed_optimizer=true needs Transformer Engine (its checkpoints load only there)"
             )
         self.config = config
-        self.total_steps = total_steps
         half = world.dtype == torch.bfloat16
         self.ddp = DistributedDataParallel(
             config=model.config,
@@ -86,25 +66,22 @@ class Optimizer:
         self.ddp.zero_grad_buffer()
         self.inner.zero_grad()
 
-    def step(self, position: int) -> dict[str, float]:
+    def step(self, lr: float) -> dict[str, float]:
         """Clip and apply the gradients; ``grad_norm`` (before clipping, over the whole model) and ``lr``.
-
-        ``position`` is the step's number in the schedule, from 0.
 
         Raises FloatingPointError, before anything changes, when a gradient is NaN or infinite.
         """
-        rate = learning_rate(self.config, position, self.total_steps)
         for group in self.inner.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm} at optimizer step {position}; nothing was updated")
+            raise FloatingPointError(f"the gradient norm is {norm}; nothing was updated")
         if 0.0 < self.config.clip_grad < norm:
             self._scale_gradients(self.config.clip_grad / (norm + 1e-6))
         if not self.inner.step_with_ready_grads():
-            raise RuntimeError(f"Megatron's optimizer refused step {position}")
-        return {"grad_norm": norm, "lr": rate}
+            raise RuntimeError("Megatron's optimizer refused the step")
+        return {"grad_norm": norm, "lr": lr}
 
     def _scale_gradients(self, factor: float) -> None:
         gradients = [parameter.grad for parameter in self.inner.get_parameters() if parameter.grad is not None]

@@ -148,7 +148,8 @@ def initialize(config: Config) -> World:
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     timeout = datetime.timedelta(seconds=config.trainer.timeout_s)
     backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
 
     from megatron.core import parallel_state as mpu
 
@@ -191,13 +192,18 @@ def job(config: Config) -> Iterator[World]:
 
 def destroy() -> None:
     """Leave the job."""
+    dismantle()
+    dist.destroy_process_group()
+
+
+def dismantle() -> None:
+    """Take down Megatron's groups only: the ranks can be arranged anew by ``initialize``."""
     from megatron.core import parallel_state as mpu
     from megatron.core.tensor_parallel import random as tensor_random
 
     mpu.destroy_model_parallel()
     mpu.destroy_global_memory_buffer()
     tensor_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
-    dist.destroy_process_group()
 
 
 def watch(timeout_s: float) -> None:
@@ -213,12 +219,14 @@ def seed_everything(seed: int) -> None:
 
 
 def _start_random_tracker(kind: str, seed: int) -> None:
-    from megatron.core.tensor_parallel import random as tensor_random
-
     if kind == "cuda":
-        tensor_random.model_parallel_cuda_manual_seed(seed)
-    else:  # nothing random happens inside the model (no dropout), and a CPU has no CUDA generator to fork
-        tensor_random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(seed)
+    else:
+        from ctrl_hpc.megatron import cpu
+
+        cpu.start_random_tracker()
 
 
 def _dtype(config: Config, kind: str) -> torch.dtype:

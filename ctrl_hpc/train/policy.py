@@ -79,7 +79,6 @@ class Policy:
         folder: str | Path,
         *,
         optimizer: OptimizerConfig | None = None,
-        total_steps: int = 0,
     ) -> None:
         """Load a Hugging Face folder; without ``optimizer`` the critic is frozen (a reference).
 
@@ -91,7 +90,7 @@ class Policy:
         huggingface_weights.load(self.model, folder, self.architecture, world)
         self.optimizer: Optimizer | None = None
         if optimizer is not None:
-            self.optimizer = Optimizer(self.model, optimizer, config.parallel, world, total_steps)
+            self.optimizer = Optimizer(self.model, optimizer, config.parallel, world)
         else:
             self.model.requires_grad_(False)
 
@@ -114,15 +113,14 @@ class Policy:
         logprobs_SR, entropy_SR = self._score(batch, score, ["logprobs", "entropy"])
         return logprobs_SR, entropy_SR
 
-    def update(self, batch: Batch, loss: Loss, position: int) -> dict[str, float]:
+    def update(self, batch: Batch, loss: Loss, lr: float) -> dict[str, float]:
         """One optimizer step on a batch; what the loss logged, summed, with ``loss``, ``grad_norm`` and ``lr``.
 
-        ``position`` is the step's number in the learning-rate schedule. Raises FloatingPointError, before anything
-        changes, when the gradient is not finite.
+        Raises FloatingPointError, before anything changes, when the gradient is not finite.
         """
         assert self.optimizer is not None, "a frozen critic is not updated"
         logged = self.gradients(batch, loss)
-        return logged | self.optimizer.step(position)
+        return logged | self.optimizer.step(lr)
 
     def gradients(self, batch: Batch, loss: Loss) -> dict[str, float]:
         """The gradient of the loss of a batch, left in Megatron's buffers; what the loss logged."""

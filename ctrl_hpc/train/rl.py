@@ -28,6 +28,7 @@ from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, rec
 from ctrl_hpc.train.journal import Clock
 from ctrl_hpc.train.losses import RLLoss
 from ctrl_hpc.train.policy import Policy, Reference, make_reference
+from ctrl_hpc.train.schedule import learning_rate
 from ctrl_hpc.train.source import COLUMNS, Source
 
 
@@ -60,7 +61,7 @@ def check(options: RLConfig) -> None:
 def train(config: Config, run_dir: Path, world: World) -> None:
     """The loop: rollout, revise, execute and reward; advantages, update, publish, log and save. Then export."""
     options, sft = config.rl, run_dir / "sft" / "hf"
-    policy = Policy(config, world, sft, optimizer=options.optimizer, total_steps=options.steps * options.minibatches)
+    policy = Policy(config, world, sft, optimizer=options.optimizer)
     reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
     with ExitStack() as stack:
         source = stack.enter_context(Source.open(config, run_dir)) if world.main else None
@@ -178,7 +179,8 @@ def improve(
                 old_SR=old_SR,
                 reference_SR=reference_SR,
             )
-            logged.append(policy.update(batch, loss, step * options.minibatches + index))
+            at, total = step * options.minibatches + index, options.steps * options.minibatches
+            logged.append(policy.update(batch, loss, learning_rate(options.optimizer, at, total)))
     return skipped | {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in logged[0]}
 
 

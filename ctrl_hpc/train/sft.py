@@ -17,6 +17,7 @@ from ctrl_hpc.train.course import Course
 from ctrl_hpc.train.data_order import take
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
+from ctrl_hpc.train.schedule import learning_rate
 
 Sequences = list[tuple[Sequence[int], Sequence[int]]]
 """(prompt, response) token ids."""
@@ -37,7 +38,7 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     sequences, dropped = world.from_main(read_sequences, config, run_dir)
     steps_per_epoch = -(-len(sequences) // options.batch_size)
     steps = options.epochs * steps_per_epoch
-    policy = Policy(config, world, config.critic.model, optimizer=options.optimizer, total_steps=steps)
+    policy = Policy(config, world, config.critic.model, optimizer=options.optimizer)
     with Course(config, run_dir, "sft", policy, steps=steps, save_every=options.save_every) as course:
         for step in course:
             epoch, index = divmod(step, steps_per_epoch)
@@ -45,8 +46,9 @@ def train(config: Config, run_dir: Path, world: World) -> None:
             count = min(options.batch_size, (epoch + 1) * len(sequences) - first)
             rows = take(len(sequences), seed=config.seed, start=first, count=count)
             batch = collate([sequences[row] for row in rows])
+            rate = learning_rate(options.optimizer, step, steps)
             with course.clock("update"):
-                logged = policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), step)
+                logged = policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), rate)
             facts = {"tokens": float(batch.n_tokens), "dropped": float(dropped)}
             course.done(step, {f"sft/{name}": value for name, value in (logged | facts).items()})
     policy.export(run_dir / "sft" / "hf", source=config.critic.model)
