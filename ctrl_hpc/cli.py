@@ -84,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
             about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
+    doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
+    doctor.set_defaults(command=_doctor)
     bench = commands.add_parser("bench", help="measure: executor")
     bench.add_argument("what", choices=["executor"])
     bench.add_argument("--workers", type=int, default=2)
@@ -204,6 +207,20 @@ def _stop(options: argparse.Namespace) -> int:
 
     print("\n".join(stop(options.run_dir)) or f"{options.run_dir}: nothing was running")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ctrl_hpc.cluster.doctor import checks
+
+    found = checks(options.run_dir)
+    table = Table("check", "state", "found", "fix")
+    for check in found:
+        table.add_row(check.name, check.state, check.found, check.fix)
+    Console().print(table)
+    return 1 if any(check.state == "missing" for check in found) else 0
 
 
 def _say(url: str) -> None:
