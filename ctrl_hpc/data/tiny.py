@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ctrl_hpc.config_sections import TinyConfig
 from ctrl_hpc.data import tiny_grammar as grammar
+from ctrl_hpc.data import tiny_text as text
 from ctrl_hpc.data.tiny_grammar import Composition, Line
 from ctrl_hpc.records import Problem, Split, StdinTest
 
@@ -111,6 +112,24 @@ def _groups(compositions: list[Composition], answers_FMTEL: npt.NDArray[np.int64
             other = root(first.setdefault((number, block.tobytes()), composition))
             parent[max(other, root(composition))] = min(other, root(composition))
     return {composition: root(composition) for composition in compositions}
+
+
+def composition_of(problem: Problem) -> Composition:
+    """The composition that a problem of the tiny world asks for; its id names it."""
+    f, m, t, e = (int(part) for part in problem.id.removeprefix(f"{SOURCE}/").split("-"))
+    return f, m, t, e
+
+
+def oracle_critique(problem: Problem, program: str) -> str:
+    """The critique that names the first step which the program gets wrong; a program beyond the grammar gets none."""
+    wanted, draft = composition_of(problem), grammar.parse(program)
+    if draft is None:
+        return text.critique(text.NO_SUGGESTION, text.VAGUE_SUGGESTIONS[0], False)
+    ok = [asked == done for asked, done in zip(wanted, draft, strict=True)]
+    if all(ok):
+        return text.critique(text.analysis(wanted, ok), text.NO_SUGGESTION, True)
+    slot = ok.index(False)
+    return text.critique(text.analysis(wanted, ok), text.suggestion(slot, wanted[slot]), False)
 
 
 def input_lines(rng: np.random.Generator, count: int) -> list[Line]:

@@ -19,7 +19,7 @@ Line = tuple[int, ...]
 
 OPENING = "For each line of integers:"
 CLOSING = " print it."
-HEADER = "for line in open(0):\n    x = list(map(int, line.split()))\n    n = len(x)"
+HEADER = "for line in open(0):\n    x = [int(v) for v in line.split()]"
 FOOTER = "    print(r)"
 
 
@@ -110,8 +110,8 @@ FINALS = (
     _operation("negate it", "r = -r", lambda r, n: 0 - r),
     _operation("take it modulo seven", "r = r % 7", lambda r, n: divmod(r, 7)[1]),
     _operation("take it modulo nine", "r = r % 9", lambda r, n: divmod(r, 9)[1]),
-    _operation("add the line's length", "r = r + n", lambda r, n: n + r, True),
-    _operation("take the line's length", "r = r - n", lambda r, n: -(n - r), True),
+    _operation("add the line's length", "r = r + len(line.split())", lambda r, n: n + r, True),
+    _operation("take the line's length", "r = r - len(line.split())", lambda r, n: -(n - r), True),
 )
 SLOTS: tuple[tuple[Operation, ...], ...] = (FILTERS, MAPS, TOTALS, FINALS)
 """The four slots; the partner of operation ``i`` is operation ``i ^ 1`` of the same slot."""
@@ -152,6 +152,18 @@ def parse(text: str) -> Composition | None:
             return None
         found.append(matches[0])
     return found[0], found[1], found[2], found[3]
+
+
+def run(composition: Sequence[int], stdin: str) -> str:
+    """What a composition prints for its standard input, by the meaning of its operations."""
+    printed = []
+    for line in stdin.splitlines():
+        value: Any = [int(word) for word in line.split()]
+        n = len(value)
+        for slot, index in zip(SLOTS, composition, strict=True):
+            value = slot[index].apply(value, n)
+        printed.append(f"{value}\n")
+    return "".join(printed)
 
 
 def answers(lines: Sequence[Line]) -> npt.NDArray[np.int64]:

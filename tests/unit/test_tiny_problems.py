@@ -60,7 +60,7 @@ def operation(slot: int, phrase: str) -> int:
 def test_operation_means_what_it_says(slot: int, phrase: str, value: object, count: int, result: object) -> None:
     chosen = tiny_grammar.SLOTS[slot][operation(slot, phrase)]
     assert chosen.apply(value, count) == result
-    names = {"x": value, "r": value, "n": count}
+    names = {"x": value, "r": value, "line": "7 " * count}
     exec(chosen.code, names)
     assert names["x" if slot < 2 else "r"] == result
 
