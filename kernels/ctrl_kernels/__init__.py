@@ -1,6 +1,7 @@
 """Log-probs, advantages and the policy loss of reinforcement learning on language models, fused in Triton.
 
-Every function takes ``backend="auto" | "triton" | "torch"``: auto is Triton on CUDA tensors and plain PyTorch elsewhere.
+Every function takes ``backend="auto" | "triton" | "torch"``: auto is Triton on CUDA tensors and plain PyTorch
+elsewhere.
 """
 
 from ctrl_kernels.advantages import group_advantages

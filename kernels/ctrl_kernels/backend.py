@@ -37,3 +37,10 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Literal["triton", "to
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """What plain PyTorch computes in: float64 if any tensor is, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def check_kernel_dtype(**tensors: torch.Tensor | None) -> None:
+    """Raise ValueError, naming the tensor, unless every one that is given has a type that the kernels compute with."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, got {name} in {tensor.dtype}")

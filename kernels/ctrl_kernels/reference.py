@@ -1,10 +1,11 @@
 """Plain PyTorch definitions of everything here: what the kernels are tested against, and the CPU backend.
 
-They compute in float64 for float64 inputs and in float32 otherwise. The log-prob functions walk over the tokens in chunks, so
-that N x V scores never exist in that precision at once (unless they fit in one chunk), and exchange 16 bytes a token and rank
-in one collective.
+They compute in float64 for float64 inputs and in float32 otherwise. The log-prob functions walk over the tokens in
+chunks, so that N x V scores never exist in that precision at once (unless they fit in one chunk), and exchange 16
+bytes a token and rank in one collective.
 
-Legend: N tokens, n tokens of a chunk, V columns of this rank's vocabulary shard, D hidden width, B sequences, T steps, G groups.
+Legend: N tokens, n tokens of a chunk, V columns of this rank's vocabulary shard, D hidden width, B sequences, T
+steps, G groups.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ def logits_gradient(
 ) -> torch.Tensor:
     """The gradient of a chunk's logits [n, V]: ``(g (1[j = target] - p_j) - h p_j (log p_j + H)) / temperature``.
 
-    g and h are the gradients of the log-prob and the entropy H; either may be absent.
+    g and h are the gradients of the log-prob and the entropy H; either may be absent. A row of -inf alone has no
+    gradient.
     """
+    if d_logprob_n is not None:
+        d_logprob_n = torch.where(lse_n == math.inf, 0.0, d_logprob_n)
     scores_nV = scores(logits_nV, options)
     logp_nV = scores_nV - lse_n.unsqueeze(1)
     gradient_nV = logp_nV.exp()
@@ -148,6 +152,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         options: SoftmaxOptions,
         save_logits: bool | None,
+        main_grad: torch.Tensor | None,
     ) -> Any:
         dtype = compute_dtype(hidden, weight)
         kept = (targets != options.ignore_index).nonzero().squeeze(1)
@@ -167,7 +172,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         logprob = statistics.new_zeros(len(targets)).index_copy_(0, kept, kept_logprob)
         entropy = statistics.new_zeros(len(targets)).index_copy_(0, kept, kept_entropy)
         ctx.save_for_backward(hidden, weight, targets, kept, lse, kept_entropy, *saved_logits)
-        ctx.options = options
+        ctx.options, ctx.main_grad = options, main_grad
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
@@ -176,7 +181,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, kept, lse, entropy, *saved_logits = ctx.saved_tensors
         options: SoftmaxOptions = ctx.options
         if d_logprob is None and d_entropy is None:
-            return None, None, None, None, None
+            return (None,) * 6
         d_logprob, d_entropy = (None if g is None else g[kept].to(lse.dtype) for g in (d_logprob, d_entropy))
         hidden_ND, weight_VD = hidden.index_select(0, kept).to(lse.dtype), weight[: options.valid].to(lse.dtype)
         d_hidden_ND = torch.zeros_like(hidden_ND)
@@ -195,13 +200,16 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 torch.mm(d_logits_nV, weight_VD, out=d_hidden_ND[rows])
             if ctx.needs_input_grad[1]:
                 d_weight[: options.valid].addmm_(d_logits_nV.T, hidden_ND[rows])
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight.to(weight.dtype), None, None, None
-        if options.ranks > 1:
-            dist.all_reduce(d_hidden_ND, group=options.group)
-        d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        d_hidden.index_copy_(0, kept, d_hidden_ND.to(hidden.dtype))
-        return d_hidden, d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None, None, None, None
+        d_hidden = None
+        if ctx.needs_input_grad[0]:
+            if options.ranks > 1:
+                dist.all_reduce(d_hidden_ND, group=options.group)
+            d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+            d_hidden.index_copy_(0, kept, d_hidden_ND.to(hidden.dtype))
+        if ctx.main_grad is not None:
+            ctx.main_grad += d_weight
+        returned = ctx.needs_input_grad[1] and ctx.main_grad is None
+        return d_hidden, d_weight.to(weight.dtype) if returned else None, None, None, None, None
 
 
 def linear_token_logprobs(
@@ -210,13 +218,14 @@ def linear_token_logprobs(
     targets: torch.Tensor,
     options: SoftmaxOptions,
     save_logits: bool | None = None,
+    main_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [N] of ``targets`` [N] under the logits ``hidden`` [N, D] @ ``weight`` [V, D].T.
 
     The gradient of ``hidden`` is summed over the group's ranks. ``save_logits`` None keeps the logits for the backward
-    pass if they fit in one chunk.
+    pass if they fit in one chunk. ``main_grad``, if given, takes the weight's gradient in addition to what it holds.
     """
-    return _LinearTokenLogprobs.apply(hidden, weight, targets, options, save_logits)
+    return _LinearTokenLogprobs.apply(hidden, weight, targets, options, save_logits, main_grad)
 
 
 def group_advantages(

@@ -94,4 +94,4 @@ def policy_loss(
         ]
         names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "ratio", "kl", "entropy")
         metrics = {name: total / tokens.clamp_min(1) for name, total in zip(names, sums, strict=True)}
-    return loss, metrics | {"policy_loss": policy_term.detach(), "tokens": tokens}
+    return loss, {"policy_loss": policy_term.detach(), "tokens": tokens} | metrics

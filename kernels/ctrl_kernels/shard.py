@@ -4,11 +4,12 @@ Legend: N tokens, V columns of this rank's shard, P parts (of one rank or of all
 
 The statistics of one part of the vocabulary, for scaled logits z, are four numbers a token:
 
-    max m = max z;  sum s = sum exp(z - m);  weighted w = sum exp(z - m) (z - m);  target t = z[target], NaN if elsewhere.
+    max m = max z;  sum s = sum exp(z - m);  weighted w = sum exp(z - m) (z - m);  target t = z[target], NaN if
+    elsewhere.
 
-Parts combine exactly: with M the largest m, S = sum s exp(m - M) and W = sum (w + s (m - M)) exp(m - M), the log-sum-exp
-is M + log S, the log-prob is t - (M + log S), and the entropy is log S - W / S. Shifting by the maximum keeps every
-number small, so that neither logits near +-500 nor -inf lose anything.
+Parts combine exactly: with M the largest m, S = sum s exp(m - M) and W = sum (w + s (m - M)) exp(m - M), the
+log-sum-exp is M + log S, the log-prob is t - (M + log S), and the entropy is log S - W / S. Shifting by the maximum
+keeps every number small, so that neither logits near +-500 nor -inf lose anything.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ def gather_statistics(statistics_PN4: torch.Tensor, options: SoftmaxOptions) -> 
 def combine_statistics(statistics_PN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, entropies and log-sum-exps [N] of a whole vocabulary from the statistics of its parts.
 
-    A target that no part holds gives a NaN log-prob and log-sum-exp, so that its gradient is NaN too: loud, and without
-    waiting for the device. A row of -inf alone gives log-prob -inf, entropy 0 and log-sum-exp +inf, so that its gradient is 0.
+    A target that no part holds gives a NaN log-prob and log-sum-exp, so that its gradient is NaN too: loud, and
+    without waiting for the device. A row of -inf alone gives log-prob -inf, entropy 0 and log-sum-exp +inf, so that
+    its gradient is 0.
     """
     max_PN, sum_PN, weighted_PN, target_PN = statistics_PN4.unbind(2)
     max_N = max_PN.amax(0)

@@ -1,0 +1,234 @@
+"""Statistics of a softmax over the vocabulary: one read of the logits, one exponential each.
+
+The vocabulary, over all ranks, is cut into 8 segments. One program reads one segment of a few rows in tiles of fixed
+width, keeping online the four numbers that ``ctrl_kernels.shard`` defines: with d = x - m for the largest raw logit m
+so far and c = 1 / temperature,
+
+    s <- s exp((m_old - m) c) + sum exp(d c),        w <- (w + s (m_old - m) c) exp((m_old - m) c) + sum exp(d c) d c.
+
+Differences are taken before scaling, so that a common offset of the logits costs no precision. A second, tiny kernel
+combines the segments of all ranks in order. Since segments and tiles do not depend on the number of ranks, neither do
+the results, to the bit, as long as every rank's shard is a whole number of segments of a multiple of 16 columns each.
+
+With a weights buffer the first kernel also stores exp(d c), rounded to the buffer's type, and each tile's m c: from
+these the gradient needs no further look at the logits, and the largest weight of a tile is exactly 1 whatever the
+type.
+
+Legend: N tokens, V columns of this rank's vocabulary shard, S segments of this rank, P segments of all ranks, K tiles
+of this rank.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+import torch
+import triton
+import triton.language as tl
+
+from ctrl_kernels.shard import SoftmaxOptions
+
+SEGMENTS = 8
+TILE_ELEMENTS = 2048
+STATISTICS_WARPS = 4
+COMBINE_ROWS = 128
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2_FLOOR = tl.constexpr(-200.0)  # exp2(-200) is 0 in fp32: stands in for -inf where -inf * 0 would be NaN
+
+
+def segment_columns(columns: int, ranks: int) -> int:
+    """The width of a segment of a shard with ``columns`` columns."""
+    segments = max(1, SEGMENTS // ranks)
+    return max(16, triton.cdiv(triton.cdiv(columns, segments), 16) * 16)
+
+
+def segment_count(ranks: int) -> int:
+    """How many segments a rank's shard has; the last ones may be empty."""
+    return max(1, SEGMENTS // ranks)
+
+
+def tile_shape(segment: int) -> tuple[int, int]:
+    """Rows and columns of a tile for segments of this width: both depend on nothing else."""
+    columns = min(triton.next_power_of_2(segment), TILE_ELEMENTS)
+    return TILE_ELEMENTS // columns, columns
+
+
+@triton.jit
+def softcapped(x, cap):
+    """cap tanh(x / cap), by a series near 0 where 1 - exp would cancel."""
+    y = x / cap
+    magnitude = tl.abs(y)
+    decay = tl.exp(-2.0 * magnitude)
+    far = (1.0 - decay) / (1.0 + decay)
+    square = y * y
+    near = magnitude * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * -0.05396825)))
+    tanh = tl.where(magnitude < 0.2, near, far)
+    return cap * tl.where(y < 0, -tanh, tanh)
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr,
+    logits_stride,
+    targets_ptr,
+    statistics_ptr,
+    weights_ptr,
+    weights_stride,
+    tile_max_ptr,
+    tile_max_stride,
+    tokens,
+    valid,
+    segment,
+    segments,
+    start,
+    inverse_temperature,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    STORE_WEIGHTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    part = tl.program_id(0) % segments
+    row = (tl.program_id(0) // segments).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = row < tokens
+    begin = part * segment
+    end = tl.minimum(begin + segment, valid)
+    row_ptr = logits_ptr + row * logits_stride
+    scale = inverse_temperature * LOG2E
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_N], tl.float32)
+    w = tl.zeros([BLOCK_N], tl.float32)
+    tile = part * tl.cdiv(segment, BLOCK_V)
+    for tile_begin in range(begin, end, BLOCK_V):
+        column = tile_begin + tl.arange(0, BLOCK_V)
+        inside = row_inside[:, None] & (column < end)[None, :]
+        x = tl.load(row_ptr[:, None] + column[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            x = tl.where(inside, softcapped(x, softcap), float("-inf"))
+        m_new = tl.maximum(m, tl.max(x, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        d = (x - m_safe[:, None]) * scale
+        e = tl.exp2(d)
+        shift = tl.maximum((m - m_safe) * scale, LOG2_FLOOR)
+        decay = tl.exp2(shift)
+        w = (w + s * shift) * decay + tl.sum(e * tl.maximum(d, LOG2_FLOOR), 1)
+        s = s * decay + tl.sum(e, 1)
+        m = m_new
+        if STORE_WEIGHTS:
+            e_ptr = weights_ptr + row[:, None] * weights_stride + column[None, :]
+            tl.store(e_ptr, e.to(weights_ptr.dtype.element_ty), mask=inside)
+            tl.store(tile_max_ptr + row * tile_max_stride + tile, m_safe * inverse_temperature, mask=row_inside)
+            tile += 1
+    local = tl.load(targets_ptr + row, mask=row_inside, other=-1).to(tl.int64) - start
+    held = row_inside & (local >= begin) & (local < end)
+    t = tl.load(row_ptr + local, mask=held, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        t = softcapped(t, softcap)
+    out_ptr = statistics_ptr + (part.to(tl.int64) * tokens + row) * 4
+    tl.store(out_ptr, m * inverse_temperature, mask=row_inside)
+    tl.store(out_ptr + 1, s, mask=row_inside)
+    tl.store(out_ptr + 2, w * LN2, mask=row_inside)
+    tl.store(out_ptr + 3, tl.where(held, t * inverse_temperature, float("nan")), mask=row_inside)
+
+
+@triton.jit
+def _combine_kernel(
+    statistics_ptr, targets_ptr, logprob_ptr, entropy_ptr, lse_ptr, tokens, parts, ignore_index, BLOCK_N: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = row < tokens
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    part_ptr = statistics_ptr + row * 4
+    for _ in range(parts):
+        m = tl.maximum(m, tl.load(part_ptr, mask=inside, other=0.0))
+        part_ptr += tokens * 4
+    m_safe = tl.where(m == float("-inf"), 0.0, m)
+    s = tl.zeros([BLOCK_N], tl.float32)
+    w = tl.zeros([BLOCK_N], tl.float32)
+    t = tl.zeros([BLOCK_N], tl.float32)
+    held = tl.zeros([BLOCK_N], tl.int1)
+    part_ptr = statistics_ptr + row * 4
+    for _ in range(parts):
+        shift = tl.maximum((tl.load(part_ptr, mask=inside, other=0.0) - m_safe) * LOG2E, LOG2_FLOOR)
+        decay = tl.exp2(shift)
+        part_sum = tl.load(part_ptr + 1, mask=inside, other=1.0)
+        w += (tl.load(part_ptr + 2, mask=inside, other=0.0) + part_sum * (shift * LN2)) * decay
+        s += part_sum * decay
+        part_target = tl.load(part_ptr + 3, mask=inside, other=0.0)
+        here = part_target == part_target
+        t += tl.where(here, part_target, 0.0)
+        held = held | here
+        part_ptr += tokens * 4
+    kept = tl.load(targets_ptr + row, mask=inside, other=0) != ignore_index
+    empty = s == 0.0
+    log_s = tl.log(tl.where(empty, 1.0, s))
+    lse = tl.where(empty, float("inf"), m_safe + log_s)
+    logprob = tl.where(empty, float("-inf"), t - lse)
+    entropy = tl.where(empty, 0.0, log_s - w / s)
+    tl.store(logprob_ptr + row, tl.where(kept, tl.where(held, logprob, float("nan")), 0.0), mask=inside)
+    tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0), mask=inside)
+    tl.store(lse_ptr + row, tl.where(kept, tl.where(held, lse, float("nan")), float("inf")), mask=inside)
+
+
+def softmax_statistics(
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    statistics_SN4: torch.Tensor,
+    options: SoftmaxOptions,
+    *,
+    segment: int,
+    first_column: int = 0,
+    weights_NV: torch.Tensor | None = None,
+    tile_max_NK: torch.Tensor | None = None,
+) -> None:
+    """Fill ``statistics_SN4`` for ``logits_NV``, whose columns are those of the shard from ``first_column`` on.
+
+    With ``weights_NV`` and ``tile_max_NK`` (both sliced likewise) fill these too. The last dimension of every tensor
+    must be dense.
+    """
+    segments, tokens, _ = statistics_SN4.shape
+    rows, columns = tile_shape(segment)
+    _statistics_kernel[(triton.cdiv(tokens, rows) * segments,)](
+        logits_NV,
+        logits_NV.stride(0),
+        targets_N,
+        statistics_SN4,
+        logits_NV if weights_NV is None else weights_NV,
+        0 if weights_NV is None else weights_NV.stride(0),
+        statistics_SN4 if tile_max_NK is None else tile_max_NK,
+        0 if tile_max_NK is None else tile_max_NK.stride(0),
+        tokens,
+        min(options.valid - first_column, logits_NV.shape[1]),
+        segment,
+        segments,
+        options.start + first_column,
+        1.0 / options.temperature,
+        options.softcap or 0.0,
+        HAS_SOFTCAP=options.softcap is not None,
+        STORE_WEIGHTS=weights_NV is not None,
+        BLOCK_N=rows,
+        BLOCK_V=columns,
+        num_warps=STATISTICS_WARPS,
+    )
+
+
+def combine_segments(
+    statistics_PN4: torch.Tensor, targets_N: torch.Tensor, options: SoftmaxOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, entropies and log-sum-exps [N] as ``ctrl_kernels.shard.combine_statistics`` defines them.
+
+    At ignored targets the first two are 0 and the third is +inf, which makes every probability 0.
+    """
+    parts, tokens, _ = statistics_PN4.shape
+    logprob_N, entropy_N, lse_N = statistics_PN4.new_empty((3, tokens)).unbind(0)
+    _combine_kernel[(triton.cdiv(tokens, COMBINE_ROWS),)](
+        statistics_PN4,
+        targets_N,
+        logprob_N,
+        entropy_N,
+        lse_N,
+        tokens,
+        parts,
+        options.ignore_index,
+        BLOCK_N=COMBINE_ROWS,
+        num_warps=4,
+    )
+    return logprob_N, entropy_N, lse_N
