@@ -61,7 +61,7 @@ def rows(path: str | None, *, hub: str, subset: str | None = None, split: str) -
         return
     for file in _files(Path(path), split):
         number = 0
-        for number, values in enumerate(_file_rows(file), start=1):
+        for number, values in _file_rows(file):
             if not isinstance(values, dict):
                 raise ValueError(f"{file}:{number}: expected an object, got {type(values).__name__}")
             yield Row(where=f"{file}:{number}", values=values)
@@ -108,7 +108,8 @@ def _is_data(file: Path) -> bool:
     return file.name not in ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
 
 
-def _file_rows(file: Path) -> Iterable[Any]:
+def _file_rows(file: Path) -> Iterable[tuple[int, Any]]:
+    """The rows with their numbers from 1; of JSON lines the lines' numbers."""
     if file.name.endswith((".jsonl", ".jsonl.gz")):
         return _json_lines(file)
     if file.suffix == ".json":
@@ -118,16 +119,16 @@ def _file_rows(file: Path) -> Iterable[Any]:
             raise ValueError(f"{file}: not JSON: {error}") from None
         if not isinstance(content, list):
             raise ValueError(f"{file}: expected a list of rows, got {type(content).__name__}")
-        return content
-    return _columns(file)
+        return enumerate(content, start=1)
+    return enumerate(_columns(file), start=1)
 
 
-def _json_lines(file: Path) -> Iterator[Any]:
+def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield number, json.loads(line)
                 except ValueError as error:
                     raise ValueError(f"{file}:{number}: not JSON: {error}") from None
 

@@ -46,7 +46,7 @@ def tests_of(row: table.Row) -> tuple[TestCase, ...]:
     Where every expected result of a function is a list of one element, that element is the result (the convention of
     the problems that come from Codewars).
     """
-    if not row.get("input_output"):
+    if not row["input_output"]:
         return ()
     data = row.decoded("input_output")
     inputs, outputs = data.get("inputs", []), data.get("outputs", [])
