@@ -118,7 +118,7 @@ class _Element:
 
 def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:
     """End this process by SIGTERM, then by force, once its driver or its parent is gone."""
-    if os.getpid() != os.getsid(0):
+    if os.getpid() != os.getpgrp():  # Slurm's tasks lead groups of their own already
         os.setsid()  # the terminal's Ctrl-C goes to the driver alone
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for number in (signal.SIGTERM, signal.SIGUSR2):  # submitit's own handler swallows SIGTERM

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import psutil
 import submitit
+from rich.console import Console
 from submitit.core.utils import JobPaths
 
 from ctrl_hpc.cluster import processes
@@ -28,6 +29,9 @@ from ctrl_hpc.config import Config, JobConfig
 State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
 _SQUEUE_EVERY_S = 2.0
+CANCEL_WAIT_S = 30.0
+"""Longest wait for cancelled Slurm jobs to be gone."""
+console = Console(stderr=True)
 _environment_lock = threading.Lock()
 
 
@@ -216,11 +220,22 @@ class Jobs:
             processes.end([*controllers, *tasks], first=tasks, grace_s=grace_s)
         for job in local:
             job.handle._process.wait()
-        distributed = [job.id for job in jobs if job.engine == "slurm" and self.state(job) != "ended"]
+        distributed = [job.id for job in jobs if job.engine == "slurm"]
         if distributed:
-            subprocess.run(["scancel", *distributed], capture_output=True, timeout=60, check=False)
+            self._cancel(distributed)
         self._jobs = [job for job in self._jobs if job not in jobs]
         self._record()
+
+    def _cancel(self, ids: Sequence[str]) -> None:
+        """scancel, and wait a while for the allocations to be given back."""
+        subprocess.run(["scancel", "--quiet", *ids], capture_output=True, timeout=60, check=False)
+        deadline = time.monotonic() + CANCEL_WAIT_S
+        while time.monotonic() < deadline:
+            self._queue = (-1.0, self._queue[1])
+            if not set(ids) & set(self._squeue()):
+                return
+            time.sleep(0.5)
+        console.print(f"Slurm still lists {len(set(ids) & set(self._squeue()))} cancelled jobs; they were told to end")
 
     def _record(self) -> None:
         """Tell later drivers, ``status`` and ``stop`` what was started."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,27 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.fixture(name="make_config")
 def make_config_fixture(run_dir: Path) -> Callable[..., Config]:
     return lambda **values: make_config(run_dir, **values)
+
+
+@pytest.fixture(scope="session")
+def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A test cluster for the whole session: the one that is up (SLURM_CONF), else one of its own."""
+    given = os.environ.get("SLURM_CONF")
+    if given:
+        yield given
+        return
+    scripts = Path(__file__).parents[2] / "slurm" / "testcluster"
+    with tempfile.TemporaryDirectory(prefix="ctrl-hpc-tc-") as parent:  # sockets want a short path
+        base = Path(parent) / "c"
+        up = subprocess.run([scripts / "up", "--base", base], capture_output=True, text=True, check=False)
+        assert up.returncode == 0, up.stderr
+        os.environ["SLURM_CONF"] = up.stdout.strip().splitlines()[-1].partition("=")[2]
+        try:
+            yield os.environ["SLURM_CONF"]
+        finally:
+            del os.environ["SLURM_CONF"]
+            down = subprocess.run([scripts / "down", "--base", base], capture_output=True, text=True, check=False)
+            assert down.returncode == 0, down.stderr
 
 
 @pytest.fixture(autouse=True)

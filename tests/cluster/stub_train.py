@@ -9,7 +9,7 @@ from typing import Any
 
 
 def run(config: Any, run_dir: Path) -> None:
-    """Behaves as ``run_dir/behaviour.json`` says: fail_rank, kill_rank_once, hang."""
+    """Behaves as ``run_dir/behaviour.json`` says: fail_rank, kill_rank_once, hang, all_reduce."""
     wishes = json.loads((run_dir / "behaviour.json").read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (run_dir / f"rank-{rank}-of-{world}").write_text(
@@ -24,6 +24,16 @@ def run(config: Any, run_dir: Path) -> None:
     if wishes.get("hang") or (wishes.get("kill_rank_once") is not None and not once.exists()) or "fail_rank" in wishes:
         while True:
             time.sleep(0.1)
+    if wishes.get("all_reduce"):
+        import torch
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        total = torch.tensor([rank + 1.0])
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        node = os.environ.get("SLURMD_NODENAME")
+        (run_dir / f"sum-{rank}").write_text(json.dumps({"sum": total.item(), "node": node}))
     if rank == 0:
         (run_dir / "sft").mkdir(exist_ok=True)
         record = {"stage": "sft", "step": 3, "steps": 3, "metrics": {"sft/loss": 0.5}, "time": time.time()}

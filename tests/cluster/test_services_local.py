@@ -163,10 +163,14 @@ import cloudpickle
 sys.path.insert(0, sys.argv[2])
 import test_services_local
 from pathlib import Path
+import dataclasses, os
 from conftest import make_config
 from ctrl_hpc.cluster import services
 services.SERVE["executor"] = test_services_local.stub
-with services.Services(make_config(Path(sys.argv[1])), sys.argv[1]) as running:
+config = make_config(Path(sys.argv[1]))
+engine = os.environ.get("CTRL_HPC_TEST_ENGINE", "local")
+config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, engine=engine))
+with services.Services(config, sys.argv[1]) as running:
     running.start(["executor"])
     print("up", flush=True)
     time.sleep(600)
