@@ -166,7 +166,9 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
 def prepare(config: Config, folder: Path) -> Run:
     """The run's problems, prompts and models, made or read back."""
     config = _models(config, folder)
-    problems = _problems(config, folder, "train", config.data.name, config.data.path, "train", config.data.n_train)
+    data = config.data
+    training = {"sample", "synthesize", "sft", "rl"} & set(config.stages)
+    problems = _problems(config, folder, "train", data.name, data.path, "train", data.n_train) if training else ()
     evaluated = {
         name: _problems(
             config, folder, f"eval-{name}", name, config.data.eval_path, config.data.eval_split, config.data.n_eval
