@@ -153,7 +153,7 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
     if todo:
         check_inputs(config, folder, todo)
         run_directory.prepare(config)
-        this = prepare(config, folder)
+        this = prepare(config, folder, todo)
         needed = services_of(this.config, todo)
         with Services(this.config, folder) as services:
             services.start(needed)
@@ -163,11 +163,11 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
     return folder
 
 
-def prepare(config: Config, folder: Path) -> Run:
-    """The run's problems, prompts and models, made or read back."""
+def prepare(config: Config, folder: Path, stages: Iterable[str]) -> Run:
+    """The run's models, prompts and those problems that the stages use, made or read back."""
     config = _models(config, folder)
     data = config.data
-    training = {"sample", "synthesize", "sft", "rl"} & set(config.stages)
+    training = {"sample", "synthesize", "sft", "rl"} & set(stages)
     problems = _problems(config, folder, "train", data.name, data.path, "train", data.n_train) if training else ()
     evaluated = {
         name: _problems(
