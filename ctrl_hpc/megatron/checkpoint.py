@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
@@ -75,7 +76,7 @@ def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> d
         same_ranks = progress["world_size"] == world.size
         state = _sharded_state(model, optimizer, world, is_loading=True, with_random=same_ranks)
         loaded = dist_checkpointing.load(state, newest)
-    except (CheckpointingException, KeyError, RuntimeError, OSError) as error:
+    except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"{newest}: does not fit this critic and layout: {_one_line(error)}") from error
     model.load_state_dict(loaded["model"])
     optimizer.inner.load_state_dict(loaded["optimizer"])
@@ -134,6 +135,8 @@ def _set_random_state(state: dict[str, Any]) -> None:
         get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:  # torch wraps what happened on each rank
+        error = next(iter(error.failures.values()))[0]
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:297] + "..."

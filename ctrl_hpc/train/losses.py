@@ -111,7 +111,7 @@ class RLLoss:
         share = len(micro.targets_N) / self.n_tokens
         names = ["clip_fraction", "approx_kl", "ratio", "entropy"] + (["kl"] if self.reference_SR is not None else [])
         gap_N = (old_N - rollout_N).clamp(-20, 20)
-        rollout_kl = (gap_N.exp() - 1 - gap_N).sum() / self.n_tokens
+        rollout_kl = (gap_N.expm1() - gap_N).sum() / self.n_tokens
         return loss, {name: metrics[name] * share for name in names} | {"rollout_kl": rollout_kl}
 
     def _behaviour(self, old_N: Tensor, rollout_N: Tensor) -> dict[str, Tensor]:
