@@ -150,7 +150,8 @@ def _diagnose(job: Job) -> _Problem:
         return _Problem(f"rank {task} failed: {text}", job.log(task), transient=False)
     silent = [task for task in range(job.tasks) if job.result(task) is None]
     if silent:
-        return _Problem(f"the job lost rank {silent[0]}", job.log(silent[0]), transient=True)
+        ranks = ", ".join(map(str, silent))  # the others are ended with the lost one, so that several may be silent
+        return _Problem(f"the job lost a process (no result of rank {ranks})", job.log(silent[-1]), transient=True)
     task, text = errors[0]
     return _Problem(f"rank {task} stopped: {text}", job.log(task), transient=True)
 
