@@ -13,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +97,4 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-    run = LaunchedRun(folder=folder, driver=driver)
-    jsonl_pid = folder / "driver.json"
-    jsonl_pid.write_text(json.dumps({"pid": driver.pid, "started": time.time()}) + "\n")
-    return run
+    return LaunchedRun(folder=folder, driver=driver)

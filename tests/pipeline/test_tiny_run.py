@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from process_table import processes_of
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT
@@ -26,20 +25,6 @@ def ctrl_hpc(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "ctrl_hpc.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Living processes, not zombies, whose command line or environment names the folder."""
-    found = []
-    for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
-        try:
-            if str(folder) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(f"{process.pid} {' '.join(process.cmdline())[:200]}")
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
