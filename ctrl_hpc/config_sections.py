@@ -292,6 +292,8 @@ class RolloutConfig:
 
     critic_elements: int = 1
     """Servers of the critic being trained."""
+    critic_urls: tuple[str, ...] = ()
+    """SGLang servers (real ones, or ``ctrl-hpc serve rollout``) that serve the critic instead of an array of ours."""
     generator_elements: int = 1
     """Servers of the fixed generator; 0 when ``generator`` is a URL or ``oracle``."""
     threads: int = 2

@@ -46,6 +46,9 @@ def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | N
 
 
 def _finder(config: Config, run_dir: str | Path, role: str) -> Callable[[], Sequence[str]]:
+    """How the live services of a role are found: through the registry, or as the configuration names them."""
+    if role == "critic" and config.rollout.critic_urls:
+        return lambda: config.rollout.critic_urls
     launch = config.launch
     registry = Registry(run_dir, heartbeat_s=launch.heartbeat_s, dead_after_s=launch.dead_after_s)
     return lambda: registry.endpoints(role)

@@ -29,6 +29,8 @@ from ctrl_hpc.config import Config, JobConfig
 State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
 _SQUEUE_EVERY_S = 2.0
+SETTLE_S = 1.0
+"""The tasks of a local gang are all there so long after the first."""
 CANCEL_WAIT_S = 30.0
 """Longest wait for cancelled Slurm jobs to be gone."""
 console = Console(stderr=True)
@@ -46,6 +48,8 @@ class Job:
     engine: str
     tasks: int
     submitted: float = field(default_factory=time.monotonic)
+    first_seen: float = 0.0
+    """Local: when the first of its tasks was seen."""
     seen_tasks: dict[int, float | None] = field(default_factory=dict)
     """Local: process ids of its tasks ever seen, with their start times."""
 
@@ -181,19 +185,28 @@ class Jobs:
         # a job may be missing from one listing while it is requeued
         return "ended" if self._missing.get(job.id, 0) >= 2 else "running"
 
-    def task_lost(self, job: Job) -> bool:
-        """Local gangs: whether a task has ended while others run (Slurm kills the rest by itself)."""
+    def lost_tasks(self, job: Job) -> list[int]:
+        """Local gangs: tasks that ended without a result, as by SIGKILL (Slurm ends such a gang by itself)."""
         if job.engine != "local":
-            return False
-        self._see_tasks(job)
-        ended = sum(not processes.is_running(pid, start) for pid, start in job.seen_tasks.items())
-        return len(job.seen_tasks) == job.tasks and ended > 0
+            return []
+        alive = self._see_tasks(job)
+        if not job.seen_tasks or None in alive or time.monotonic() - job.first_seen < SETTLE_S:
+            return []
+        return [task for task in range(job.tasks) if task not in alive and job.result(task) is None]
 
-    def _see_tasks(self, job: Job) -> None:
-        if len(job.seen_tasks) < job.tasks:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for child in psutil.Process(int(job.id)).children():
-                    job.seen_tasks.setdefault(child.pid, processes.started(child.pid))
+    def _see_tasks(self, job: Job) -> list[int | None]:
+        """The local tasks that are alive; None for one that is only being started."""
+        alive: list[int | None] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(int(job.id)).children():
+                with contextlib.suppress(psutil.Error):
+                    if child.status() != psutil.STATUS_ZOMBIE:
+                        if not job.seen_tasks:
+                            job.first_seen = time.monotonic()
+                        job.seen_tasks.setdefault(child.pid, child.create_time())
+                        task = child.environ().get("SUBMITIT_LOCAL_GLOBALID")
+                        alive.append(None if task is None else int(task))
+        return alive
 
     def _squeue(self) -> dict[str, str]:
         when, states = self._queue

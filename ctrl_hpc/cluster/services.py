@@ -108,7 +108,7 @@ class Services:
         rollout = self.config.rollout
         counts = {
             "executor": self.config.executor.elements,
-            "critic": rollout.critic_elements,
+            "critic": 0 if rollout.critic_urls else rollout.critic_elements,
             "generator": rollout.generator_elements,
         }
         return counts[role]
@@ -158,6 +158,7 @@ class Services:
         """Start dead elements again, until the end."""
         while not self._ended.wait(WATCH_S):
             alive = {(service.role, service.job_id) for service in self._mine()}
+            silent = {(entry.role, entry.job_id) for entry in self.registry.entries()} - alive
             with self._lock:
                 if self._ended.is_set():
                     return
@@ -166,8 +167,13 @@ class Services:
                         if (role, job.id) in alive:
                             self._served.add(role)
                             self._failures.pop((role, job.element), None)
-                        elif role in self._served and self.jobs.state(job) == "ended":
+                        elif role in self._served and self._is_lost(job, (role, job.id) in silent):
                             self._restart(role, job)
+
+    def _is_lost(self, job: Job, silent: bool) -> bool:
+        """Whether an element ended, or hangs: it runs and has registered, but its heartbeats have stopped."""
+        state = self.jobs.state(job)
+        return state == "ended" or (silent and state == "running")
 
     def _restart(self, role: str, job: Job) -> None:
         key = (role, job.element)
@@ -178,7 +184,7 @@ class Services:
             self._given_up.add(key)
             console.print(f"{role} element {job.element}: given up after {failures - 1} restarts; log: {job.log()}")
             return
-        console.print(f"{role} element {job.element} ended ({job.last_words()[:200]}); starting it again")
+        console.print(f"{role} element {job.element} is lost ({job.last_words()[:200]}); starting it again")
         self.jobs.end([job])
         self.registry.remove(lambda service: not (service.role == role and service.job_id == job.id))
         jobs = self._arrays[role]

@@ -18,7 +18,6 @@ from rich.console import Console
 from ctrl_hpc.cluster import nodes
 from ctrl_hpc.cluster.elements import leave_with_driver
 from ctrl_hpc.cluster.jobs import Job, Jobs
-from ctrl_hpc.cluster.processes import is_running
 from ctrl_hpc.cluster.registry import Registry, read_entry
 from ctrl_hpc.config import Config
 from ctrl_hpc.progress import Steps
@@ -118,8 +117,9 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
             if all(outcome is not None and outcome[0] == "success" for outcome in outcomes):
                 return None
             failed = any(outcome is not None and outcome[0] == "error" for outcome in outcomes)
-            if failed or jobs.state(job) == "ended" or _lost(jobs, job):
-                return _diagnose(job)
+            lost = jobs.lost_tasks(job)
+            if failed or lost or jobs.state(job) == "ended":
+                return _diagnose(job, lost)
             if time.monotonic() - moved > STUCK_S:
                 moved = time.monotonic()
                 state = jobs.state(job)
@@ -127,16 +127,7 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
             time.sleep(POLL_S)
 
 
-def _lost(jobs: Jobs, job: Job) -> bool:
-    """Whether a rank is gone without a result (its result file appears before its process ends)."""
-    if not jobs.task_lost(job):
-        return False
-    finished = sum(job.result(task) is not None for task in range(job.tasks))
-    ended = sum(not is_running(pid, start) for pid, start in job.seen_tasks.items())
-    return ended > finished
-
-
-def _diagnose(job: Job) -> _Problem:
+def _diagnose(job: Job, lost: list[int]) -> _Problem:
     """The first error of a rank's own, else a rank that was told to stop or killed."""
     time.sleep(2 * POLL_S)  # ranks fail together: let the one at fault write its error
     errors = []
@@ -148,7 +139,7 @@ def _diagnose(job: Job) -> _Problem:
     if own:
         task, text = own[0]
         return _Problem(f"rank {task} failed: {text}", job.log(task), transient=False)
-    silent = [task for task in range(job.tasks) if job.result(task) is None]
+    silent = lost or [task for task in range(job.tasks) if job.result(task) is None]
     if silent:
         ranks = ", ".join(map(str, silent))  # the others are ended with the lost one, so that several may be silent
         return _Problem(f"the job lost a process (no result of rank {ranks})", job.log(silent[-1]), transient=True)

@@ -13,7 +13,7 @@ import pytest
 
 from ctrl_hpc.config import Config, LaunchConfig, RolloutConfig, TrainerConfig
 
-LAUNCH = LaunchConfig(heartbeat_s=0.5, dead_after_s=10.0, start_timeout_s=120.0)
+LAUNCH = LaunchConfig(heartbeat_s=0.5, dead_after_s=10.0, start_timeout_s=400.0)
 
 
 def make_config(run_dir: Path, **values: Any) -> Config:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import random_qwen
+import rollout_server
 
 from ctrl_hpc.cluster import status
 from ctrl_hpc.cluster.connect import connect
 from ctrl_hpc.cluster.services import Services
-from ctrl_hpc.config import Config, CriticConfig
+from ctrl_hpc.config import Config, CriticConfig, RolloutConfig
 from ctrl_hpc.records import AssertTest, Execution, Limits, Message, Problem, Sampling
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -53,6 +54,22 @@ def test_the_oracle_needs_problems_and_a_url_a_model(make_config: Callable[..., 
     chat = Prompts.load("default", None).solution(problem)
     assert ADD.strip() in connections.generator.complete([chat], Sampling())[0][0].text
     connections.close()
+
+
+def test_the_critic_may_be_served_by_others(make_config: Callable[..., Config], run_dir: Path) -> None:
+    folder = random_qwen.build(run_dir / "critic")
+    with rollout_server.running(folder) as url:
+        rollout = RolloutConfig(critic_urls=(url,))
+        config = make_config(critic=CriticConfig(model=folder), rollout=rollout, generator=url, generator_model="any")
+        with Services(config, run_dir) as services:
+            services.start({"critic"})  # nothing to start
+            assert [row["role"] for row in status.jobs(run_dir)] == ["driver"]
+            connections = connect(config, run_dir)
+            chat = (Message(role="user", content="read the numbers"),)
+            greedy = Sampling(temperature=0.0, max_tokens=4)
+            native = connections.critic.complete([chat], greedy)[0][0]
+            assert native.token_ids and connections.generator.complete([chat], greedy)[0][0].text == native.text
+            connections.close()
 
 
 def test_a_missing_model_folder_is_one_line(make_config: Callable[..., Config], run_dir: Path) -> None:

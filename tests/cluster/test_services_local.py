@@ -60,7 +60,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(services_module.SERVE, "executor", stub)
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 40.0) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, what
@@ -108,6 +108,18 @@ def test_a_killed_element_is_started_again(make_config: Callable[..., Config], r
         (second,) = until(lambda: pids(run_dir) - {first}, "another element serves")
         assert second != first
         assert len(services.registry.endpoints("executor")) == 1
+
+
+def test_an_element_that_hangs_is_replaced(make_config: Callable[..., Config], run_dir: Path) -> None:
+    config = make_config()
+    config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, dead_after_s=2.0))
+    with Services(config, run_dir) as services:
+        services.start(["executor"])
+        (first,) = pids(run_dir)
+        until(lambda: "executor" in services._served, "the watch has seen it")
+        os.kill(first, signal.SIGSTOP)
+        until(lambda: pids(run_dir) - {first}, "another element serves")
+        until(lambda: not psutil.pid_exists(first), "the one that hung is gone")
 
 
 def test_an_element_deaf_to_sigterm_is_killed(make_config: Callable[..., Config], run_dir: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_cancelled_element_is_replaced(on_slurm: Callable[..., Config], run_di
         victim = found[0]
         subprocess.run(["scancel", victim.job_id], check=True)
         until(lambda: victim.job_id not in {service.job_id for service in executors(run_dir)}, "it leaves")
-        until(lambda: len(executors(run_dir)) == 2, "another takes its place", 60)
+        until(lambda: len(executors(run_dir)) == 2, "another takes its place")
     assert queue() == []
 
 
@@ -94,7 +94,7 @@ def test_a_requeued_element_serves_again_under_its_id(on_slurm: Callable[..., Co
         (before,) = executors(run_dir)
         subprocess.run(["scontrol", "requeue", before.job_id], check=True)
         after = until(
-            lambda: [service for service in executors(run_dir) if service.pid != before.pid], "it serves again", 60
+            lambda: [service for service in executors(run_dir) if service.pid != before.pid], "it serves again"
         )
         assert [service.job_id for service in after] == [before.job_id]
 
