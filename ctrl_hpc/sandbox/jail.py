@@ -27,6 +27,8 @@ from nsjail.serializers import to_textproto
 
 from ctrl_hpc.records import Limits
 from ctrl_hpc.sandbox import rootfs, seccomp
+from ctrl_hpc.sandbox.cgroup import MemoryGroup
+from ctrl_hpc.sandbox.watchdog import Watch, Watchdog, descendants
 
 INSIDE_ID = 65534
 _DIRTY, _OUT_OF_MEMORY = 1, 2
@@ -40,6 +42,8 @@ _STACK_BYTES = 64 * _MIB
 _MIN_FILE_BYTES = 16 * _MIB
 _ADDRESS_SPACE_HEADROOM = 256 * _MIB
 """Address space beyond the memory limit: thread stacks and arenas are reserved, not used."""
+_SHARED_HEADROOM = 64 * _MIB
+"""Memory of a jail beyond the limit: the interpreters' own, files in /tmp, outputs."""
 _OUTSIDE_IDS = range(1_000_000_000, 1_900_000_000)
 
 
@@ -78,7 +82,22 @@ class Ended:
     wall_s: float
     peak_memory_mb: float
     dirty: bool
+    """Something is left in the jail that cannot be cleaned: it must be replaced."""
     out_of_memory: bool
+    """An allocation failed, or the processes together held more than they may."""
+
+
+_KILLED_WITH_RUNNER = Ended(
+    reason=Reason.FINISHED,
+    exit_code=None,
+    signal=signal.SIGKILL,
+    cpu_s=0.0,
+    wall_s=0.0,
+    peak_memory_mb=0.0,
+    dirty=True,
+    out_of_memory=True,
+)
+"""The kernel chose the runner too when it freed memory: the program's doing, so no fault of the jail."""
 
 
 def nsjail_path() -> Path:
@@ -146,8 +165,13 @@ def config(root: Path) -> NsJailConfig:
 class Jail:
     """A running jail. Not thread-safe but for :meth:`cancel`; close it, or leave its ``with`` block."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, memory: MemoryGroup | Watchdog | None = None) -> None:
+        """``memory`` bounds what the jail's processes hold together: a cgroup, or else the watchdog."""
         self._root = root
+        self._memory = memory
+        self._kills = 0
+        self._watch: Watch | None = None
+        self._runner_pid = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._log_fd = -1
@@ -192,6 +216,9 @@ class Jail:
             reason = "nsjail ended at once"
         if len(message) != _MESSAGE.size or _MESSAGE.unpack(message)[1] != Reason.READY:
             raise self._broken(f"the jail did not start: {reason}")
+        self._runner_pid = descendants(self._process.pid)[-1]
+        if isinstance(self._memory, MemoryGroup):
+            self._memory.add([self._runner_pid])
 
     def log(self) -> str:
         """The last lines of nsjail's log, without the loader's remarks on libnl."""
@@ -222,6 +249,7 @@ class Jail:
             _STACK_BYTES,
             0,
         )
+        self._bound_memory(limits)
         try:
             self._control.settimeout(limits.wall_s + _GRACE_S)
             socket.send_fds(self._control, [job], fds)
@@ -240,7 +268,11 @@ class Jail:
             raise self._broken("the runner does not answer") from None
         except OSError as error:
             raise self._broken(f"the runner does not answer: {error}") from None
+        out_of_memory = self._memory_exceeded()
         if len(reply) != _MESSAGE.size:
+            if out_of_memory:
+                self.close()
+                return _KILLED_WITH_RUNNER
             raise self._broken("the runner ended")
         status, reason, cpu_ns, wall_ns, peak_kb, flags, _, _ = _MESSAGE.unpack(reply)
         if reason == Reason.FAULT:
@@ -254,8 +286,27 @@ class Jail:
             wall_s=wall_ns / _BILLION,
             peak_memory_mb=peak_kb / 1024,
             dirty=bool(flags & _DIRTY),
-            out_of_memory=bool(flags & _OUT_OF_MEMORY),
+            out_of_memory=out_of_memory or bool(flags & _OUT_OF_MEMORY),
         )
+
+    def _bound_memory(self, limits: Limits) -> None:
+        limit = limits.memory_mb * _MIB + _SHARED_HEADROOM
+        if isinstance(self._memory, MemoryGroup):
+            self._memory.limit(limit)
+            self._kills = self._memory.kills()
+        elif self._memory is not None:
+            self._watch = Watch(self._runner_pid, limit, self.cancel)
+            self._memory.add(self._watch)
+
+    def _memory_exceeded(self) -> bool:
+        """Whether the job's processes held more than they may together; ends the watch."""
+        if isinstance(self._memory, MemoryGroup):
+            return self._memory.kills() > self._kills
+        watch, self._watch = self._watch, None
+        if watch is None or self._memory is None:
+            return False
+        self._memory.remove(watch)
+        return watch.exceeded
 
     def _broken(self, reason: str) -> JailFault:
         fault = JailFault(f"{reason}; {self.log()}")
@@ -271,6 +322,8 @@ class Jail:
 
     def close(self) -> None:
         """End the jail and everything in it. The runner leaves when its socket closes; else nsjail is made to."""
+        if self._watch is not None:
+            self._memory_exceeded()
         if self._control is not None:
             self._control.close()
             self._control = None

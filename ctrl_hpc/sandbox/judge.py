@@ -133,7 +133,7 @@ def check(execution: Execution) -> None:
             raise ValueError(f"limits.{name}: {value} is not in [{low}, {high}]")
 
 
-def failure(ended: Ended, output_bytes: int, killed_for_memory: bool, limits: Limits) -> TestStatus | None:
+def failure(ended: Ended, output_bytes: int, limits: Limits) -> TestStatus | None:
     """Why a run failed, whatever it printed: output before time before memory before runtime error; None if it did not.
 
     ``output_bytes`` is the larger of its stdout and stderr.
@@ -142,7 +142,7 @@ def failure(ended: Ended, output_bytes: int, killed_for_memory: bool, limits: Li
         return "output_limit"
     if ended.reason in (Reason.CPU_LIMIT, Reason.WALL_LIMIT) or ended.signal == _XCPU:
         return "time_limit"
-    if ended.out_of_memory or killed_for_memory or ended.peak_memory_mb > limits.memory_mb:
+    if ended.out_of_memory or ended.peak_memory_mb > limits.memory_mb:
         return "memory_limit"
     if ended.signal is not None or ended.exit_code != 0:
         return "runtime_error"

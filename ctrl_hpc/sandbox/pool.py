@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from ctrl_hpc.records import Execution, Limits, TestCase, Verdict
-from ctrl_hpc.sandbox import judge, rootfs
+from ctrl_hpc.sandbox import cgroup, judge, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
 from ctrl_hpc.sandbox.jail import JailFault
+from ctrl_hpc.sandbox.watchdog import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
 
 _Item = tuple[Execution, str, Future[Verdict]]
@@ -26,8 +27,9 @@ class Sandbox:
     """Runs untrusted programs against tests. Close it, or use it as a context manager.
 
     ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. With a
-    ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. Raises
-    ValueError, with what is missing, where this machine cannot isolate programs.
+    ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. The memory of a
+    program's processes together is bounded by a cgroup where one can be made (unless ``use_cgroup`` is false), and by
+    a watchdog elsewhere. Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Sandbox:
         fresh: bool = False,
         cache_dir: str | Path | None = None,
         cache_mb: int = 1024,
+        use_cgroup: bool = True,
         root_parent: Path | None = None,
     ) -> None:
         if workers < 1:
@@ -51,12 +54,15 @@ class Sandbox:
         self._in_flight: dict[str, Future[Verdict]] = {}
         self._unfinished = 0
         self._closed = False
-        first = Worker(root, fresh)
+        hierarchy = cgroup.memory_groups() if use_cgroup else None
+        self._watchdog = Watchdog() if hierarchy is None else None
+        pool = [Worker(root, hierarchy or self._watchdog, fresh) for _ in range(workers)]
         try:
-            first.jail()
+            pool[0].jail()
         except JailFault as error:
+            for worker in pool:
+                worker.close()
             raise ValueError(f"cannot isolate programs here: {error}") from None
-        pool = [first, *(Worker(root, fresh) for _ in range(workers - 1))]
         self._threads = [
             threading.Thread(target=self._serve, args=(worker,), name=f"sandbox-{index}", daemon=True)
             for index, worker in enumerate(pool)
@@ -171,6 +177,8 @@ class Sandbox:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
+        if self._watchdog is not None:
+            self._watchdog.close()
 
 
 def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:

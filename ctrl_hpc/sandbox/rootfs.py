@@ -93,9 +93,8 @@ def _build(root: Path) -> None:
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     library = root / "python/lib" / version
     shutil.copytree(sysconfig.get_path("stdlib"), library, ignore=_ignore, symlinks=False)
-    extensions = Path(sysconfig.get_config_var("DESTSHARED") or library)
-    if extensions.is_dir() and not (library / "lib-dynload").is_dir():
-        shutil.copytree(extensions, library / "lib-dynload", ignore=_ignore)
+    if not (library / "lib-dynload").is_dir():  # some distributions keep extension modules elsewhere
+        shutil.copytree(sysconfig.get_config_var("DESTSHARED"), library / "lib-dynload", ignore=_ignore)
     shutil.copy2(_base_python(), root / "python/bin" / version)
     (root / PYTHON_EXECUTABLE[1:]).symlink_to(version)
     for path in INSIDE_DIR.glob("*.py"):

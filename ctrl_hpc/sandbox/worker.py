@@ -21,8 +21,10 @@ from ctrl_hpc.records import (
     Verdict,
 )
 from ctrl_hpc.sandbox import judge
+from ctrl_hpc.sandbox.cgroup import Hierarchy, MemoryGroup
 from ctrl_hpc.sandbox.inside import plain
 from ctrl_hpc.sandbox.jail import Ended, Jail, JailFault, Kind, Reason, memory_file
+from ctrl_hpc.sandbox.watchdog import Watchdog
 
 _ATTEMPTS = 2
 """A test whose jail broke is run once more in a new one; a second fault is reported as ``sandbox_error``."""
@@ -46,19 +48,27 @@ _CHECK_STATUS: dict[int | None, TestStatus] = {
 class Worker:
     """Owns a jail for programs and one for tests that call them, kept warm between programs unless ``fresh``."""
 
-    def __init__(self, root: Path, fresh: bool = False) -> None:
+    def __init__(self, root: Path, memory: Hierarchy | Watchdog | None, fresh: bool = False) -> None:
+        """``memory``: where this worker makes its cgroup, or the watchdog instead."""
         self._root = root
+        self._memory = MemoryGroup(memory) if isinstance(memory, Hierarchy) else memory
         self._fresh = fresh
         self._jails: dict[bool, Jail] = {}
 
     def jail(self, trusted: bool = False) -> Jail:
         """The jail for programs, or for tests' own code; started when it is not there. Raises JailFault."""
         if trusted not in self._jails:
-            self._jails[trusted] = Jail(self._root)
+            self._jails[trusted] = Jail(self._root, None if trusted else self._memory)
         return self._jails[trusted]
 
     def close(self) -> None:
-        """End the jails."""
+        """End the jails and remove the cgroup."""
+        self._end_jails()
+        if isinstance(self._memory, MemoryGroup):
+            self._memory.close()
+            self._memory = None
+
+    def _end_jails(self) -> None:
         while self._jails:
             self._jails.popitem()[1].close()
 
@@ -77,7 +87,7 @@ class Worker:
             if results[-1].status != "accepted" and first_failure < 0:
                 first_failure = index
         if self._fresh:
-            self.close()
+            self._end_jails()
         if first_failure < 0:
             return Verdict(status="accepted", tests=tuple(results))
         return _rejected(results, first_failure)
@@ -93,7 +103,7 @@ class Worker:
                 return self._run_assert(source, test, limits)
             except JailFault as error:
                 fault = str(error)
-                self.close()
+                self._end_jails()
         return TestResult(status="sandbox_error", stderr=fault.encode())
 
     def _run(self, kind: Kind, fds: Sequence[int], limits: Limits) -> Ended:
@@ -195,7 +205,7 @@ def _result(ended: Ended, fds: Sequence[int], limits: Limits) -> TestResult:
     stdout, stdout_size = _contents(fds[2], limits.output_bytes)
     stderr, stderr_size = _contents(fds[3], limits.output_bytes)
     return TestResult(
-        status=judge.failure(ended, max(stdout_size, stderr_size), False, limits) or "accepted",
+        status=judge.failure(ended, max(stdout_size, stderr_size), limits) or "accepted",
         stdout=stdout,
         stderr=stderr,
         exit_code=ended.exit_code,

@@ -42,6 +42,7 @@ _CONTROL_FD = 0
 _SCRATCH = "/tmp"
 _THREAD_STACK_BYTES = 8 << 20
 _MILLION, _BILLION = 10**6, 10**9
+_BLANK = bytes(mmap.PAGESIZE)
 
 
 def _receive(control: socket.socket) -> tuple[tuple[int, ...], list[int]] | None:
@@ -110,7 +111,7 @@ def _clean() -> bool:
 
 def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple[int, ...], fds: list[int]) -> bytes:
     kind, cpu_ns, wall_ns, *limits, _ = job
-    pending[0], note[0] = 1, 0
+    pending[0], note[:] = 1, _BLANK
     start = time.monotonic_ns()
     pid = os.fork()
     if pid == 0:
