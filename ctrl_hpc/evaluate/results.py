@@ -22,6 +22,7 @@ from ctrl_hpc.evaluate.critics import Critic, critics
 from ctrl_hpc.evaluate.metrics import Outcomes
 from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of
 from ctrl_hpc.evaluate.tree import Node
+from ctrl_hpc.flow.leaks import leaks_solution
 from ctrl_hpc.records import Problem, Solution, Verdict
 
 PAIRS = (("base", "none"), ("sft", "base"), ("sft", "none"), ("rl", "sft"), ("rl", "none"), ("exec_feedback", "none"))
@@ -122,6 +123,7 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
         row["n_masked"] = masked
         row["by_difficulty"] = _by_difficulty(items, config.eval.turns)
         row["similarity"] = _similarity(items)
+        row["leak_rate"] = _leak_rate(items)
         row["critique_tokens"] = _critique_tokens(items)
         if config.eval.n_samples > 1:
             row["pass_at_k"] = _pass_at_k(found[name])
@@ -164,6 +166,16 @@ def _similarity(histories: Sequence[History]) -> float | None:
         if not node.kept and history.draft.program is not None and node.program is not None
     ]
     return float(np.mean(ratios)) if ratios else None
+
+
+def _leak_rate(histories: Sequence[History]) -> float | None:
+    """Share of first critiques that give the solution away."""
+    found = [
+        leaks_solution(node.critique, history.draft.program, None if node.kept else node.program)
+        for history in histories
+        for node in history.nodes[:1]
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def _critique_tokens(histories: Sequence[History]) -> float | None:

@@ -23,11 +23,11 @@ class Table:
 
 
 def results_table(dataset: str, entry: Mapping[str, Any]) -> Table:
-    """A data set's critics: pass@1 by turn, the gain of one turn with its interval, Δ↑, Δ↓, judgement; in per cent."""
+    """A data set's critics: pass@1 by turn, the gain of the first with its interval, Δ↑, Δ↓, judgement; in per cent."""
     critics: Mapping[str, Any] = entry["critics"]
     turns = max(len(row["pass_at_1"]) for row in critics.values())
     columns = ("critic", "drafts", *(f"turn {turn}" for turn in range(1, turns)))
-    columns += ("gain of turn 1 [95 %]", "Δ↑", "Δ↓", "accuracy", "F1 pass", "F1 fail", "F1 macro")
+    columns += ("gain [95 %]", "Δ↑", "Δ↓", "accuracy", "F1 pass", "F1 fail", "F1 macro")
     return Table(
         title=f"{dataset}: {entry['n_problems']} problems, {entry['n_samples']} draft(s) each; pass@1 in %",
         columns=columns,
