@@ -6,6 +6,7 @@ Nothing here needs a network: ``ctrl-hpc sync`` (or ``wandb sync RUN_DIR/wandb/o
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +39,8 @@ class Tracker:
         import wandb  # a second of start-up that --help need not pay
 
         options = config.wandb
+        name = os.environ.get("WANDB_RUN_ID", id)
+        _await_free_folder(run_dir, name)
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -58,7 +61,7 @@ class Tracker:
                 group=options.group or config.name,
                 job_type=role,
                 name=f"{config.name}-{role}",
-                id=os.environ.get("WANDB_RUN_ID", id),
+                id=name,
                 resume="allow" if options.mode == "online" else None,
                 config=_plain(config),
                 settings=settings,
@@ -103,8 +106,17 @@ class Tracker:
     def close(self, exit_code: int = 0) -> None:
         """End the run; what was logged is on disk (offline) or sent (online) when this returns."""
         if self._run is not None:
+            import wandb
+
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
+            wandb.teardown()  # finish() returns before wandb's own process has written the last records
+
+
+def _await_free_folder(run_dir: Path, id: str) -> None:
+    """wandb names an offline folder by the second: a role that starts twice within one would overwrite its first."""
+    while (run_dir / "wandb" / f"offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{id}").exists():
+        time.sleep(0.05)
 
 
 def _plain(config: Config) -> dict[str, Any]:
