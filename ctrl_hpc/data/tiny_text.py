@@ -62,7 +62,7 @@ def replaced(composition: Composition, slot: int, operation: int) -> Composition
 class Habits:
     """How often the fixed generator and the base critic do what they do."""
 
-    hard_share: float = 0.2
+    hard_share: float = 0.19
     """Share of the pairs (operation, neighbouring operation) that the generator gets wrong."""
     hard_error: float = 0.85
     """Probability of a mistake in such a pair: always the same mistake."""
