@@ -24,9 +24,12 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ctrl_hpc.megatron.huggingface_weights import copy_side_files
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
 
+HUGGINGFACE = "huggingface"
+"""Sub-folder of a checkpoint with the critic's configuration and tokenizer."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -40,27 +43,61 @@ filesystem_async.get_write_results_queue = _local_queue
 
 
 def save(
-    folder: Path, step: int, model: GPTModel, optimizer: Optimizer, world: World, progress: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    model: GPTModel,
+    optimizer: Optimizer,
+    world: World,
+    progress: dict[str, Any],
+    *,
+    keep: int,
+    source: str | Path,
 ) -> None:
     """Write ``folder/step-NNNNNN`` and remove all but the newest ``keep``; every rank takes part.
 
-    ``progress`` must be the same on every rank.
+    ``progress`` must be the same on every rank. The configuration and tokenizer of ``source``, the Hugging Face folder
+    that the critic came from, are put beside, so that the checkpoint alone can be converted.
     """
     target = folder / f"step-{step:06d}"
     part = folder / f".step-{step:06d}.part"
-    if world.main:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    world.barrier()
     state = _sharded_state(model, optimizer, world, is_loading=False)
     state["progress"] = {**progress, "step": step, "world_size": world.size}
-    dist_checkpointing.save(state, str(part), validate_access_integrity=False)
-    world.barrier()
+    _write(part, state, world, source)
     if world.main:
         shutil.rmtree(target, ignore_errors=True)
         os.replace(part, target)
         _remove_old(folder, keep)
     world.barrier()
+
+
+def save_weights(folder: Path, model: GPTModel, world: World, *, source: str | Path) -> None:
+    """Write a checkpoint of the weights alone, in place."""
+    _write(folder, {"model": model.sharded_state_dict()}, world, source)
+
+
+def load_weights(folder: Path, model: GPTModel) -> None:
+    """Read the weights of a checkpoint, with or without the rest.
+
+    Raises ValueError when it does not fit the model.
+    """
+    model.load_state_dict(_read(folder, {"model": model.sharded_state_dict()})["model"])
+
+
+def _write(part: Path, state: dict[str, Any], world: World, source: str | Path) -> None:
+    if world.main:
+        shutil.rmtree(part, ignore_errors=True)
+        (part / HUGGINGFACE).mkdir(parents=True)
+        copy_side_files(Path(source), part / HUGGINGFACE)
+    world.barrier()
+    dist_checkpointing.save(state, str(part), validate_access_integrity=False)
+    world.barrier()
+
+
+def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{folder}: does not fit this critic and layout: {_one_line(error)}") from error
 
 
 def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> dict[str, Any] | None:
@@ -71,18 +108,21 @@ def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> d
     newest = world.from_main(lambda: str(latest(folder) or ""))
     if not newest:
         return None
-    try:
-        progress = dist_checkpointing.load_common_state_dict(newest)["progress"]
-        same_ranks = progress["world_size"] == world.size
-        state = _sharded_state(model, optimizer, world, is_loading=True, with_random=same_ranks)
-        loaded = dist_checkpointing.load(state, newest)
-    except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError) as error:
-        raise ValueError(f"{newest}: does not fit this critic and layout: {_one_line(error)}") from error
+    progress = _progress(Path(newest))
+    same_ranks = progress["world_size"] == world.size
+    loaded = _read(Path(newest), _sharded_state(model, optimizer, world, is_loading=True, with_random=same_ranks))
     model.load_state_dict(loaded["model"])
     optimizer.inner.load_state_dict(loaded["optimizer"])
     if same_ranks:
         _set_random_state(loaded["random"])
     return progress
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load_common_state_dict(str(folder))["progress"]
+    except (CheckpointException, CheckpointingException, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{folder}: is not a trainer's checkpoint, or a broken one: {_one_line(error)}") from error
 
 
 def latest(folder: Path) -> Path | None:

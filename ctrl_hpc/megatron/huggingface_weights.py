@@ -318,7 +318,7 @@ def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, li
         total = sum((part / name).stat().st_size for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    _side_files(source, part, link)
+    copy_side_files(source, part, link=link)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -327,7 +327,8 @@ def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, li
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _side_files(source: Path, target: Path, link: bool) -> None:
+def copy_side_files(source: Path, target: Path, *, link: bool = False) -> None:
+    """Give ``target`` the configuration and tokenizer of ``source``; by hard links where asked for and possible."""
     for pattern in SIDE_FILES:
         for file in source.glob(pattern):
             if link:

@@ -35,7 +35,7 @@ class Optimizer:
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=parallel.distributed_optimizer,
-                overlap_grad_reduce=world.device.type == "cuda" and world.data_size > 1,
+                overlap_grad_reduce=world.data_size > 1,
                 overlap_param_gather=False,
             ),
             module=model,
@@ -60,6 +60,17 @@ class Optimizer:
         model.config.finalize_model_grads_func = _finalize
         model.config.no_sync_func = self.ddp.no_sync
         model.config.grad_scale_func = None
+
+    def expect_output_gradient(self, weight: torch.Tensor, hidden_ND: torch.Tensor) -> None:
+        """Tell Megatron's overlapped reduction when the output layer's gradient is there.
+
+        The loss kernels add it to ``weight.main_grad`` themselves, out of autograd's sight; it is complete when the
+        gradient of their hidden states is. A weight that is this rank's embedding too is reported by its other use.
+        """
+        output = getattr(self.ddp.module, "output_layer", None)
+        if self.ddp.ddp_config.overlap_grad_reduce and output is not None and output.weight is weight:
+            ready = self.ddp.param_to_bucket_group[weight].register_grad_ready
+            hidden_ND.register_hook(lambda _gradient: ready(weight))
 
     def zero_grad(self) -> None:
         """Forget the gradients; call before the micro-batches of a step."""

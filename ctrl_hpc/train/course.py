@@ -97,5 +97,6 @@ class Course:
             policy.optimizer,
             policy.world,
             self.progress,
-            self._config.trainer.keep_checkpoints,
+            keep=self._config.trainer.keep_checkpoints,
+            source=policy.folder,
         )

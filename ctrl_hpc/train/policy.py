@@ -31,6 +31,8 @@ class Head:
     """The output layer as the loss kernels take it: this rank's rows of its weight, and where they lie."""
 
     weight: Tensor
+    main_grad: Tensor | None
+    """Megatron's fp32 gradient of the weight, to which the kernels add it without rounding; None: nothing to add to."""
     group: dist.ProcessGroup | None
     vocab_start: int
     vocab_size: int
@@ -43,6 +45,7 @@ class Head:
             "group": self.group,
             "vocab_start": self.vocab_start,
             "vocab_size": self.vocab_size,
+            "main_grad": self.main_grad,
             "backend": self.backend,
         }
 
@@ -84,7 +87,7 @@ class Policy:
 
         Raises ValueError for a missing or unfitting folder, or an impossible combination of settings.
         """
-        self.config, self.world = config, world
+        self.config, self.world, self.folder = config, world, Path(folder)
         self.architecture = architectures.read(folder)
         self.model = model.build(self.architecture, config.parallel, world)
         huggingface_weights.load(self.model, folder, self.architecture, world)
@@ -142,6 +145,7 @@ class Policy:
         backend = self.config.trainer.kernels
         return Head(
             weight=weight,
+            main_grad=None if self.optimizer is None else weight.main_grad,
             group=self.world.tensor_group if self.world.tensor_size > 1 else None,
             vocab_start=self.world.tensor_rank * weight.shape[0],
             vocab_size=self.architecture.vocab_size,
@@ -191,7 +195,10 @@ class Policy:
         )
 
     def _loss(self, loss: Loss, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        value, logged = loss(self.head(), micro, hidden_ND)
+        head = self.head()
+        value, logged = loss(head, micro, hidden_ND)
+        if hidden_ND.requires_grad and self.optimizer is not None:
+            self.optimizer.expect_output_gradient(head.weight, hidden_ND)
         tokens = torch.tensor(len(micro.targets_N), dtype=torch.int, device=hidden_ND.device)
         return value, tokens, {"loss": value.detach(), **logged}
 

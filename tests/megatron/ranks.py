@@ -141,7 +141,9 @@ def _train(config: Config, world: World, folder: Path, start: int, stop: int) ->
         batch = collate(pairs[6 * (step % 4) : 6 * (step % 4) + 6])
         losses.append(policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)["loss"])
     if stop < STEPS:
-        checkpoint.save(checkpoints, stop, policy.model, policy.optimizer, world, {"note": "kept"}, keep=2)
+        checkpoint.save(
+            checkpoints, stop, policy.model, policy.optimizer, world, {"note": "kept"}, keep=2, source=policy.folder
+        )
     return losses
 
 
@@ -179,7 +181,7 @@ def _resumes(config: Config, world: World, folder: Path) -> dict[str, Any]:
     for step, batch in enumerate(batches):
         policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), 1e-3)
         if step < 3:
-            checkpoint.save(place, step + 1, policy.model, policy.optimizer, world, {"step": -1}, keep=2)
+            checkpoint.save(place, step + 1, policy.model, policy.optimizer, world, {}, keep=2, source=policy.folder)
     random_before = torch.rand(3)
     (place / ".step-000009.part").mkdir()  # what a crash while saving leaves
     progress = checkpoint.load(place, other.model, other.optimizer, world)

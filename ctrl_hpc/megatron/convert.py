@@ -1,0 +1,117 @@
+"""Hugging Face folders to Megatron distributed checkpoints and back, by as many processes as shards are wanted.
+
+The checkpoint's format does not depend on the layout: any TP x PP reads what any other wrote. More processes only
+make each hold less: its own shard plus one tensor. ``python -m ctrl_hpc.megatron.convert`` is one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from ctrl_hpc.config import Config, ParallelConfig, TrainerConfig
+
+
+def hf_to_megatron(source: str | Path, target: str | Path, *, tensor: int = 1, pipeline: int = 1) -> None:
+    """Write the weights of a Hugging Face folder as a Megatron checkpoint, which carries its configuration along.
+
+    Raises ValueError for a folder or a layout that does not fit.
+    """
+    _launch("hf-to-megatron", Path(source), Path(target), tensor, pipeline)
+
+
+def megatron_to_hf(source: str | Path, target: str | Path, *, tensor: int = 1, pipeline: int = 1) -> None:
+    """Write the weights of a Megatron checkpoint (a converted one, or a trainer's) as a Hugging Face folder.
+
+    Raises ValueError for a folder or a layout that does not fit.
+    """
+    _launch("megatron-to-hf", Path(source), Path(target), tensor, pipeline)
+
+
+def _launch(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
+    if target.exists():
+        raise ValueError(f"{target}: exists; nothing was overwritten")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = tensor * pipeline
+    command = [sys.executable, "-m", __name__, direction, str(source), str(target)]
+    command += ["--tp", str(tensor), "--pp", str(pipeline)]
+    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate()[1].decode(errors="replace") for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    for process, text in zip(started, said, strict=True):
+        if process.returncode == 2:
+            raise ValueError(text.strip().splitlines()[-1])
+    for process, text in zip(started, said, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{direction} failed:\n{text}")
+
+
+def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
+    from ctrl_hpc.megatron import architecture as architectures
+    from ctrl_hpc.megatron import checkpoint, huggingface_weights, model, parallel_state
+
+    described = source if direction == "hf-to-megatron" else source / checkpoint.HUGGINGFACE
+    architecture = architectures.read(described)
+    config = Config(
+        name="convert",
+        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
+        trainer=TrainerConfig(device="cpu", dtype=_dtype(described)),  # type: ignore[arg-type]
+    )
+    with parallel_state.job(config) as world:
+        built = model.build(architecture, config.parallel, world)
+        if direction == "hf-to-megatron":
+            huggingface_weights.load(built, source, architecture, world)
+            part = target.with_name(f".{target.name}.part")
+            checkpoint.save_weights(part, built, world, source=source)
+            if world.main:
+                os.replace(part, target)
+        else:
+            checkpoint.load_weights(source, built)
+            huggingface_weights.export(built, architecture, world, target, source=described)
+
+
+def _dtype(folder: Path) -> str:
+    """The precision of the folder's weights: converted weights keep their bits."""
+    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = data.get("dtype") or data.get("torch_dtype") or "float32"
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"{folder}/config.json: dtype {name!r} is not supported; allowed: float32, bfloat16")
+    return str(name)
+
+
+def main() -> None:
+    """One process of a conversion."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("direction", choices=["hf-to-megatron", "megatron-to-hf"])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    options = parser.parse_args()
+    try:
+        _convert(options.direction, options.source, options.target, options.tp, options.pp)
+    except ValueError as error:
+        shutil.rmtree(options.target.with_name(f".{options.target.name}.part"), ignore_errors=True)
+        print(error, file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # the other ranks find out for themselves; the groups are not waited for
+
+
+if __name__ == "__main__":
+    main()

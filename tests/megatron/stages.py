@@ -1,0 +1,209 @@
+"""The stages SFT and RL in processes of one rank: whole, killed again and again, with services, with recordings.
+
+``python stages.py FOLDER`` runs every case in a child forked after the imports and writes FOLDER/stages.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import (
+    Config,
+    CriticConfig,
+    OptimizerConfig,
+    PromptConfig,
+    RLConfig,
+    SFTConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+from ctrl_hpc.records import Chat, Execution, Generation, Sampling, Verdict
+from ctrl_hpc.train import rl, sft, source
+from ctrl_hpc.train.experience import Rollout
+
+KILLS = (2, 7, 12, 18, 21, 5)
+"""The file renames before which a run is killed, one after another: in saves, publications, progress, recordings."""
+
+
+def config_of(folder: Path) -> Config:
+    """A small SFT and RL on the model of ``folder``."""
+    return Config(
+        name="test",
+        prompts=PromptConfig(folder="tiny"),
+        critic=CriticConfig(model=str(folder / "critic")),
+        trainer=TrainerConfig(device="cpu", micro_batch_tokens=512, timeout_s=120.0),
+        sft=SFTConfig(epochs=2, batch_size=4, max_length=400, save_every=2, optimizer=OptimizerConfig(lr=3e-3)),
+        rl=RLConfig(
+            steps=8,
+            prompts_per_step=4,
+            group_size=4,
+            minibatches=2,
+            max_tokens=12,
+            save_every=2,
+            save_samples=2,
+            replay=str(folder / "replay"),
+            optimizer=OptimizerConfig(lr=1e-3, schedule="linear"),
+        ),
+        wandb=WandbConfig(mode="disabled"),
+    )
+
+
+def in_child(work: Callable[[], None], log: Path) -> int:
+    """Run ``work`` in a forked child; its wait status. A kill is what some children are for."""
+    child = os.fork()
+    if child == 0:
+        with log.open("a") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            try:
+                work()
+                code = 0
+            except BaseException:  # noqa: BLE001 - the parent reads the log
+                traceback.print_exc()
+                code = 1
+            out.flush()
+        os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def killed_before_rename(number: int, work: Callable[[], None]) -> None:
+    """Run ``work``, but die by SIGKILL before the ``number``-th rename of a file or folder."""
+    rename, seen = os.replace, 0
+
+    def counted(*names: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*names)
+
+    os.replace = counted
+    work()
+
+
+class Services:
+    """A critic, a generator and an executor that answer at once, and remember what they were told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.published: list[tuple[str, int, bool]] = []
+        self.version = 0
+        self.generator = SimpleNamespace(complete=self.revise)
+        self.executor = SimpleNamespace(run_many=self.execute)
+        self.critic = SimpleNamespace(complete=self.critique, update_weights=self.update_weights)
+        self.drawn: list[str] = []
+
+    def critique(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
+        """Half of each group says that the draft is right, half that it is wrong."""
+        assert sampling.temperature == 1.0 and sampling.n == 4
+        self.drawn += [chat[-1].content for chat in chats]
+        return [[self._critique(j) for j in range(sampling.n)] for _ in chats]
+
+    def _critique(self, j: int) -> Generation:
+        judgement = "Correct" if j % 2 else "Incorrect"
+        ids = (10 + j, 20, 30 + j % 2)
+        return Generation(
+            text=f"Overall judgment: {judgement}",
+            prompt_ids=(1, 2, 3, 4),
+            token_ids=ids,
+            logprobs=(-5.0,) * len(ids),
+            version=self.version,
+        )
+
+    def update_weights(self, folder: str, version: int) -> int:
+        """Remember the version, and whether the weights were whole when they came."""
+        whole = (Path(folder) / "model.safetensors").is_file() and (Path(folder) / "config.json").is_file()
+        self.published.append((Path(folder).name, version, whole))
+        self.version = version
+        return 1
+
+    def revise(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
+        """Always the same wrong program."""
+        assert sampling.temperature == 0.0
+        return [[Generation(text="```python\nprint(0)\n```")] for _ in chats]
+
+    def execute(self, executions: Sequence[Execution]) -> list[Verdict]:
+        """Programs that print nothing but 0 are wrong."""
+        return [Verdict(status="wrong_answer") for _ in executions]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def live(config: Config, run_dir: Path, staleness: int) -> None:
+    """RL with the services above; leaves what they were told in services.json."""
+    services = Services(run_dir)
+    source.connect = lambda *_: services  # type: ignore[assignment]
+    options = replace(config.rl, replay=None, steps=3, max_staleness=staleness, importance_cap=2.0)
+    rl.run(replace(config, rl=options), run_dir)
+    told = {"published": services.published, "drawn": services.drawn}
+    (run_dir / "services.json").write_text(json.dumps(told))
+
+
+def main(folder: Path) -> None:
+    """Every case; the wait statuses go to stages.json."""
+    config, log = config_of(folder), folder / "stages.log"
+    status: dict[str, Any] = {}
+
+    def both(run_dir: Path) -> None:
+        if not (run_dir / "sft" / "hf").exists():
+            sft.run(config, run_dir)
+        rl.run(config, run_dir)
+
+    status["whole"] = in_child(lambda: both(folder / "whole"), log)
+    status["again"] = in_child(lambda: both(folder / "again"), log)
+    status["kills"] = [
+        in_child(lambda number=number: killed_before_rename(number, lambda: both(folder / "killed")), log)  # type: ignore[misc]
+        for number in KILLS
+    ]
+    status["killed"] = in_child(lambda: both(folder / "killed"), log)
+    for staleness in (0, 1):
+        run_dir = folder / f"live-{staleness}"
+        status[f"live-{staleness}"] = in_child(lambda run_dir=run_dir, n=staleness: live(config, run_dir, n), log)  # type: ignore[misc]
+    (folder / "stages.json").write_text(json.dumps(status))
+
+
+def record_replay(folder: Path, steps: int) -> None:
+    """Random rollouts of every step."""
+    import random
+
+    rng = random.Random(5)
+    for step in range(steps):
+        rollouts = []
+        for group in range(4):
+            prompt = tuple(rng.randrange(3, 260) for _ in range(rng.randrange(4, 9)))
+            for _ in range(4):
+                tokens = tuple(rng.randrange(3, 260) for _ in range(rng.randrange(2, 12)))
+                rollouts.append(
+                    Rollout(
+                        solution_id=f"{step}/{group}",
+                        critique="c",
+                        judgement=None,
+                        draft_accepted=False,
+                        revision="r",
+                        kept=False,
+                        status="wrong_answer",
+                        reward=float(rng.random() < 0.5),
+                        reason="wrong_answer",
+                        masked=rng.random() < 0.1,
+                        prompt_ids=prompt,
+                        token_ids=tokens,
+                        logprobs=tuple(-5.7 for _ in tokens),
+                        finish_reason="stop",
+                        version=step,
+                    )
+                )
+        jsonl.write(folder / f"step-{step:06d}.jsonl", rollouts)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,161 @@
+"""What a course of training is made of: data order, learning rate, journal, interruption, experience."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctrl_hpc.config import Config, OptimizerConfig, WandbConfig
+from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
+from ctrl_hpc.train.data_order import sampling_seed, take
+from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups
+from ctrl_hpc.train.interruption import Interruption
+from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.schedule import learning_rate
+
+
+def test_the_order_of_data_depends_on_seed_and_position_alone() -> None:
+    whole = take(7, seed=3, start=0, count=21)
+    assert [sorted(whole[first : first + 7]) for first in (0, 7, 14)] == [list(range(7))] * 3
+    assert whole[:7] != whole[7:14]
+    assert take(7, seed=3, start=5, count=9) == whole[5:14]
+    assert take(7, seed=4, start=0, count=21) != whole
+
+
+def test_seeds_differ_by_use_step_and_run() -> None:
+    seeds = {sampling_seed(seed, step, use) for seed in (0, 1) for step in (0, 1) for use in ("a", "b")}
+    assert len(seeds) == 8 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
+        ("cosine", [0.5, 1.0, 1.0, 0.868198, 0.55, 0.231802]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(schedule: str, rates: list[float]) -> None:
+    config = OptimizerConfig(lr=1.0, min_lr=0.1, schedule=schedule, warmup_steps=2)  # type: ignore[arg-type]
+    assert [learning_rate(config, step, 6) for step in range(6)] == pytest.approx(rates, abs=1e-6)
+    assert learning_rate(config, 6, 6) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def journal(folder: Path, start: int) -> Journal:
+    config = Config(name="test", wandb=WandbConfig(mode="disabled"))
+    return Journal(config, folder, "rl", steps=9, start=start, tracking_id="x", main=True)
+
+
+def test_a_resumed_journal_holds_every_step_once(tmp_path: Path) -> None:
+    with journal(tmp_path, 0) as first:
+        for step in range(5):
+            first.log(step, {"rl/reward": step / 10})
+    metrics = tmp_path / "rl" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 5, "rl/re')  # killed while it wrote
+    with journal(tmp_path, 3) as second:
+        second.log(3, {"rl/reward": 0.9})
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [(record["step"], record["rl/reward"]) for record in records] == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.9)]
+    progress = json.loads((tmp_path / "rl" / "progress.json").read_text())
+    assert (progress["stage"], progress["step"], progress["steps"]) == ("rl", 4, 9)
+    assert progress["metrics"] == {"rl/reward": 0.9}
+
+
+def test_other_ranks_write_no_journal(tmp_path: Path) -> None:
+    config = Config(name="test", wandb=WandbConfig(mode="disabled"))
+    with Journal(config, tmp_path, "rl", steps=9, start=0, tracking_id="x", main=False) as quiet:
+        quiet.log(0, {"rl/reward": 1.0})
+        quiet.table("samples", ["a"], [[1]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clock_adds_up_a_phase_and_starts_anew() -> None:
+    clock = Clock()
+    for _ in range(2):
+        with clock("update"):
+            pass
+    assert list(clock.take()) == ["time/update_s"]
+    assert clock.take() == {}
+
+
+def test_a_signal_is_noted_and_handed_on_after_the_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _frame: received.append(number))
+    try:
+        with Interruption() as interruption:
+            assert not interruption.requested
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert interruption.requested and received == []
+            with pytest.raises(RuntimeError, match="stopped before the end: saved after step 7"):
+                interruption.obey(7)
+        assert received == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_the_end_of_the_wall_time_is_met_with_measured_durations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    interruption = Interruption()
+    interruption.measured("step", 100.0)
+    interruption.measured("save", 100.0)
+    assert not interruption.requested
+    interruption.measured("save", 700.0)  # 1.5 x (100 + 700) s are more than is left
+    assert interruption.requested
+
+
+def rollout(solution: str, reward: float, *, masked: bool = False, judgement: str | None = "correct") -> Rollout:
+    return Rollout(
+        solution_id=solution,
+        critique="c",
+        judgement=judgement,
+        draft_accepted=True,
+        revision="r",
+        kept=False,
+        status="accepted" if reward else "wrong_answer",
+        reward=reward,
+        reason="sandbox_error" if masked else "passed" if reward else "wrong_answer",
+        masked=masked,
+        prompt_ids=(1, 2),
+        token_ids=(3, 4, 5) if reward else (6,),
+        logprobs=(-1.0, -2.0, -3.0) if reward else (-4.0,),
+        finish_reason="stop",
+        version=4,
+    )
+
+
+def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_learnt() -> None:
+    rollouts = [
+        *(rollout("a", reward) for reward in (1.0, 0.0, 0.0)),
+        rollout("a", 0.0, masked=True),
+        *(rollout("b", 1.0) for _ in range(3)),
+        rollout("b", 0.0, masked=True),
+        *(rollout("c", reward, judgement=None) for reward in (0.0, 1.0)),
+    ]
+    experience = Experience.of(rollouts, version=5, position=7, metrics={"time/rollout_s": 2.0})
+    deviation = (((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2) ** 0.5
+    expected = [2 / 3 / deviation, -1 / 3 / deviation, -1 / 3 / deviation, 0, 0, 0, 0, 0, -(0.5**0.5), 0.5**0.5]
+    assert experience.advantages("grpo").tolist() == pytest.approx(expected, rel=1e-5)
+    assert experience.n_groups == 3 and experience.learnable_groups() == [0, 2]
+    assert experience.rows([0, 2]) == [0, 1, 2, 8, 9]
+    assert learnable_groups(rollouts) == ["a", "c"]
+    assert torch.equal(experience.rollout_SR[0], torch.tensor([-1.0, -2.0, -3.0]))
+    assert experience.metrics["rl/reward"] == pytest.approx(5 / 8)
+    assert experience.metrics["rl/judgement_accuracy"] == pytest.approx(6 / 8)
+    assert experience.metrics["rl/masked"] == 2
+    assert experience.metrics["rl/staleness"] == 1
+    assert experience.metrics["rl/reason/sandbox_error"] == pytest.approx(0.2)
+    assert experience.metrics["time/rollout_s"] == 2.0 and experience.position == 7
+
+
+def test_a_critic_without_token_ids_is_refused_by_name() -> None:
+    critique = Critique(id="p/0#1", solution_id="p/0", text="c", judgement="correct", generation=Generation(text="c"))
+    verdict = Verdict(status="accepted")
+    revision = Revision(critique_id="p/0#1", text="r", program="p", kept=False, verdict=verdict)
+    with pytest.raises(ValueError, match="critique p/0#1: the critic's server gave no token ids"):
+        Rollout.of(critique, revision, verdict, Reward(critique_id="p/0#1", value=1.0, reason="passed"))

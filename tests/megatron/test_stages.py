@@ -1,0 +1,143 @@
+"""The stages end to end: deterministic, continued to the bit after any kill, with the right calls of the services."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import random_qwen
+from safetensors.torch import load_file
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, Verdict
+
+pytestmark = pytest.mark.slow
+STEPS = 8
+
+
+def write_inputs(run_dir: Path) -> None:
+    """Problems, executed drafts and critiques, as the stages before leave them."""
+    problems, solutions, critiques = [], [], []
+    for number in range(7):
+        tests = (StdinTest(stdin="1\n", expected_stdout="1\n"),)
+        problems.append(Problem(id=f"p{number}", source="test", split="train", prompt=f"print {number}", tests=tests))
+        verdict = Verdict(status="accepted" if number % 2 else "wrong_answer")
+        program = f"print({number})"
+        text = f"```python\n{program}\n```"
+        solution = Solution(id=f"p{number}/0", problem_id=f"p{number}", text=text, program=program, verdict=verdict)
+        solutions.append(solution)
+        said = f"keep the sum; {number}\nOverall judgment: {'Correct' if number % 2 else 'Incorrect'}"
+        generation = Generation(text=said) if number % 3 else None
+        judgement = "correct" if number % 2 else "incorrect"
+        critiques.append(
+            Critique(
+                id=f"p{number}/0#0",
+                solution_id=solution.id,
+                text=said,
+                judgement=judgement,  # type: ignore[arg-type]
+                generation=generation,
+            )
+        )
+    jsonl.write(run_dir / "problems" / "train.jsonl", problems)
+    jsonl.write(run_dir / "sample" / "solutions.jsonl", solutions)
+    jsonl.write(run_dir / "synthesize" / "critiques.jsonl", critiques)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all cases have run."""
+    place = tmp_path_factory.mktemp("stages")
+    random_qwen.build(place / "critic")
+    subprocess.run(
+        [sys.executable, "-c", f"import stages; stages.record_replay(stages.Path({str(place / 'replay')!r}), {STEPS})"],
+        cwd=Path(__file__).parent,
+        check=True,
+    )
+    for name in ("whole", "again", "killed", "live-0", "live-1"):
+        write_inputs(place / name)
+    for name in ("live-0", "live-1"):
+        shutil.copytree(place / "critic", place / name / "sft" / "hf")
+    command = [sys.executable, str(Path(__file__).with_name("stages.py")), str(place)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
+    return place
+
+
+@pytest.fixture(scope="module")
+def status(folder: Path) -> dict[str, Any]:
+    """How each case's process ended."""
+    return json.loads((folder / "stages.json").read_text())
+
+
+def log_of(folder: Path) -> str:
+    return (folder / "stages.log").read_text()[-4000:]
+
+
+def metrics(folder: Path, stage: str) -> list[dict[str, float]]:
+    """The stage's records without the times."""
+    records = map(json.loads, (folder / stage / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in records]
+
+
+def test_the_same_seed_and_layout_give_the_same_bits(folder: Path, status: dict[str, Any]) -> None:
+    assert (status["whole"], status["again"]) == (0, 0), log_of(folder)
+    for stage in ("sft", "rl"):
+        assert metrics(folder / "whole", stage) == metrics(folder / "again", stage)
+        first, second = (load_file(folder / run / stage / "hf" / "model.safetensors") for run in ("whole", "again"))
+        assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(
+    folder: Path, status: dict[str, Any]
+) -> None:
+    assert status["kills"] == [9] * 6, "each of these processes was to die by SIGKILL"
+    assert status["killed"] == 0, log_of(folder)
+    for stage in ("sft", "rl"):
+        whole, killed = (load_file(folder / run / stage / "hf" / "model.safetensors") for run in ("whole", "killed"))
+        assert all(whole[name].equal(killed[name]) for name in whole)
+        assert metrics(folder / "killed", stage) == metrics(folder / "whole", stage)
+    assert [record["step"] for record in metrics(folder / "killed", "rl")] == list(range(STEPS))
+
+
+def test_training_changed_the_critic(folder: Path, status: dict[str, Any]) -> None:
+    base = load_file(folder / "critic" / "model.safetensors")
+    sft, rl = (load_file(folder / "whole" / stage / "hf" / "model.safetensors") for stage in ("sft", "rl"))
+    for name in base:
+        assert not base[name].equal(sft[name]) and not sft[name].equal(rl[name]), name
+
+
+def test_an_export_is_a_whole_hugging_face_folder(folder: Path, status: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for stage in ("sft", "rl"):
+        exported = folder / "whole" / stage / "hf"
+        assert AutoModelForCausalLM.from_pretrained(exported).config.model_type == "qwen2"
+        assert AutoTokenizer.from_pretrained(exported).chat_template == random_qwen.CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[str, Any], staleness: int) -> None:
+    run_dir = folder / f"live-{staleness}"
+    assert status[f"live-{staleness}"] == 0, log_of(folder)
+    told = json.loads((run_dir / "services.json").read_text())
+    assert told["published"] == [[f"v{version:06d}", version, True] for version in range(4)]
+    assert sorted(path.name for path in (run_dir / "rl" / "weights").iterdir()) == ["v000002", "v000003"]
+    records = metrics(run_dir, "rl")
+    assert [record["rl/staleness"] for record in records] == [0.0, float(staleness), float(staleness)]
+    for record in records:  # half of a group judges Correct and keeps a draft, half gets a wrong revision
+        assert record["rl/judged_correct"] == 0.5
+        assert record["executor/runs"] == 4
+        assert record["rl/reward"] == record["rl/draft_pass_rate"] / 2
+    files = sorted((run_dir / "rl" / "rollouts").iterdir())
+    assert [file.name for file in files] == [f"step-{step:06d}.jsonl" for step in range(3)]
+    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert len(lines) == 16 and lines[1]["kept"] and lines[0]["status"] == "wrong_answer"
+    assert lines[0]["token_ids"] == [10, 20, 30] and lines[0]["version"] == 0
+    # Seven drafts, four a step: two passes over the pool take each draft twice before any comes a third time.
+    drawn = told["drawn"]
+    assert len(drawn) == 12 and len(set(drawn[:7])) == 7
