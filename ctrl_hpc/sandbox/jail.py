@@ -54,6 +54,8 @@ class Kind(IntEnum):
     RUN = 0
     SERVE = 1
     CHECK = 2
+    PUT = 3
+    FETCH = 4
 
 
 class Reason(IntEnum):
@@ -227,13 +229,15 @@ class Jail:
         lines = [line for line in text.splitlines() if "no version information" not in line]
         return " | ".join(lines[-4:])
 
-    def run(self, kind: Kind, fds: Sequence[int], limits: Limits) -> Ended:
+    def run(self, kind: Kind, fds: Sequence[int], limits: Limits, keep: bool = False) -> Ended:
         """Run one job and wait for its end; see :meth:`submit` and :meth:`wait`."""
-        self.submit(kind, fds, limits)
+        self.submit(kind, fds, limits, keep)
         return self.wait(limits.wall_s + _GRACE_S)
 
-    def submit(self, kind: Kind, fds: Sequence[int], limits: Limits) -> None:
+    def submit(self, kind: Kind, fds: Sequence[int], limits: Limits, keep: bool = False) -> None:
         """Hand a job to the runner. ``fds``: source, stdin, stdout, stderr[, channel to read, channel to write].
+
+        ``keep`` leaves the jail's files where they are for the next job.
 
         Raises JailFault when the runner is gone; the jail is then closed.
         """
@@ -247,7 +251,7 @@ class Jail:
             file_bytes,
             limits.processes + 1,
             _STACK_BYTES,
-            0,
+            keep,
         )
         self._bound_memory(limits)
         try:

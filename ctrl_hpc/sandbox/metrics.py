@@ -8,7 +8,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from ctrl_hpc.records import Verdict
 from ctrl_hpc.sandbox.pool import Sandbox
 
 _BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -48,10 +47,10 @@ class Metrics:
         workers = Gauge("executor_workers", "Programs that run at once.", registry=self._registry)
         workers.set(sandbox.workers)
 
-    def answered(self, verdicts: Sequence[Verdict], seconds: float) -> None:
-        """Count an answered request."""
-        for verdict in verdicts:
-            self._verdicts.labels(verdict.status).inc()
+    def answered(self, statuses: Sequence[str], seconds: float) -> None:
+        """Count an answered request's verdicts."""
+        for status in statuses:
+            self._verdicts.labels(status).inc()
         self._latency.observe(seconds)
 
     def refused(self) -> None:

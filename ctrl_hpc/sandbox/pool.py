@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from ctrl_hpc.records import Execution, Limits, TestCase, Verdict
+from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import cgroup, judge, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
+from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault
 from ctrl_hpc.sandbox.watchdog import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
 
-_Item = tuple[Execution, str, Future[Verdict]]
+_Item = tuple[Callable[[Worker], Any], Future[Any]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]
 
 
@@ -84,16 +86,16 @@ class Sandbox:
     def _serve(self, worker: Worker) -> None:
         try:
             while (item := self._queue.get()) is not None:
-                execution, key, future = item
+                job, future = item
                 if future.set_running_or_notify_cancel():
                     try:
-                        future.set_result(self._verdict(worker, execution, key))
+                        future.set_result(job(worker))
                     except BaseException as error:  # noqa: BLE001 (delivered to whoever waits for the future)
                         future.set_exception(error)
         finally:
             worker.close()
 
-    def _verdict(self, worker: Worker, execution: Execution, key: str) -> Verdict:
+    def _verdict(self, execution: Execution, key: str, worker: Worker) -> Verdict:
         if self._cache is not None:
             known = _unless_disk_fails(partial(self._cache.get, key))
             if known is not None:
@@ -115,19 +117,35 @@ class Sandbox:
         key = self._cache.key(execution) if self._cache is not None else ""
         future: Future[Verdict] = Future()
         with self._lock:
-            if self._closed:
-                raise ValueError("the sandbox is closed")
             leader = self._in_flight.get(key) if key else None
             if leader is not None:
                 self.counts["joined"] += 1
             else:
-                leader = Future()
-                leader.add_done_callback(lambda _: self._finished(key))
-                self._unfinished += 1
+                leader = self._enqueue(partial(self._verdict, execution, key), key)
                 if key:
                     self._in_flight[key] = leader
-                self._queue.put((execution, key, leader))
         leader.add_done_callback(lambda done: _pass_on(done, future))
+        return future
+
+    def submit_program(
+        self, program: str, stdin: str, limits: Limits, files: dict[str, str], fetch: Sequence[str]
+    ) -> Future[tuple[TestResult, dict[str, str]]]:
+        """Queue a program that runs among files (base64 by path) and whose files are fetched; never cached.
+
+        Raises ValueError for a path that leads out of the working folder.
+        """
+        inside_files.check(files, list(fetch))
+        with self._lock:
+            return self._enqueue(lambda worker: worker.run_program(program, stdin, limits, files, fetch), "")
+
+    def _enqueue[R](self, job: Callable[[Worker], R], key: str) -> Future[R]:
+        """Queue a job; call with the lock held."""
+        if self._closed:
+            raise ValueError("the sandbox is closed")
+        future: Future[R] = Future()
+        future.add_done_callback(lambda _: self._finished(key))
+        self._unfinished += 1
+        self._queue.put((job, future))
         return future
 
     def _finished(self, key: str) -> None:
@@ -172,7 +190,7 @@ class Sandbox:
             self._closed = True
         with contextlib.suppress(queue.Empty):
             while (item := self._queue.get_nowait()) is not None:
-                item[2].cancel()
+                item[1].cancel()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:

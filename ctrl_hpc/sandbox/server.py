@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from ctrl_hpc import jsonl, service
-from ctrl_hpc.records import Execution, StdinTest, Verdict
+from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import fusion, judge
 from ctrl_hpc.sandbox.metrics import Metrics
 from ctrl_hpc.sandbox.pool import Sandbox
@@ -46,10 +46,7 @@ class Service:
 
     async def run(self, executions: list[Execution]) -> list[Verdict]:
         """Verdicts in order. Raises Busy when too much waits; a batch always fits an idle service."""
-        waiting = self.sandbox.unfinished
-        if self.draining or (waiting and waiting + len(executions) > self.max_waiting):
-            self.metrics.refused()
-            raise Busy
+        self._admit(len(executions))
         start = time.monotonic()
         for execution in executions:
             judge.check(execution)
@@ -60,8 +57,24 @@ class Service:
             for future in futures:
                 future.cancel()
             raise
-        self.metrics.answered(verdicts, time.monotonic() - start)
+        self.metrics.answered([verdict.status for verdict in verdicts], time.monotonic() - start)
         return verdicts
+
+    async def run_among_files(self, body: fusion.RunCodeBody, limits: Limits) -> tuple[TestResult, dict[str, str]]:
+        """A program run among its request's files, and the files fetched after it."""
+        self._admit(1)
+        start = time.monotonic()
+        files = {path: content for path, content in body.files.items() if content is not None}
+        future = self.sandbox.submit_program(body.code, body.stdin or "", limits, files, body.fetch_files)
+        result, fetched = await asyncio.wrap_future(future)
+        self.metrics.answered([result.status], time.monotonic() - start)
+        return result, fetched
+
+    def _admit(self, count: int) -> None:
+        waiting = self.sandbox.unfinished
+        if self.draining or (waiting and waiting + count > self.max_waiting):
+            self.metrics.refused()
+            raise Busy
 
 
 def create_app(
@@ -126,12 +139,12 @@ def _add_routes(app: FastAPI, state: Service) -> None:
     @app.post("/run_code")
     async def run_code(body: fusion.RunCodeBody) -> JSONResponse:
         fusion.check_language(body.language, "language")
-        execution = Execution(
-            program=body.code,
-            tests=(StdinTest(stdin=body.stdin or "", expected_stdout=""),),
-            limits=fusion.limits(body.run_timeout, body.memory_limit_MB),
-        )
-        (verdict,) = await state.run([execution])
+        limits = fusion.limits(body.run_timeout, body.memory_limit_MB)
+        if body.files or body.fetch_files:
+            result, files = await state.run_among_files(body, limits)
+            return JSONResponse(fusion.run_response(result, state.host, files))
+        test = StdinTest(stdin=body.stdin or "", expected_stdout="")
+        (verdict,) = await state.run([Execution(program=body.code, tests=(test,), limits=limits)])
         return JSONResponse(fusion.run_response(verdict.tests[0], state.host))
 
     @app.post("/submit")

@@ -33,6 +33,7 @@ _FAREWELL_S = 0.25
 _CHECK_EXTRA_S = 2.0
 """The test's process outlives the solution's limits by this, so that the solution's limit strikes first."""
 _CHECK_MEMORY_MB = 1024
+_FETCHED_BYTES = 24 << 20
 _CHECK_STATUS: dict[int | None, TestStatus] = {
     0: "accepted",
     10: "wrong_answer",
@@ -105,6 +106,30 @@ class Worker:
                 fault = str(error)
                 self._end_jails()
         return TestResult(status="sandbox_error", stderr=fault.encode())
+
+    def run_program(
+        self, program: str, stdin: str, limits: Limits, files: dict[str, str], fetch: Sequence[str]
+    ) -> tuple[TestResult, dict[str, str]]:
+        """Run a program among files (base64 by path); its result, and the fetched files that are there."""
+        source, fetched = program.encode("utf-8", "surrogatepass"), {}
+        limits_of_moves = Limits(cpu_s=10.0, wall_s=30.0, output_bytes=_FETCHED_BYTES)
+        try:
+            with (
+                _files(json.dumps(files).encode(), b"", b"", b"") as put,
+                _files(source, _encode(stdin), b"", b"") as run,
+                _files(json.dumps(list(fetch)).encode(), b"", b"", b"") as got,
+            ):
+                placed = self.jail().run(Kind.PUT, put, limits_of_moves, keep=True)
+                result = _result(self.jail().run(Kind.RUN, run, limits, keep=True), run, limits)
+                taken = self._run(Kind.FETCH, got, limits_of_moves)
+                if taken.exit_code == 0:
+                    fetched = json.loads(_contents(got[2], _FETCHED_BYTES)[0])
+        except JailFault as error:
+            self._end_jails()
+            return TestResult(status="sandbox_error", stderr=str(error).encode()), {}
+        if placed.exit_code != 0:
+            raise ValueError("files: they do not fit into the working folder")
+        return result, fetched
 
     def _run(self, kind: Kind, fds: Sequence[int], limits: Limits) -> Ended:
         ended = self.jail().run(kind, fds, limits)

@@ -256,3 +256,43 @@ def test_a_pickle_that_names_code_is_refused(url: str) -> None:
     packed = base64.b64encode(zlib.compress(pickle.dumps(print))).decode()
     with pytest.raises(Exception, match=r"builtins\.print is not plain data"):
         submit(url, "```python\n```", "LiveCodeBenchDataset", packed)
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+def test_sandbox_fusion_files(url: str) -> None:
+    def run(code: str, **options: Any) -> sandbox_fusion.RunCodeResponse:
+        request = sandbox_fusion.RunCodeRequest(code=code, language="python", **options)
+        return sandbox_fusion.run_code(request, endpoint=url, max_attempts=1)
+
+    files = {"data/in.txt": encoded("7"), "tool.py": encoded("def f(x): return x * 6"), "absent": None}
+    code = "import os, tool; os.mkdir('out'); print(tool.f(int(open('data/in.txt').read())), file=open('out/a', 'w'))"
+    done = run(code, files=files, fetch_files=["out/a", "data/in.txt", "nowhere"])
+    assert done.status == "Success", done
+    assert done.files == {"out/a": encoded("42\n"), "data/in.txt": encoded("7")}
+    after = run("import os; print(os.listdir('.'))", files={"x": encoded("x")})
+    assert after.run_result.stdout == "['x']\n"
+
+
+def test_fetching_follows_no_link_and_opens_no_pipe(url: str) -> None:
+    code = """
+import os
+os.symlink("/runner/runner.py", "link"); os.symlink("/runner", "folder"); os.mkfifo("fifo"); os.mkdir("directory")
+open("plain", "w").write("x"); os.link("plain", "hard")
+if os.fork() == 0:
+    os.setsid()
+    while True:
+        try: os.symlink("/runner/runner.py", "late")
+        except OSError: pass
+"""
+    names = ["link", "folder/runner.py", "fifo", "directory", "plain"]
+    request = sandbox_fusion.RunCodeRequest(code=code, language="python", fetch_files=names)
+    assert sandbox_fusion.run_code(request, endpoint=url, max_attempts=1).files == {"plain": encoded("x")}
+    for path in ("../etc/passwd", "/etc/passwd", "a/../../b", "", "a//b"):
+        body = {"code": "", "language": "python", "fetch_files": [path]}
+        answer = httpx.post(url + "/run_code", json=body)
+        assert answer.status_code == 400 and "is not a path below the working folder" in answer.json()["detail"]
+    huge = {"code": "", "language": "python", "files": {"x": base64.b64encode(bytes(20 << 20)).decode()}}
+    assert httpx.post(url + "/run_code", json=huge, timeout=60).json()["detail"].startswith("files: they do not fit")

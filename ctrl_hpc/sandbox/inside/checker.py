@@ -182,7 +182,7 @@ def _failed(error: BaseException, channel: Channel) -> int:
     if isinstance(cause, (SolutionLost, UnsupportedValue)):
         print(cause, file=sys.stderr)
         return LOST if isinstance(cause, SolutionLost) else UNSUPPORTED
-    traceback.print_exception(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
+    _report(error)
     if getattr(error, "from_solution", False):
         return RAISED
     if isinstance(error, AssertionError):
@@ -190,3 +190,11 @@ def _failed(error: BaseException, channel: Channel) -> int:
     if isinstance(error, ModuleNotFoundError):
         return UNSUPPORTED
     return MISSING if isinstance(error, NameError) else TEST_ERROR
+
+
+def _report(error: BaseException) -> None:
+    """Print the traceback's lines of the test, not ours."""
+    report = traceback.TracebackException.from_exception(error)
+    report.stack = traceback.StackSummary.from_list([frame for frame in report.stack if frame.filename == TEST_NAME])
+    report.__context__ = None
+    report.print()

@@ -34,10 +34,12 @@ import typing
 from collections.abc import Callable
 
 import checker
+import files
 import solution
 
-RUN, SERVE, CHECK = range(3)
-"""Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them."""
+RUN, SERVE, CHECK, PUT, FETCH = range(5)
+"""Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them; files put into
+/tmp; files fetched from it."""
 PROGRAM_NAME = "solution.py"
 _RAISE = opcode.opmap["RAISE_VARARGS"]
 _OPEN_FILES = 64
@@ -68,6 +70,8 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
     pending.close()
     if kind == CHECK:
         checker.main(source)
+    if kind in (PUT, FETCH):
+        _move_files(kind, source)
     name = "__main__" if kind == RUN else "solution"
     module = types.ModuleType(name)
     module.__dict__.update(__builtins__=builtins, __file__=PROGRAM_NAME)
@@ -75,6 +79,14 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
     sys.argv = [PROGRAM_NAME]
     serve = (lambda: solution.serve(module.__dict__)) if kind == SERVE else None
     _execute(source, module.__dict__, note, serve)
+
+
+def _move_files(kind: int, request: bytes) -> None:
+    if kind == PUT:
+        files.put(request)
+    else:
+        os.write(1, files.fetch(request))
+    os._exit(0)
 
 
 def _limit(cpu_ns: int, memory: int, file_size: int, processes: int, stack: int) -> None:

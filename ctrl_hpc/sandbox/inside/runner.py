@@ -27,7 +27,7 @@ import traceback
 import child
 
 REQUEST = struct.Struct("<8q")
-"""kind, CPU limit (ns), wall limit (ns), address space (bytes), file size (bytes), processes, stack (bytes), 0."""
+"""kind, CPU (ns), wall (ns), address space (bytes), file size (bytes), processes, stack (bytes), whether files stay."""
 REPLY = struct.Struct("<8q")
 """wait status, reason, CPU (ns), wall (ns), peak RSS (KiB), flags, 0, 0."""
 READY, FINISHED, CPU_LIMIT, WALL_LIMIT, CANCELLED, FAULT = range(6)
@@ -110,7 +110,7 @@ def _clean() -> bool:
 
 
 def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple[int, ...], fds: list[int]) -> bytes:
-    kind, cpu_ns, wall_ns, *limits, _ = job
+    kind, cpu_ns, wall_ns, *limits, keep = job
     pending[0], note[:] = 1, _BLANK
     start = time.monotonic_ns()
     pid = os.fork()
@@ -127,7 +127,7 @@ def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple
         reason = CPU_LIMIT
     if pending[0]:
         reason = FAULT
-    flags = (0 if _clean() else DIRTY) | (OUT_OF_MEMORY if note[0] else 0)
+    flags = (0 if keep or _clean() else DIRTY) | (OUT_OF_MEMORY if note[0] else 0)
     return REPLY.pack(status, reason, cpu, wall, peak_kb, flags, 0, 0)
 
 

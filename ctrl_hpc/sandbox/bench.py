@@ -1,0 +1,216 @@
+"""How fast the executor is, in multiples of the floor: starting this Python bare, once a run, with nothing isolated.
+
+Every round measures the floor and then each way of running programs, so that a noisy machine cancels out of the
+ratios. A run is one test of one program; programs are all different and no cache is used.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.table import Table
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest, TestCase
+from ctrl_hpc.sandbox.client import ExecutorClient
+from ctrl_hpc.sandbox.pool import Sandbox
+from ctrl_hpc.sandbox.server import serve
+
+ROUNDS = 5
+CLIENTS = 4
+_LIMITS = Limits(cpu_s=5.0, wall_s=20.0, memory_mb=256)
+_numbers = itertools.count()
+
+Scenario = Callable[[float], float]
+"""Runs for about so many seconds; returns runs a second."""
+
+
+def program() -> str:
+    """A short program that no one has run before."""
+    return f"a = int(input())\nb = int(input())\nprint(a + b)\n# {os.getpid()} {next(_numbers)}"
+
+
+def _execution(tests: int, kind: str = "stdin") -> Execution:
+    made: list[TestCase]
+    text = program()
+    if kind == "stdin":
+        made = [StdinTest(stdin=f"{n}\n2\n", expected_stdout=f"{n + 2}\n") for n in range(tests)]
+    else:
+        text = f"def add(a, b):\n    return a + b\n# {next(_numbers)}"
+        code = "assert add(1, 2) == 3\nassert add(4, 5) == 9"
+        made = [
+            AssertTest(code=code) if kind == "assert" else FunctionTest(name="add", args=(1, 2), expected=3)
+        ] * tests
+    return Execution(program=text, tests=tuple(made), limits=_LIMITS)
+
+
+def floor(workers: int) -> Scenario:
+    """Bare interpreters, ``workers`` at a time."""
+    python = str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+
+    def spawn() -> int:
+        pid = os.posix_spawn(python, [python, "-I", "-S", "-c", "pass"], os.environ)
+        assert os.waitpid(pid, 0)[1] == 0
+        return 1
+
+    return lambda seconds: _rate(seconds, [spawn] * workers)
+
+
+def _rate(seconds: float, steps: list[Callable[[], int]]) -> float:
+    """Runs a second of several threads, each of which repeats a step that returns its number of runs."""
+    start = time.perf_counter()
+    done = [0] * len(steps)
+
+    def repeat(index: int) -> None:
+        while time.perf_counter() - start < seconds:
+            done[index] += steps[index]()
+
+    threads = [threading.Thread(target=repeat, args=(index,)) for index in range(len(steps))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - start)
+
+
+def pool(sandbox: Sandbox, tests: int, kind: str = "stdin", clients: int | None = None) -> Scenario:
+    """Programs handed to a sandbox, ``clients`` (by default, one a worker) at a time."""
+
+    def step() -> int:
+        verdict = sandbox.submit(_execution(tests, kind)).result()
+        assert verdict.accepted, verdict
+        return tests
+
+    return lambda seconds: _rate(seconds, [step] * (clients or sandbox.workers))
+
+
+def run_code(url: str, clients: int = CLIENTS) -> Scenario:
+    """SandboxFusion's ``/run_code``, a program a request."""
+
+    def step_of_client() -> Callable[[], int]:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+
+        def step() -> int:
+            body = {"code": program(), "language": "python", "stdin": "1\n2\n"}
+            answer = _post(connection, "/run_code", json.dumps(body))
+            assert answer["run_result"]["stdout"] == "3\n", answer
+            return 1
+
+        return step
+
+    return lambda seconds: _rate(seconds, [step_of_client() for _ in range(clients)])
+
+
+def run_tests(url: str, tests: int, clients: int = CLIENTS) -> Scenario:
+    """Our own route, a program a request."""
+
+    def step_of_client() -> Callable[[], int]:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+
+        def step() -> int:
+            body = {"executions": [jsonl.encode(_execution(tests))]}
+            answer = _post(connection, "/run_tests", json.dumps(body))
+            assert answer["verdicts"][0]["status"] == "accepted", answer
+            return tests
+
+        return step
+
+    return lambda seconds: _rate(seconds, [step_of_client() for _ in range(clients)])
+
+
+def _post(connection: http.client.HTTPConnection, path: str, body: str) -> dict:
+    connection.request("POST", path, body, {"content-type": "application/json"})
+    response = connection.getresponse()
+    text = response.read()
+    assert response.status == 200, text[:300]
+    return json.loads(text)
+
+
+def batches(url: str, tests: int, size: int = 128) -> Scenario:
+    """Our client with batches of ``size`` programs."""
+    executor = ExecutorClient(lambda: [url])
+
+    def step() -> int:
+        assert all(verdict.accepted for verdict in executor.run_many([_execution(tests) for _ in range(size)]))
+        return size * tests
+
+    return lambda seconds: _rate(seconds, [step])
+
+
+@contextmanager
+def service(workers: int) -> Iterator[str]:
+    """The URL of an executor service in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=serve, kwargs={"workers": workers, "on_ready": sender.send})
+    process.start()
+    sender.close()
+    try:
+        yield receiver.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def measure(workers: int, seconds: float, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
+    """For each scenario the median of runs a second, and the median of its ratio to the floor of the same round."""
+    with ExitStack() as stack:
+        warm = stack.enter_context(Sandbox(workers=workers))
+        fresh = stack.enter_context(Sandbox(workers=workers, fresh=True))
+        url = stack.enter_context(service(workers))
+        scenarios: dict[str, Scenario] = {
+            "floor: bare python": floor(workers),
+            "one bare python at a time": floor(1),
+            "fresh jail, 1 test, one at a time": pool(fresh, 1, clients=1),
+            "fresh jail, 1 test": pool(fresh, 1),
+            "fresh jail, 10 tests": pool(fresh, 10),
+            "warm jail, 1 test": pool(warm, 1),
+            "warm jail, 10 tests": pool(warm, 10),
+            "warm jail, function test": pool(warm, 1, "function"),
+            "warm jails, assert test": pool(warm, 1, "assert"),
+            f"HTTP /run_code, {CLIENTS} clients": run_code(url),
+            f"HTTP /run_tests, {CLIENTS} clients": run_tests(url, 1),
+            f"HTTP /run_tests, {CLIENTS} clients, 10 tests": run_tests(url, 10),
+            "HTTP client, batches of 128 programs": batches(url, 1),
+        }
+        each = seconds / rounds / len(scenarios)
+        rates: dict[str, list[float]] = {name: [] for name in scenarios}
+        for _ in range(rounds):
+            for name, scenario in scenarios.items():
+                rates[name].append(scenario(each))
+    floors = rates["floor: bare python"]
+    return {
+        name: (
+            statistics.median(values),
+            statistics.median(value / base for value, base in zip(values, floors, strict=True)),
+        )
+        for name, values in rates.items()
+    }
+
+
+def bench(workers: int = 2, seconds: float = 60.0) -> None:
+    """Measure for about ``seconds`` and print a table. A ratio of 2 is twice as fast as bare Python."""
+    console = Console()
+    with console.status(f"measuring for {seconds:.0f} s with {workers} workers"):
+        results = measure(workers, seconds)
+    table = Table("scenario", "runs/s", "x floor", title=f"executor, {workers} workers, medians of {ROUNDS} rounds")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, (rate, ratio) in results.items():
+        table.add_row(name, f"{rate:.0f}", f"{ratio:.2f}")
+    console.print(table)
+    single = results["one bare python at a time"][0] / results["fresh jail, 1 test, one at a time"][0]
+    console.print(f"one fresh single-test run takes {single:.2f} x the time of one bare python")

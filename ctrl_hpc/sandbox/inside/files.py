@@ -1,0 +1,77 @@
+"""Files put into /tmp before a program runs, and fetched after it has ended with all its processes.
+
+Fetching trusts nothing that the program left: it opens each name component by component without following links, and
+takes regular files only, so neither a link, a pipe nor ``..`` leads anywhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import stat
+
+_FOLDER = "/tmp"
+_MAX_FILE_BYTES = 16 << 20
+
+
+def parts(path: str) -> list[str]:
+    """The components of a relative path below /tmp; ValueError when it leads elsewhere."""
+    names = path.split("/")
+    if names[:2] == ["", "tmp"]:
+        names = names[2:]
+    if not names or any(name in ("", ".", "..") or "\0" in name or len(name) > 255 for name in names):
+        raise ValueError(f"{path!r} is not a path below the working folder")
+    return names
+
+
+def put(request: bytes) -> None:
+    """Write the files of ``{path: base64}``."""
+    for path, content in json.loads(request).items():
+        names = parts(path)
+        folder = os.path.join(_FOLDER, *names[:-1])
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, names[-1]), "wb") as file:
+            file.write(base64.b64decode(content))
+
+
+def fetch(request: bytes) -> bytes:
+    """``{path: base64}`` of those files of ``[path, ...]`` that are there, as JSON."""
+    found: dict[str, str] = {}
+    for path in json.loads(request):
+        try:
+            found[path] = base64.b64encode(_read(parts(path))).decode("ascii")
+        except OSError:  # absent, a link, a pipe, unreadable: nothing to fetch
+            continue
+    return json.dumps(found).encode()
+
+
+def _read(names: list[str]) -> bytes:
+    fd = os.open(_FOLDER, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in names[:-1]:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        file = os.open(names[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd)
+    finally:
+        os.close(fd)
+    try:
+        info = os.fstat(file)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_FILE_BYTES:
+            raise OSError("not a plain file of moderate size")
+        return os.pread(file, info.st_size, 0)
+    finally:
+        os.close(file)
+
+
+def check(files: dict[str, str], names: list[str]) -> None:
+    """ValueError names a path or content that cannot be used."""
+    for path in [*files, *names]:
+        parts(path)
+    for path, content in files.items():
+        try:
+            base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError):
+            raise ValueError(f"files: the content of {path!r} is not base64") from None
