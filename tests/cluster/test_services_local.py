@@ -22,6 +22,7 @@ from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, ExecutorConfig
 
+pytestmark = pytest.mark.slow
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 

@@ -14,6 +14,9 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def stub_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(trainer.TRAIN, "sft", "stub_train")
