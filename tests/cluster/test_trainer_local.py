@@ -13,7 +13,6 @@ from ctrl_hpc.cluster import trainer
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config
 
-
 pytestmark = pytest.mark.slow
 
 
