@@ -66,14 +66,16 @@ def start_node(settings: Settings, node: str) -> None:
 def wait_for_nodes(settings: Settings, nodes: list[str]) -> None:
     """Return when Slurm can use the nodes."""
 
-    def ready() -> bool:
+    def usable() -> bool:
         command = [programs()["sinfo"], "-h", "-N", "-n", ",".join(nodes), "-o", "%N %t"]
         out = subprocess.run(command, env=environment(settings), capture_output=True, text=True).stdout
         states = dict(line.split() for line in out.splitlines())
         return all(states.get(node) in {"idle", "mix", "alloc", "comp"} for node in nodes)
 
     for node in nodes:
-        _wait(settings, node, ready)
+        address = ("127.0.0.1", settings.slurmd_ports[node])
+        _wait(settings, node, lambda address=address: _answers(address))
+    _wait(settings, nodes[0], usable)
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -75,6 +75,11 @@ class Settings:
         """Nodes with GPUs: the last half, two at least where there are two."""
         return self.node_names[-max(self.nodes // 2, min(self.nodes, 2)) :]
 
+    @property
+    def slurmd_ports(self) -> dict[str, int]:
+        """Where the slurmd of a node listens."""
+        return {name: self.port + 2 + i for i, name in enumerate(self.node_names)}
+
     def save(self) -> None:
         """Write ``cluster.json``, which marks the folder as a test cluster's."""
         (self.folder / "cluster.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -165,7 +170,7 @@ def slurm_conf(settings: Settings) -> str:
     base, host, port = settings.base, socket.gethostname().split(".")[0], settings.port
     gpu_nodes = settings.gpu_node_names if settings.gpus else []
     cpu_nodes = [name for name in settings.node_names if name not in gpu_nodes]
-    slurmd_port = {name: port + 2 + i for i, name in enumerate(settings.node_names)}
+    slurmd_port = settings.slurmd_ports
 
     def node_line(names: list[str], gres: str) -> str:
         ports = f"{slurmd_port[names[0]]}-{slurmd_port[names[-1]]}" if len(names) > 1 else f"{slurmd_port[names[0]]}"

@@ -2,14 +2,14 @@
 
 import dataclasses
 import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import one_host_slurm
 import psutil
 import pytest
+from one_host_slurm import SlurmCluster
 
 from ctrl_hpc.config import Config, LaunchConfig, RolloutConfig, TrainerConfig
 
@@ -41,24 +41,32 @@ def make_config_fixture(run_dir: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def slurm_conf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A test cluster for the whole session: the one that is up (SLURM_CONF), else one of its own."""
+def slurm_cluster() -> Iterator[SlurmCluster]:
+    """A test cluster for the whole session, and SLURM_CONF set to it: the one that is up, else one of its own."""
     given = os.environ.get("SLURM_CONF")
-    if given:
-        yield given
+    if given and Path(given).with_name("cluster.json").exists():  # never a real cluster
+        yield SlurmCluster(Path(given))
         return
-    scripts = Path(__file__).parents[2] / "slurm" / "testcluster"
-    with tempfile.TemporaryDirectory(prefix="ctrl-hpc-tc-") as parent:  # sockets want a short path
-        base = Path(parent) / "c"
-        up = subprocess.run([scripts / "up", "--base", base], capture_output=True, text=True, check=False)
-        assert up.returncode == 0, up.stderr
-        os.environ["SLURM_CONF"] = up.stdout.strip().splitlines()[-1].partition("=")[2]
-        try:
-            yield os.environ["SLURM_CONF"]
-        finally:
+    for left in Path("/tmp").glob("ctrl-hpc-tests-*"):  # of a session that was killed
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            one_host_slurm.stop(left)
+    base = Path(f"/tmp/ctrl-hpc-tests-{os.getpid()}")  # sockets want a short path
+    cluster = one_host_slurm.start(base)
+    os.environ["SLURM_CONF"] = str(cluster.conf)
+    try:
+        yield cluster
+    finally:
+        if given is None:
             del os.environ["SLURM_CONF"]
-            down = subprocess.run([scripts / "down", "--base", base], capture_output=True, text=True, check=False)
-            assert down.returncode == 0, down.stderr
+        else:
+            os.environ["SLURM_CONF"] = given
+        one_host_slurm.stop(base)
+
+
+@pytest.fixture(scope="session")
+def slurm_conf(slurm_cluster: SlurmCluster) -> str:
+    """The slurm.conf of the test cluster."""
+    return str(slurm_cluster.conf)
 
 
 @pytest.fixture(autouse=True)
