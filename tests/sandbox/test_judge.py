@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc.records import Execution, Limits
@@ -16,6 +17,7 @@ from ctrl_hpc.sandbox import judge
 from ctrl_hpc.sandbox.inside import plain
 from ctrl_hpc.sandbox.jail import Ended, Reason
 
+EXAMPLES = settings(max_examples=200, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CASES = [
     # stdout, expected, then whether: exact, float, lines, livecodebench, sandbox_fusion
     (b"1 2\n", b"1 2\n", "yyyyy"),
@@ -71,7 +73,7 @@ whitespace = st.text(" \t\n\r\x0b\x0c", min_size=1).map(str.encode)
 tokens = st.lists(st.binary(min_size=1).filter(lambda token: len(token.split()) == 1 and token.split()[0] == token))
 
 
-@settings(max_examples=200, derandomize=True)
+@EXAMPLES
 @given(tokens, st.data())
 def test_exact_ignores_how_much_whitespace_there_is(words: list[bytes], data: st.DataObject) -> None:
     def spaced() -> bytes:
@@ -80,13 +82,13 @@ def test_exact_ignores_how_much_whitespace_there_is(words: list[bytes], data: st
     assert judge.exact(spaced(), spaced())
 
 
-@settings(max_examples=200, derandomize=True)
+@EXAMPLES
 @given(tokens, tokens)
 def test_exact_accepts_the_same_tokens_only(left: list[bytes], right: list[bytes]) -> None:
     assert judge.exact(b" ".join(left), b"\n".join(right)) == (left == right)
 
 
-@settings(max_examples=200, derandomize=True)
+@EXAMPLES
 @given(st.binary(max_size=60), st.binary(max_size=60))
 def test_comparisons_never_raise_and_are_reflexive(left: bytes, right: bytes) -> None:
     for mode in MODES:
@@ -94,7 +96,7 @@ def test_comparisons_never_raise_and_are_reflexive(left: bytes, right: bytes) ->
         assert judge.comparison(mode)(left, left, b"")
 
 
-@settings(max_examples=200, derandomize=True)
+@EXAMPLES
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(-3e-6, 3e-6))
 def test_float_tolerance_is_absolute_or_relative(value: float, change: float) -> None:
     other = value + change * max(1.0, abs(value))
@@ -102,7 +104,7 @@ def test_float_tolerance_is_absolute_or_relative(value: float, change: float) ->
     assert judge.floating(repr(other).encode(), repr(value).encode()) == (close or other == value)
 
 
-@settings(max_examples=200, derandomize=True)
+@EXAMPLES
 @given(st.integers(), st.integers())
 def test_integers_are_always_exact(left: int, right: int) -> None:
     assert judge.floating(b"%d" % left, b"%d" % right) == (left == right)
@@ -125,7 +127,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, derandomize=True)
+@EXAMPLES
 @given(values)
 def test_plain_values_cross_and_equal_themselves(value: Any) -> None:
     text = plain.dumps(value)
@@ -134,7 +136,7 @@ def test_plain_values_cross_and_equal_themselves(value: Any) -> None:
     assert judge.same_value(plain.encode(value), value, tolerant=False)
 
 
-@settings(max_examples=300, derandomize=True)
+@EXAMPLES
 @given(values, values)
 def test_values_are_the_same_as_python_says(left: Any, right: Any) -> None:
     """But for a returned tuple, which equals an expected list."""
@@ -168,7 +170,7 @@ def test_values_that_differ() -> None:
         ({"dict": [["a", 1], ["a", 1]]}, {"a": 1, "b": 1}),
         ({"set": [1, 1]}, {1, 2}),
         ({"Fraction": "1/3"}, Fraction(1, 2)),
-        ({"list": [1]}, [1]) if False else ({"tuple": [1], "set": [1]}, [1]),
+        ({"tuple": [1], "set": [1]}, [1]),
         (None, 0),
     ):
         assert not judge.same_value(data, expected, tolerant=False)
@@ -180,25 +182,28 @@ def test_values_that_differ() -> None:
     "text",
     ["", "{", "[" * 100_000, '{"a": 1, "b": 2}', '{"evil": []}', '{"bytes": "xyz"}', '{"range": [0, 1, 0]}',
      '{"set": [[1]]}', '{"dict": [[[], 1]]}', '{"Decimal": "1e"}', '{"Fraction": "1/0"}', '{"Fraction": "1e999999999"}',
-     '{"int": "' + "9" * 10 + 'x"}', '{"complex": [1]}', '{"dict": 5}', '{"tuple": {}}', "1" * 5000],
+     '{"int": "' + "9" * 10 + 'x"}', '{"complex": ["x"]}', '{"dict": 5}', '{"tuple": {}}', "1" * 5000],
 )  # fmt: skip
 def test_malformed_values_are_unsupported(text: str) -> None:
     with pytest.raises(plain.Unsupported):
         plain.loads(text)
 
 
-@settings(max_examples=200, derandomize=True)
-@given(st.recursive(st.none() | st.integers() | st.text() | st.sampled_from(list(plain._DECODERS)),
-                    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(list(plain._DECODERS)), inner)))  # fmt: skip
-def test_any_json_is_decoded_or_refused(data: Any) -> None:
-    import json
+tags = st.sampled_from(["int", "complex", "bytes", "dict", "tuple", "set", "range", "deque", "Decimal", "Fraction"])
+tagged = st.recursive(
+    st.none() | st.integers() | st.text() | tags, lambda inner: st.lists(inner) | st.dictionaries(tags, inner)
+)
 
-    with_refusal = False
+
+@EXAMPLES
+@given(tagged)
+def test_any_json_is_decoded_or_refused(data: Any) -> None:
+    """Nothing but Unsupported is raised, and what is decoded can cross again."""
     try:
-        plain.loads(json.dumps(data))
+        value = plain.loads(json.dumps(data))
     except plain.Unsupported:
-        with_refusal = True
-    assert with_refusal in (True, False)
+        return
+    plain.encode(value)
 
 
 LIMITS = Limits(cpu_s=1.0, wall_s=2.0, memory_mb=100, output_bytes=1000)
