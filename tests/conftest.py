@@ -1,9 +1,11 @@
-"""What every test needs: few threads that do not spin, no network, no user settings of wandb."""
+"""What every test needs: few threads that do not spin, no network, no user settings of wandb, kernels interpreted."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import, whichever test file causes it
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"

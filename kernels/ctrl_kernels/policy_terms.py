@@ -14,8 +14,9 @@ import triton.language as tl
 
 from ctrl_kernels.clipping import K3_LIMIT, LOG_RATIO_LIMIT, PolicyOptions
 
-BLOCK_T = 2048
-POLICY_WARPS = 8
+BLOCK_T = 1024
+PROGRAM_BLOCKS = 2  # of a run of tokens: half as many partial sums to add up
+POLICY_WARPS = 4
 SUMS = 16  # columns of the partial sums; ``METRICS`` names those that users see
 METRICS = {
     "policy_loss": 0,
@@ -195,20 +196,24 @@ def _policy_kernel(
             gradient = tl.zeros([BLOCK], tl.float32)
         if HAS_REF:
             kl, slope = _kl(logprobs - _load(ref_ptr, index, inside, active), KL)
-            kl_loss += tl.sum(kl * weight, 0)
-            kls += tl.sum(tl.where(active, kl, 0.0), 0)
+            kl_sum = tl.sum(tl.where(active, kl, 0.0), 0)
+            kl_loss += tl.sum(kl * weight, 0) if HAS_WEIGHTS else kl_sum * row_weight
+            kls += kl_sum
             gradient += slope * (kl_coef * weight)
         if HAS_ENTROPY:
             entropy = _load(entropy_ptr, index, inside, active)
-            entropy_loss += tl.sum(entropy * weight, 0)
-            entropies += tl.sum(entropy, 0)
+            entropy_sum = tl.sum(entropy, 0)
+            entropy_loss += tl.sum(entropy * weight, 0) if HAS_WEIGHTS else entropy_sum * row_weight
+            entropies += entropy_sum
         if STORE_GRADIENT:
             tl.store(d_logprobs_ptr + index, gradient.to(d_logprobs_ptr.dtype.element_ty), mask=inside)
         if STORE_ENTROPY_GRADIENT:
             tl.store(d_entropy_ptr + index, (-entropy_coef * weight).to(d_entropy_ptr.dtype.element_ty), mask=inside)
-        tokens += tl.sum(active.to(tl.float32), 0)
-        clipped_tokens += tl.sum(clipped.to(tl.float32), 0)
-        dual_tokens += tl.sum(dual.to(tl.float32), 0)
+        counts = tl.sum(active.to(tl.int32) + (clipped.to(tl.int32) << 16), 0)  # two counts in one reduction
+        tokens += (counts & 0xFFFF).to(tl.float32)
+        clipped_tokens += (counts >> 16).to(tl.float32)
+        if HAS_DUAL:
+            dual_tokens += tl.sum(dual.to(tl.float32), 0)
         log_ratios -= tl.sum(log_ratio, 0)
         ratios += tl.sum(tl.where(active, r, 0.0), 0)
     if SEQUENCE and STORE_GRADIENT:
@@ -276,7 +281,7 @@ def policy_terms(
     by_length = options.aggregation == "seq-mean-token-mean" and token_weights is None
     by_row = by_length or options.ratio == "sequence"
     total = logprobs.numel()
-    row_length = logprobs.shape[-1] if by_row else BLOCK_T
+    row_length = logprobs.shape[-1] if by_row else BLOCK_T * PROGRAM_BLOCKS
     block = min(BLOCK_T, max(16, triton.next_power_of_2(row_length)))
     programs = triton.cdiv(total, row_length)
     sums = logprobs.new_empty((programs, SUMS), dtype=torch.float32)
@@ -315,7 +320,7 @@ def policy_terms(
         KL=options.kl_estimator,
         SUMS=SUMS,
         BLOCK=block,
-        num_warps=POLICY_WARPS if block == BLOCK_T else 4,
+        num_warps=POLICY_WARPS,
     )
     return sums
 

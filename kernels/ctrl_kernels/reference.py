@@ -133,7 +133,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 None if d_entropy is None else d_entropy[rows],
                 options,
             )
-        return gradient, None, None
+        return gradient.masked_fill_(~kept.unsqueeze(1), 0.0), None, None
 
 
 def token_logprobs(
