@@ -59,7 +59,7 @@ class Services:
         log = self.run_dir / "logs" / "driver.log"
         self._driver = self.registry.register("driver", "", id="driver", log=str(log), session=self.session)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background job may ignore SIGINT
                 self._handlers[number] = signal.signal(number, _interrupt)
         threading.Thread(target=self._watch, name="service-watch", daemon=True).start()
         return self
