@@ -1,10 +1,10 @@
-"""Compile every shipped configuration of every kernel for NVIDIA and AMD targets, without a GPU, and print what each needs.
+"""Compile every shipped configuration of every kernel for NVIDIA and AMD targets, without a GPU, and list its needs.
 
     python kernels/bench/compile.py [--target sm_90 ...] [--json FILE]
 
-The table lists registers a thread, stack bytes, spilled bytes (NVIDIA) or spilled registers (AMD), and shared memory of a
-program. Exit code 1 if a configuration spills on a Hopper GPU (sm_90), 2 for wrong arguments. The kernels must not be
-interpreted here: leave TRITON_INTERPRET unset.
+The table lists registers a thread, stack bytes, spilled bytes (NVIDIA) or spilled registers (AMD), and shared memory
+of a program. Exit code 1 if a configuration spills on a Hopper GPU (sm_90), 2 for wrong arguments. The kernels must
+not be interpreted here: leave TRITON_INTERPRET unset.
 """
 
 import argparse
@@ -22,12 +22,11 @@ from typing import Any
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
+from ctrl_kernels import advantages, generalized_advantage, policy_terms, scaling, softmax_gradient, softmax_statistics
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from ctrl_kernels import advantages, generalized_advantage, policy_terms, scaling, softmax_gradient, softmax_statistics
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -41,7 +40,10 @@ SEGMENT = softmax_statistics.segment_columns(152_064, 1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """A kernel with the types, constants and warps of one of its uses; integers are taken as multiples of 16 unless ``odd``."""
+    """A kernel with the types, constants and warps of one of its uses.
+
+    Pointers and integers are taken as multiples of 16, except the integers in ``odd``.
+    """
 
     name: str
     kernel: Any
@@ -54,7 +56,7 @@ class Configuration:
         """What Triton's compiler takes."""
         names = list(self.kernel.arg_names)
         signature = {n: "constexpr" if n in self.constants else self.types.get(n, "i32") for n in names}
-        aligned = [n for n in names if signature[n] == "i32" and n not in self.odd or signature[n].startswith("*")]
+        aligned = [n for n in names if (signature[n] == "i32" and n not in self.odd) or signature[n].startswith("*")]
         return ASTSource(
             fn=self.kernel,
             signature=signature,
