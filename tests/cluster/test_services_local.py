@@ -108,7 +108,7 @@ def test_a_killed_element_is_started_again(make_config: Callable[..., Config], r
         os.kill(first, signal.SIGKILL)
         (second,) = until(lambda: pids(run_dir) - {first}, "another element serves")
         assert second != first
-        assert len(services.registry.endpoints("executor")) == 1
+        until(lambda: len(services.registry.endpoints("executor")) == 1, "it is registered, and alone")
 
 
 def test_an_element_that_hangs_is_replaced(make_config: Callable[..., Config], run_dir: Path) -> None:
