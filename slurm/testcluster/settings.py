@@ -172,11 +172,11 @@ def slurm_conf(settings: Settings) -> str:
     cpu_nodes = [name for name in settings.node_names if name not in gpu_nodes]
     slurmd_port = settings.slurmd_ports
 
-    def node_line(names: list[str], gres: str) -> str:
+    def node_line(names: list[str], extra: str) -> str:
         ports = f"{slurmd_port[names[0]]}-{slurmd_port[names[-1]]}" if len(names) > 1 else f"{slurmd_port[names[0]]}"
         return (
             f"NodeName={_hostlist(names)} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} "
-            f"CPUs={settings.cpus} RealMemory=64000 State=UNKNOWN{gres}"
+            f"CPUs={settings.cpus} RealMemory={max(64000, settings.cpus * 500)} State=UNKNOWN {extra}"
         )
 
     lines = [
@@ -229,9 +229,9 @@ def slurm_conf(settings: Settings) -> str:
         "GresTypes=gpu",
     ]
     if cpu_nodes:
-        lines.append(node_line(cpu_nodes, ""))
+        lines.append(node_line(cpu_nodes, "Feature=cpu"))
     if gpu_nodes:
-        lines.append(node_line(gpu_nodes, f" Gres=gpu:test:{settings.gpus}"))
+        lines.append(node_line(gpu_nodes, f"Feature=gpu Gres=gpu:test:{settings.gpus}"))
     every, usual = _hostlist(settings.node_names), "DefaultTime=30 MaxTime=1-00:00:00 State=UP"
     lines.append(f"PartitionName=cpu Nodes={every} Default=YES PriorityTier=10 PreemptMode=OFF {usual}")
     if gpu_nodes:
