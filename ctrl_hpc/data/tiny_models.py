@@ -139,7 +139,7 @@ def verify(folder: Path) -> None:
 def _write_manifest(folder: Path, facts: dict[str, object]) -> None:
     manifest = {
         **facts,
-        "command": f"python -m ctrl_hpc.data.tiny_models {folder.name} --seed {facts['seed']}",
+        "command": f"python -m ctrl_hpc.data.tiny_models {folder.as_posix()} --seed {facts['seed']}",
         "threads": THREADS,
         "machine": platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
