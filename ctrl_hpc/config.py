@@ -25,6 +25,7 @@ from ctrl_hpc.config_sections import (
     LimitsConfig,
     OptimizerConfig,
     ParallelConfig,
+    PlanConfig,
     PromptConfig,
     RLConfig,
     RolloutConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "LimitsConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
     "PromptConfig",
     "RLConfig",
     "RolloutConfig",
@@ -103,6 +105,8 @@ class Config:
     """The trainer's processes."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Megatron's parallelism."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Rates that the plan counts with."""
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     """The executor array."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -118,7 +122,8 @@ _POSITIVE = (
     "trainer.nodes trainer.ranks_per_node trainer.micro_batch_tokens trainer.threads trainer.timeout_s "
     "trainer.keep_checkpoints sft.epochs sft.batch_size sft.max_length sft.save_every sft.optimizer.lr rl.steps "
     "rl.prompts_per_step rl.group_size rl.temperature rl.max_tokens rl.max_revision_tokens rl.minibatches "
-    "rl.save_every rl.optimizer.lr eval.turns eval.n_samples eval.temperature eval.max_tokens eval.bootstrap "
+    "rl.save_every rl.optimizer.lr rl.value_clip rl.value_optimizer.lr rl.gae_gamma plan.executor_runs_per_s "
+    "plan.prompt_tokens eval.turns eval.n_samples eval.temperature eval.max_tokens eval.bootstrap "
     "eval.chunk parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
@@ -127,6 +132,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
+    "rl.value_optimizer.warmup_steps rl.value_optimizer.weight_decay rl.value_optimizer.clip_grad "
     "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
     "rollout.generator_elements launch.max_requeues launch.signal_delay_s eval.report_samples"
 ).split()
@@ -268,8 +274,13 @@ def _validate(config: Config) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise ValueError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}")
-    if not 0.0 <= config.rl.verdict_coef <= 1.0:
-        raise ValueError(f"rl.verdict_coef: {config.rl.verdict_coef} is not allowed; it must lie in [0, 1]")
+    for key in ("rl.verdict_coef", "rl.gae_gamma", "rl.gae_lambda"):
+        if not 0.0 <= value(config, key) <= 1.0:
+            raise ValueError(f"{key}: {value(config, key)} is not allowed; it must lie in [0, 1]")
+    for key in ("plan.memory_gb", "plan.trainer_tflops", "plan.rollout_tokens_per_s"):
+        given = value(config, key)
+        if given is not None and not given > 0:
+            raise ValueError(f"{key}: {given} is not allowed; it must be greater than 0, or null")
     if config.rl.dual_clip is not None and config.rl.dual_clip <= 1.0:
         raise ValueError(f"rl.dual_clip: {config.rl.dual_clip} is not allowed; it must be greater than 1, or null")
     _validate_combinations(config)
@@ -285,10 +296,8 @@ def _validate_combinations(config: Config) -> None:
         )
     if config.parallel.sequence and config.parallel.tensor == 1:
         raise ValueError("parallel.sequence: true needs parallel.tensor > 1")
-    if config.rl.estimator != "dr_grpo" and config.rl.group_size == 1:
-        raise ValueError(
-            f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=dr_grpo"
-        )
+    if config.rl.estimator != "gae" and config.rl.group_size == 1:
+        raise ValueError(f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=gae")
     samples = config.rl.prompts_per_step * config.rl.group_size
     if samples < config.rl.minibatches:
         raise ValueError(f"rl.minibatches: {config.rl.minibatches} is more than the {samples} critiques of a step")

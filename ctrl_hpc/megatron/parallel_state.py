@@ -88,8 +88,8 @@ class World:
             dist.barrier()
 
 
-def check(config: Config, world_size: int) -> None:
-    """Refuse, in one line naming the keys, a layout that cannot run.
+def check(config: Config, world_size: int, kind: str) -> None:
+    """Refuse, in one line naming the keys, a layout that cannot run on ``kind``, cpu or cuda.
 
     Raises ValueError.
     """
@@ -105,9 +105,7 @@ def check(config: Config, world_size: int) -> None:
         )
     if parallel.sequence and parallel.tensor == 1:
         raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
-    on_cpu = device_type(config) == "cpu"
-    if on_cpu and parallel.distributed_optimizer:
-        raise ValueError("parallel.distributed_optimizer=true needs trainer.device=cuda and Transformer Engine")
+    on_cpu = kind == "cpu"
     if on_cpu and trainer.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("trainer.kernels=triton needs trainer.device=cuda (or TRITON_INTERPRET=1, for tests)")
 
@@ -129,8 +127,8 @@ def initialize(config: Config) -> World:
     """
     faulthandler.enable()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    check(config, size)
     kind = device_type(config)
+    check(config, size, kind)
     if kind == "cpu":
         from ctrl_hpc.megatron import cpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -25,17 +25,26 @@ class Course:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, stage: str, policy: Policy, *, steps: int, save_every: int, **progress: Any
+        self,
+        config: Config,
+        run_dir: Path,
+        stage: str,
+        parts: Mapping[str, Policy],
+        *,
+        steps: int,
+        save_every: int,
+        **progress: Any,
     ) -> None:
-        """Load the newest checkpoint into ``policy``; ``progress`` is how a fresh run begins.
+        """Load the newest checkpoint into ``parts`` (``policy`` is always there); ``progress`` begins a fresh run.
 
         Raises ValueError when the checkpoint does not fit.
         """
-        assert policy.optimizer is not None
+        policy = parts["policy"]
         world = policy.world
         self.folder, self.steps = run_dir / stage, steps
         self._config, self._policy, self._save_every = config, policy, save_every
-        saved = checkpoint.load(self.folder / "checkpoints", policy.model, policy.optimizer, world)
+        self._parts = {name: (part.model, part.optimizer) for name, part in parts.items() if part.optimizer is not None}
+        saved = checkpoint.load(self.folder / "checkpoints", self._parts, world)
         fresh = {"step": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4)), **progress}
         self.progress: dict[str, Any] = saved or fresh
         self.start = int(self.progress["step"])
@@ -88,15 +97,12 @@ class Course:
         return saving
 
     def _save(self) -> None:
-        policy = self._policy
-        assert policy.optimizer is not None
         checkpoint.save(
             self.folder / "checkpoints",
             int(self.progress["step"]),
-            policy.model,
-            policy.optimizer,
-            policy.world,
+            self._parts,
+            self._policy.world,
             self.progress,
             keep=self._config.trainer.keep_checkpoints,
-            source=policy.folder,
+            source=self._policy.folder,
         )

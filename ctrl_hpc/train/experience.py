@@ -123,6 +123,10 @@ class Experience:
         rewards = [self.rewards_S[(self.groups_S == group) & self.valid_S].tolist() for group in range(self.n_groups)]
         return [group for group, values in enumerate(rewards) if has_spread(values)]
 
+    def valid_groups(self) -> list[int]:
+        """The groups that the environment left a critique of."""
+        return sorted(set(self.groups_S[self.valid_S].tolist()))
+
     def rows(self, groups: Sequence[int]) -> list[int]:
         """The valid critiques of some groups."""
         wanted = torch.isin(self.groups_S, torch.tensor(groups, dtype=torch.int64)) & self.valid_S

@@ -16,6 +16,7 @@ from torch import Tensor
 from ctrl_hpc.config import RLConfig
 from ctrl_hpc.train.batch import Batch, MicroBatch
 from ctrl_hpc.train.policy import Head
+from ctrl_hpc.train.value import ValueHead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class RLLoss:
     """
 
     options: RLConfig
-    advantages_S: Tensor
+    advantages_SR: Tensor
     rollout_SR: Tensor
     """Log-probabilities by the engine that sampled."""
     old_SR: Tensor | None
@@ -56,7 +57,7 @@ class RLLoss:
         batch: Batch,
         options: RLConfig,
         *,
-        advantages_S: Tensor,
+        advantages_SR: Tensor,
         rollout_SR: Tensor,
         old_SR: Tensor | None = None,
         reference_SR: Tensor | None = None,
@@ -64,7 +65,7 @@ class RLLoss:
         """The loss of a batch, normalised by the batch's own tokens or sequences."""
         return cls(
             options=options,
-            advantages_S=advantages_S,
+            advantages_SR=advantages_SR,
             rollout_SR=rollout_SR,
             old_SR=old_SR,
             reference_SR=reference_SR,
@@ -76,7 +77,7 @@ class RLLoss:
         """The micro-batch's part of the loss."""
         options = self.options
         values = {
-            "advantages": micro.pick(self.advantages_S[:, None].expand_as(self.rollout_SR)),
+            "advantages": micro.pick(self.advantages_SR),
             "mask": torch.ones(len(micro.targets_N), device=hidden_ND.device),
         }
         rollout_N = micro.pick(self.rollout_SR)
@@ -131,3 +132,25 @@ class RLLoss:
             "entropy_coef": options.entropy_coef,
             "denominator": float(self.n_tokens if options.aggregation == "token-mean" else self.n_sequences),
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueLoss:
+    """The clipped squared error of PPO's value network (Schulman et al. 2017; as in their baselines' code).
+
+    1/2 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2), a mean over the batch's tokens. Logged beside:
+    ``value``, the mean value.
+    """
+
+    clip: float
+    old_SR: Tensor
+    """Values before the update."""
+    returns_SR: Tensor
+    n_tokens: int
+
+    def __call__(self, head: ValueHead, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's part of the mean."""
+        values_N, old_N, returns_N = head.values(hidden_ND), micro.pick(self.old_SR), micro.pick(self.returns_SR)
+        held_N = old_N + (values_N - old_N).clamp(-self.clip, self.clip)
+        errors_N = torch.maximum((values_N - returns_N).square(), (held_N - returns_N).square())
+        return 0.5 * errors_N.sum() / self.n_tokens, {"value": values_N.detach().sum() / self.n_tokens}

@@ -67,8 +67,8 @@ class Loss(Protocol):
     The logged values add up likewise.
     """
 
-    def __call__(self, head: Head, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's part."""
+    def __call__(self, head: Any, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's part; ``head`` is what the model has on top: a policy's :class:`Head`."""
         ...
 
 
@@ -91,11 +91,15 @@ class Policy:
         self.architecture = architectures.read(folder)
         self.model = model.build(self.architecture, config.parallel, world)
         huggingface_weights.load(self.model, folder, self.architecture, world)
+        self._extend()
         self.optimizer: Optimizer | None = None
         if optimizer is not None:
             self.optimizer = Optimizer(self.model, optimizer, config.parallel, world)
         else:
             self.model.requires_grad_(False)
+
+    def _extend(self) -> None:
+        """Where a subclass adds to the model what the folder does not hold."""
 
     def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
         """Log-probability of each response token, fp32 [S, R] on the CPU, zero beyond a response; on every rank."""
@@ -139,8 +143,8 @@ class Policy:
         """
         huggingface_weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
 
-    def head(self) -> Head:
-        """The output layer; on the last pipeline stage."""
+    def head(self) -> Any:
+        """The output layer, a :class:`Head`; on the last pipeline stage."""
         weight = model.output_weight(self.model)
         backend = self.config.trainer.kernels
         return Head(
@@ -198,7 +202,7 @@ class Policy:
         head = self.head()
         value, logged = loss(head, micro, hidden_ND)
         if hidden_ND.requires_grad and self.optimizer is not None:
-            self.optimizer.expect_output_gradient(head.weight, hidden_ND)
+            self.optimizer.expect_output_gradient(head.weight)
         tokens = torch.tensor(len(micro.targets_N), dtype=torch.int, device=hidden_ND.device)
         return value, tokens, {"loss": value.detach(), **logged}
 

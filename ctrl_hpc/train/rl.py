@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from torch import Tensor
-
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.flow.critiquing import critique
@@ -22,14 +20,17 @@ from ctrl_hpc.flow.reward import score
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Problem, Sampling, Solution
+from ctrl_hpc.train.advantages import Advantages, estimate
+from ctrl_hpc.train.batch import Batch
 from ctrl_hpc.train.course import Course
 from ctrl_hpc.train.data_order import sampling_seed
 from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, record_file, replay
 from ctrl_hpc.train.journal import Clock
-from ctrl_hpc.train.losses import RLLoss
+from ctrl_hpc.train.losses import RLLoss, ValueLoss
 from ctrl_hpc.train.policy import Policy, Reference, make_reference
 from ctrl_hpc.train.schedule import learning_rate
 from ctrl_hpc.train.source import COLUMNS, Source
+from ctrl_hpc.train.value import Value
 
 
 def run(config: Config, run_dir: str | Path) -> None:
@@ -52,7 +53,7 @@ def check(options: RLConfig) -> None:
             f"rl.max_staleness={options.max_staleness} is not allowed; allowed: 0 (rollouts by the newest weights), "
             "1 (a step's rollouts are made during the update before it)"
         )
-    if options.group_size < 2:
+    if options.group_size < 2 and options.estimator != "gae":
         raise ValueError(f"rl.group_size={options.group_size} is not allowed; critiques are compared in groups of >= 2")
     if not options.temperature > 0:
         raise ValueError(f"rl.temperature={options.temperature} is not allowed; it must be > 0")
@@ -63,15 +64,18 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     options, sft = config.rl, run_dir / "sft" / "hf"
     policy = Policy(config, world, sft, optimizer=options.optimizer)
     reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
+    value = Value(config, world, sft, optimizer=options.value_optimizer) if options.estimator == "gae" else None
+    parts = {"policy": policy} | ({"value": value} if value is not None else {})
     with ExitStack() as stack:
         source = stack.enter_context(Source.open(config, run_dir)) if world.main else None
-        course = Course(config, run_dir, "rl", policy, steps=options.steps, save_every=options.save_every, position=0)
+        course = Course(config, run_dir, "rl", parts, steps=options.steps, save_every=options.save_every, position=0)
         stack.enter_context(course)
         publish(policy, source, course.folder, course.start, sft)
         for step in course:
             experience = world.from_main(_experience, source, step, course.progress["position"])
-            advantages_S = experience.advantages(options.estimator)
-            logged = improve(policy, reference, experience, advantages_S, step, course.clock)
+            with course.clock("advantages"):
+                advantages = estimate(experience, value.values(experience.batch) if value else None, options)
+            logged = improve(policy, value, reference, experience, advantages, step, course.clock)
             with course.clock("publish"):
                 publish(policy, source, course.folder, step + 1, sft)
             saved = course.done(step, experience.metrics | logged, position=experience.position)
@@ -147,20 +151,24 @@ def roll_out(
 
 
 def improve(
-    policy: Policy, reference: Reference | None, experience: Experience, advantages_S: Tensor, step: int, clock: Clock
+    policy: Policy,
+    value: Value | None,
+    reference: Reference | None,
+    experience: Experience,
+    advantages: Advantages,
+    step: int,
+    clock: Clock,
 ) -> dict[str, float]:
     """The update: ``rl.minibatches`` optimizer steps on the groups that have something to learn from.
 
     Log-probabilities of the old policy and of the reference are this trainer's own, never the rollout engine's; those
     of the first minibatch's old policy come from the pass of its own update. Groups whose rewards are all the same
-    are left out and counted.
+    are left out and counted (with a value network they have advantages too, and stay).
     """
-    options = policy.config.rl
-    groups = experience.learnable_groups()
-    skipped = {"rl/groups": float(len(groups)), "rl/skipped_groups": float(experience.n_groups - len(groups))}
-    if not groups:
-        return skipped
-    random.Random(sampling_seed(policy.config.seed, step, "minibatches")).shuffle(groups)
+    options, seed = policy.config.rl, policy.config.seed
+    groups = experience.learnable_groups() if value is None else experience.valid_groups()
+    metrics = {"rl/groups": float(len(groups)), "rl/skipped_groups": float(experience.n_groups - len(groups))}
+    random.Random(sampling_seed(seed, step, "minibatches")).shuffle(groups)
     n_parts = min(options.minibatches, len(groups))
     parts = [experience.rows(groups[i::n_parts]) for i in range(n_parts)]
     batches = [experience.batch.select(rows) for rows in parts]
@@ -168,20 +176,43 @@ def improve(
         old = [None, *(policy.logprobs(batch, temperature=options.temperature) for batch in batches[1:])]
     with clock("reference"):
         fixed = [reference.logprobs(batch, temperature=options.temperature) if reference else None for batch in batches]
-    logged = []
+    logged: list[dict[str, float]] = []
     with clock("update"):
-        for index, (rows, batch, old_SR, reference_SR) in enumerate(zip(parts, batches, old, fixed, strict=True)):
+        for index, (rows, batch, old_SR, reference_SR) in enumerate(zip(parts, batches, old, fixed, strict=False)):
+            at, total = step * options.minibatches + index, options.steps * options.minibatches
+            width = batch.mask_SR.shape[1]
             loss = RLLoss.of(
                 batch,
                 options,
-                advantages_S=advantages_S[rows],
-                rollout_SR=experience.rollout_SR[rows, : batch.mask_SR.shape[1]],
+                advantages_SR=advantages.advantages_SR[rows, :width],
+                rollout_SR=experience.rollout_SR[rows, :width],
                 old_SR=old_SR,
                 reference_SR=reference_SR,
             )
-            at, total = step * options.minibatches + index, options.steps * options.minibatches
-            logged.append(policy.update(batch, loss, learning_rate(options.optimizer, at, total)))
-    return skipped | {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in logged[0]}
+            found = policy.update(batch, loss, learning_rate(options.optimizer, at, total))
+            if value is not None:
+                found |= improve_value(
+                    value, batch, rows, advantages, learning_rate(options.value_optimizer, at, total)
+                )
+            logged.append(found)
+    names = logged[0] if logged else {}
+    return metrics | {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in names}
+
+
+def improve_value(
+    value: Value, batch: Batch, rows: Sequence[int], advantages: Advantages, rate: float
+) -> dict[str, float]:
+    """One optimizer step of the value network on a minibatch: ``value`` and, as ``value_*``, its loss and norm."""
+    assert advantages.values_SR is not None and advantages.returns_SR is not None
+    width = batch.mask_SR.shape[1]
+    loss = ValueLoss(
+        clip=value.config.rl.value_clip,
+        old_SR=advantages.values_SR[rows, :width],
+        returns_SR=advantages.returns_SR[rows, :width],
+        n_tokens=batch.n_tokens,
+    )
+    found = value.update(batch, loss, rate)
+    return {"value": found["value"], "value_loss": found["loss"], "value_grad_norm": found["grad_norm"]}
 
 
 def publish(policy: Policy, source: Source | None, folder: Path, version: int, sft: Path) -> None:

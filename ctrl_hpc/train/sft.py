@@ -39,7 +39,7 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     steps_per_epoch = -(-len(sequences) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     policy = Policy(config, world, config.critic.model, optimizer=options.optimizer)
-    with Course(config, run_dir, "sft", policy, steps=steps, save_every=options.save_every) as course:
+    with Course(config, run_dir, "sft", {"policy": policy}, steps=steps, save_every=options.save_every) as course:
         for step in course:
             epoch, index = divmod(step, steps_per_epoch)
             first = epoch * len(sequences) + index * options.batch_size

@@ -105,35 +105,34 @@ def _gradients(policy: Any) -> dict[str, Tensor]:
 
 
 def curve(folder: Path) -> None:
-    """Losses of 20 SFT steps; with four ranks also those of a run moved from TP 2 to TP 1 to TP 4 on the way."""
+    """Losses of 20 SFT steps; with four ranks also those of runs moved from TP 2 to TP 1 to TP 4 on the way."""
     world_size = int(os.environ["WORLD_SIZE"])
-    layouts = {1: {"single": ParallelConfig()}, 4: {"tp2-dp2": ParallelConfig(tensor=2)}}[world_size]
+    sharded = ParallelConfig(tensor=2, distributed_optimizer=True)
+    layouts = {1: {"single": ParallelConfig()}, 4: {"tp2-dp2": ParallelConfig(tensor=2), "tp2-dp2-sharded": sharded}}
     found: dict[str, Any] = {}
-    for name, parallel in layouts.items():
+    for name, parallel in layouts[world_size].items():
         for config, world in arranged(parallel):
-            found[name] = _train(config, world, folder, 0, STEPS)
-    if world_size == 4:
-        moved: list[float] = []
+            found[name] = _train(config, world, folder / name, 0, STEPS)
+    for name, distributed in {"moved": False, "moved-sharded": True}.items() if world_size == 4 else ():
+        found[name] = []
         for tensor, (start, stop) in {2: (0, 5), 1: (5, 10), 4: (10, STEPS)}.items():
-            for config, world in arranged(ParallelConfig(tensor=tensor)):
-                moved += _train(config, world, folder, start, stop)
-        found["moved"] = moved
+            for config, world in arranged(ParallelConfig(tensor=tensor, distributed_optimizer=distributed)):
+                found[name] += _train(config, world, folder / name, start, stop)
     if int(os.environ["RANK"]) == 0:
         (folder / f"curve-{world_size}.json").write_text(json.dumps(found))
 
 
 def _train(config: Config, world: World, folder: Path, start: int, stop: int) -> list[float]:
-    """SFT steps from a checkpoint at ``start`` (from the model folder at 0), saved at ``stop``."""
+    """SFT steps from a checkpoint at ``start`` (from the model folder at 0), saved at ``stop`` in ``folder``."""
     from ctrl_hpc.megatron import checkpoint
     from ctrl_hpc.train.batch import collate
     from ctrl_hpc.train.losses import SFTLoss
     from ctrl_hpc.train.policy import Policy
 
-    policy = Policy(config, world, folder / "models" / "qwen3-tied", optimizer=STEADY)
-    assert policy.optimizer is not None
-    checkpoints = folder / f"checkpoints-{world.size}"
+    policy = Policy(config, world, folder.parent / "models" / "qwen3-tied", optimizer=STEADY)
+    checkpoints = folder / "checkpoints"
     if start:
-        progress = checkpoint.load(checkpoints, policy.model, policy.optimizer, world)
+        progress = checkpoint.load(checkpoints, _parts(policy), world)
         assert progress is not None and progress["step"] == start and progress["note"] == "kept"
     pairs = sequences(policy.architecture.vocab_size, 6 * STEPS, prompt=None)
     losses = []
@@ -141,9 +140,7 @@ def _train(config: Config, world: World, folder: Path, start: int, stop: int) ->
         batch = collate(pairs[6 * (step % 4) : 6 * (step % 4) + 6])
         losses.append(policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)["loss"])
     if stop < STEPS:
-        checkpoint.save(
-            checkpoints, stop, policy.model, policy.optimizer, world, {"note": "kept"}, keep=2, source=policy.folder
-        )
+        checkpoint.save(checkpoints, stop, _parts(policy), world, {"note": "kept"}, keep=2, source=policy.folder)
     return losses
 
 
@@ -151,7 +148,7 @@ def behaviour(folder: Path) -> None:
     """What one policy does: resumes, swaps, refuses, learns; facts as JSON."""
     facts: dict[str, Any] = {}
     for config, world in arranged(ParallelConfig()):
-        for part in (_resumes, _micro_batching, _swap, _not_finite, _learns_by_rl, _refuses):
+        for part in (_resumes, _micro_batching, _swap, _not_finite, _learns_by_rl, _learns_values, _refuses):
             facts |= part(config, world, folder)
     (folder / "behaviour.json").write_text(json.dumps(facts))
 
@@ -160,6 +157,10 @@ def _policy(config: Config, world: World, folder: Path, name: str = "qwen2-tied"
     from ctrl_hpc.train.policy import Policy
 
     return Policy(config, world, folder / "models" / name, optimizer=STEADY)
+
+
+def _parts(policy: Any) -> Any:
+    return {"policy": (policy.model, policy.optimizer)}
 
 
 def _bits(policy: Any) -> list[Tensor]:
@@ -181,10 +182,10 @@ def _resumes(config: Config, world: World, folder: Path) -> dict[str, Any]:
     for step, batch in enumerate(batches):
         policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), 1e-3)
         if step < 3:
-            checkpoint.save(place, step + 1, policy.model, policy.optimizer, world, {}, keep=2, source=policy.folder)
+            checkpoint.save(place, step + 1, _parts(policy), world, {}, keep=2, source=policy.folder)
     random_before = torch.rand(3)
     (place / ".step-000009.part").mkdir()  # what a crash while saving leaves
-    progress = checkpoint.load(place, other.model, other.optimizer, world)
+    progress = checkpoint.load(place, _parts(other), world)
     assert progress is not None
     random_after = torch.rand(3)
     other.update(batches[3], SFTLoss(n_tokens=batches[3].n_tokens), 1e-3)
@@ -260,16 +261,56 @@ def _learns_by_rl(config: Config, world: World, folder: Path) -> dict[str, Any]:
         batch = collate(sequences(policy.architecture.vocab_size, 8, prompt=None))
         old_SR = policy.logprobs(batch)
         advantages_S = torch.tensor([1.0, -1.0] * 4)
+        advantages_SR = advantages_S[:, None] * batch.mask_SR
         for step in range(3):
             known = None if step == 0 else old_SR
             loss = RLLoss.of(
-                batch, options, advantages_S=advantages_S, rollout_SR=old_SR, old_SR=known, reference_SR=old_SR
+                batch,
+                options,
+                advantages_SR=advantages_SR,
+                rollout_SR=old_SR,
+                old_SR=known,
+                reference_SR=old_SR,
             )
             logged = policy.update(batch, loss, 1e-3)
         change_S = (policy.logprobs(batch) - old_SR).sum(1) * advantages_S
         moved[f"rl_moves_{name}"] = bool((change_S > 0).all())
         moved[f"rl_logged_{name}"] = sorted(logged)
     return moved
+
+
+def _learns_values(config: Config, world: World, folder: Path) -> dict[str, Any]:
+    """A value network learns which of two kinds of response is worth 1; its checkpoint lies beside the policy's."""
+    from ctrl_hpc.megatron import checkpoint
+    from ctrl_hpc.train.batch import collate
+    from ctrl_hpc.train.losses import ValueLoss
+    from ctrl_hpc.train.value import Value
+
+    facts: dict[str, Any] = {}
+    for name in ("qwen2-tied", "qwen2-untied"):
+        value = Value(config, world, folder / "models" / name, optimizer=STEADY)
+        batch = collate([([3, 4], [5 + row % 2, 7, 8]) for row in range(6)])
+        wanted_SR = (torch.arange(6) % 2 == 0).float()[:, None].expand(6, 3)
+        first_SR = value.values(batch)
+        losses = []
+        for _ in range(60):
+            loss = ValueLoss(clip=0.5, old_SR=value.values(batch), returns_SR=wanted_SR, n_tokens=batch.n_tokens)
+            losses.append(value.update(batch, loss, 3e-3)["loss"])
+        learnt_SR = value.values(batch)
+        facts[f"value_{name}"] = {
+            "zero_at_first": not first_SR.any(),
+            "falls": losses[-1] < 0.25 * losses[0],
+            "tells_apart": bool((learnt_SR[::2, 1:] > learnt_SR[1::2, 1:] + 0.5).all()),
+        }
+    policy, other = (
+        _policy(config, world, folder, name),
+        Value(config, world, folder / "models" / name, optimizer=STEADY),
+    )
+    parts = {"policy": (policy.model, policy.optimizer), "value": (value.model, value.optimizer)}
+    fresh = {"policy": (policy.model, policy.optimizer), "value": (other.model, other.optimizer)}
+    checkpoint.save(folder / "checkpoints-value", 1, parts, world, {}, keep=1, source=policy.folder)
+    checkpoint.load(folder / "checkpoints-value", fresh, world)
+    return facts | {"value_resumes": _same(_bits(value), _bits(other))}
 
 
 def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
@@ -280,7 +321,7 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
 
     def wrong_checkpoint() -> None:
         policy = _policy(config, world, folder, "llama-untied")
-        checkpoint.load(folder / "checkpoints-behaviour", policy.model, policy.optimizer, world)
+        checkpoint.load(folder / "checkpoints-behaviour", _parts(policy), world)
 
     def too_long() -> None:
         policy = _policy(config, world, folder)
@@ -288,7 +329,7 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
         policy.update(batch, SFTLoss(n_tokens=60), 1e-3)
 
     def layout(size: int, **parallel: Any) -> None:
-        parallel_state.check(replace(config, parallel=ParallelConfig(**parallel)), size)
+        parallel_state.check(replace(config, parallel=ParallelConfig(**parallel)), size, "cpu")
 
     broken = folder / "broken"
     broken.mkdir()
@@ -304,7 +345,6 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
         "too_long": too_long,
         "ranks": lambda: layout(3, tensor=2),
         "sequence": lambda: layout(1, sequence=True),
-        "distributed_optimizer": lambda: layout(1, distributed_optimizer=True),
         "staleness": lambda: check(RLConfig(max_staleness=2)),
         "group": lambda: check(RLConfig(group_size=1)),
     }

@@ -139,11 +139,11 @@ class Services:
         """Nothing to close."""
 
 
-def live(config: Config, run_dir: Path, staleness: int) -> None:
+def live(config: Config, run_dir: Path, staleness: int, estimator: Any = "grpo") -> None:
     """RL with the services above; leaves what they were told in services.json."""
     services = Services(run_dir)
     source.connect = lambda *_: services  # type: ignore[assignment]
-    options = replace(config.rl, replay=None, steps=3, max_staleness=staleness, importance_cap=2.0)
+    options = replace(config.rl, replay=None, steps=3, max_staleness=staleness, importance_cap=2.0, estimator=estimator)
     rl.run(replace(config, rl=options), run_dir)
     told = {"published": services.published, "drawn": services.drawn}
     (run_dir / "services.json").write_text(json.dumps(told))
@@ -169,6 +169,7 @@ def main(folder: Path) -> None:
     for staleness in (0, 1):
         run_dir = folder / f"live-{staleness}"
         status[f"live-{staleness}"] = in_child(lambda run_dir=run_dir, n=staleness: live(config, run_dir, n), log)  # type: ignore[misc]
+    status["ppo"] = in_child(lambda: live(config, folder / "ppo", 0, "gae"), log)
     (folder / "stages.json").write_text(json.dumps(status))
 
 

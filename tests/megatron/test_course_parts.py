@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctrl_hpc.config import Config, OptimizerConfig, WandbConfig
+from ctrl_hpc.config import Config, OptimizerConfig, RLConfig, WandbConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
+from ctrl_hpc.train.advantages import advantages_and_returns
 from ctrl_hpc.train.data_order import sampling_seed, take
 from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups
 from ctrl_hpc.train.interruption import Interruption
@@ -151,6 +152,24 @@ def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_le
     assert experience.metrics["rl/staleness"] == 1
     assert experience.metrics["rl/reason/sandbox_error"] == pytest.approx(0.2)
     assert experience.metrics["time/rollout_s"] == 2.0 and experience.position == 7
+
+
+def test_generalised_advantages_are_whitened_and_leave_out_what_the_environment_spoilt() -> None:
+    options = RLConfig(gae_gamma=1.0, gae_lambda=0.5)
+    rewards_S = torch.tensor([1.0, 0.0, 5.0])
+    values_SR = torch.tensor([[0.5, 0.25, 9.0], [0.0, 0.5, 0.5], [7.0, 7.0, 7.0]])
+    mask_SR = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    advantages_SR, returns_SR = advantages_and_returns(rewards_S, values_SR, mask_SR, options)
+    # Sequence 0: deltas 0.25 - 0.5 = -0.25 and 1 - 0.25 = 0.75; sequence 1: 0.5, 0 and 0 - 0.5 = -0.5.
+    raw = [-0.25 + 0.5 * 0.75, 0.75, 0.5 + 0.5 * (0.0 + 0.5 * -0.5), 0.0 + 0.5 * -0.5, -0.5]
+    mean = sum(raw) / 5
+    deviation = (sum((a - mean) ** 2 for a in raw) / 4) ** 0.5
+    expected = [(a - mean) / deviation for a in raw]
+    assert advantages_SR[mask_SR].tolist() == pytest.approx(expected, rel=1e-5)
+    assert not advantages_SR[~mask_SR].any()
+    assert returns_SR[mask_SR].tolist() == pytest.approx(
+        [a + v for a, v in zip(raw, [0.5, 0.25, 0, 0.5, 0.5], strict=True)]
+    )
 
 
 def test_a_critic_without_token_ids_is_refused_by_name() -> None:

@@ -59,9 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=Path(__file__).parent,
         check=True,
     )
-    for name in ("whole", "again", "killed", "live-0", "live-1"):
+    for name in ("whole", "again", "killed", "live-0", "live-1", "ppo"):
         write_inputs(place / name)
-    for name in ("live-0", "live-1"):
+    for name in ("live-0", "live-1", "ppo"):
         shutil.copytree(place / "critic", place / name / "sft" / "hf")
     command = [sys.executable, str(Path(__file__).with_name("stages.py")), str(place)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
@@ -141,3 +141,11 @@ def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[s
     # Seven drafts, four a step: two passes over the pool take each draft twice before any comes a third time.
     drawn = told["drawn"]
     assert len(drawn) == 12 and len(set(drawn[:7])) == 7
+
+
+def test_ppo_trains_a_value_network_beside_the_critic(folder: Path, status: dict[str, Any]) -> None:
+    assert status["ppo"] == 0, log_of(folder)
+    records = metrics(folder / "ppo", "rl")
+    assert len(records) == 3
+    assert len({record["rl/value"] for record in records}) == 3, "the values move with every update"
+    assert all(record["rl/groups"] == 4 and record["rl/value_loss"] > 0 for record in records)

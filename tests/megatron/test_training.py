@@ -21,7 +21,10 @@ def behaviour(workplace: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def curves(workplace: Path) -> dict[str, list[float]]:
-    """Losses of 20 optimizer steps: one process, TP 2 x DP 2, and moved from TP 2 to TP 1 to TP 4 on the way."""
+    """Losses of 20 optimizer steps: one process, TP 2 x DP 2, and moved from TP 2 to TP 1 to TP 4 on the way.
+
+    The sharded ones with a distributed optimizer.
+    """
     for ranks in (1, 4):
         spawn("curve", workplace, ranks)
     return {
@@ -30,7 +33,7 @@ def curves(workplace: Path) -> dict[str, list[float]]:
     }
 
 
-@pytest.mark.parametrize("layout", ["tp2-dp2", "moved"])
+@pytest.mark.parametrize("layout", ["tp2-dp2", "tp2-dp2-sharded", "moved", "moved-sharded"])
 def test_twenty_steps_in_parallel_follow_the_curve_of_one_process(curves: dict[str, list[float]], layout: str) -> None:
     assert curves[layout] == pytest.approx(curves["single"], rel=1e-5)
 
@@ -69,6 +72,15 @@ def test_an_rl_update_moves_log_probs_with_the_advantage(behaviour: dict[str, An
     assert wanted <= set(behaviour[f"rl_logged_{ratio}"])
 
 
+@pytest.mark.parametrize("model", ["qwen2-tied", "qwen2-untied"])
+def test_a_value_network_starts_at_zero_and_learns(behaviour: dict[str, Any], model: str) -> None:
+    assert behaviour[f"value_{model}"] == {"zero_at_first": True, "falls": True, "tells_apart": True}
+
+
+def test_a_value_network_is_part_of_the_checkpoint(behaviour: dict[str, Any]) -> None:
+    assert behaviour["value_resumes"]
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [
@@ -79,7 +91,6 @@ def test_an_rl_update_moves_log_probs_with_the_advantage(behaviour: dict[str, An
         ("too_long", ["trainer.micro_batch_tokens=64", "119 tokens"]),
         ("ranks", ["parallel.tensor x parallel.pipeline = 2 x 1", "3 ranks"]),
         ("sequence", ["parallel.sequence=true", "parallel.tensor"]),
-        ("distributed_optimizer", ["parallel.distributed_optimizer=true", "trainer.device=cuda"]),
         ("staleness", ["rl.max_staleness=2", "allowed: 0"]),
         ("group", ["rl.group_size=1", ">= 2"]),
     ],

@@ -1,0 +1,147 @@
+"""How much memory a rank of the trainer needs, by kind, from the architecture and the layout alone.
+
+Counted as the modules of this package allocate it: Megatron's local layers with ``SDPAttention``, or Transformer
+Engine's. What a process holds before a model is built (imports, CUDA context, NCCL) is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ctrl_hpc.config import ParallelConfig
+from ctrl_hpc.megatron.architecture import Architecture
+
+FP32 = 4
+LOSS_WORKSPACE_BYTES = 256 << 20
+"""Of the fused output layer on a GPU, beyond its results (``ctrl_kernels``)."""
+LOSS_CHUNK_BYTES = 16 << 20
+"""Of the same on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes on the fullest rank."""
+
+    weights: int
+    reference: int
+    """The frozen reference critic, where it is a copy."""
+    gradients: int
+    """Megatron's fp32 main gradients."""
+    optimizer: int
+    """Adam's two moments, and fp32 master weights beside bf16 ones."""
+    activations: int
+    """Kept for the backward pass of the largest micro-batch, for every micro-batch in flight in the pipeline."""
+    transient: int
+    """The largest working set beside: of one layer's backward pass, the embedding's gradient, or the optimizer step."""
+    loss: int
+    """Hidden states, their gradient and the workspace of the fused output layer."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def parameters_of_rank(architecture: Architecture, parallel: ParallelConfig, stage: int) -> int:
+    """Parameters that a rank of pipeline stage ``stage`` holds, vocabulary padding included."""
+    a, t = architecture, parallel.tensor
+    queries, keys = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+    qkv = (queries + 2 * keys) // t
+    layer = qkv * a.hidden_size + queries // t * a.hidden_size + 3 * a.hidden_size * a.mlp_size // t
+    layer += 2 * a.hidden_size + (qkv if a.qkv_bias else 0) + (2 * a.head_dim if a.qk_norm else 0)
+    total = a.n_layers // parallel.pipeline * layer
+    vocabulary = a.padded_vocab(t) // t * a.hidden_size
+    last = stage == parallel.pipeline - 1
+    if stage == 0:
+        total += vocabulary
+    if last:
+        total += a.hidden_size
+        if not (a.tied and stage == 0):
+            total += vocabulary
+    return total
+
+
+def layer_activations(architecture: Architecture, parallel: ParallelConfig, width: int, *, fused: bool) -> int:
+    """Bytes a token that one layer keeps for its backward pass; ``width`` bytes an element.
+
+    ``fused``: the MLP's activation keeps only its input (GPU).
+    """
+    a, t = architecture, parallel.tensor
+    queries, keys = a.n_heads * a.head_dim / t, a.n_kv_heads * a.head_dim / t
+    sequence = t if parallel.sequence else 1
+    norms = 4 * a.hidden_size / sequence  # each norm's input, and its output: the input of a projection
+    # The whole qkv projection (for the values), rotated queries and keys, the context and its copy in row order.
+    attention = (queries + 2 * keys) + (queries + keys) + 2 * queries
+    mlp = (3 if fused else 4) * a.mlp_size / t
+    statistics = FP32 * a.n_heads / t
+    kept = width * (norms + attention + mlp) + statistics
+    if parallel.recompute == "selective":
+        kept -= width * queries + statistics
+    if parallel.recompute == "full":
+        kept = width * a.hidden_size / sequence
+    return round(kept)
+
+
+def estimate(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    *,
+    data_size: int,
+    tokens: int,
+    response_tokens: int,
+    on_gpu: bool,
+    reference_copy: bool,
+) -> Memory:
+    """Memory of the fullest rank at a micro-batch of ``tokens``, ``response_tokens`` of them in the loss."""
+    width = 2 if on_gpu else FP32
+    stages = range(parallel.pipeline)
+    return max(
+        (
+            _stage(architecture, parallel, stage, data_size, tokens, response_tokens, on_gpu, width, reference_copy)
+            for stage in stages
+        ),
+        key=lambda memory: memory.total,
+    )
+
+
+def _stage(
+    a: Architecture,
+    parallel: ParallelConfig,
+    stage: int,
+    data_size: int,
+    tokens: int,
+    response_tokens: int,
+    on_gpu: bool,
+    width: int,
+    reference_copy: bool,
+) -> Memory:
+    n = parameters_of_rank(a, parallel, stage)
+    last = stage == parallel.pipeline - 1
+    shards = data_size if parallel.distributed_optimizer else 1
+    in_flight = parallel.pipeline - stage  # micro-batches whose activations a stage keeps (1F1B)
+    kept = layer_activations(a, parallel, width, fused=on_gpu) * (a.n_layers // parallel.pipeline)
+    sequence = parallel.tensor if parallel.sequence else 1
+    activations = tokens * kept * in_flight
+    if last:
+        activations += tokens * width * 2 * a.hidden_size // sequence  # the final norm's input and output
+    # Backward through one layer: gradients of the MLP's widest tensors and of the residual stream; when the layer is
+    # recomputed, its activations are there again.
+    working = width * (3 * a.mlp_size // parallel.tensor + 2 * a.hidden_size)
+    if parallel.recompute == "full":
+        unsaved = ParallelConfig(tensor=parallel.tensor, sequence=parallel.sequence)
+        working += layer_activations(a, unsaved, width, fused=on_gpu)
+    embedding = a.padded_vocab(parallel.tensor) // parallel.tensor * a.hidden_size * width if stage == 0 else 0
+    loss = 0
+    if last:
+        loss = response_tokens * a.hidden_size * (2 * width + FP32)
+        loss += LOSS_WORKSPACE_BYTES if on_gpu else LOSS_CHUNK_BYTES
+    step = n * FP32 // shards if on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
+    return Memory(
+        weights=n * width,
+        reference=n * width if reference_copy else 0,
+        gradients=n * FP32,
+        optimizer=n * FP32 * (3 if on_gpu else 2) // shards,
+        activations=activations,
+        transient=max(tokens * working, embedding, step - activations - loss),
+        loss=loss,
+    )

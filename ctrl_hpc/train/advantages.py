@@ -1,0 +1,57 @@
+"""Advantages: what each response token is worth, by comparison within a group or by a value network.
+
+Shapes: S sequences, R response slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ctrl_kernels
+import torch
+from torch import Tensor
+
+from ctrl_hpc.config import RLConfig
+from ctrl_hpc.train.experience import Experience
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    """Advantages of response tokens; with a value network also its values and what they should have been."""
+
+    advantages_SR: Tensor
+    values_SR: Tensor | None = None
+    returns_SR: Tensor | None = None
+
+
+def estimate(experience: Experience, values_SR: Tensor | None, options: RLConfig) -> Advantages:
+    """Advantages within each draft's group, or from the values of a value network.
+
+    Zero for critiques that left their group.
+    """
+    mask_SR = experience.batch.mask_SR
+    if values_SR is None:
+        return Advantages(advantages_SR=experience.advantages(options.estimator)[:, None] * mask_SR)
+    mask_SR = mask_SR & experience.valid_S[:, None]
+    advantages_SR, returns_SR = advantages_and_returns(experience.rewards_S, values_SR, mask_SR, options)
+    return Advantages(advantages_SR=advantages_SR, values_SR=values_SR, returns_SR=returns_SR)
+
+
+def advantages_and_returns(
+    rewards_S: Tensor, values_SR: Tensor, mask_SR: Tensor, options: RLConfig
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantages, whitened over the tokens, and returns (not whitened), both [S, R].
+
+    The reward comes with a response's last token (Schulman et al. 2016; whitening as is usual for PPO). Responses
+    without a token in the mask count for nothing.
+    """
+    n_S = mask_SR.sum(1)
+    rewards_SR = torch.zeros_like(values_SR)
+    rewards_SR[torch.arange(len(rewards_S)), (n_S - 1).clamp_min(0)] = rewards_S * (n_S > 0)
+    advantages_SR, returns_SR = ctrl_kernels.gae(
+        rewards_SR, values_SR, mask_SR.float(), gamma=options.gae_gamma, lam=options.gae_lambda
+    )
+    tokens = advantages_SR[mask_SR]
+    deviation = tokens.std() if len(tokens) > 1 else tokens.new_tensor(0.0)
+    whitened_SR = (advantages_SR - tokens.mean()) / (deviation + 1e-8)
+    return torch.where(mask_SR, whitened_SR, 0.0), returns_SR
