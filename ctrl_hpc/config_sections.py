@@ -39,8 +39,6 @@ class TinyConfig:
     """Folder with the shipped ``generator`` and ``critic``."""
     require_conditions: bool = True
     """Stop before RL when a condition of an honest reward is violated."""
-    world_seed: int = 0
-    """Seed of the problems, their tests and their splits; the shipped models know those of seed 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

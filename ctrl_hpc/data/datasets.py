@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config_sections import TinyConfig
 from ctrl_hpc.data import codecontests, humaneval, livecodebench, mbppplus, taco
 from ctrl_hpc.records import Problem
 
@@ -18,7 +17,7 @@ Loader = Callable[[str | None, str], list[Problem]]
 def _tiny(path: str | None, split: str) -> list[Problem]:
     from ctrl_hpc.data import tiny
 
-    splits = tiny.load(TinyConfig())
+    splits = tiny.load()
     for name, problems in splits.items():
         if name == split:
             return problems

@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 
-from ctrl_hpc.config_sections import TinyConfig
 from ctrl_hpc.data import tiny, tiny_grammar
 from ctrl_hpc.records import Problem, StdinTest
 
@@ -115,10 +114,10 @@ def test_counts_and_sizes() -> None:
 
 
 def test_load_is_deterministic_and_seeded() -> None:
-    first = [problem.id for problem in tiny.load(TinyConfig())["test"]]
+    first = [problem.id for problem in tiny.load()["test"]]
     tiny.world.cache_clear()
-    assert [problem.id for problem in tiny.load(TinyConfig())["test"]] == first
-    assert [problem.id for problem in tiny.load(TinyConfig(world_seed=1))["test"]] != first
+    assert [problem.id for problem in tiny.load()["test"]] == first
+    assert [problem.id for problem in tiny.world(1).splits["test"]] != first
 
 
 def test_splits_are_disjoint_in_meaning() -> None:
