@@ -110,6 +110,7 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     """Write a model's folder beside its place, then put it there."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
+    transformers.utils.logging.disable_progress_bar()  # of two milliseconds, amid our own
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     (part / "model.safetensors").chmod(0o644)

@@ -108,3 +108,9 @@ def test_the_packaged_folder_can_be_copied_and_edited(tmp_path):
     shutil.copytree(PACKAGED / "default", copy)
     (copy / "revision.j2").write_text("Again: {{ critique }}")
     assert Prompts.load(str(copy)).revision(PROBLEM, SOLUTION, "No.")[-1].content == "Again: No."
+
+
+def test_the_tiny_critic_sees_an_answer_without_a_program_as_it_is():
+    answer = Solution(id="p/0", problem_id=PROBLEM.id, text="I cannot.", program=None)
+    asked = Prompts.load("tiny").critique(PROBLEM, answer)[-1].content
+    assert asked == f"{PROBLEM.prompt}\n```python\nI cannot.\n```\nReview."
