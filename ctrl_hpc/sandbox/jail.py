@@ -17,6 +17,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 from nsjail.config import Exe, IdMap, MountPt, NsJailConfig
@@ -28,7 +29,7 @@ from nsjail.serializers import to_textproto
 from ctrl_hpc.records import Limits
 from ctrl_hpc.sandbox import rootfs, seccomp
 from ctrl_hpc.sandbox.cgroup import MemoryGroup
-from ctrl_hpc.sandbox.watchdog import Watch, Watchdog, descendants
+from ctrl_hpc.sandbox.watchdog import Watch, Watchdog, descendants, hold_more
 
 INSIDE_ID = 65534
 _DIRTY, _OUT_OF_MEMORY = 1, 2
@@ -36,6 +37,15 @@ _MESSAGE = struct.Struct("<8q")
 _BILLION = 10**9
 _MIB = 1 << 20
 _START_TIMEOUT_S = 60.0
+_ENVIRONMENT = [
+    "PATH=/python/bin",
+    "HOME=/tmp",
+    "LANG=C.UTF-8",
+    "PYTHONUTF8=1",
+    "PYTHONHASHSEED=0",  # the same order of sets in every run
+    "MALLOC_ARENA_MAX=1",  # or every thread reserves 64 MB of the address space
+]
+_START_ENVIRONMENT: dict[str, str] = {}
 _GRACE_S = 30.0
 """How long after the wall limit an answer may take before the jail counts as broken."""
 _STACK_BYTES = 64 * _MIB
@@ -126,7 +136,7 @@ def config(root: Path) -> NsJailConfig:
         time_limit=0,
         nice_level=0,
         log_level=LogLevel.WARNING,
-        envar=["PATH=/python/bin", "HOME=/tmp", "LANG=C.UTF-8", "PYTHONUTF8=1", "PYTHONHASHSEED=0"],
+        envar=_ENVIRONMENT,
         rlimit_as_type=RLimitType.HARD,
         rlimit_cpu_type=RLimitType.HARD,
         rlimit_fsize_type=RLimitType.HARD,
@@ -167,10 +177,10 @@ def config(root: Path) -> NsJailConfig:
 class Jail:
     """A running jail. Not thread-safe but for :meth:`cancel`; close it, or leave its ``with`` block."""
 
-    def __init__(self, root: Path, memory: MemoryGroup | Watchdog | None = None) -> None:
-        """``memory`` bounds what the jail's processes hold together: a cgroup, or else the watchdog."""
+    def __init__(self, root: Path, watchdog: Watchdog | None = None, group: MemoryGroup | None = None) -> None:
+        """``group`` bounds what the jail's processes hold together, the watchdog alone does where there is none."""
         self._root = root
-        self._memory = memory
+        self._watchdog, self._group = watchdog, group
         self._kills = 0
         self._watch: Watch | None = None
         self._runner_pid = 0
@@ -200,7 +210,7 @@ class Jail:
                 stderr=self._log_fd,
                 pass_fds=(config_fd,),
                 start_new_session=True,
-                env={},
+                env=_START_ENVIRONMENT,
             )
         except OSError as error:
             self.close()
@@ -219,8 +229,8 @@ class Jail:
         if len(message) != _MESSAGE.size or _MESSAGE.unpack(message)[1] != Reason.READY:
             raise self._broken(f"the jail did not start: {reason}")
         self._runner_pid = descendants(self._process.pid)[-1]
-        if isinstance(self._memory, MemoryGroup):
-            self._memory.add([self._runner_pid])
+        if self._group is not None:
+            self._group.add([self._runner_pid])
 
     def log(self) -> str:
         """The last lines of nsjail's log, without the loader's remarks on libnl."""
@@ -295,22 +305,23 @@ class Jail:
 
     def _bound_memory(self, limits: Limits) -> None:
         limit = limits.memory_mb * _MIB + _SHARED_HEADROOM
-        if isinstance(self._memory, MemoryGroup):
-            self._memory.limit(limit)
-            self._kills = self._memory.kills()
-        elif self._memory is not None:
-            self._watch = Watch(self._runner_pid, limit, self.cancel)
-            self._memory.add(self._watch)
+        if self._group is not None:
+            self._group.limit(limit)
+            self._kills = self._group.kills()
+        if self._watchdog is not None:
+            held_too_much = self._killed if self._group is not None else partial(hold_more, self._runner_pid, limit)
+            self._watch = Watch(held_too_much, self.cancel)
+            self._watchdog.add(self._watch)
+
+    def _killed(self) -> bool:
+        return self._group is not None and self._group.kills() > self._kills
 
     def _memory_exceeded(self) -> bool:
         """Whether the job's processes held more than they may together; ends the watch."""
-        if isinstance(self._memory, MemoryGroup):
-            return self._memory.kills() > self._kills
         watch, self._watch = self._watch, None
-        if watch is None or self._memory is None:
-            return False
-        self._memory.remove(watch)
-        return watch.exceeded
+        if watch is not None and self._watchdog is not None:
+            self._watchdog.remove(watch)
+        return self._killed() or (watch is not None and watch.exceeded)
 
     def _broken(self, reason: str) -> JailFault:
         fault = JailFault(f"{reason}; {self.log()}")

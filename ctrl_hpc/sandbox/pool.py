@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
-from ctrl_hpc.sandbox import cgroup, judge, rootfs
+from ctrl_hpc.sandbox import cgroup, judge, probe, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
 from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault
@@ -57,14 +57,16 @@ class Sandbox:
         self._unfinished = 0
         self._closed = False
         hierarchy = cgroup.memory_groups() if use_cgroup else None
-        self._watchdog = Watchdog() if hierarchy is None else None
-        pool = [Worker(root, hierarchy or self._watchdog, fresh) for _ in range(workers)]
+        self._watchdog = Watchdog()
+        pool = [Worker(root, self._watchdog, hierarchy, fresh) for _ in range(workers)]
         try:
             pool[0].jail()
         except JailFault as error:
             for worker in pool:
                 worker.close()
-            raise ValueError(f"cannot isolate programs here: {error}") from None
+            self._watchdog.close()
+            found = probe.complaint(probe.probe(root_parent)) or str(error)
+            raise ValueError(f"cannot isolate programs here: {found}") from None
         self._threads = [
             threading.Thread(target=self._serve, args=(worker,), name=f"sandbox-{index}", daemon=True)
             for index, worker in enumerate(pool)
@@ -195,8 +197,7 @@ class Sandbox:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
-        if self._watchdog is not None:
-            self._watchdog.close()
+        self._watchdog.close()
 
 
 def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:

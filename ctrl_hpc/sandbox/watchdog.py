@@ -1,6 +1,7 @@
-"""Memory of a jail's processes together, where no cgroup bounds it: sampled from /proc, the job ended when over.
+"""Ends a job whose processes together hold too much memory.
 
-Between two samples the processes can grow by what their address-space limits allow; a cgroup has no such gap.
+Where a cgroup bounds them, the kernel has then killed one of them already, and the rest are ended here. Elsewhere what
+they hold is sampled from /proc: between two samples they can grow by what their address-space limits allow.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ _KIB = 1024
 
 @dataclass(slots=True, eq=False)
 class Watch:
-    """A jail being watched: its runner's pid on the host, the bound, what to do once above it."""
+    """A job being watched: whether it holds too much, and what to do then."""
 
-    pid: int
-    limit_bytes: int
+    too_much: Callable[[], bool]
     end: Callable[[], None]
     exceeded: bool = False
 
 
 class Watchdog:
-    """A thread that looks at all watched jails every :data:`PERIOD_S`."""
+    """A thread that looks at all watched jobs every :data:`PERIOD_S`."""
 
     def __init__(self) -> None:
         self._watches: set[Watch] = set()
@@ -62,13 +62,13 @@ class Watchdog:
             with self._lock:
                 watches = list(self._watches)
             for watch in watches:
-                if not watch.exceeded and _used(watch.pid, watch.limit_bytes) > watch.limit_bytes:
+                if not watch.exceeded and watch.too_much():
                     self._end(watch)
             pause.wait(PERIOD_S)
 
     def _end(self, watch: Watch) -> None:
         with self._lock:
-            if watch in self._watches:  # else what was measured may be the next job of the same jail
+            if watch in self._watches:  # else what was seen may be the next job of the same jail
                 watch.exceeded = True
                 watch.end()
 
@@ -87,15 +87,18 @@ def descendants(pid: int) -> list[int]:
     return out
 
 
-def _used(runner: int, limit_bytes: int) -> int:
-    """Bytes that a jail's processes hold; shared pages are told apart only when the plain sum is above the limit."""
+def hold_more(runner: int, limit_bytes: int) -> bool:
+    """Whether the processes of the jail of that runner (a pid on the host) together hold more than so many bytes.
+
+    Pages that they share are told apart only when the plain sum is above the limit.
+    """
     pids = descendants(runner)
     total = sum(_field(pid, "status", ("RssAnon:", "RssShmem:")) for pid in pids)
     if total > limit_bytes and len(pids) > 1:
         shares = [_field(pid, "smaps_rollup", ("Pss:",)) for pid in pids]
         if all(shares):
-            return sum(shares)
-    return total
+            total = sum(shares)
+    return total > limit_bytes
 
 
 def _field(pid: int, file: str, names: tuple[str, ...]) -> int:

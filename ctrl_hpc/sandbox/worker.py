@@ -49,25 +49,26 @@ _CHECK_STATUS: dict[int | None, TestStatus] = {
 class Worker:
     """Owns a jail for programs and one for tests that call them, kept warm between programs unless ``fresh``."""
 
-    def __init__(self, root: Path, memory: Hierarchy | Watchdog | None, fresh: bool = False) -> None:
-        """``memory``: where this worker makes its cgroup, or the watchdog instead."""
+    def __init__(self, root: Path, watchdog: Watchdog, hierarchy: Hierarchy | None, fresh: bool = False) -> None:
+        """``hierarchy``: where this worker makes its cgroup; None where none can be made."""
         self._root = root
-        self._memory = MemoryGroup(memory) if isinstance(memory, Hierarchy) else memory
+        self._watchdog = watchdog
+        self._group = MemoryGroup(hierarchy) if hierarchy is not None else None
         self._fresh = fresh
         self._jails: dict[bool, Jail] = {}
 
     def jail(self, trusted: bool = False) -> Jail:
         """The jail for programs, or for tests' own code; started when it is not there. Raises JailFault."""
         if trusted not in self._jails:
-            self._jails[trusted] = Jail(self._root, None if trusted else self._memory)
+            self._jails[trusted] = Jail(self._root) if trusted else Jail(self._root, self._watchdog, self._group)
         return self._jails[trusted]
 
     def close(self) -> None:
         """End the jails and remove the cgroup."""
         self._end_jails()
-        if isinstance(self._memory, MemoryGroup):
-            self._memory.close()
-            self._memory = None
+        if self._group is not None:
+            self._group.close()
+            self._group = None
 
     def _end_jails(self) -> None:
         while self._jails:

@@ -66,7 +66,7 @@ def test_all_kinds_of_tests_cross(url: str) -> None:
     tests = (AssertTest(code="assert f((1, 2)) == {2, 1}"), FunctionTest(name="f", args=((1, 2),), expected={1, 2}))
     with ExecutorClient(lambda: [url]) as executor:
         (verdict,) = executor.run_many([Execution(program="f = set", tests=tests, limits=LIMITS)])
-    assert verdict.passed == 1 and verdict.tests[1].status == "accepted"
+    assert verdict.accepted and verdict.passed == 2
 
 
 @pytest.mark.parametrize(

@@ -9,103 +9,19 @@ from __future__ import annotations
 
 import ast
 import builtins
-import json
 import linecache
 import os
 import sys
 import traceback
 import types
-from collections.abc import Callable
 
-import plain
+from proxies import Channel, SolutionLost, UnsupportedValue
 
 PASSED, ASSERTION, RAISED, UNSUPPORTED, LOST, TEST_ERROR, MISSING = 0, 10, 11, 12, 13, 14, 15
 """Exit codes: all went well; an assertion failed; the solution raised; a value cannot cross; the solution's process
 ended; the test raised something else; the solution lacks a name that the test uses."""
 
 TEST_NAME = "test.py"
-_REPLY_FD, _REQUEST_FD = 3, 4
-_MAX_REPLY_BYTES = 32 << 20
-
-
-class SolutionLost(BaseException):
-    """The solution's process ended, or sent something that is no answer."""
-
-
-class UnsupportedValue(BaseException):
-    """A value cannot cross; not an Exception, so that no ``except Exception`` of a test takes it for an answer."""
-
-
-class Channel:
-    """Requests to the solution, one at a time. ``failure`` keeps the first loss, which no test code can undo."""
-
-    def __init__(self) -> None:
-        self._replies = os.fdopen(_REPLY_FD, "rb")
-        self._requests = os.fdopen(_REQUEST_FD, "wb")
-        self.failure: BaseException | None = None
-
-    def ask(self, request: dict) -> dict:
-        """The solution's reply to a request."""
-        if self.failure is not None:
-            raise self.failure
-        try:
-            self._requests.write(json.dumps(request, separators=(",", ":")).encode() + b"\n")
-            self._requests.flush()
-            line = self._replies.readline(_MAX_REPLY_BYTES)
-            reply = json.loads(line)
-        except (OSError, ValueError, RecursionError):
-            raise self._lost() from None
-        if not line.endswith(b"\n") or not isinstance(reply, dict):
-            raise self._lost()
-        return reply
-
-    def _lost(self) -> BaseException:
-        self.failure = SolutionLost("the solution's process ended before it answered")
-        return self.failure
-
-    def value(self, reply: dict) -> object:
-        """The value of a reply; raises what the solution raised."""
-        try:
-            if "value" in reply:
-                return plain.decode(reply["value"])
-            if "raise" in reply:
-                raise _exception(reply)
-            reason = str(reply.get("unsupported", "malformed reply"))
-        except (plain.Unsupported, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-            if getattr(error, "from_solution", False):
-                raise
-            reason = str(error)
-        self.failure = UnsupportedValue(reason)
-        raise self.failure
-
-
-def _exception(reply: dict) -> Exception:
-    """The solution's exception: a built-in one by name, with plain arguments, or a new class of that name."""
-    name = str(reply["raise"])
-    found = getattr(builtins, name, None)
-    if not (isinstance(found, type) and issubclass(found, Exception)):
-        found = type(name[:100], (Exception,), {})
-    arguments = [plain.decode(item) for item in reply.get("args", [])]
-    try:
-        error = found(*arguments)
-    except TypeError:
-        error = type(name[:100], (Exception,), {})(*arguments)
-    error.from_solution = True  # type: ignore[attr-defined]
-    return error
-
-
-def _proxy(channel: Channel, name: str) -> Callable[..., object]:
-    def call(*args: object, **kwargs: object) -> object:
-        try:
-            sent = [plain.encode(item) for item in args]
-            sent_by_name = {key: plain.encode(item) for key, item in kwargs.items()}
-        except plain.Unsupported as error:
-            channel.failure = UnsupportedValue(f"argument of {name}: {error}")
-            raise channel.failure from None
-        return channel.value(channel.ask({"name": name, "args": sent, "kwargs": sent_by_name}))
-
-    call.__name__ = call.__qualname__ = name
-    return call
 
 
 def _names(tree: ast.AST) -> tuple[list[str], list[str]]:
@@ -137,7 +53,7 @@ def _bind(channel: Channel, names: list[str], namespace: dict) -> bool:
         if "missing" in reply:
             continue
         found = True
-        namespace[name] = _proxy(channel, name) if reply.get("callable") is True else channel.value(reply)
+        namespace[name] = channel.value(reply, {"name": name})
     return found
 
 

@@ -41,6 +41,7 @@ RUN, SERVE, CHECK, PUT, FETCH = range(5)
 """Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them; files put into
 /tmp; files fetched from it."""
 PROGRAM_NAME = "solution.py"
+_HARNESS = "/runner/"
 _RAISE = opcode.opmap["RAISE_VARARGS"]
 _OPEN_FILES = 64
 _BILLION = 10**9
@@ -150,7 +151,10 @@ def _report(error: BaseException, source: bytes, note: mmap.mmap) -> None:
     if sys.excepthook is not sys.__excepthook__:
         sys.excepthook(type(error), error, tb)
         return
-    traceback.print_exception(type(error), error, tb)
+    report = traceback.TracebackException(type(error), error, tb)
+    own = [frame for frame in report.stack if not frame.filename.startswith(_HARNESS)]
+    report.stack = traceback.StackSummary.from_list(own)
+    report.print()
 
 
 def _raised_by_program(tb: types.TracebackType | None) -> bool:

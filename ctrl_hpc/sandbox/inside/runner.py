@@ -125,14 +125,26 @@ def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple
     status, cpu, peak_kb = _reap(pid)
     if reason == FINISHED and cpu > cpu_ns:
         reason = CPU_LIMIT
-    if pending[0]:
-        reason = FAULT
+    if pending[0] and reason == FINISHED:
+        reason = FAULT  # the child ended by itself before the program began
     flags = (0 if keep or _clean() else DIRTY) | (OUT_OF_MEMORY if note[0] else 0)
     return REPLY.pack(status, reason, cpu, wall, peak_kb, flags, 0, 0)
 
 
+def _check_walls() -> None:
+    """End at once unless this is pid 1 of a jail whose walls stand: better no service than one without them."""
+    assert os.getpid() == 1 and os.getuid() == os.getgid() == 65534, "not the jail's first process, or not its user"
+    assert not os.path.exists("/proc/1") and not os.path.exists("/etc/passwd"), "the host's files are visible"
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    except PermissionError:
+        return
+    raise AssertionError("system calls are not filtered")
+
+
 def main() -> None:
     """Serve jobs until the executor closes its end."""
+    _check_walls()
     # Python's own SIGINT handler would make pid 1 killable from inside: without handlers the kernel shields it.
     for number in range(1, signal.NSIG):
         if signal.getsignal(number) not in (signal.SIG_DFL, None):

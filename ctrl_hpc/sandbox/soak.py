@@ -1,0 +1,163 @@
+"""A long run of the executor with one program in seven misbehaving; nothing may be wrong, left over, or growing.
+
+``python -m ctrl_hpc.sandbox.soak --runs 100000``. Every verdict is checked against the one known for its program; at
+the end the processes, descriptors, threads, mounts, cgroups and files of the machine are compared with those before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ctrl_hpc.progress import Steps
+from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest
+from ctrl_hpc.sandbox import cgroup
+from ctrl_hpc.sandbox.pool import Sandbox
+from ctrl_hpc.sandbox.watchdog import descendants
+
+LIMITS = Limits(cpu_s=1.0, wall_s=20.0, memory_mb=128, output_bytes=1 << 16, processes=8)
+_BATCH = 256
+_GROWTH_MB = 16.0
+"""Resident memory may grow by this after the first batches: allocators, not leaks."""
+
+_DAEMON = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    while True: time.sleep(0.01)\n"
+MISBEHAVING: dict[str, tuple[str, str]] = {
+    "daemon": (_DAEMON + "print(int(input()) * 2)", "accepted"),
+    "swarm": ("import os, time\nfor _ in range(5):\n    if os.fork() == 0: time.sleep(99)\n1 / 0", "runtime_error"),
+    "files": ("for n in range(20): open(f'/tmp/{n}', 'w').write('x' * 9999)\nprint(int(input()) * 2)", "accepted"),
+    "folders": ("import os\nos.makedirs('/tmp/a/b/c')\nprint(int(input()) * 2)", "accepted"),
+    "flood": ("while True: print('x' * 99999)", "output_limit"),
+    "memory": ("x = [0] * (1 << 33)", "memory_limit"),
+    "killer": ("import os\nos.kill(-1, 9) if os.fork() == 0 else os.wait()\nprint(int(input()) * 2)", "runtime_error"),
+    "signals": ("import os\nfor n in range(1, 31): os.kill(1, n)\nprint(int(input()) * 2)", "accepted"),
+    "crash": ("import os\nos.abort()", "runtime_error"),
+    "exit": ("import os\nos._exit(0)", "wrong_answer"),
+    "closes": ("import os\nos.closerange(0, 64)\nos._exit(3)", "runtime_error"),
+}
+"""What misbehaving programs do, and the verdict that each earns."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a soak found."""
+
+    runs: int = 0
+    wrong: Counter[str] = field(default_factory=Counter)
+    """Verdicts that were not the known ones, by "name: got"."""
+    left: dict[str, set[str]] = field(default_factory=dict)
+    """What is there after the sandbox has closed that was not there before, by kind."""
+    growth_mb: float = 0.0
+    """Growth of this process's resident memory between the second batch and the last."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was wrong, left, or growing."""
+        return not self.wrong and not any(self.left.values()) and self.growth_mb <= _GROWTH_MB
+
+
+def executions(runs: int, seed: int) -> list[tuple[str, str, Execution]]:
+    """``runs`` programs of one test each: name, known status, execution. One in seven misbehaves."""
+    draw = random.Random(seed)
+    out = []
+    for number in range(runs):
+        value = draw.randrange(10**6)
+        stdin = StdinTest(stdin=f"{value}\n", expected_stdout=f"{2 * value}\n")
+        if number % 7 == 6:
+            name = draw.choice(list(MISBEHAVING))
+            program, status = MISBEHAVING[name]
+            test: StdinTest | AssertTest | FunctionTest = stdin
+        else:
+            name, program, status, test = _well_behaved(draw, value, stdin)
+        out.append((name, status, Execution(program=f"{program}\n# {number}", tests=(test,), limits=LIMITS)))
+    return out
+
+
+def _well_behaved(
+    draw: random.Random, value: int, stdin: StdinTest
+) -> tuple[str, str, str, StdinTest | AssertTest | FunctionTest]:
+    right = draw.random() < 0.5
+    status = "accepted" if right else "wrong_answer"
+    factor = 2 if right else 3
+    value += 1  # so that three times it is never twice it
+    kind = draw.random()
+    if kind < 0.8:
+        return "stdin", f"print((int(input()) + {0 if right else 1}) * 2)", status, stdin
+    if kind < 0.9:
+        test = FunctionTest(name="f", args=(value,), expected=2 * value)
+        return "function", f"def f(x): return x * {factor}", status, test
+    return "assert", f"def f(x): return x * {factor}", status, AssertTest(code=f"assert f({value}) == {2 * value}")
+
+
+def soak(runs: int, workers: int = 2, seed: int = 0) -> Report:
+    """Run them and look what was wrong or left."""
+    report = Report()
+    before = _surroundings()
+    started_mb = 0.0
+    with Sandbox(workers=workers) as sandbox, Steps("soak", runs) as steps:
+        for start in range(0, runs, _BATCH):
+            batch = executions(min(_BATCH, runs - start), seed + start)
+            verdicts = sandbox.run_many([execution for _, _, execution in batch])
+            for (name, status, _), verdict in zip(batch, verdicts, strict=True):
+                if verdict.status != status:
+                    report.wrong[f"{name}: {verdict.status} {verdict.detail[:200]}"] += 1
+            report.runs += len(batch)
+            steps.advance(len(batch))
+            if start == _BATCH:
+                started_mb = _resident_mb()
+    report.growth_mb = _resident_mb() - started_mb if started_mb else 0.0
+    after = _surroundings()
+    report.left = {kind: after[kind] - before[kind] for kind in after}
+    return report
+
+
+def _surroundings() -> dict[str, set[str]]:
+    """What could be left behind: this process's own, and what jails make on the machine."""
+    own = Path("/proc/self")
+    hierarchy = cgroup.find()
+    groups = {str(path) for path in hierarchy.folder.glob(f"{cgroup.PREFIX}{os.getpid()}-*")} if hierarchy else set()
+    return {
+        "processes": _children(),
+        "descriptors": {f"{fd}" for fd in os.listdir(own / "fd")[:-1]},
+        "threads": {thread.name for thread in threading.enumerate() if thread.name.startswith("sandbox")},
+        "mounts": set((own / "mountinfo").read_text().splitlines()),
+        "cgroups": groups,
+        "files": {path.name for path in Path(tempfile.gettempdir()).glob(f"ctrl-hpc-{os.getuid()}/.jail-*")},
+    }
+
+
+def _children() -> set[str]:
+    return {str(pid) for pid in descendants(os.getpid())}
+
+
+def _resident_mb() -> float:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; exit code 0 when the soak is clean."""
+    parser = argparse.ArgumentParser(prog="python -m ctrl_hpc.sandbox.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    report = soak(options.runs, options.workers, options.seed)
+    print(f"{report.runs} runs, {sum(report.wrong.values())} wrong, memory grew by {report.growth_mb:.1f} MB")
+    for what, count in report.wrong.most_common(20):
+        print(f"wrong, {count} times: {what}")
+    for kind, left in report.left.items():
+        if left:
+            print(f"left: {kind}: {', '.join(sorted(left)[:10])}")
+    print("clean" if report.clean else "NOT clean")
+    return 0 if report.clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

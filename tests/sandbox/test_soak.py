@@ -1,0 +1,21 @@
+"""Thousands of runs, one in seven misbehaving: nothing wrong, nothing left."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctrl_hpc.sandbox.soak import MISBEHAVING, executions, soak
+
+
+def test_one_in_seven_misbehaves_in_every_way() -> None:
+    names = [name for name, _, _ in executions(2000, seed=0)]
+    assert [index % 7 == 6 for index in range(2000)] == [name in MISBEHAVING for name in names]
+    assert set(MISBEHAVING) <= set(names) and {"stdin", "function", "assert"} <= set(names)
+
+
+@pytest.mark.slow
+def test_two_thousand_runs_are_clean() -> None:
+    report = soak(2000)
+    assert (report.runs, dict(report.wrong)) == (2000, {})
+    assert {kind: left for kind, left in report.left.items() if left} == {}
+    assert report.clean
