@@ -11,6 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ctrl_hpc.config import Config
 
 STAGES = {
     "sample": "drafts of the fixed generator, executed",
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
-    run.add_argument("--dry-run", action="store_true", help="check and print the configuration, start nothing")
+    run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, text in STAGES.items():
         _configured(commands.add_parser(name, help=text), _stage(name))
     data = commands.add_parser("data", help="write a data set's problems as JSONL")
@@ -87,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
     doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
     doctor.set_defaults(command=_doctor)
+    _convert_parsers(
+        commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
+    )
     bench = commands.add_parser("bench", help="measure: executor")
     bench.add_argument("what", choices=["executor"])
     bench.add_argument("--workers", type=int, default=2)
@@ -117,17 +124,47 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--port", type=int, required=True, help="port; 0: any free one")
 
 
+def _convert_parsers(parser: argparse.ArgumentParser) -> None:
+    directions = parser.add_subparsers(metavar="DIRECTION", required=True)
+    for direction, text in (
+        ("hf-to-megatron", "a Hugging Face folder to a Megatron checkpoint"),
+        ("megatron-to-hf", "a Megatron checkpoint, a trainer's too, to a Hugging Face folder"),
+    ):
+        one = directions.add_parser(direction, help=text)
+        one.add_argument("source", metavar="SRC", type=Path)
+        one.add_argument("target", metavar="DST", type=Path, help="must not exist")
+        one.add_argument("--tp", type=int, default=1, help="tensor-parallel processes (default: 1)")
+        one.add_argument("--pp", type=int, default=1, help="pipeline-parallel processes (default: 1)")
+        one.set_defaults(command=_convert, direction=direction)
+
+
 def _run(options: argparse.Namespace) -> int:
     from ctrl_hpc.config import dump, load
 
     config = load(options.config, options.overrides)
     if options.dry_run:
         print(dump(config), end="")
-        return 0
+        return _plan(config)
     from ctrl_hpc import pipeline
 
     folder = pipeline.run(config)
     print(f"report: {folder / 'report' / 'index.html'}")
+    return 0
+
+
+def _plan(config: Config) -> int:
+    """Print the plan as comments, so that the output stays a configuration. Raises ValueError when it does not fit."""
+    if not {"sft", "rl"} & set(config.stages):
+        print("# plan: no stage of this configuration trains")
+        return 0
+    from ctrl_hpc.train.plan import plan
+
+    found = plan(config)
+    print("# plan:")
+    for line in found.lines():
+        print(f"#   {line}")
+    if found.fits is False:
+        raise ValueError(f"does not fit: {found.verdict()}")
     return 0
 
 
@@ -221,6 +258,14 @@ def _doctor(options: argparse.Namespace) -> int:
         table.add_row(check.name, check.state, check.found, check.fix)
     Console().print(table)
     return 1 if any(check.state == "missing" for check in found) else 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ctrl_hpc.megatron import convert
+
+    convert.launch(options.direction, options.source, options.target, options.tp, options.pp)
+    print(options.target)
+    return 0
 
 
 def _say(url: str) -> None:

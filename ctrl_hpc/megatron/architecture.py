@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ctrl_hpc.config import ROOT, ParallelConfig
+
+HUGGINGFACE = "huggingface"
+"""Sub-folder of a checkpoint with the critic's configuration and tokenizer."""
+KNOWN = ROOT / "configs" / "models.json"
+"""Configurations of well-known models by name, for plans where the model's folder is elsewhere."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the sequence."""
@@ -88,13 +96,32 @@ def read(folder: str | Path) -> Architecture:
         raise ValueError(f"{path}: model_type {kind!r} is not supported; allowed: {', '.join(VARIANTS)}")
     from transformers import AutoConfig
 
-    hf = AutoConfig.from_pretrained(str(folder))
+    return _describe(AutoConfig.from_pretrained(str(folder)), path)
+
+
+def known(name: str) -> Architecture:
+    """The architecture of a well-known model, by its name on the hub or the last part of its folder's path.
+
+    Raises ValueError when the name is not in the table.
+    """
+    from transformers import AutoConfig
+
+    table: dict[str, dict[str, Any]] = json.loads(KNOWN.read_text(encoding="utf-8"))
+    short = re.sub(r"-(Coder|Instruct|Base)\b", "", Path(name).name)
+    if short not in table:
+        raise ValueError(f"{name}: neither a Hugging Face model folder (no config.json) nor one of {', '.join(table)}")
+    return _describe(AutoConfig.for_model(**table[short]), KNOWN)
+
+
+def _describe(hf: Any, path: Path) -> Architecture:
+    """What a Hugging Face configuration says; ``path`` is where it came from."""
     _refuse_unsupported(hf, path)
     n_heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // n_heads
     inverse_frequencies, amplitude = _rope(hf, head_dim, path)
+    variant = VARIANTS[hf.model_type]
     return Architecture(
-        kind=kind,
+        kind=hf.model_type,
         n_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         n_heads=n_heads,
@@ -104,12 +131,33 @@ def read(folder: str | Path) -> Architecture:
         vocab_size=hf.vocab_size,
         norm_eps=hf.rms_norm_eps,
         tied=bool(hf.tie_word_embeddings),
-        qkv_bias=VARIANTS[kind].qkv_bias,
-        qk_norm=VARIANTS[kind].qk_norm,
+        qkv_bias=variant.qkv_bias,
+        qk_norm=variant.qk_norm,
         max_positions=hf.max_position_embeddings,
         inverse_frequencies=inverse_frequencies,
         rope_amplitude=amplitude,
     )
+
+
+def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Raise ValueError, in one line naming the key, unless heads, MLP and layers divide over the ranks."""
+    divisions = {
+        "parallel.tensor": (
+            parallel.tensor,
+            {"attention heads": architecture.n_heads, "MLP width": architecture.mlp_size},
+        ),
+        "parallel.pipeline": (parallel.pipeline, {"layers": architecture.n_layers}),
+    }
+    for key, (ranks, sizes) in divisions.items():
+        for what, size in sizes.items():
+            if size % ranks:
+                raise ValueError(f"{key}={ranks} must divide the critic's {size} {what}")
+    few, many = sorted((parallel.tensor, architecture.n_kv_heads))
+    if many % few:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} and the critic's {architecture.n_kv_heads} key-value heads: "
+            "one must divide the other"
+        )
 
 
 def _refuse_unsupported(hf: Any, path: Path) -> None:

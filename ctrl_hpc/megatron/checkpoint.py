@@ -25,12 +25,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ctrl_hpc.megatron.architecture import HUGGINGFACE
 from ctrl_hpc.megatron.huggingface_weights import copy_side_files
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
 
-HUGGINGFACE = "huggingface"
-"""Sub-folder of a checkpoint with the critic's configuration and tokenizer."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 

@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 
 from ctrl_hpc.config import Config, ParallelConfig, TrainerConfig
+from ctrl_hpc.megatron.architecture import HUGGINGFACE
+
+DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
 
 def hf_to_megatron(source: str | Path, target: str | Path, *, tensor: int = 1, pipeline: int = 1) -> None:
@@ -23,7 +26,7 @@ def hf_to_megatron(source: str | Path, target: str | Path, *, tensor: int = 1, p
 
     Raises ValueError for a folder or a layout that does not fit.
     """
-    _launch("hf-to-megatron", Path(source), Path(target), tensor, pipeline)
+    launch("hf-to-megatron", Path(source), Path(target), tensor, pipeline)
 
 
 def megatron_to_hf(source: str | Path, target: str | Path, *, tensor: int = 1, pipeline: int = 1) -> None:
@@ -31,12 +34,15 @@ def megatron_to_hf(source: str | Path, target: str | Path, *, tensor: int = 1, p
 
     Raises ValueError for a folder or a layout that does not fit.
     """
-    _launch("megatron-to-hf", Path(source), Path(target), tensor, pipeline)
+    launch("megatron-to-hf", Path(source), Path(target), tensor, pipeline)
 
 
-def _launch(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
-    if target.exists():
-        raise ValueError(f"{target}: exists; nothing was overwritten")
+def launch(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
+    """Convert by ``tensor`` x ``pipeline`` processes on this machine; ``target`` appears whole or not at all.
+
+    Raises ValueError, in one line, for what the user can mend, RuntimeError for the rest.
+    """
+    _check(direction, source, target, tensor, pipeline)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,19 +60,48 @@ def _launch(direction: str, source: Path, target: Path, tensor: int, pipeline: i
         for process in started:
             process.kill()
             process.wait()
+        shutil.rmtree(part_of(target), ignore_errors=True)
     for process, text in zip(started, said, strict=True):
-        if process.returncode == 2:
+        if process.returncode == WRONG_INPUT:
             raise ValueError(text.strip().splitlines()[-1])
     for process, text in zip(started, said, strict=True):
         if process.returncode:
             raise RuntimeError(f"{direction} failed:\n{text}")
 
 
+WRONG_INPUT = 2
+"""Exit code of a process whose last line on stderr is for the user."""
+
+
+def part_of(target: Path) -> Path:
+    """Where a conversion writes until it is whole."""
+    return target.with_name(f".{target.name}.part")
+
+
+def _check(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
+    from ctrl_hpc.megatron import architecture as architectures
+
+    if target.exists():
+        raise ValueError(f"{target}: exists; nothing was overwritten")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"{target}: its folder {target.absolute().parent} does not exist")
+    for option, value in (("--tp", tensor), ("--pp", pipeline)):
+        if value < 1:
+            raise ValueError(f"{option}: {value} is not allowed; it must be >= 1")
+    if direction == "megatron-to-hf":
+        described = source / HUGGINGFACE
+        if not (described / "config.json").is_file():
+            raise ValueError(f"{source}: not a Megatron checkpoint of ctrl-hpc (it holds no {HUGGINGFACE}/config.json)")
+    else:
+        described = source
+    architectures.check_layout(architectures.read(described), ParallelConfig(tensor=tensor, pipeline=pipeline))
+
+
 def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
     from ctrl_hpc.megatron import architecture as architectures
     from ctrl_hpc.megatron import checkpoint, huggingface_weights, model, parallel_state
 
-    described = source if direction == "hf-to-megatron" else source / checkpoint.HUGGINGFACE
+    described = source if direction == "hf-to-megatron" else source / HUGGINGFACE
     architecture = architectures.read(described)
     config = Config(
         name="convert",
@@ -77,10 +112,9 @@ def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: 
         built = model.build(architecture, config.parallel, world)
         if direction == "hf-to-megatron":
             huggingface_weights.load(built, source, architecture, world)
-            part = target.with_name(f".{target.name}.part")
-            checkpoint.save_weights(part, built, world, source=source)
+            checkpoint.save_weights(part_of(target), built, world, source=source)
             if world.main:
-                os.replace(part, target)
+                os.replace(part_of(target), target)
         else:
             checkpoint.load_weights(source, built)
             huggingface_weights.export(built, architecture, world, target, source=described)
@@ -98,7 +132,7 @@ def _dtype(folder: Path) -> str:
 def main() -> None:
     """One process of a conversion."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("direction", choices=["hf-to-megatron", "megatron-to-hf"])
+    parser.add_argument("direction", choices=DIRECTIONS)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--tp", type=int, default=1)
@@ -107,10 +141,8 @@ def main() -> None:
     try:
         _convert(options.direction, options.source, options.target, options.tp, options.pp)
     except ValueError as error:
-        shutil.rmtree(options.target.with_name(f".{options.target.name}.part"), ignore_errors=True)
-        print(error, file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(2)  # the other ranks find out for themselves; the groups are not waited for
+        print(error, file=sys.stderr, flush=True)
+        os._exit(WRONG_INPUT)  # the other ranks find out for themselves; the groups are not waited for
 
 
 if __name__ == "__main__":

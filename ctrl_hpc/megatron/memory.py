@@ -25,6 +25,8 @@ class Memory:
     weights: int
     reference: int
     """The frozen reference critic, where it is a copy."""
+    value: int
+    """PPO's value network: its weights, gradients and optimizer."""
     gradients: int
     """Megatron's fp32 main gradients."""
     optimizer: int
@@ -82,66 +84,57 @@ def layer_activations(architecture: Architecture, parallel: ParallelConfig, widt
     return round(kept)
 
 
-def estimate(
-    architecture: Architecture,
-    parallel: ParallelConfig,
-    *,
-    data_size: int,
-    tokens: int,
-    response_tokens: int,
-    on_gpu: bool,
-    reference_copy: bool,
-) -> Memory:
-    """Memory of the fullest rank at a micro-batch of ``tokens``, ``response_tokens`` of them in the loss."""
-    width = 2 if on_gpu else FP32
-    stages = range(parallel.pipeline)
-    return max(
-        (
-            _stage(architecture, parallel, stage, data_size, tokens, response_tokens, on_gpu, width, reference_copy)
-            for stage in stages
-        ),
-        key=lambda memory: memory.total,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What a rank does with the critic, as far as it takes memory."""
+
+    data_size: int
+    """Data-parallel ranks."""
+    tokens: int
+    """Of the largest micro-batch, padding included."""
+    response_tokens: int
+    """Those of them that the loss is over."""
+    on_gpu: bool
+    reference_copy: bool = False
+    value_network: bool = False
 
 
-def _stage(
-    a: Architecture,
-    parallel: ParallelConfig,
-    stage: int,
-    data_size: int,
-    tokens: int,
-    response_tokens: int,
-    on_gpu: bool,
-    width: int,
-    reference_copy: bool,
-) -> Memory:
+def estimate(architecture: Architecture, parallel: ParallelConfig, work: Workload) -> tuple[Memory, ...]:
+    """Memory of a rank of each pipeline stage."""
+    return tuple(_stage(architecture, parallel, stage, work) for stage in range(parallel.pipeline))
+
+
+def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload) -> Memory:
+    width = 2 if work.on_gpu else FP32
     n = parameters_of_rank(a, parallel, stage)
     last = stage == parallel.pipeline - 1
-    shards = data_size if parallel.distributed_optimizer else 1
+    shards = work.data_size if parallel.distributed_optimizer else 1
     in_flight = parallel.pipeline - stage  # micro-batches whose activations a stage keeps (1F1B)
-    kept = layer_activations(a, parallel, width, fused=on_gpu) * (a.n_layers // parallel.pipeline)
+    kept = layer_activations(a, parallel, width, fused=work.on_gpu) * (a.n_layers // parallel.pipeline)
     sequence = parallel.tensor if parallel.sequence else 1
-    activations = tokens * kept * in_flight
+    activations = work.tokens * kept * in_flight
     if last:
-        activations += tokens * width * 2 * a.hidden_size // sequence  # the final norm's input and output
+        activations += work.tokens * width * 2 * a.hidden_size // sequence  # the final norm's input and output
     # Backward through one layer: gradients of the MLP's widest tensors and of the residual stream; when the layer is
     # recomputed, its activations are there again.
     working = width * (3 * a.mlp_size // parallel.tensor + 2 * a.hidden_size)
     if parallel.recompute == "full":
         unsaved = ParallelConfig(tensor=parallel.tensor, sequence=parallel.sequence)
-        working += layer_activations(a, unsaved, width, fused=on_gpu)
+        working += layer_activations(a, unsaved, width, fused=work.on_gpu)
     embedding = a.padded_vocab(parallel.tensor) // parallel.tensor * a.hidden_size * width if stage == 0 else 0
     loss = 0
     if last:
-        loss = response_tokens * a.hidden_size * (2 * width + FP32)
-        loss += LOSS_WORKSPACE_BYTES if on_gpu else LOSS_CHUNK_BYTES
-    step = n * FP32 // shards if on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
+        loss = work.response_tokens * a.hidden_size * (2 * width + FP32)
+        loss += LOSS_WORKSPACE_BYTES if work.on_gpu else LOSS_CHUNK_BYTES
+    step = n * FP32 // shards if work.on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
+    optimizer = n * FP32 * (3 if work.on_gpu else 2) // shards
     return Memory(
         weights=n * width,
-        reference=n * width if reference_copy else 0,
+        reference=n * width if work.reference_copy else 0,
+        value=n * (width + FP32) + optimizer if work.value_network else 0,
         gradients=n * FP32,
-        optimizer=n * FP32 * (3 if on_gpu else 2) // shards,
+        optimizer=optimizer,
         activations=activations,
-        transient=max(tokens * working, embedding, step - activations - loss),
+        transient=max(work.tokens * working, embedding, step - activations - loss),
         loss=loss,
     )

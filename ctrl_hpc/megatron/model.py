@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from ctrl_hpc.config import ParallelConfig
 from ctrl_hpc.megatron import rotary
-from ctrl_hpc.megatron.architecture import Architecture
+from ctrl_hpc.megatron.architecture import Architecture, check_layout
 from ctrl_hpc.megatron.attention import RMSNorm, SDPAttention
 from ctrl_hpc.megatron.parallel_state import World
 
@@ -39,7 +39,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
 
     Raises ValueError when heads, layers or groups do not divide.
     """
-    _check_divisible(architecture, parallel)
+    check_layout(architecture, parallel)
     on_gpu = world.device.type == "cuda"
     rotary.install()
     scale = architecture.rope_amplitude**2 * architecture.head_dim**-0.5
@@ -139,23 +139,3 @@ def _layer_spec(config: TransformerConfig, world: World) -> Any:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     n_local = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[layer] * n_local, layer_norm=RMSNorm)
-
-
-def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> None:
-    divisions = {
-        "parallel.tensor": (
-            parallel.tensor,
-            {"attention heads": architecture.n_heads, "MLP width": architecture.mlp_size},
-        ),
-        "parallel.pipeline": (parallel.pipeline, {"layers": architecture.n_layers}),
-    }
-    for key, (ranks, sizes) in divisions.items():
-        for what, size in sizes.items():
-            if size % ranks:
-                raise ValueError(f"{key}={ranks} must divide the critic's {size} {what}")
-    few, many = sorted((parallel.tensor, architecture.n_kv_heads))
-    if many % few:
-        raise ValueError(
-            f"parallel.tensor={parallel.tensor} and the critic's {architecture.n_kv_heads} key-value heads: "
-            "one must divide the other"
-        )

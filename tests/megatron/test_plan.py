@@ -1,0 +1,148 @@
+"""The plan says what a run takes before a queue does, by arithmetic that is worked out here by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ctrl_hpc import cli
+from ctrl_hpc.config import ROOT, Config, CriticConfig, ParallelConfig, PlanConfig, RLConfig, TrainerConfig, load
+from ctrl_hpc.megatron import architecture as architectures
+from ctrl_hpc.megatron.memory import Workload, estimate, parameters_of_rank
+from ctrl_hpc.train.plan import plan
+
+GIB = 1 << 30
+H200 = PlanConfig(memory_gb=139.0)
+SIZES = {  # as the models' cards state them
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": 0.49e9,
+    "Qwen2.5-Coder-7B": 7.61e9,
+    "models/Qwen2.5-Coder-32B-Instruct": 32.76e9,
+    "Qwen3-4B": 4.02e9,
+    "meta-llama/Llama-3.1-8B-Instruct": 8.03e9,
+    "Llama-3.2-1B": 1.24e9,
+}
+
+
+def config_of(model: str, **changes: object) -> Config:
+    """One GPU rank of an H200 that trains a known model."""
+    whole = Config(
+        name="plan",
+        critic=CriticConfig(model=model),
+        trainer=TrainerConfig(device="cuda", micro_batch_tokens=4096),
+        rl=RLConfig(kl_coef=0.0),
+        plan=H200,
+    )
+    return replace(whole, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_well_known_models_have_the_sizes_of_their_cards(name: str) -> None:
+    assert architectures.known(name).n_parameters == pytest.approx(SIZES[name], rel=0.01)
+
+
+def test_four_billion_parameters_fit_a_gpu_and_eight_do_not() -> None:
+    assert plan(config_of("Qwen3-4B")).fits
+    eight = plan(config_of("Qwen3-8B"))
+    assert eight.fits is False
+    assert any(line.startswith("does not fit: a rank needs 1") for line in eight.lines())
+    assert "raise parallel.tensor" in eight.verdict()
+
+
+def test_more_ranks_make_a_model_fit() -> None:
+    sharded = config_of(
+        "Qwen3-8B",
+        trainer=TrainerConfig(device="cuda", ranks_per_node=8, micro_batch_tokens=4096),
+        parallel=ParallelConfig(tensor=2, sequence=True, distributed_optimizer=True),
+    )
+    assert plan(sharded).fits
+
+
+def test_a_micro_batch_too_large_is_told_by_its_key() -> None:
+    large = plan(config_of("Qwen3-0.6B", trainer=TrainerConfig(device="cuda", micro_batch_tokens=1 << 20)))
+    assert large.fits is False and "lower trainer.micro_batch_tokens" in large.verdict()
+
+
+def test_state_is_eighteen_bytes_a_parameter_in_bf16_and_is_sharded_by_the_distributed_optimizer() -> None:
+    llama = architectures.known("Llama-3.1-8B")  # 128256 rows: no padding at TP 1
+    n = llama.n_parameters
+    work = Workload(data_size=4, tokens=1, response_tokens=1, on_gpu=True)
+    whole = estimate(llama, ParallelConfig(), work)[0]
+    assert (whole.weights, whole.gradients, whole.optimizer) == (2 * n, 4 * n, 12 * n)
+    sharded = estimate(llama, ParallelConfig(distributed_optimizer=True), work)[0]
+    assert sharded.optimizer == 3 * n
+    doubled = estimate(llama, ParallelConfig(), replace(work, reference_copy=True, value_network=True))[0]
+    assert (doubled.reference, doubled.value) == (2 * n, 18 * n)
+
+
+def test_stages_of_a_pipeline_share_the_parameters() -> None:
+    llama = architectures.known("Llama-3.1-8B")
+    stages = [parameters_of_rank(llama, ParallelConfig(pipeline=4), stage) for stage in range(4)]
+    assert sum(stages) == llama.n_parameters
+    assert stages[0] - stages[1] == 128256 * 4096 and stages[3] - stages[0] == 4096
+    assert stages[1] == stages[2]
+    lines = list(
+        plan(
+            config_of(
+                "Llama-3.1-8B",
+                trainer=TrainerConfig(device="cuda", ranks_per_node=4),
+                parallel=ParallelConfig(pipeline=4),
+            )
+        ).lines()
+    )
+    assert sum("pipeline stage" in line for line in lines) == 4
+
+
+def test_times_follow_from_the_given_rates() -> None:
+    given = replace(H200, trainer_tflops=400.0, rollout_tokens_per_s=1000.0, prompt_tokens=256, executor_runs_per_s=2.0)
+    rl = RLConfig(prompts_per_step=64, group_size=8, max_tokens=768, minibatches=1, kl_coef=0.0)
+    found = plan(config_of("Llama-3.1-8B", rl=rl, plan=given))
+    tokens, length = 64 * 8 * 1024, 1024
+    active = 8030261248 - 128256 * 4096  # the embedding multiplies nothing
+    seconds = tokens * (6 * active + 6 * 32 * length * 4096) / 400e12
+    assert found.rl_update_s == pytest.approx(seconds, rel=1e-6)
+    assert found.rl_tokens_per_s == pytest.approx(tokens / seconds, rel=1e-6)
+    assert found.rl_rollout_s == pytest.approx(64 * 8 * 768 / 1000.0)
+    assert found.executor_workers == -(-64 * 8 // (2.0 * seconds))
+
+
+@pytest.mark.parametrize("name", ["qwen25_coder_7b", "qwen25_coder_32b", "tiny", "humaneval"])
+def test_a_dry_run_of_the_shipped_configurations_fits_and_is_a_configuration_itself(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ROOT / "configs" / f"{name}.yaml"
+    assert cli.main(["run", str(file), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    trains = name != "humaneval"
+    assert ("#   fits: " in out) == trains
+    if name.startswith("qwen"):
+        assert "slurm: trainer, " in out and "is not here: sizes as known of" in out
+    (tmp_path / "again.yaml").write_text(out)
+    assert load(tmp_path / "again.yaml") == load(file)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["plan.memory_gb=40"], "does not fit: a rank needs "),
+        (["critic.model=/no/such/model"], "critic.model: /no/such/model: neither a Hugging Face model folder"),
+        (["parallel.tensor=3", "trainer.ranks_per_node=3"], "parallel.tensor=3 must divide the critic's 28 attention"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line_and_exit_code_2(
+    overrides: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(ROOT / "configs" / "qwen25_coder_7b.yaml")
+    assert cli.main(["run", file, "--dry-run", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"ctrl-hpc: {told}") and error.count("\n") == 1
+
+
+def test_a_folder_with_only_a_configuration_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "critic").mkdir()
+    source = ROOT / "models" / "tiny" / "critic" / "config.json"
+    (tmp_path / "critic" / "config.json").write_text(source.read_text())
+    file = str(ROOT / "configs" / "tiny.yaml")
+    assert cli.main(["run", file, "--dry-run", f"critic.model={tmp_path}/critic"]) == 0
+    assert f"critic: 0.000348B parameters ({tmp_path}/critic)" in capsys.readouterr().out
