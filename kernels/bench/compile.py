@@ -106,8 +106,8 @@ def statistics() -> Iterator[Configuration]:
                 "HAS_SOFTCAP": softcap,
                 "STORE_WEIGHTS": weights is not None,
                 "BLOCK_N": rows,
-                "BLOCK_V": columns,
-            },
+            }
+            | softmax_statistics.lanes(columns),
             warps=softmax_statistics.STATISTICS_WARPS,
             odd=frozenset({"segments", "tile_max_stride"}),
         )

@@ -177,7 +177,7 @@ def _sweep(
     valid, width = projection.options.valid, hidden.element_size()
     tiles = projection.segment_count * projection.segment_tiles
     per_token = 4 * projection.segment + width * hidden.shape[1]
-    chunks = projection.chunks(count, per_token + width * valid + 4 * tiles)
+    chunks = projection.chunks(count, per_token + width * valid + 4 * tiles, whole_waves=True)
     rest = [slice(count + c.start, count + c.stop) for c in projection.chunks(len(tokens.rows) - count, per_token)]
     longest = max((c.stop - c.start for c in (*chunks, *rest)), default=0)
     logits_space = hidden.new_empty(longest * projection.segment, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """Matrix products with a result or an accumulator of higher precision than the factors: cuBLAS, as PyTorch calls it.
 
-On CUDA the factors stay as they are (``out_dtype``, PyTorch 2.8 or newer). On a CPU, where the kernels are only
-interpreted, they are widened first.
+On CUDA the factors stay as they are (``out_dtype``, which takes fp32 accumulators from PyTorch 2.10 on). On a CPU,
+where the kernels are only interpreted, they are widened first.
 """
 
 import torch

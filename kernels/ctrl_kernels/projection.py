@@ -19,6 +19,8 @@ from ctrl_kernels.shard import SoftmaxOptions
 from ctrl_kernels.softmax_statistics import segment_columns, segment_count, softmax_statistics, tile_shape
 
 CHUNK_MULTIPLE = 128  # tokens of a chunk: whole tiles of a matrix product
+TILE_COLUMNS = 256
+PROCESSORS = 132  # of an H100 or H200; chunks are cut alike on other machines
 WORKSPACE_MB = 480
 
 
@@ -52,12 +54,20 @@ class Projection:
             if begin < self.options.valid:
                 yield index, slice(begin, min(begin + self.segment, self.options.valid))
 
-    def chunks(self, tokens: int, bytes_per_token: int) -> list[slice]:
-        """Even chunks of tokens, as few as the workspace allows."""
+    def chunks(self, tokens: int, bytes_per_token: int, *, whole_waves: bool = False) -> list[slice]:
+        """Even chunks of tokens, as few as the workspace allows.
+
+        With ``whole_waves``, for chunks whose gradient [n, D] is one product over all of V: sized so that the tiles of
+        these products fill the processors in few waves, all chunks together, where a further chunk, which reads and
+        writes the weight's gradient once more, counts as half a wave.
+        """
         if tokens == 0:
             return []
         most = max(1, (self.workspace_mb << 20) // bytes_per_token // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
         step = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        if whole_waves and step < tokens:
+            sizes = range(CHUNK_MULTIPLE, step + 1, CHUNK_MULTIPLE)
+            step = min(sizes, key=lambda n: 2 * _waves(tokens, n, self.weight.shape[1]) + triton.cdiv(tokens, n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
     def workspace(self, chunks: list[slice], columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -95,6 +105,14 @@ class Projection:
                 weights_NV=None if weights_nV is None else weights_nV[:, columns],
                 tile_max_NK=None if tile_max_nK is None else tile_max_nK[:, index * self.segment_tiles :],
             )
+
+
+def _waves(tokens: int, step: int, width: int) -> int:
+    """Waves of tiles that the products [n, D] take for all chunks of ``step`` tokens."""
+    whole, rest = divmod(tokens, step)
+    across = triton.cdiv(width, TILE_COLUMNS)
+    waves = [triton.cdiv(triton.cdiv(n, CHUNK_MULTIPLE) * across, PROCESSORS) for n in (step, rest)]
+    return whole * waves[0] + waves[1]
 
 
 def matrix(workspace: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

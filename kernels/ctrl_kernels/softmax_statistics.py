@@ -1,18 +1,19 @@
 """Statistics of a softmax over the vocabulary: one read of the logits, one exponential each.
 
 The vocabulary, over all ranks, is cut into 8 segments. One program reads one segment of a few rows in tiles of fixed
-width, keeping online the four numbers that ``ctrl_kernels.shard`` defines: with d = x - m for the largest raw logit m
-so far and c = 1 / temperature,
+width. Each of its lanes keeps online three of the numbers that ``ctrl_kernels.shard`` defines, for the columns it
+reads: with d = x - m for the largest raw logit m so far and c = 1 / temperature,
 
     s <- s exp((m_old - m) c) + sum exp(d c),        w <- (w + s (m_old - m) c) exp((m_old - m) c) + sum exp(d c) d c.
 
-Differences are taken before scaling, so that a common offset of the logits costs no precision. A second, tiny kernel
-combines the segments of all ranks in order. Since segments and tiles do not depend on the number of ranks, neither do
+So lanes wait for nothing but memory, and meet once, at the end of the segment. Differences are taken before scaling,
+so that a common offset of the logits costs no precision. A second, tiny kernel combines the segments of all ranks in
+order. Since segments and tiles do not depend on the number of ranks, neither do
 the results, to the bit, as long as every rank's shard is a whole number of segments of a multiple of 16 columns each.
 
-With a weights buffer the first kernel also stores exp(d c), rounded to the buffer's type, and each tile's m c: from
-these the gradient needs no further look at the logits, and the largest weight of a tile is exactly 1 whatever the
-type.
+With a weights buffer the first kernel also stores exp(d c), rounded to the buffer's type, for the row's largest logit
+m up to that tile, and each tile's m c: from these the gradient needs no further look at the logits, and no weight is
+larger than 1.
 
 Legend: N tokens, V columns of this rank's vocabulary shard, S segments of this rank, P segments of all ranks, K tiles
 of this rank.
@@ -28,6 +29,7 @@ from ctrl_kernels.shard import SoftmaxOptions
 SEGMENTS = 8
 TILE_ELEMENTS = 2048
 STATISTICS_WARPS = 4
+VECTOR = 8  # 16 bytes of half precision, which a thread loads in one instruction
 COMBINE_ROWS = 128
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -51,6 +53,13 @@ def tile_shape(segment: int) -> tuple[int, int]:
     return TILE_ELEMENTS // columns, columns
 
 
+def lanes(columns: int) -> dict[str, int]:
+    """How a row of a tile falls to lanes: each takes ``REPEATS`` times a ``VECTOR`` of neighbours."""
+    vector = min(columns, VECTOR)
+    count = min(columns // vector, 32 * STATISTICS_WARPS)
+    return {"REPEATS": columns // vector // count, "LANES": count, "VECTOR": vector}
+
+
 @triton.jit
 def softcapped(x, cap):
     """cap tanh(x / cap), by a series near 0 where 1 - exp would cancel."""
@@ -62,6 +71,44 @@ def softcapped(x, cap):
     near = magnitude * (1.0 + square * (-0.33333334 + square * (0.13333334 + square * -0.05396825)))
     tanh = tl.where(magnitude < 0.2, near, far)
     return cap * tl.where(y < 0, -tanh, tanh)
+
+
+@triton.jit
+def _absorb(
+    x,
+    inside,
+    m,
+    s,
+    w,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REPEATS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Take a tile into the lanes' m, s and w; also exp(d c) of the tile."""
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        x = tl.where(inside, softcapped(x, softcap), float("-inf"))
+    x = tl.reshape(x, [BLOCK_N, REPEATS, LANES, VECTOR])
+    m_new = tl.maximum(m, tl.max(tl.max(x, 3), 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    d = (x - m_safe[:, None, :, None]) * scale
+    e = tl.exp2(d)
+    shift = tl.maximum((m - m_safe) * scale, LOG2_FLOOR)
+    decay = tl.exp2(shift)
+    w = (w + s * shift) * decay + tl.sum(tl.sum(e * tl.maximum(d, LOG2_FLOOR), 3), 1)
+    s = s * decay + tl.sum(tl.sum(e, 3), 1)
+    return m_new, s, w, e
+
+
+@triton.jit
+def _row_maximum(m):
+    """The largest of the lanes' m, or 0 for -inf."""
+    m = tl.max(m, 1)
+    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
@@ -84,8 +131,11 @@ def _statistics_kernel(
     HAS_SOFTCAP: tl.constexpr,
     STORE_WEIGHTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    REPEATS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
+    BLOCK_V: tl.constexpr = REPEATS * LANES * VECTOR
     part = tl.program_id(0) % segments
     row = (tl.program_id(0) // segments).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = row < tokens
@@ -93,39 +143,51 @@ def _statistics_kernel(
     end = tl.minimum(begin + segment, valid)
     row_ptr = logits_ptr + row * logits_stride
     scale = inverse_temperature * LOG2E
-    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    s = tl.zeros([BLOCK_N], tl.float32)
-    w = tl.zeros([BLOCK_N], tl.float32)
+    m = tl.full([BLOCK_N, LANES], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_N, LANES], tl.float32)
+    w = tl.zeros([BLOCK_N, LANES], tl.float32)
     tile = part * tl.cdiv(segment, BLOCK_V)
-    for tile_begin in range(begin, end, BLOCK_V):
-        column = tile_begin + tl.arange(0, BLOCK_V)
-        inside = row_inside[:, None] & (column < end)[None, :]
-        x = tl.load(row_ptr[:, None] + column[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            x = tl.where(inside, softcapped(x, softcap), float("-inf"))
-        m_new = tl.maximum(m, tl.max(x, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        d = (x - m_safe[:, None]) * scale
-        e = tl.exp2(d)
-        shift = tl.maximum((m - m_safe) * scale, LOG2_FLOOR)
-        decay = tl.exp2(shift)
-        w = (w + s * shift) * decay + tl.sum(e * tl.maximum(d, LOG2_FLOOR), 1)
-        s = s * decay + tl.sum(e, 1)
-        m = m_new
+    lane = tl.arange(0, BLOCK_V)
+    # Whole tiles need no mask over columns, and each is asked for before the one ahead of it is worked on.
+    whole = tl.maximum(end - begin, 0) // BLOCK_V
+    whole_end = begin + whole * BLOCK_V
+    inside = row_inside[:, None] & (begin + lane < whole_end)[None, :]
+    following = tl.load(row_ptr[:, None] + (begin + lane)[None, :], mask=inside, other=float("-inf"))
+    for number in range(whole):
+        column = begin + number * BLOCK_V + lane
+        x = following
+        more = row_inside[:, None] & (column + BLOCK_V < whole_end)[None, :]
+        following = tl.load(row_ptr[:, None] + (column + BLOCK_V)[None, :], mask=more, other=float("-inf"))
+        m, s, w, e = _absorb(x, inside, m, s, w, scale, softcap, HAS_SOFTCAP, BLOCK_N, REPEATS, LANES, VECTOR)
         if STORE_WEIGHTS:
-            e_ptr = weights_ptr + row[:, None] * weights_stride + column[None, :]
-            tl.store(e_ptr, e.to(weights_ptr.dtype.element_ty), mask=inside)
-            tl.store(tile_max_ptr + row * tile_max_stride + tile, m_safe * inverse_temperature, mask=row_inside)
-            tile += 1
+            m_row = _row_maximum(m)
+            e = e * tl.exp2(tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR))[:, None, :, None]
+            e = tl.reshape(e, [BLOCK_N, BLOCK_V]).to(weights_ptr.dtype.element_ty)
+            tl.store(weights_ptr + row[:, None] * weights_stride + column[None, :], e, mask=inside)
+            tl.store(tile_max_ptr + row * tile_max_stride + tile + number, m_row * inverse_temperature, mask=row_inside)
+    if whole_end < end:
+        column = whole_end + lane
+        inside = row_inside[:, None] & (column < end)[None, :]
+        x = tl.load(row_ptr[:, None] + column[None, :], mask=inside, other=float("-inf"))
+        m, s, w, e = _absorb(x, inside, m, s, w, scale, softcap, HAS_SOFTCAP, BLOCK_N, REPEATS, LANES, VECTOR)
+        if STORE_WEIGHTS:
+            m_row = _row_maximum(m)
+            e = e * tl.exp2(tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR))[:, None, :, None]
+            e = tl.reshape(e, [BLOCK_N, BLOCK_V]).to(weights_ptr.dtype.element_ty)
+            tl.store(weights_ptr + row[:, None] * weights_stride + column[None, :], e, mask=inside)
+            tl.store(tile_max_ptr + row * tile_max_stride + tile + whole, m_row * inverse_temperature, mask=row_inside)
+    m_row = _row_maximum(m)
+    shift = tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR)
+    decay = tl.exp2(shift)
     local = tl.load(targets_ptr + row, mask=row_inside, other=-1).to(tl.int64) - start
     held = row_inside & (local >= begin) & (local < end)
     t = tl.load(row_ptr + local, mask=held, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         t = softcapped(t, softcap)
     out_ptr = statistics_ptr + (part.to(tl.int64) * tokens + row) * 4
-    tl.store(out_ptr, m * inverse_temperature, mask=row_inside)
-    tl.store(out_ptr + 1, s, mask=row_inside)
-    tl.store(out_ptr + 2, w * LN2, mask=row_inside)
+    tl.store(out_ptr, tl.max(m, 1) * inverse_temperature, mask=row_inside)
+    tl.store(out_ptr + 1, tl.sum(s * decay, 1), mask=row_inside)
+    tl.store(out_ptr + 2, tl.sum((w + s * shift) * decay, 1) * LN2, mask=row_inside)
     tl.store(out_ptr + 3, tl.where(held, t * inverse_temperature, float("nan")), mask=row_inside)
 
 
@@ -205,7 +267,7 @@ def softmax_statistics(
         HAS_SOFTCAP=options.softcap is not None,
         STORE_WEIGHTS=weights_NV is not None,
         BLOCK_N=rows,
-        BLOCK_V=columns,
+        **lanes(columns),
         num_warps=STATISTICS_WARPS,
     )
 

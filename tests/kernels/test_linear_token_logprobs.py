@@ -27,10 +27,14 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
+def sevens(tokens: int) -> list[slice]:
+    return [slice(i, min(i + 7, tokens)) for i in range(0, tokens, 7)]
+
+
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens a chunk, whatever the workspace."""
-    monkeypatch.setattr(Projection, "chunks", lambda self, n, _: [slice(i, min(i + 7, n)) for i in range(0, n, 7)])
+    monkeypatch.setattr(Projection, "chunks", lambda self, n, *_, **__: sevens(n))
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 7 * 40)
 
 
