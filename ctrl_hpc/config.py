@@ -21,6 +21,7 @@ from ctrl_hpc.config_sections import (
     EvalConfig,
     ExecutorConfig,
     JobConfig,
+    JudgeConfig,
     LaunchConfig,
     LimitsConfig,
     OptimizerConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "EvalConfig",
     "ExecutorConfig",
     "JobConfig",
+    "JudgeConfig",
     "LaunchConfig",
     "LimitsConfig",
     "OptimizerConfig",
@@ -101,6 +103,8 @@ class Config:
     """Stage II."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """JudgeBench."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     """The trainer's processes."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -259,6 +263,7 @@ def _absolute_paths(config: Config, file: Path) -> Config:
         data=data,
         tiny=replace(config.tiny, models=absolute(config.tiny.models) or ""),
         critic=replace(config.critic, model=absolute(config.critic.model) or ""),
+        judge=replace(config.judge, path=absolute(config.judge.path), template=absolute(config.judge.template)),
         prompts=replace(config.prompts, folder=(absolute(folder) or "") if "/" in folder else folder),
     )
 
@@ -286,6 +291,8 @@ def _validate(config: Config) -> None:
     for stage in config.stages:
         if stage not in STAGES:
             raise ValueError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}")
+    if config.judge.votes and min(config.judge.votes) < 1:
+        raise ValueError(f"judge.votes: {list(config.judge.votes)} is not allowed; each must be greater than 0")
     for key in ("rl.verdict_coef", "rl.gae_gamma", "rl.gae_lambda"):
         if not 0.0 <= value(config, key) <= 1.0:
             raise ValueError(f"{key}: {value(config, key)} is not allowed; it must lie in [0, 1]")

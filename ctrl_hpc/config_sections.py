@@ -288,6 +288,26 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeConfig:
+    """JudgeBench in the stage ``eval``: which of two answers does a critic take for the right one?"""
+
+    votes: tuple[int, ...] = ()
+    """Numbers of votes that accuracy is reported for, each > 0, for example [1,2,4,8,16,32,64,128]; empty: JudgeBench
+    is left out. As many judgements are asked for as the largest."""
+    mode: Literal["pointwise", "pairwise"] = "pointwise"
+    """pointwise: each answer is critiqued by itself, and the one more often judged Correct wins (the paper's way);
+    pairwise: both are shown, and the critic names the better one."""
+    swap: bool = True
+    """pairwise: half of the requests show the answers in the other order, so that a place has no advantage."""
+    path: str | None = None
+    """File or folder with JudgeBench, for machines without a hub; None: the hub's."""
+    split: str = "gpt"
+    """``gpt`` (350 pairs, the paper's) or ``claude`` (270)."""
+    template: str | None = None
+    """pairwise: file in place of the packaged comparison.j2; variables question, answer_a, answer_b."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LimitsConfig:
     """Limits of a test where the problem names none."""
 

@@ -61,7 +61,8 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
 def metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """The numbers logged to wandb: ``eval/DATASET/CRITIC/...``, and ``eval/pass_at_1``, the objective of sweeps.
 
-    pass@1 is that after one turn; the objective is its mean over the data sets.
+    pass@1 is that after one turn; the objective is its mean over the data sets. JudgeBench's accuracy is that with the
+    most votes.
     """
     out: dict[str, float] = {}
     objective = []
@@ -76,7 +77,11 @@ def metrics(results: Mapping[str, Any]) -> dict[str, float]:
                 out[f"{prefix}/f1_macro"] = row["judgement"]["f1_macro"]
         best = next(name for name in (*OBJECTIVE, *critics) if name in critics)
         objective.append(critics[best]["pass_at_1"][1])
-    out["eval/pass_at_1"] = sum(objective) / len(objective)
+    if objective:
+        out["eval/pass_at_1"] = sum(objective) / len(objective)
+    for name, rows in results.get("judgebench", {}).get("critics", {}).items():
+        accuracy = rows["overall"]["accuracy"]
+        out[f"eval/judgebench/{name}/accuracy"] = accuracy[max(accuracy, key=int)]
     return out
 
 

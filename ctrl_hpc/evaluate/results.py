@@ -17,7 +17,7 @@ import numpy as np
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.evaluate import metrics, tree
+from ctrl_hpc.evaluate import judging, metrics, tree
 from ctrl_hpc.evaluate.critics import critics
 from ctrl_hpc.evaluate.metrics import Outcomes
 from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
@@ -47,7 +47,11 @@ class History:
 def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, list[History]]]) -> dict[str, Any]:
     """All numbers of ``report/results.json``, from the histories by data set and critic."""
     datasets = {name: _dataset(config, items) for name, items in histories.items()}
-    return {"datasets": datasets, "wall_time_s": wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
+    out = {"datasets": datasets, "wall_time_s": wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
+    if config.judge.votes:
+        models = [name for name, critic in critics(config).items() if critic.model is not None]
+        out["judgebench"] = judging.numbers(config, run_dir, models)
+    return out
 
 
 def read_histories(config: Config, run_dir: Path, dataset: str) -> dict[str, list[History]]:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Protocol
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate import judging
 from ctrl_hpc.evaluate.critics import Critic, critics, feedback_critiques
 from ctrl_hpc.evaluate.journal import Journal, in_parts
 from ctrl_hpc.evaluate.memory import RememberingExecutor, RememberingGenerator
-from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, derived_seed, grow, is_grown, trimmed
+from ctrl_hpc.evaluate.seed import derived_seed
+from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown, trimmed
 from ctrl_hpc.flow.critiquing import critique
 from ctrl_hpc.flow.drafting import draft
 from ctrl_hpc.flow.execution import execute
@@ -91,7 +93,8 @@ def run(
         stop_when_correct=config.eval.stop_when_correct,
     )
     trees = [tree for name, item in chosen.items() for tree in trees_of(config, run_dir, name, item)]
-    with Steps("eval: drafts, then critics", len(trees) + len(problems)) as steps:
+    judged = len(places) if config.judge.votes else 0
+    with Steps("eval: drafts, then critics", len(trees) + len(problems) + judged) as steps:
         drafts = {}
         for dataset, items in problems.items():
             drafts[dataset] = draft_all(config, run_dir, dataset, items, environment)
@@ -113,6 +116,11 @@ def run(
                     )
                     grow(drafts[tree.dataset], write, environment, tree.folder, plan)
                 steps.advance(note=f"{tree.dataset}: {tree.critic}{tree.mode}")
+            if config.judge.votes and item.model is not None:
+                if critic is None and not judging.votes_file(run_dir, name).exists():
+                    critic = _load(places[name], connections, version)
+                judging.judge(config, run_dir, name, critic, prompts)
+                steps.advance(note=f"judgebench: {name}")
 
 
 def widths(config: Config) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ correct before and keeps its program.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import LimitsConfig
 from ctrl_hpc.evaluate.journal import Journal, in_parts
+from ctrl_hpc.evaluate.seed import derived_seed
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.revising import revise
@@ -121,12 +121,6 @@ def paths(draft: str, turns: Sequence[dict[str, list[Node]]], widths: Sequence[i
             grown += [((*path, node), node.sample) for node in children] or [(path, "")] * width
         found = grown
     return [path for path, _ in found]
-
-
-def derived_seed(seed: int, *parts: object) -> int:
-    """A seed of its own for a named part of the evaluation, in [0, 2**31)."""
-    text = " ".join(map(str, (seed, *parts)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
 
 def _turn(

@@ -51,9 +51,11 @@ class Prompts:
         """
         place = PACKAGED / folder if "/" not in folder and (PACKAGED / folder).is_dir() else Path(folder)
         if not place.is_dir():
-            packaged = ", ".join(sorted(path.name for path in PACKAGED.iterdir() if path.is_dir()))
+            packaged = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/critique.j2")))
             raise ValueError(f"prompts.folder: {folder!r} is no folder; allowed: {packaged}, or the path of a folder")
-        return cls(templates={name: _template(place / f"{name}.j2", name) for name in VARIABLES}, system=system)
+        return cls(
+            templates={name: load_template(place / f"{name}.j2", VARIABLES[name]) for name in VARIABLES}, system=system
+        )
 
     def solution(self, problem: Problem) -> Chat:
         """The generator's first turn: write a program."""
@@ -88,11 +90,16 @@ def _draft(solution: Solution) -> dict[str, object]:
     return {"draft": solution.text, "program": solution.program}
 
 
-def _template(path: Path, name: str) -> Template:
+def load_template(path: str | Path, allowed: tuple[str, ...]) -> Template:
+    """A template file that may use the variables ``allowed``.
+
+    Raises ValueError with one line when it is missing, is not UTF-8, does not parse, or uses another variable.
+    """
+    path = Path(path)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     try:
         source = path.read_text(encoding="utf-8")
-        unknown = sorted(meta.find_undeclared_variables(environment.parse(source)) - set(VARIABLES[name]))
+        unknown = sorted(meta.find_undeclared_variables(environment.parse(source)) - set(allowed))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such template; a folder of prompts holds {_files()}") from None
     except UnicodeDecodeError as error:
@@ -100,7 +107,7 @@ def _template(path: Path, name: str) -> Template:
     except TemplateSyntaxError as error:
         raise ValueError(f"{path}:{error.lineno}: {error.message}") from None
     if unknown:
-        raise ValueError(f"{path}: unknown variable {unknown[0]!r}; allowed: {', '.join(VARIABLES[name])}")
+        raise ValueError(f"{path}: unknown variable {unknown[0]!r}; allowed: {', '.join(allowed)}")
     return environment.from_string(source)
 
 

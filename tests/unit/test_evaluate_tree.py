@@ -13,6 +13,7 @@ from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.evaluate import results, tree
 from ctrl_hpc.evaluate.journal import Journal, in_parts
 from ctrl_hpc.evaluate.run import run
+from ctrl_hpc.evaluate.seed import derived_seed
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.voting import elect, majority
 from ctrl_hpc.records import Critique, Message, Solution, Verdict
@@ -127,7 +128,7 @@ def test_the_majority(votes, winner):
 def test_votes_are_asked_for_and_counted(tmp_path):
     config, run_dir = evaluated(tmp_path, "eval.widths=[1,2]", "eval.votes=3", "eval.chunk=64")
     drafts = jsonl.read(Solution, run_dir / "eval" / "toy" / "drafts.jsonl")
-    seed = tree.derived_seed(tree.derived_seed(config.seed, "toy", "base"), 1, 0)
+    seed = derived_seed(derived_seed(config.seed, "toy", "base"), 1, 0)
     nodes = list(tree.read(run_dir / "eval" / "toy" / "base", 1)[0].values())
     assert len(nodes) == 40
     assert nodes[0].parent == drafts[0].id

@@ -1,0 +1,67 @@
+"""JudgeBench (Tan et al. 2024): pairs of answers to hard questions, one right and one wrong; which is which?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ctrl_hpc.data import table
+
+SIZES = {"gpt": 350, "claude": 270}
+"""Pairs of each split as published: of answers by GPT-4o, and by Claude 3.5 Sonnet; the paper judges the 350."""
+CATEGORIES = {
+    "mmlu-pro": "knowledge",
+    "livebench-reasoning": "reasoning",
+    "livebench-math": "math",
+    "livecodebench": "coding",
+}
+"""Category by the beginning of the source's name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one question, of which one is right."""
+
+    id: str
+    category: str
+    """knowledge, reasoning, math or coding."""
+    source: str
+    question: str
+    answer_a: str
+    answer_b: str
+    right: Literal["A", "B"]
+    provenance: str | None = None
+    """File and line, or row of the hub's data set."""
+
+
+def load(path: str | None, split: str) -> list[Pair]:
+    """The pairs of a split, ``gpt`` or ``claude``."""
+    table.require_split("judgebench", split, *SIZES)
+    return [_pair(row) for row in table.rows(path, hub="ScalerLab/JudgeBench", split=split)]
+
+
+def _pair(row: table.Row) -> Pair:
+    source, label = row.text("source"), row.text("label")
+    category = next((name for start, name in CATEGORIES.items() if source.startswith(start)), None)
+    if category is None:
+        raise ValueError(f"{row.where}: source: {source!r} is not known; it begins with {', '.join(CATEGORIES)}")
+    right: dict[str, Literal["A", "B"]] = {"A>B": "A", "B>A": "B"}
+    if label not in right:
+        raise ValueError(f"{row.where}: label: {label!r} is not one of {', '.join(right)}")
+    return Pair(
+        id=row.text("pair_id"),
+        category=category,
+        source=source,
+        question=row.text("question"),
+        answer_a=row.text("response_A"),
+        answer_b=row.text("response_B"),
+        right=right[label],
+        provenance=row.where,
+    )
+
+
+def categories(pairs: Iterable[Pair]) -> dict[str, int]:
+    """How many pairs each category has."""
+    return dict(Counter(pair.category for pair in pairs).most_common())
