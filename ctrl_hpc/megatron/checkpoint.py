@@ -88,7 +88,8 @@ def load_weights(folder: Path, model: GPTModel) -> None:
 
 def _write(part: Path, state: dict[str, Any], world: World, source: str | Path) -> None:
     if world.main:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in (part, *part.parent.glob(".step-*")):  # by a run that was killed while it saved or removed
+            shutil.rmtree(left, ignore_errors=True)
         (part / HUGGINGFACE).mkdir(parents=True)
         copy_side_files(Path(source), part / HUGGINGFACE)
     world.barrier()

@@ -89,7 +89,7 @@ class Optimizer:
         self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}; nothing was updated")
+            raise FloatingPointError(f"the gradient norm is {norm}{self._culprit()}; nothing was updated")
         if 0.0 < self.config.clip_grad < norm:
             self._scale_gradients(self.config.clip_grad / (norm + 1e-6))
         if not self.inner.step_with_ready_grads():
@@ -120,6 +120,13 @@ class Optimizer:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     if moment not in state:
                         state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    def _culprit(self) -> str:
+        """The first parameter of this rank whose gradient is not finite; none where only the norm overflows."""
+        for name, parameter in self.ddp.module.named_parameters():
+            if parameter.requires_grad and not bool(parameter.main_grad.isfinite().all()):
+                return f" ({name} first)"
+        return ""
 
     def _is_torch(self) -> bool:
         return type(self.inner.optimizer).__module__.split(".")[0] == "torch"

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.megatron import failure
 
 type Group = dist.ProcessGroup
 
@@ -155,7 +156,7 @@ def initialize(config: Config) -> World:
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(config.trainer.timeout_s / 60)),
+        distributed_timeout_minutes=config.trainer.timeout_s / 60,  # type: ignore[arg-type]  # it makes a timedelta
     )
     seed_everything(config.seed)
     _start_random_tracker(kind, config.seed)
@@ -180,10 +181,13 @@ def initialize(config: Config) -> World:
 def job(config: Config) -> Iterator[World]:
     """``initialize`` for the length of a block; the groups are taken down when it ends well.
 
-    When it ends badly they are left: taking them down would wait for ranks that may hang.
+    When it ends badly they are left: taking them down would wait for ranks that may hang. Raises RuntimeError with one
+    line for memory that is out, a rank that is lost and a collective that hangs.
     """
-    world = initialize(config)
-    yield world
+    with failure.told(config, int(os.environ.get("RANK", "0"))):
+        world = initialize(config)
+        watch(config.trainer.timeout_s)
+        yield world
     faulthandler.cancel_dump_traceback_later()
     destroy()
 
@@ -205,8 +209,12 @@ def dismantle() -> None:
 
 
 def watch(timeout_s: float) -> None:
-    """Restart the watch: without another call within ``timeout_s`` every thread's stack goes to stderr."""
-    faulthandler.dump_traceback_later(timeout_s, repeat=False, file=sys.__stderr__ or 2)
+    """Restart the watch: without another call every thread's stack goes to stderr, shortly before ``timeout_s`` is up.
+
+    Before, so that every rank has told where it is when the first one's collective times out and the job is ended; and
+    again after as long, for a collective may have begun late.
+    """
+    faulthandler.dump_traceback_later(0.9 * timeout_s, repeat=True, file=sys.__stderr__ or 2)
 
 
 def seed_everything(seed: int) -> None:

@@ -57,6 +57,7 @@ class Course:
             start=self.start,
             tracking_id=self.progress["tracking_id"],
             main=world.main,
+            engine=policy.engine(),
         )
         self._interruption = Interruption()
         self._exit = ExitStack()
@@ -91,7 +92,8 @@ class Course:
         times = self.clock.take()
         self._interruption.measured("save", times.get("time/save_s", 0.0))
         times["time/step_s"] = time.perf_counter() - self._began
-        self.journal.log(step, metrics | times)
+        backend = {"kernels/triton": float(self._policy.kernels == "triton")}
+        self.journal.log(step, metrics | times | backend)
         if stop and step + 1 < self.steps:
             self._interruption.obey(step)
         return saving

@@ -44,8 +44,19 @@ class Journal:
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, stage: str, *, steps: int, start: int, tracking_id: str, main: bool
+        self,
+        config: Config,
+        run_dir: Path,
+        stage: str,
+        *,
+        steps: int,
+        start: int,
+        tracking_id: str,
+        main: bool,
+        engine: dict[str, str] | None = None,
     ) -> None:
+        """``engine``: what computes, in words by name; printed, and part of ``progress.json`` and wandb's summary."""
+        self._engine = engine or {}
         self._folder, self._stage, self._steps, self._main = run_dir / stage, stage, steps, main
         self._exit = ExitStack()
         self._tracker: Tracker | None = None
@@ -55,6 +66,9 @@ class Journal:
             metrics = self._folder / "metrics.jsonl"
             self._metrics = self._exit.enter_context(metrics.open("a", encoding="utf-8"))
             self._tracker = self._exit.enter_context(Tracker(config, run_dir, stage, tracking_id))
+            self._tracker.summary({f"trainer/{name}": word for name, word in self._engine.items()})
+            told = ", ".join(f"{name} {word}" for name, word in self._engine.items())
+            print(f"{stage}: from step {start} of {steps}; {told}", flush=True)
             self._progress(start, {})
 
     def __enter__(self) -> Self:
@@ -79,6 +93,7 @@ class Journal:
 
     def _progress(self, done: int, metrics: dict[str, float]) -> None:
         record = {"stage": self._stage, "step": done, "steps": self._steps, "metrics": metrics, "time": time.time()}
+        record["engine"] = self._engine
         part = self._folder / ".progress.json.part"
         part.write_text(json.dumps(record), encoding="utf-8")
         os.replace(part, self._folder / "progress.json")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import ctrl_kernels
 import torch
 import torch.distributed as dist
-from ctrl_kernels.backend import Backend
+from ctrl_kernels.backend import Backend, resolve_backend
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -142,6 +142,23 @@ class Policy:
         ``link`` shares those files with ``source`` where the file system can, for folders that live one step.
         """
         huggingface_weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
+
+    @property
+    def kernels(self) -> str:
+        """The backend of the loss kernels that is used: ``triton`` or ``torch``."""
+        return resolve_backend(self.config.trainer.kernels, next(self.model.parameters()))
+
+    def engine(self) -> dict[str, str]:
+        """What computes, in words: the kernels' backend, the layers, the numbers, the device, the layout."""
+        world = self.world
+        on_gpu = world.device.type == "cuda"
+        return {
+            "kernels": self.kernels,
+            "layers": "transformer_engine" if on_gpu and model.has_transformer_engine() else "torch",
+            "dtype": str(world.dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
+            "layout": f"tensor {world.tensor_size} x pipeline {world.pipeline_size} x data {world.data_size}",
+        }
 
     def head(self) -> Any:
         """The output layer, a :class:`Head`; on the last pipeline stage."""

@@ -47,16 +47,20 @@ def sequences(vocab_size: int, count: int = 9, prompt: int | None = 1) -> list[t
     return [(ids(prompt or p), ids(r)) for p, r in lengths]
 
 
-def spawn(check: str, folder: Path, ranks: int, **environment: str) -> None:
-    """Run a check of ``ranks.py`` on some ranks to its end; fails with the log of the ranks that failed."""
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+def spawn(check: str, folder: Path, ranks: int, **environment: str) -> None:
+    """Run a check of ``ranks.py`` on some ranks to its end; fails with the log of the ranks that failed."""
     shared = {
         **os.environ,
         "WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         **environment,
     }

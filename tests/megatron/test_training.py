@@ -61,7 +61,7 @@ def test_a_swapped_reference_is_the_copied_one_and_leaves_the_policy(behaviour: 
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(behaviour: dict[str, Any]) -> None:
-    assert behaviour["not_finite"] == "the gradient norm is nan; nothing was updated"
+    assert behaviour["not_finite"].startswith("the gradient norm is nan (")
     assert behaviour["untouched_by_nan"]
 
 

@@ -30,6 +30,16 @@ def test_where_a_run_runs_may_change(tmp_path: Path) -> None:
     assert load(run_directory.prepare(moved) / "config.yaml") == moved
 
 
+def test_the_trainers_layout_may_change_but_not_the_format_of_its_optimizer(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}"]
+    run_directory.prepare(load(TINY, base))
+    wider = [*base, "trainer.nodes=2", "parallel.tensor=4", "parallel.sequence=true", "trainer.micro_batch_tokens=512"]
+    folder = run_directory.prepare(load(TINY, wider))
+    assert load(folder / "config.yaml").parallel.tensor == 4
+    with pytest.raises(ValueError, match=r"parallel\.distributed_optimizer is False there and True now"):
+        run_directory.check(load(TINY, [*wider, "parallel.distributed_optimizer=true"]))
+
+
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not a run directory and not empty"):
