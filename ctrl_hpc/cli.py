@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ctrl_hpc import data_command
+
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
 
@@ -71,9 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, text in STAGES.items():
         _configured(commands.add_parser(name, help=text), _stage(name))
-    data = commands.add_parser("data", help="write a data set's problems as JSONL")
-    _configured(data, _data)
-    data.add_argument("--out", type=Path, default=None, help="file to write (default: standard output)")
+    data_command.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
     for name, text, command in (
         ("status", "jobs, stages, steps and the last errors of a run", _status),
@@ -177,22 +177,6 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         return 0
 
     return command
-
-
-def _data(options: argparse.Namespace) -> int:
-    from ctrl_hpc import jsonl
-    from ctrl_hpc.config import load
-    from ctrl_hpc.data import datasets
-
-    config = load(options.config, options.overrides)
-    data = config.data
-    problems = datasets.load(data.name, path=data.path, split="train", n=data.n_train, seed=config.seed)
-    if options.out is None:
-        sys.stdout.writelines(map(jsonl.line, problems))
-    else:
-        jsonl.write(options.out, problems)
-        print(f"{options.out}: {len(problems)} problems")
-    return 0
 
 
 def _serve_executor(options: argparse.Namespace) -> int:

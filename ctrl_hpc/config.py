@@ -254,7 +254,14 @@ def _absolute_paths(config: Config, file: Path) -> Config:
         return str(next((root / text for root in roots if (root / text).exists()), Path.cwd() / text))
 
     is_folder = config.generator != "oracle"
-    data = replace(config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path))
+    own, further = config.data.eval_paths, config.data.benchmarks
+    data = replace(
+        config.data,
+        path=absolute(config.data.path),
+        eval_path=absolute(config.data.eval_path),
+        eval_paths={name: absolute(place) or "" for name, place in own.items()},
+        benchmarks={name: (absolute(place) or "") if place else "" for name, place in further.items()},
+    )
     folder = config.prompts.folder
     return replace(
         config,

@@ -19,8 +19,17 @@ class DataConfig:
     """File or folder with the data set, for ``jsonl`` and for machines without a hub; None: the data set's default."""
     eval_names: tuple[str, ...] = ("tiny",)
     """Data sets the critics are evaluated on."""
+    split: str = "train"
+    """Split trained on; TACO has ``all`` too (train and test, as in the paper)."""
     eval_path: str | None = None
     """As ``path``, for the evaluation problems."""
+    eval_paths: dict[str, str] = field(default_factory=dict)
+    """The same by data set, where each has a place of its own; wins over ``eval_path``."""
+    decontaminate: bool = True
+    """Leave out training problems that are like a problem of ``eval_names`` or ``benchmarks``; what went and why is
+    written to problems/decontamination.json. The tiny world's splits are apart by their making and are not compared."""
+    benchmarks: dict[str, str] = field(default_factory=dict)
+    """Further benchmarks that training problems must not be like: a path by name of the data set, or "" for the hub."""
     eval_split: str = "test"
     """Split reported on: ``dev`` while tuning, ``test`` for results."""
     n_train: int = 1000

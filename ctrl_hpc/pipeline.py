@@ -7,6 +7,7 @@ Every stage is a function of the run and of the connections to its services; the
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -166,15 +167,9 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
 def prepare(config: Config, folder: Path, stages: Iterable[str]) -> Run:
     """The run's models, prompts and those problems that the stages use, made or read back."""
     config = _models(config, folder)
-    data = config.data
     training = {"sample", "synthesize", "sft", "rl"} & set(stages)
-    problems = _problems(config, folder, "train", data.name, data.path, "train", data.n_train) if training else ()
-    evaluated = {
-        name: _problems(
-            config, folder, f"eval-{name}", name, config.data.eval_path, config.data.eval_split, config.data.n_eval
-        )
-        for name in config.data.eval_names
-    }
+    problems = _training_problems(config, folder) if training else ()
+    evaluated = {name: _eval_problems(config, folder, name) for name in config.data.eval_names}
     prompts = Prompts.load(config.prompts.folder, config.prompts.system)
     return Run(config=config, folder=folder, problems=problems, eval_problems=evaluated, prompts=prompts)
 
@@ -272,12 +267,22 @@ def _models(config: Config, folder: Path) -> Config:
     return replace(config, generator=str(models / "generator"), critic=critic)
 
 
-def _problems(
-    config: Config, folder: Path, kind: str, name: str, path: str | None, split: str, n: int
-) -> tuple[Problem, ...]:
-    file = folder / "problems" / f"{kind}.jsonl"
+def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:
+    file = folder / "problems" / "train.jsonl"
     if not file.exists():
-        jsonl.write(file, datasets.load(name, path=path, split=split, n=n, seed=config.seed))
+        problems, left_out = datasets.training(config.data, config.seed)
+        if left_out is not None:
+            jsonl.write_text(file.with_name("decontamination.json"), json.dumps(left_out, indent=1) + "\n")
+            console.print(left_out["text"], highlight=False)
+        jsonl.write(file, problems)
+    return tuple(jsonl.read(Problem, file))
+
+
+def _eval_problems(config: Config, folder: Path, name: str) -> tuple[Problem, ...]:
+    file, data = folder / "problems" / f"eval-{name}.jsonl", config.data
+    if not file.exists():
+        path = datasets.eval_path(data, name)
+        jsonl.write(file, datasets.load(name, path=path, split=data.eval_split, n=data.n_eval, seed=config.seed))
     return tuple(jsonl.read(Problem, file))
 
 

@@ -125,6 +125,8 @@ class Problem:
     canonical_solution: str | None = None
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
+    provenance: str | None = None
+    """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ def _problem(row: table.Row, split: str) -> Problem:
         difficulty=_difficulty(row, rating),
         canonical_solution=_python(row.get("solutions", {})),
         comparison=table.comparison_of(description),
+        provenance=row.where,
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ctrl_hpc import jsonl
+from ctrl_hpc.config_sections import DataConfig
 from ctrl_hpc.data import codecontests, humaneval, livecodebench, mbppplus, taco
+from ctrl_hpc.data.decontamination import decontaminate, report
 from ctrl_hpc.records import Problem
 
 Loader = Callable[[str | None, str], list[Problem]]
@@ -59,9 +62,59 @@ def load(name: str, *, path: str | None, split: str, n: int, seed: int) -> list[
 
     Evaluation problems do not depend on the seed, so that runs compare. Raises ValueError for an unknown name or split.
     """
+    problems = whole(name, path, split)
+    return drawn(problems, n, seed) if split == "train" else problems[:n]
+
+
+def whole(name: str, path: str | None, split: str) -> list[Problem]:
+    """All problems of a split. Raises ValueError for an unknown name or split."""
     if name not in DATASETS:
         raise ValueError(f"data: {name!r} is not a data set; allowed: {', '.join(DATASETS)}")
-    problems = DATASETS[name](path, split)
-    if split == "train" and len(problems) > n:
-        problems = random.Random(f"problems {seed}").sample(problems, n)
-    return problems[:n]
+    return DATASETS[name](path, split)
+
+
+def drawn(problems: list[Problem], n: int, seed: int) -> list[Problem]:
+    """At most ``n`` of them, drawn by ``seed``."""
+    return random.Random(f"problems {seed}").sample(problems, n) if len(problems) > n else problems
+
+
+def training(data: DataConfig, seed: int) -> tuple[list[Problem], dict[str, Any] | None]:
+    """A run's training problems without those that are like a benchmark's, and what was left out (None: not asked).
+
+    Decontamination comes before the drawing, so that ``data.n_train`` problems are left where there are as many.
+    """
+    problems = whole(data.name, data.path, data.split)
+    told = None
+    against = benchmarks(data)
+    if data.decontaminate and against:
+        problems, told = without_benchmarks(problems, against)
+        if not problems:
+            raise ValueError(f"data.decontaminate: every problem of {data.name} is like one of {', '.join(against)}")
+    return drawn(problems, data.n_train, seed), told
+
+
+def benchmarks(data: DataConfig) -> dict[str, list[Problem]]:
+    """The problems that training problems are compared with, by data set; the tiny world only with others."""
+    places: dict[str, str | None] = {name: eval_path(data, name) for name in data.eval_names}
+    places |= {name: place or None for name, place in data.benchmarks.items()}
+    compared = {name: place for name, place in places.items() if not name == data.name == "tiny"}
+    return {name: whole(name, place, data.eval_split) for name, place in compared.items()}
+
+
+def eval_path(data: DataConfig, name: str) -> str | None:
+    """Where the evaluation problems of a data set lie; None: its default."""
+    return data.eval_paths.get(name, data.eval_path)
+
+
+def without_benchmarks(
+    problems: list[Problem], against: Mapping[str, list[Problem]]
+) -> tuple[list[Problem], dict[str, Any]]:
+    """The problems that are like none of the benchmarks', and a report of those that went: ``{"text", "left_out"}``."""
+    kept, left_out = decontaminate(problems, against)
+    text = report(left_out, against, len(problems))
+    return kept, {
+        "text": text,
+        "n_before": len(problems),
+        "n_after": len(kept),
+        "left_out": list(map(jsonl.encode, left_out)),
+    }

@@ -53,6 +53,7 @@ def _problem(row: table.Row, source: str) -> Problem:
         starter_code=prompt,
         tests=(AssertTest(code=code),),
         canonical_solution=prompt + row.text("canonical_solution"),
+        provenance=row.where,
     )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from ctrl_hpc.data import table
 from ctrl_hpc.records import FunctionTest, Problem, StdinTest, TestCase
 
+SIZE = 112
+"""Problems of the paper's window."""
 WINDOW = ("2024-08", "2024-11")
 """Months, both included, of the split ``test``: the paper's window (112 problems)."""
 _WINDOW = re.compile(r"(\d{4}-\d{2})\.\.(\d{4}-\d{2})")
@@ -22,7 +24,7 @@ _WINDOW = re.compile(r"(\d{4}-\d{2})\.\.(\d{4}-\d{2})")
 def load(path: str | None, split: str) -> list[Problem]:
     """The problems of a window of months: ``test`` is the paper's, ``2024-10..2025-01`` any other, ``all`` all."""
     first, last = window(split)
-    rows = table.rows(path, hub="livecodebench/code_generation_lite", subset="release_latest", split="test")
+    rows = table.rows(path, hub="livecodebench/code_generation_lite", files="test*.jsonl", split="test")
     return [_problem(row) for row in rows if first <= row.text("contest_date")[:7] <= last]
 
 
@@ -50,6 +52,7 @@ def _problem(row: table.Row) -> Problem:
         tests=tuple(_test(case, name, row.where) for case in cases),
         difficulty=row.get("difficulty"),
         comparison="livecodebench",
+        provenance=row.where,
     )
 
 

@@ -37,4 +37,5 @@ def _problem(row: table.Row) -> Problem:
         prompt=f"{row.text('prompt').strip()}\n\nYour code should pass this test:\n\n{examples[0]}",
         tests=(AssertTest(code=imports + evalplus.without_numpy(row.text("test"), row.where)),),
         canonical_solution=row.text("code"),
+        provenance=row.where,
     )

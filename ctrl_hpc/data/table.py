@@ -50,14 +50,16 @@ class Row:
             raise ValueError(f"{self.where}: {name}: not JSON: {error}") from None
 
 
-def rows(path: str | None, *, hub: str, subset: str | None = None, split: str) -> Iterator[Row]:
+def rows(path: str | None, *, hub: str, files: str | None = None, split: str) -> Iterator[Row]:
     """The rows of one split: of ``hub`` when ``path`` is None, else of a file or a folder of files.
+
+    ``files`` names the files of a hub's data set that a program of its own would read, which is not run.
 
     Files may be JSON lines (also gzipped), a JSON list, parquet or arrow; in a folder with files named after several
     splits, those of the split are read.
     """
     if path is None:
-        yield from _hub_rows(hub, subset, split)
+        yield from _hub_rows(hub, files, split)
         return
     for file in _files(Path(path), split):
         number = 0
@@ -75,11 +77,15 @@ def require_split(name: str, split: str, *allowed: str) -> None:
         raise ValueError(f"data: {name} has no split {split!r}; allowed: {', '.join(allowed)}")
 
 
-def _hub_rows(hub: str, subset: str | None, split: str) -> Iterator[Row]:
+def _hub_rows(hub: str, files: str | None, split: str) -> Iterator[Row]:
     import datasets
 
     try:
-        table = datasets.load_dataset(hub, subset, split=split)
+        if files is None:
+            table = datasets.load_dataset(hub, split=split)
+        else:
+            kind = {"jsonl": "json"}.get(files.rpartition(".")[2], files.rpartition(".")[2])
+            table = datasets.load_dataset(kind, data_files={split: f"hf://datasets/{hub}/{files}"}, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{hub}: cannot be loaded from the hub ({reason}); give local files with data.path") from None

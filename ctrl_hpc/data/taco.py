@@ -8,16 +8,19 @@ from typing import Any
 from ctrl_hpc.data import table
 from ctrl_hpc.records import FunctionTest, Problem, StdinTest, TestCase
 
-SIZES = {"train": 25443, "test": 1000}
-"""Problems of each split as published; the paper trains on 18820 of 26443 after filtering."""
+SIZES = {"train": 25443, "test": 1000, "all": 26443}
+"""Problems of each split as published; the paper trains on 18820 of all 26443."""
 _TIME = re.compile(r"([\d.]+)\s*(milliseconds?|ms|seconds?|secs?|s)\b", re.IGNORECASE)
 _MEMORY = re.compile(r"([\d.]+)\s*(kilobytes?|megabytes?|gigabytes?|kb|mb|gb|kib|mib|gib)\b", re.IGNORECASE)
 
 
 def load(path: str | None, split: str) -> list[Problem]:
-    """TACO with all its tests; problems without any are left out."""
-    table.require_split("taco", split, "train", "test")
-    problems = (_problem(row, index, split) for index, row in enumerate(table.rows(path, hub="BAAI/TACO", split=split)))
+    """TACO with all its tests; problems without any are left out. The split ``all`` is both."""
+    table.require_split("taco", split, *SIZES)
+    problems = []
+    for part in ("train", "test") if split == "all" else (split,):
+        rows = table.rows(path, hub="BAAI/TACO", files=f"{part}/*.arrow", split=part)
+        problems += [_problem(row, index, part) for index, row in enumerate(rows)]
     return [problem for problem in problems if problem.tests]
 
 
@@ -37,6 +40,7 @@ def _problem(row: table.Row, index: int, split: str) -> Problem:
         difficulty=difficulty.lower().replace("_", " ") if difficulty else None,
         canonical_solution=solutions[0] if solutions else None,
         comparison=table.comparison_of(question),
+        provenance=row.where if not row.get("url") else f"{row.where} {row.text('url')}",
     )
 
 
