@@ -127,8 +127,8 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
             time.sleep(POLL_S)
 
 
-def _diagnose(job: Job, lost: list[int]) -> _Problem:
-    """The first error of a rank's own, else a rank that was told to stop or killed."""
+def _diagnose(job: Job, lost: list[int]) -> _Problem | None:
+    """The first error of a rank's own, else a rank that was told to stop or killed; None when all succeeded by now."""
     time.sleep(2 * POLL_S)  # ranks fail together: let the one at fault write its error
     errors = []
     for task in range(job.tasks):
@@ -143,6 +143,8 @@ def _diagnose(job: Job, lost: list[int]) -> _Problem:
     if silent:
         ranks = ", ".join(map(str, silent))  # the others are ended with the lost one, so that several may be silent
         return _Problem(f"the job lost a process (no result of rank {ranks})", job.log(silent[-1]), transient=True)
+    if not errors:
+        return None  # the last result came after the look that missed it
     task, text = errors[0]
     return _Problem(f"rank {task} stopped: {text}", job.log(task), transient=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctrl_hpc.cluster import trainer
+from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config
 
@@ -58,6 +59,27 @@ def test_a_killed_rank_is_a_new_start_from_the_checkpoint(
     assert re.search(
         r"sft: the job lost a process \(no result of rank (0, )?1\); continuing from the last checkpoint", said
     )
+
+
+def test_results_that_come_with_the_end_of_the_job_are_a_success(
+    make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job is seen to have ended after a look at the results that came too early."""
+    behave(run_dir)
+    ended_late: list[str] = []
+
+    def state(_: Jobs, job: Job) -> str:
+        deadline = time.monotonic() + 120.0
+        while any(job.result(task) is None for task in range(job.tasks)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        ended_late.append(job.id)
+        return "ended"
+
+    monkeypatch.setattr(Jobs, "state", state)
+    with Services(make_config(), run_dir):
+        trainer.run_trainer(make_config(), run_dir, "sft")
+    assert len(set(ended_late)) == 1
 
 
 def test_interrupting_the_driver_ends_the_ranks(make_config: Callable[..., Config], run_dir: Path) -> None:
