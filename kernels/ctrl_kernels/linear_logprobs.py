@@ -109,7 +109,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden, weight, _, kept, *_ = ctx.saved_tensors
         if d_logprob is None and d_entropy is None:
             return (None,) * 6
-        d_logprob_M, d_entropy_M = (None if g is None else take(g, kept) for g in (d_logprob, d_entropy))
+        d_logprob_M, d_entropy_M = (None if g is None else take(g, kept).contiguous() for g in (d_logprob, d_entropy))
         active = sum((g != 0 for g in (d_logprob_M, d_entropy_M) if g is not None), torch.zeros_like(kept))
         active = active.nonzero().squeeze(1)
         d_hidden = d_weight = None

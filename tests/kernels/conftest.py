@@ -3,36 +3,21 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
+import interpreter_rounding
 import pytest
 import torch
-import triton.language as tl
 from ctrl_kernels.backend import interpreted
-from triton.runtime import interpreter
 
 if not torch.cuda.is_available() and not interpreted():
     raise pytest.UsageError("tests/kernels need a GPU, or TRITON_INTERPRET=1 in the environment before Python starts")
 
 
+interpreter_rounding.install()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The interpreter's numpy warns of overflows and NaN in lanes that kernels compute and mask."""
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-def _round_to_nearest(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The interpreter cuts fp32 off at bf16; a GPU rounds to the nearest, and so does PyTorch."""
-
-    def converted(data: np.ndarray, from_type: tl.dtype, to_type: tl.dtype, rounding_mode: Any) -> np.ndarray:
-        if (from_type, to_type) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.ascontiguousarray(data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-        if (from_type, to_type) == (tl.bfloat16, tl.float32):
-            return data.astype(np.uint32) << 16
-        return convert(data, from_type, to_type, rounding_mode)
-
-    return converted
-
-
-interpreter._convert_float = _round_to_nearest(interpreter._convert_float)
 
 
 @pytest.fixture

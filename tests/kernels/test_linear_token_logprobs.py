@@ -198,6 +198,19 @@ def test_retained_graph_and_no_gradient(backend: str, device: torch.device) -> N
         assert not again[0].requires_grad
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_expanded_upstream_gradient(ignored: bool, save_logits: bool, backend: str, device: torch.device) -> None:
+    hidden, weight, targets, upstream = problem(9, 30, 6, device)
+    targets = targets if ignored else targets.clamp_min(0)
+    logprobs = ctrl_kernels.linear_token_logprobs(hidden, weight, targets, save_logits=save_logits, backend=backend)
+    gradients = torch.autograd.grad(logprobs.sum(), (hidden, weight))  # the sum's gradient has stride 0
+    ones = torch.stack((torch.ones_like(upstream[0]), torch.zeros_like(upstream[0])))
+    for gradient, expected in zip(gradients, exact(hidden, weight, targets, ones)[2:], strict=True):
+        assert relative_error(gradient, expected) < 1e-6
+
+
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_tokens_times_vocabulary_never_exists(backend: str, device: torch.device) -> None:
