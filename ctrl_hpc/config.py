@@ -15,19 +15,16 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from ctrl_hpc.config_experiment import DataConfig, EvalConfig, JudgeConfig, PromptConfig
 from ctrl_hpc.config_sections import (
     CriticConfig,
-    DataConfig,
-    EvalConfig,
     ExecutorConfig,
     JobConfig,
-    JudgeConfig,
     LaunchConfig,
     LimitsConfig,
     OptimizerConfig,
     ParallelConfig,
     PlanConfig,
-    PromptConfig,
     RLConfig,
     RolloutConfig,
     SampleConfig,
@@ -135,7 +132,8 @@ _POSITIVE = (
     "launch.start_timeout_s launch.array_parallelism"
 ).split()
 _NOT_NEGATIVE = (
-    "seed sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
+    "seed sample.adversarial_tests rl.leak_penalty "
+    "sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
     "rl.value_optimizer.warmup_steps rl.value_optimizer.weight_decay rl.value_optimizer.clip_grad "
     "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
@@ -300,7 +298,12 @@ def _validate(config: Config) -> None:
             raise ValueError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}")
     if config.judge.votes and min(config.judge.votes) < 1:
         raise ValueError(f"judge.votes: {list(config.judge.votes)} is not allowed; each must be greater than 0")
-    for key in ("rl.verdict_coef", "rl.gae_gamma", "rl.gae_lambda"):
+    given = config.rl.transition_reward
+    if given and set(given) != {"fix", "keep", "break", "stuck"}:
+        raise ValueError(
+            f"rl.transition_reward: {dict(given)} is not allowed; a number for each of fix, keep, break, stuck"
+        )
+    for key in ("rl.verdict_coef", "rl.verdict_only_share", "rl.gae_gamma", "rl.gae_lambda"):
         if not 0.0 <= value(config, key) <= 1.0:
             raise ValueError(f"{key}: {value(config, key)} is not allowed; it must lie in [0, 1]")
     for key in ("plan.memory_gb", "plan.trainer_tflops", "plan.rollout_tokens_per_s"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.data import datasets
+from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.critiquing import critique_with_hints
 from ctrl_hpc.flow.drafting import draft
 from ctrl_hpc.flow.execution import execute
@@ -63,22 +64,56 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         n=config.sample.n_samples,
         seed=config.seed,
     )
+    facts: dict[str, Any] = {}
+    problems_all = _before_strengthening(run)
     solutions: list[Solution] = []
-    for start, problems in in_chunks(run.problems, 512, "sample: drafts, executed"):
+    for start, problems in in_chunks(problems_all, 512, "sample: drafts, executed"):
         seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
         drafts = draft(problems, connections.generator, run.prompts, seeded)
         by_id = {problem.id: problem for problem in problems}
         pairs = [(by_id[solution.problem_id], solution) for solution in drafts]
         solutions += execute(pairs, connections.executor, config.executor.limits)
+    if config.sample.adversarial_tests:
+        solutions, added = _strengthen(run, problems_all, solutions, connections)
+        facts["adversarial_tests"] = added
     jsonl.write(run.folder / "sample" / "solutions.jsonl", solutions)
     right = sum(solution.verdict is not None and solution.verdict.accepted for solution in solutions)
-    return {"solutions": len(solutions), "pass_at_1": right / len(solutions)}
+    return {"solutions": len(solutions), "pass_at_1": right / len(solutions), **facts}
+
+
+def _before_strengthening(run: Run) -> Sequence[Problem]:
+    """The training problems as they came; ``sample`` may have been killed after it had added tests."""
+    file = run.folder / "problems" / "train-original.jsonl"
+    return jsonl.read(Problem, file) if file.exists() else run.problems
+
+
+def _strengthen(
+    run: Run, problems: Sequence[Problem], drafts: Sequence[Solution], connections: Connections
+) -> tuple[list[Solution], int]:
+    """Adversarial tests for the training problems, in ``problems/train.jsonl``; drafts executed anew, tests added."""
+    config, folder = run.config, run.folder / "problems"
+    stronger = strengthen(
+        problems,
+        drafts,
+        connections.executor,
+        config.executor.limits,
+        n=config.sample.adversarial_tests,
+        seed=config.seed,
+    )
+    jsonl.write(folder / "train-original.jsonl", problems)
+    jsonl.write(folder / "train.jsonl", stronger)
+    changed = {new.id: new for old, new in zip(problems, stronger, strict=True) if new is not old}
+    todo = [(changed[item.problem_id], replace(item, verdict=None)) for item in drafts if item.problem_id in changed]
+    again = {item.id: item for item in execute(todo, connections.executor, config.executor.limits)}
+    return [again.get(item.id, item) for item in drafts], sum(len(new.tests) for new in stronger) - sum(
+        len(old.tests) for old in problems
+    )
 
 
 def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
     """Stage I's critiques: the base critic, shown an execution hint that it must not mention."""
     config = run.config
-    by_id = {problem.id: problem for problem in run.problems}
+    by_id = {problem.id: problem for problem in jsonl.read(Problem, run.folder / "problems" / "train.jsonl")}
     pairs = [(by_id[solution.problem_id], solution) for solution in _solutions(run)]
     sampling = Sampling(temperature=config.synthesize.temperature, max_tokens=config.synthesize.max_tokens)
     connections.critic.update_weights(config.critic.model, 0)

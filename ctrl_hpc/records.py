@@ -227,3 +227,5 @@ class Reward:
     """One of ``ctrl_hpc.flow.reward.REASONS``."""
     masked: bool = False
     """True when the environment failed (a sandbox fault): the sample leaves its group."""
+    leaked: bool = False
+    """True when the critique gave the solution away and paid for it."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config_sections import DataConfig
+from ctrl_hpc.config_experiment import DataConfig
 from ctrl_hpc.data import codecontests, humaneval, livecodebench, mbppplus, taco
 from ctrl_hpc.data.decontamination import decontaminate, report
 from ctrl_hpc.records import Problem

@@ -17,15 +17,20 @@ def revise(
     sampling: Sampling,
     *,
     gate: bool = True,
+    skip: frozenset[str] = frozenset(),
 ) -> list[Revision]:
     """One revision for each critique, in order, not yet executed.
 
     With ``gate`` a critique that judges the draft correct keeps it, verdict and all, without asking the generator
-    (the paper stops there; its released code asks all the same: ``gate=False``). Greedy revisions
-    (``sampling.temperature == 0``) of identical chats are asked for once.
+    (the paper stops there; its released code asks all the same: ``gate=False``). So do all critiques of the solutions
+    ``skip``, by id. Greedy revisions (``sampling.temperature == 0``) of identical chats are asked for once.
     """
     assert sampling.n == 1, "one revision a critique"
-    asked = [index for index, (_, _, critique) in enumerate(triples) if not (gate and critique.judgement == "correct")]
+    asked = [
+        index
+        for index, (_, solution, critique) in enumerate(triples)
+        if not (gate and critique.judgement == "correct") and solution.id not in skip
+    ]
     chats = {
         index: prompts.revision(problem, solution, critique.text)
         for index in asked

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from ctrl_hpc.records import Critique, Revision, Reward, Verdict
+import random
+from collections.abc import Mapping, Sequence
 
+from ctrl_hpc.flow.leaks import leaks_solution
+from ctrl_hpc.records import Critique, Revision, Reward, Solution, Verdict
+
+TRANSITIONS = ("fix", "keep", "break", "stuck")
+"""What became of a draft: wrong to right, right to right, right to wrong, wrong to wrong."""
 REASONS: dict[str, str] = {
     "passed": "the revision passes all tests",
     "kept_passed": "judged correct, and the kept draft passes all tests",
@@ -16,28 +22,75 @@ REASONS: dict[str, str] = {
     "memory_limit": "the revision exceeds the memory limit",
     "output_limit": "the revision exceeds the output limit",
     "unsupported": "the revision returns something that the tests cannot judge",
+    "verdict_right": "asked for the judgement alone, which agrees with the draft's verdict",
+    "verdict_wrong": "asked for the judgement alone, which does not agree with it",
     "sandbox_error": "the environment failed: the sample is masked out of its group",
 }
 """Every reason a reward can have."""
 
 
-def score(critique: Critique, revision: Revision, draft: Verdict, *, verdict_coef: float = 0.0) -> Reward:
+def transition(draft: Verdict, revision: Verdict) -> str:
+    """One of :data:`TRANSITIONS`."""
+    if draft.accepted:
+        return "keep" if revision.accepted else "break"
+    return "fix" if revision.accepted else "stuck"
+
+
+def score(
+    critique: Critique,
+    revision: Revision,
+    draft: Verdict,
+    *,
+    verdict_coef: float = 0.0,
+    transitions: Mapping[str, float] | None = None,
+    leak_penalty: float = 0.0,
+    draft_program: str | None = None,
+) -> Reward:
     """What a critique of an executed draft earned through its executed revision.
 
     ``(1 - verdict_coef) * [revision passes] + verdict_coef * [judgement agrees with the draft's verdict]``, in [0, 1];
-    ``verdict_coef=0`` is the paper's reward (the other term: Critique-RL, arXiv 2510.24320). Without an overall
-    judgement the reward is 0. When a verdict that it needs is an environment's fault, the reward is masked.
+    ``verdict_coef=0`` is the paper's reward (the other term: Critique-RL, arXiv 2510.24320). ``transitions``, a value
+    for each of :data:`TRANSITIONS`, takes the place of [revision passes] (ReCrit, arXiv 2605.18799). ``leak_penalty``
+    is taken off when the critique gives the solution away (:func:`~ctrl_hpc.flow.leaks.leaks_solution`; it needs
+    ``draft_program``).
+
+    Without an overall judgement the reward is 0, or the least of ``transitions`` when that is lower, so that silence
+    never pays. When a verdict that it needs is an environment's fault, the reward is masked.
     """
     assert revision.critique_id == critique.id, f"revision of {revision.critique_id} scored for {critique.id}"
     assert revision.verdict is not None, f"the revision of {critique.id} has not been executed"
+    shown = None if revision.kept else revision.program
+    leaked = leak_penalty > 0.0 and leaks_solution(critique.text, draft_program, shown)
+    penalty = leak_penalty if leaked else 0.0
     if critique.judgement is None:
-        return Reward(critique_id=critique.id, value=0.0, reason="no_judgement")
-    needed = (revision.verdict, draft) if verdict_coef > 0.0 else (revision.verdict,)
+        least = min([0.0, *(transitions or {}).values()])
+        return Reward(critique_id=critique.id, value=least - penalty, reason="no_judgement", leaked=leaked)
+    needed = (revision.verdict, draft) if verdict_coef > 0.0 or transitions else (revision.verdict,)
     if any(verdict.status == "sandbox_error" for verdict in needed):
         return Reward(critique_id=critique.id, value=0.0, reason="sandbox_error", masked=True)
+    outcome = transitions[transition(draft, revision.verdict)] if transitions else float(revision.verdict.accepted)
     right_judgement = (critique.judgement == "correct") == draft.accepted
-    value = (1.0 - verdict_coef) * revision.verdict.accepted + verdict_coef * right_judgement
-    return Reward(critique_id=critique.id, value=value, reason=_reason(revision, revision.verdict))
+    value = (1.0 - verdict_coef) * outcome + verdict_coef * right_judgement - penalty
+    return Reward(critique_id=critique.id, value=value, reason=_reason(revision, revision.verdict), leaked=leaked)
+
+
+def score_verdict(critique: Critique, draft: Verdict) -> Reward:
+    """What a critique earned that was asked for its judgement alone: 1 when it agrees with the draft's verdict, else 0.
+
+    Critique-Coder (arXiv 2509.22824) mixes a fifth of such prompts into the training.
+    """
+    if draft.status == "sandbox_error":
+        return Reward(critique_id=critique.id, value=0.0, reason="sandbox_error", masked=True)
+    if critique.judgement is None:
+        return Reward(critique_id=critique.id, value=0.0, reason="no_judgement")
+    right = (critique.judgement == "correct") == draft.accepted
+    return Reward(critique_id=critique.id, value=float(right), reason="verdict_right" if right else "verdict_wrong")
+
+
+def verdict_only(drafts: Sequence[Solution], share: float, seed: int) -> frozenset[str]:
+    """The ids of a ``share`` of the drafts, drawn by ``seed``, whose critiques are rewarded for the judgement alone."""
+    count = round(share * len(drafts))
+    return frozenset(draft.id for draft in random.Random(f"verdict only {seed}").sample(list(drafts), count))
 
 
 def _reason(revision: Revision, verdict: Verdict) -> str:

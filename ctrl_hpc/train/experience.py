@@ -37,6 +37,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     finish_reason: str
     version: int
+    leaked: bool = False
 
     @classmethod
     def of(cls, critique: Critique, revision: Revision, draft: Verdict, reward: Reward) -> Rollout:
@@ -64,6 +65,7 @@ class Rollout:
             logprobs=generation.logprobs,
             finish_reason=generation.finish_reason,
             version=generation.version,
+            leaked=reward.leaked,
         )
 
 
@@ -157,9 +159,11 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     reasons = {f"rl/reason/{reason}": 0 for reason in sorted({item.reason for item in rollouts})}
     for item in rollouts:
         reasons[f"rl/reason/{item.reason}"] += 1
+    revised = [item for item in counted if item.reason not in ("verdict_right", "verdict_wrong")]
     return {
         "rl/reward": sum(item.reward for item in counted) / n,
-        "rl/pass_rate": sum(item.status == "accepted" for item in counted) / n,
+        "rl/pass_rate": sum(item.status == "accepted" for item in revised) / max(1, len(revised)),
+        "rl/leaked": sum(item.leaked for item in counted) / n,
         "rl/draft_pass_rate": sum(item.draft_accepted for item in counted) / n,
         "rl/judgement_accuracy": right / n,
         "rl/judged_correct": sum(item.judgement == "correct" for item in counted) / n,

@@ -16,7 +16,7 @@ from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.flow.critiquing import critique
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.revising import revise
-from ctrl_hpc.flow.reward import score
+from ctrl_hpc.flow.reward import score, score_verdict, verdict_only
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Problem, Sampling, Solution
@@ -136,8 +136,9 @@ def roll_out(
         critiques = critique(pairs, services.critic, source.prompts, sampling)
     repeated = [pair for pair in pairs for _ in range(options.group_size)]
     triples = [(problem, draft, item) for (problem, draft), item in zip(repeated, critiques, strict=True)]
+    judged_alone = verdict_only([draft for _, draft in pairs], options.verdict_only_share, seed)
     with clock("revise"):
-        revisions = revise(triples, services.generator, source.prompts, greedy)
+        revisions = revise(triples, services.generator, source.prompts, greedy, skip=judged_alone)
     todo = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
     runs = {(problem.id, item.program) for problem, item in todo if item.verdict is None and item.program is not None}
     with clock("execute"):
@@ -145,7 +146,18 @@ def roll_out(
     rollouts = []
     for (_, draft, item), revision in zip(triples, revisions, strict=True):
         assert draft.verdict is not None
-        reward = score(item, revision, draft.verdict, verdict_coef=options.verdict_coef)
+        if draft.id in judged_alone:
+            reward = score_verdict(item, draft.verdict)
+        else:
+            reward = score(
+                item,
+                revision,
+                draft.verdict,
+                verdict_coef=options.verdict_coef,
+                transitions=options.transition_reward,
+                leak_penalty=options.leak_penalty,
+                draft_program=draft.program,
+            )
         rollouts.append(Rollout.of(item, revision, draft.verdict, reward))
     return rollouts, len(runs)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ctrl_hpc.flow.reward import REASONS, score
-from ctrl_hpc.records import Critique, Revision, Verdict
+from ctrl_hpc.flow.reward import REASONS, score, score_verdict, transition, verdict_only
+from ctrl_hpc.records import Critique, Revision, Solution, Verdict
 
 RIGHT, WRONG, FAULT = Verdict(status="accepted"), Verdict(status="wrong_answer"), Verdict(status="sandbox_error")
 
@@ -56,3 +56,77 @@ def test_a_quarter_for_the_right_judgement(judgement, revised, draft, value):
 
 def test_the_judgement_cannot_be_scored_against_a_faulty_draft():
     assert score(critique("incorrect"), revision(RIGHT), FAULT, verdict_coef=0.25).masked
+
+
+SHAPED = {"fix": 1.0, "keep": 0.5, "break": -1.0, "stuck": -0.25}
+
+
+@pytest.mark.parametrize(
+    ("revised", "draft", "name"),
+    [
+        (revision(RIGHT), WRONG, "fix"),
+        (revision(RIGHT), RIGHT, "keep"),
+        (revision(RIGHT, kept=True), RIGHT, "keep"),
+        (revision(WRONG), RIGHT, "break"),
+        (revision(Verdict(status="time_limit")), RIGHT, "break"),
+        (revision(WRONG), WRONG, "stuck"),
+        (revision(WRONG, program=None), WRONG, "stuck"),
+    ],
+)
+def test_what_became_of_the_draft_is_worth_its_number(revised, draft, name):
+    assert transition(draft, revised.verdict) == name
+    judgement = "correct" if revised.kept else "incorrect"
+    assert score(critique(judgement), revised, draft, transitions=SHAPED).value == SHAPED[name]
+
+
+def test_silence_is_worth_no_more_than_the_worst_transition():
+    assert score(critique(None), revision(RIGHT), WRONG, transitions=SHAPED).value == -1.0
+    positive = dict.fromkeys(SHAPED, 0.5)
+    assert score(critique(None), revision(RIGHT), WRONG, transitions=positive).value == 0.0
+
+
+def test_a_transition_cannot_be_told_from_a_faulty_draft():
+    assert score(critique("incorrect"), revision(RIGHT), FAULT, transitions=SHAPED).masked
+
+
+def test_transitions_and_the_judgement_are_weighed():
+    reward = score(critique("incorrect"), revision(WRONG), WRONG, transitions=SHAPED, verdict_coef=0.2)
+    assert reward.value == pytest.approx(0.8 * -0.25 + 0.2)
+
+
+PROGRAM = "values = input().split()\ntotal = sum(map(int, values))\nprint(total)"
+FIXED = "import sys\nvalues = sys.stdin.read().split()\nnumbers = [int(value) for value in values]\nprint(sum(numbers))"
+
+
+@pytest.mark.parametrize(
+    ("text", "leaked", "value"),
+    [
+        (f"Use this:\n```python\n{FIXED}\nprint('done')\n```\nOverall judgment: Incorrect", True, 0.7),
+        ("Read all of the input, not only its first line.\nOverall judgment: Incorrect", False, 1.0),
+    ],
+)
+def test_who_gives_the_program_away_pays(text, leaked, value):
+    leaking = Critique(id="p/0#0", solution_id="p/0", text=text, judgement="incorrect")
+    revised = revision(RIGHT, program=FIXED)
+    reward = score(leaking, revised, WRONG, leak_penalty=0.3, draft_program=PROGRAM)
+    assert (reward.leaked, reward.value) == (leaked, pytest.approx(value))
+    assert score(leaking, revised, WRONG, draft_program=PROGRAM).value == 1.0
+
+
+def test_the_judgement_alone():
+    assert score_verdict(critique("incorrect"), WRONG).value == 1.0
+    assert score_verdict(critique("correct"), RIGHT).reason == "verdict_right"
+    assert score_verdict(critique("correct"), WRONG).value == 0.0
+    assert score_verdict(critique("correct"), WRONG).reason == "verdict_wrong"
+    assert score_verdict(critique(None), WRONG).reason == "no_judgement"
+    assert score_verdict(critique("correct"), FAULT).masked
+    assert {"verdict_right", "verdict_wrong"} <= set(REASONS)
+
+
+def test_a_share_of_the_drafts_is_asked_for_the_judgement_alone():
+    drafts = [Solution(id=f"p{k}/0", problem_id=f"p{k}", text="", program=None) for k in range(40)]
+    chosen = verdict_only(drafts, 0.2, seed=3)
+    assert len(chosen) == 8
+    assert chosen == verdict_only(drafts, 0.2, seed=3)
+    assert chosen != verdict_only(drafts, 0.2, seed=4)
+    assert verdict_only(drafts, 0.0, seed=3) == frozenset()

@@ -182,3 +182,12 @@ def test_an_oracle_needs_canonical_solutions():
     bare = Problem(id="bare", source="taco", split="test", prompt="", tests=TESTS)
     with pytest.raises(ValueError, match="problem bare of taco has no canonical_solution"):
         OracleGenerator([bare], PROMPTS)
+
+
+def test_solutions_that_are_skipped_are_not_revised():
+    first, second = draft([P], Script(), PROMPTS, Sampling(n=2))
+    generator = Script()
+    triples = [(P, first, said(first, "incorrect")), (P, second, said(second, "incorrect"))]
+    skipped, revised = revise(triples, generator, PROMPTS, GREEDY, skip=frozenset({first.id}))
+    assert (skipped.kept, skipped.program) == (True, first.program)
+    assert not revised.kept
