@@ -94,10 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    bench = commands.add_parser("bench", help="measure: executor")
-    bench.add_argument("what", choices=["executor"])
+    bench = commands.add_parser("bench", help="measure: executor; or its soak")
+    bench.add_argument("what", choices=["executor", "soak"], help="soak: many runs, one in seven misbehaving")
     bench.add_argument("--workers", type=int, default=2)
-    bench.add_argument("--seconds", type=float, default=2.0, help="seconds a row")
+    bench.add_argument("--seconds", type=float, default=10.0, help="executor: seconds a row (default: 10)")
+    bench.add_argument("--runs", type=int, default=100_000, help="soak: runs (default: 100000)")
     bench.set_defaults(command=_bench)
     return parser
 
@@ -257,9 +258,11 @@ def _say(url: str) -> None:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from ctrl_hpc.sandbox.bench import bench
+    from ctrl_hpc.sandbox import bench, soak
 
-    bench(workers=options.workers, seconds=options.seconds)
+    if options.what == "soak":
+        return 0 if soak.bench(options.runs, options.workers) else 1
+    bench.bench(workers=options.workers, seconds=options.seconds)
     return 0
 
 

@@ -1,7 +1,8 @@
 """How fast the executor is, in multiples of the floor: starting this Python bare, once a run, with nothing isolated.
 
 Every round measures the floor and then each way of running programs, so that a noisy machine cancels out of the
-ratios. A run is one test of one program; programs are all different and no cache is used.
+ratios. A run is one test of one program; programs are all different and no cache is used. Beside the rate stands the
+CPU time a run costs, of all processes that take part: it says the same where other work keeps the cores busy.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import multiprocessing
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,12 +26,16 @@ from rich.console import Console
 from rich.table import Table
 
 from ctrl_hpc import jsonl
+from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest, TestCase
 from ctrl_hpc.sandbox.client import ExecutorClient
 from ctrl_hpc.sandbox.pool import Sandbox
 from ctrl_hpc.sandbox.server import serve
+from ctrl_hpc.sandbox.watchdog import descendants
 
 ROUNDS = 5
+FLOOR, FLOOR_ALONE = "floor: bare python", "one bare python at a time"
+FRESH_ALONE = "fresh jail, 1 test, one at a time"
 CLIENTS = 4
 _LIMITS = Limits(cpu_s=5.0, wall_s=20.0, memory_mb=256)
 _numbers = itertools.count()
@@ -72,18 +78,15 @@ def floor(workers: int) -> Scenario:
 def _rate(seconds: float, steps: list[Callable[[], int]]) -> float:
     """Runs a second of several threads, each of which repeats a step that returns its number of runs."""
     start = time.perf_counter()
-    done = [0] * len(steps)
 
-    def repeat(index: int) -> None:
+    def repeat(step: Callable[[], int]) -> int:
+        done = 0
         while time.perf_counter() - start < seconds:
-            done[index] += steps[index]()
+            done += step()
+        return done
 
-    threads = [threading.Thread(target=repeat, args=(index,)) for index in range(len(steps))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(done) / (time.perf_counter() - start)
+    with ThreadPoolExecutor(len(steps)) as threads:
+        return sum(threads.map(repeat, steps)) / (time.perf_counter() - start)
 
 
 def pool(sandbox: Sandbox, tests: int, kind: str = "stdin", clients: int | None = None) -> Scenario:
@@ -165,52 +168,93 @@ def service(workers: int) -> Iterator[str]:
         process.join()
 
 
-def measure(workers: int, seconds: float, rounds: int = ROUNDS) -> dict[str, tuple[float, float]]:
-    """For each scenario the median of runs a second, and the median of its ratio to the floor of the same round."""
-    with ExitStack() as stack:
-        warm = stack.enter_context(Sandbox(workers=workers))
-        fresh = stack.enter_context(Sandbox(workers=workers, fresh=True))
-        url = stack.enter_context(service(workers))
-        scenarios: dict[str, Scenario] = {
-            "floor: bare python": floor(workers),
-            "one bare python at a time": floor(1),
-            "fresh jail, 1 test, one at a time": pool(fresh, 1, clients=1),
-            "fresh jail, 1 test": pool(fresh, 1),
-            "fresh jail, 10 tests": pool(fresh, 10),
-            "warm jail, 1 test": pool(warm, 1),
-            "warm jail, 10 tests": pool(warm, 10),
-            "warm jail, function test": pool(warm, 1, "function"),
-            "warm jails, assert test": pool(warm, 1, "assert"),
-            f"HTTP /run_code, {CLIENTS} clients": run_code(url),
-            f"HTTP /run_tests, {CLIENTS} clients": run_tests(url, 1),
-            f"HTTP /run_tests, {CLIENTS} clients, 10 tests": run_tests(url, 10),
-            "HTTP client, batches of 128 programs": batches(url, 1),
-        }
-        each = seconds / rounds / len(scenarios)
-        rates: dict[str, list[float]] = {name: [] for name in scenarios}
-        for _ in range(rounds):
-            for name, scenario in scenarios.items():
-                rates[name].append(scenario(each))
-    floors = rates["floor: bare python"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """A scenario's medians over the rounds."""
+
+    runs_per_s: float
+    cpu_ms: float
+    """CPU time a run, in milliseconds."""
+    rate_ratio: float
+    """Its rate over the floor's of the same round."""
+    cpu_ratio: float
+    """The floor's CPU time a run over its own, of the same round."""
+
+
+def scenarios(stack: ExitStack, workers: int) -> dict[str, Scenario]:
+    """All scenarios by name, the floor first; what they need is closed with ``stack``."""
+    warm = stack.enter_context(Sandbox(workers=workers))
+    fresh = stack.enter_context(Sandbox(workers=workers, fresh=True))
+    url = stack.enter_context(service(workers))
     return {
-        name: (
-            statistics.median(values),
-            statistics.median(value / base for value, base in zip(values, floors, strict=True)),
-        )
-        for name, values in rates.items()
+        FLOOR: floor(workers),
+        FLOOR_ALONE: floor(1),
+        FRESH_ALONE: pool(fresh, 1, clients=1),
+        "fresh jail, 1 test": pool(fresh, 1),
+        "fresh jail, 10 tests": pool(fresh, 10),
+        "warm jail, 1 test": pool(warm, 1),
+        "warm jail, 10 tests": pool(warm, 10),
+        "warm jail, function test": pool(warm, 1, "function"),
+        "warm jails, assert test": pool(warm, 1, "assert"),
+        f"HTTP /run_code, {CLIENTS} clients": run_code(url),
+        f"HTTP /run_tests, {CLIENTS} clients": run_tests(url, 1),
+        f"HTTP /run_tests, {CLIENTS} clients, 10 tests": run_tests(url, 10),
+        "HTTP client, batches of 128 programs": batches(url, 1),
     }
 
 
-def bench(workers: int = 2, seconds: float = 60.0) -> None:
-    """Measure for about ``seconds`` and print a table. A ratio of 2 is twice as fast as bare Python."""
-    console = Console()
-    with console.status(f"measuring for {seconds:.0f} s with {workers} workers"):
-        results = measure(workers, seconds)
-    table = Table("scenario", "runs/s", "x floor", title=f"executor, {workers} workers, medians of {ROUNDS} rounds")
+def measure(workers: int, seconds: float, rounds: int = ROUNDS) -> dict[str, Speed]:
+    """Every scenario's speed, measured for about ``seconds`` each, spread over the rounds."""
+    with ExitStack() as stack:
+        found = scenarios(stack, workers)
+        rates: dict[str, list[float]] = {name: [] for name in found}
+        costs: dict[str, list[float]] = {name: [] for name in found}
+        with Steps("bench", rounds * len(found)) as steps:
+            for _ in range(rounds):
+                for name, scenario in found.items():
+                    cpu_s, start = _cpu_s(), time.perf_counter()
+                    rates[name].append(scenario(seconds / rounds))
+                    runs = rates[name][-1] * (time.perf_counter() - start)
+                    costs[name].append((_cpu_s() - cpu_s) / runs * 1000)
+                    steps.advance()
+    return {
+        name: Speed(
+            runs_per_s=statistics.median(rates[name]),
+            cpu_ms=statistics.median(costs[name]),
+            rate_ratio=_median_ratio(rates[name], rates[FLOOR]),
+            cpu_ratio=_median_ratio(costs[FLOOR], costs[name]),
+        )
+        for name in rates
+    }
+
+
+def _median_ratio(values: list[float], bases: list[float]) -> float:
+    return statistics.median(value / base for value, base in zip(values, bases, strict=True))
+
+
+def _cpu_s() -> float:
+    """CPU time of this process and all below it, those that have ended included."""
+    ticks = 0
+    for pid in descendants(os.getpid()):
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended, and counts with its parent now
+            continue
+        ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def bench(workers: int = 2, seconds: float = 10.0) -> None:
+    """Measure each row for about ``seconds`` and print a table. A ratio of 2 is twice as fast as bare Python."""
+    results = measure(workers, seconds)
+    title = f"executor, {workers} workers, medians of {ROUNDS} rounds, load {os.getloadavg()[0]:.1f}"
+    table = Table("scenario", "runs/s", "x floor", "CPU ms/run", "x floor", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, (rate, ratio) in results.items():
-        table.add_row(name, f"{rate:.0f}", f"{ratio:.2f}")
-    console.print(table)
-    single = results["one bare python at a time"][0] / results["fresh jail, 1 test, one at a time"][0]
-    console.print(f"one fresh single-test run takes {single:.2f} x the time of one bare python")
+    for name, speed in results.items():
+        rate, cost = f"{speed.runs_per_s:.0f}", f"{speed.cpu_ms:.2f}"
+        table.add_row(name, rate, f"{speed.rate_ratio:.2f}", cost, f"{speed.cpu_ratio:.2f}")
+    Console().print(table)
+    bare, ours = results[FLOOR_ALONE], results[FRESH_ALONE]
+    time_ratio, cpu_ratio = bare.runs_per_s / ours.runs_per_s, ours.cpu_ms / bare.cpu_ms
+    print(f"one fresh single-test run takes {time_ratio:.2f} x the time and {cpu_ratio:.2f} x the CPU of a bare python")

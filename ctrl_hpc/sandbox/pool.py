@@ -17,7 +17,7 @@ from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import cgroup, judge, probe, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
 from ctrl_hpc.sandbox.inside import files as inside_files
-from ctrl_hpc.sandbox.jail import JailFault
+from ctrl_hpc.sandbox.jail import JailFault, check_open_files
 from ctrl_hpc.sandbox.watchdog import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
 
@@ -46,6 +46,7 @@ class Sandbox:
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
+        check_open_files(workers)
         root = rootfs.ensure(root_parent)
         self.workers = workers
         self.counts: Counter[str] = Counter()

@@ -1,15 +1,13 @@
 """A long run of the executor with one program in seven misbehaving; nothing may be wrong, left over, or growing.
 
-``python -m ctrl_hpc.sandbox.soak --runs 100000``. Every verdict is checked against the one known for its program; at
+``ctrl-hpc bench soak``. Every verdict is checked against the one known for its program; at
 the end the processes, descriptors, threads, mounts, cgroups and files of the machine are compared with those before.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
-import sys
 import tempfile
 import threading
 from collections import Counter
@@ -141,14 +139,9 @@ def _resident_mb() -> float:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; exit code 0 when the soak is clean."""
-    parser = argparse.ArgumentParser(prog="python -m ctrl_hpc.sandbox.soak", description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=100_000)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    report = soak(options.runs, options.workers, options.seed)
+def bench(runs: int = 100_000, workers: int = 2, seed: int = 0) -> bool:
+    """Soak and print what was found; whether it was clean."""
+    report = soak(runs, workers, seed)
     print(f"{report.runs} runs, {sum(report.wrong.values())} wrong, memory grew by {report.growth_mb:.1f} MB")
     for what, count in report.wrong.most_common(20):
         print(f"wrong, {count} times: {what}")
@@ -156,8 +149,4 @@ def main(arguments: list[str] | None = None) -> int:
         if left:
             print(f"left: {kind}: {', '.join(sorted(left)[:10])}")
     print("clean" if report.clean else "NOT clean")
-    return 0 if report.clean else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return report.clean

@@ -32,6 +32,8 @@ _FAREWELL_S = 0.25
 """How long a solution may take to flush and leave once the test that called it is over."""
 _CHECK_EXTRA_S = 2.0
 """The test's process outlives the solution's limits by this, so that the solution's limit strikes first."""
+_TESTS_WORTH_PRELOADING = 8
+"""From so many tests on, loading modules once for all costs less than each test loading what it uses."""
 _CHECK_MEMORY_MB = 1024
 _FETCHED_BYTES = 24 << 20
 _CHECK_STATUS: dict[int | None, TestStatus] = {
@@ -55,12 +57,18 @@ class Worker:
         self._watchdog = watchdog
         self._group = MemoryGroup(hierarchy) if hierarchy is not None else None
         self._fresh = fresh
+        self._tests = 1
         self._jails: dict[bool, Jail] = {}
 
     def jail(self, trusted: bool = False) -> Jail:
         """The jail for programs, or for tests' own code; started when it is not there. Raises JailFault."""
         if trusted not in self._jails:
-            self._jails[trusted] = Jail(self._root) if trusted else Jail(self._root, self._watchdog, self._group)
+            preload = not self._fresh or self._tests >= _TESTS_WORTH_PRELOADING
+            self._jails[trusted] = (
+                Jail(self._root, preload=preload)
+                if trusted
+                else Jail(self._root, self._watchdog, self._group, preload=preload)
+            )
         return self._jails[trusted]
 
     def close(self) -> None:
@@ -79,6 +87,7 @@ class Worker:
         if not execution.tests:
             return Verdict(status="unsupported", detail="there are no tests")
         source = execution.program.encode("utf-8", "surrogatepass")
+        self._tests = len(execution.tests)
         results: list[TestResult] = []
         first_failure = -1
         for index, test in enumerate(execution.tests):

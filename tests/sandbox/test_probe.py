@@ -67,7 +67,7 @@ def test_an_nsjail_that_fails_is_told_in_its_own_words(tmp_path: Path, monkeypat
 def test_a_runner_without_walls_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An nsjail that only starts the runner, jailing nothing."""
     root = next(check.detail for check in probe.probe() if check.name == "jail root")
-    script(tmp_path / "nsjail", f"exec {root}/python/bin/python3 -s -S -B {root}/runner/runner.py")
+    script(tmp_path / "nsjail", f"exec {root}/python/bin/python3 -s -S -B {root}/runner/start.py")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(jail, "_START_ENVIRONMENT", {"LD_LIBRARY_PATH": f"{root}/lib"})
     with pytest.raises(jail.JailFault, match="not the jail's first process"):

@@ -9,40 +9,28 @@ from __future__ import annotations
 import _signal as signal
 import _sitebuiltins
 import atexit
-import bisect  # noqa: F401  (loaded here so that programs find it loaded, as are the others marked so)
 import builtins
-import collections  # noqa: F401
-import copy  # noqa: F401
-import functools  # noqa: F401
 import gc
-import heapq  # noqa: F401
 import io
-import itertools  # noqa: F401
-import linecache
-import math  # noqa: F401
 import mmap
-import opcode
-import operator  # noqa: F401
-import os
-import re  # noqa: F401
+import posix as os
 import resource
-import string  # noqa: F401
 import sys
-import traceback
-import types
-import typing
-from collections.abc import Callable
 
-import checker
-import files
-import solution
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import types
+    import typing
+    from collections.abc import Callable
 
 RUN, SERVE, CHECK, PUT, FETCH = range(5)
 """Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them; files put into
 /tmp; files fetched from it."""
 PROGRAM_NAME = "solution.py"
-_HARNESS = "/runner/"
-_RAISE = opcode.opmap["RAISE_VARARGS"]
+SCRATCH = "/tmp"
+_HARNESS = "/runner"
+_RAISE = compile("raise", "", "exec").co_code[2]
+"""The code of a ``raise`` statement, which follows the two bytes that begin every function."""
 _OPEN_FILES = 64
 _BILLION = 10**9
 
@@ -70,19 +58,29 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
     pending[0] = 0
     pending.close()
     if kind == CHECK:
-        checker.main(source)
+        _module("checker").main(source)
     if kind in (PUT, FETCH):
         _move_files(kind, source)
+    harness = _module("solution") if kind == SERVE else None
     name = "__main__" if kind == RUN else "solution"
-    module = types.ModuleType(name)
+    module = type(sys)(name)
     module.__dict__.update(__builtins__=builtins, __file__=PROGRAM_NAME)
     sys.modules[name] = module
     sys.argv = [PROGRAM_NAME]
-    serve = (lambda: solution.serve(module.__dict__)) if kind == SERVE else None
-    _execute(source, module.__dict__, note, serve)
+    _execute(source, module.__dict__, note, harness and (lambda: harness.serve(module.__dict__)))
+
+
+def _module(name: str) -> typing.Any:
+    """A module of ours or of the library, never one that a program left in its folder."""
+    sys.path[0] = _HARNESS
+    try:
+        return __import__(name)
+    finally:
+        sys.path[0] = SCRATCH
 
 
 def _move_files(kind: int, request: bytes) -> None:
+    files = _module("files")
     if kind == PUT:
         files.put(request)
     else:
@@ -146,13 +144,21 @@ def _report(error: BaseException, source: bytes, note: mmap.mmap) -> None:
     tb = error.__traceback__.tb_next if error.__traceback__ else None
     if isinstance(error, MemoryError) and not _raised_by_program(tb):
         note[0] = 1
+    try:
+        _print(error, tb, source)
+    except MemoryError:
+        os.write(2, b"MemoryError\n")
+
+
+def _print(error: BaseException, tb: types.TracebackType | None, source: bytes) -> None:
+    traceback = _module("traceback")
     lines = source.decode("utf-8", "replace").splitlines(keepends=True)
-    linecache.cache[PROGRAM_NAME] = (len(source), None, lines, PROGRAM_NAME)
+    traceback.linecache.cache[PROGRAM_NAME] = (len(source), None, lines, PROGRAM_NAME)
     if sys.excepthook is not sys.__excepthook__:
         sys.excepthook(type(error), error, tb)
         return
     report = traceback.TracebackException(type(error), error, tb)
-    own = [frame for frame in report.stack if not frame.filename.startswith(_HARNESS)]
+    own = [frame for frame in report.stack if not frame.filename.startswith(f"{_HARNESS}/")]
     report.stack = traceback.StackSummary.from_list(own)
     report.print()
 

@@ -1,0 +1,42 @@
+"""The listening socket that all services share."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from ctrl_hpc import service
+
+
+def test_answers_are_not_held_back() -> None:
+    """asyncio turns Nagle's algorithm off on what the socket accepts."""
+
+    async def no_delay() -> int:
+        sock = service.listen("127.0.0.1", 0)
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            peer = writer.get_extra_info("socket")
+            accepted.set_result(peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(connected, sock=sock):
+            _, writer = await asyncio.open_connection(*sock.getsockname())
+            found = await accepted
+            writer.close()
+            await writer.wait_closed()
+        return found
+
+    assert asyncio.run(no_delay()) != 0
+
+
+def test_a_port_in_use_and_an_unknown_host_are_one_clear_line() -> None:
+    with service.listen("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+        assert service.url(sock) == f"http://127.0.0.1:{port}"
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            service.listen("127.0.0.1", port)
+    with pytest.raises(ValueError, match="cannot listen on 127.0.0.1:99999"):
+        service.listen("127.0.0.1", 99999)
