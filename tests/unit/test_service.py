@@ -38,5 +38,5 @@ def test_a_port_in_use_and_an_unknown_host_are_one_clear_line() -> None:
         assert service.url(sock) == f"http://127.0.0.1:{port}"
         with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             service.listen("127.0.0.1", port)
-    with pytest.raises(ValueError, match="cannot listen on 127.0.0.1:99999"):
+    with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:99999"):
         service.listen("127.0.0.1", 99999)
