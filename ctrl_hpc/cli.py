@@ -239,6 +239,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
     found = checks(options.run_dir)
     table = Table("check", "state", "found", "fix")
+    for column in table.columns:
+        column.overflow = "fold"
     for check in found:
         table.add_row(check.name, check.state, check.found, check.fix)
     Console().print(table)

@@ -15,10 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-State = Literal["ok", "warning", "missing"]
+State = Literal["ok", "absent", "warning", "missing"]
 SLOW_DISK_S = 0.05
 """A run directory where writing and reading back a small file takes longer makes heartbeats and records slow."""
 _PYTHON = (3, 12)
+_UNCONFIGURED = "configuration source"
+"""What Slurm's commands say where they are installed and no cluster is configured."""
 _COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sacct")
 
 
@@ -28,7 +30,7 @@ class Check:
 
     name: str
     state: State
-    """``missing``: what needs it will not work; ``warning``: slower, or only some set-ups need it."""
+    """``missing``: every run needs it; ``absent``: only some set-ups need it; ``warning``: works, but worse."""
     found: str
     fix: str = ""
     """What to do about it; empty when ok."""
@@ -36,7 +38,26 @@ class Check:
 
 def checks(run_dir: str | Path = "runs") -> list[Check]:
     """All checks of this machine, quick ones first; ``run_dir`` is where runs are (or will be) kept."""
-    return [*(check() for check in CHECKS.values()), _file_system(Path(run_dir))]
+    return [*(check() for check in CHECKS.values()), *_executor(), _file_system(Path(run_dir))]
+
+
+def _executor() -> list[Check]:
+    """What isolating programs takes, and a program in a real jail."""
+    try:
+        from ctrl_hpc.sandbox.probe import probe
+    except ModuleNotFoundError as error:
+        return [
+            Check(name="executor", state="missing", found=str(error), fix="`make setup` installs what uv.lock says")
+        ]
+    return [
+        Check(
+            name=f"executor: {found.name}",
+            state="missing" if not found.ok else "warning" if found.fix else "ok",
+            found=found.detail.splitlines()[0],
+            fix=found.fix,
+        )
+        for found in probe()
+    ]
 
 
 def _python() -> Check:
@@ -60,62 +81,16 @@ def _packages() -> Check:
     return Check(name="packages", state="ok", found=", ".join(versions))
 
 
-def _namespaces() -> Check:
-    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--net", "true"]
-    if shutil.which("unshare") is None:
-        return Check(name="user namespaces", state="warning", found="unshare is not here to try", fix="util-linux")
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    if answer.returncode == 0:
-        return Check(name="user namespaces", state="ok", found="user, process and network namespaces can be made")
-    fix = (
-        "as root: `sysctl -w kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 also "
-        "`kernel.apparmor_restrict_unprivileged_userns=0`; in a container: run it with user namespaces allowed"
-    )
-    said = answer.stderr.strip() or f"exit code {answer.returncode}"
-    return Check(name="user namespaces", state="missing", found=said, fix=fix)
-
-
-def _jail() -> Check:
-    """A real program in a real jail."""
-    from ctrl_hpc.records import Limits, StdinTest
-    from ctrl_hpc.sandbox import Sandbox
-
-    began = time.perf_counter()
-    try:
-        with Sandbox(workers=1) as sandbox:
-            test = StdinTest(stdin="2\n", expected_stdout="4\n")
-            verdict = sandbox.run_tests("print(int(input()) * 2)", [test], Limits())
-    except (ValueError, RuntimeError, OSError) as error:
-        fix = "`apt-get install libnl-route-3-200 libprotobuf32`; see user namespaces above"
-        return Check(name="nsjail", state="missing", found=str(error).splitlines()[0], fix=fix)
-    took = f"{time.perf_counter() - began:.2f} s with start-up"
-    if verdict.status == "accepted":
-        return Check(name="nsjail", state="ok", found=f"a program was run and judged in {took}")
-    return Check(name="nsjail", state="missing", found=f"{verdict.status}: {verdict.detail}", fix="see user namespaces")
-
-
-def _cgroups() -> Check:
-    root = Path("/sys/fs/cgroup")
-    if (root / "cgroup.controllers").is_file():
-        has = (root / "cgroup.controllers").read_text(encoding="ascii").split()
-        kind = "v2"
-    else:
-        has = [folder.name for folder in root.glob("*") if (folder / "tasks").exists() or folder.is_symlink()]
-        kind = "v1"
-    if {"memory", "pids"} <= set(has):
-        return Check(name="cgroups", state="ok", found=f"{kind} with {', '.join(sorted(has))}")
-    fix = "memory and process limits of jails then rest on rlimits alone; boot with the memory and pids controllers"
-    return Check(name="cgroups", state="warning", found=f"{kind} with {', '.join(sorted(has)) or 'nothing'}", fix=fix)
-
-
 def _slurm() -> Check:
     missing = [name for name in _COMMANDS if shutil.which(name) is None]
     if missing:
         found = f"not here: {', '.join(missing)}"
-        return Check(name="slurm", state="warning", found=found, fix="only cluster=slurm needs them: use a login node")
+        return Check(name="slurm", state="absent", found=found, fix="only cluster=slurm needs them: use a login node")
     answer = subprocess.run(["sinfo", "-h", "-o", "%P %D %t"], capture_output=True, text=True, timeout=60, check=False)
     if answer.returncode != 0:
         said = answer.stderr.strip().splitlines()[-1:] or ["no answer"]
+        if _UNCONFIGURED in said[0]:
+            return Check(name="slurm", state="absent", found=said[0], fix="only cluster=slurm needs it: set SLURM_CONF")
         return Check(name="slurm", state="missing", found=said[0], fix="slurmctld does not answer: check SLURM_CONF")
     accounting = subprocess.run(["sacct", "-X", "-n"], capture_output=True, text=True, timeout=60, check=False)
     partitions = ", ".join(answer.stdout.strip().splitlines())
@@ -130,7 +105,7 @@ def _gpus() -> Check:
 
     if not torch.cuda.is_available():
         found = "no CUDA device" + ("" if shutil.which("nvidia-smi") is None else ", though nvidia-smi is here")
-        return Check(name="gpu", state="warning", found=found, fix="models then run on the CPU: small ones only")
+        return Check(name="gpu", state="absent", found=found, fix="models then run on the CPU: small ones only")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     nccl = torch.distributed.is_nccl_available()
     found = f"{len(names)} x {names[0]}, NCCL {'there' if nccl else 'missing'}"
@@ -202,13 +177,10 @@ def _wandb() -> Check:
 CHECKS: dict[str, Callable[[], Check]] = {
     "python": _python,
     "packages": _packages,
-    "user namespaces": _namespaces,
-    "nsjail": _jail,
-    "cgroups": _cgroups,
     "slurm": _slurm,
     "gpu": _gpus,
     "triton": _triton,
     "ports": _port,
     "wandb": _wandb,
 }
-"""Checks by name; the run directory's needs its path."""
+"""Checks of one finding each, by name; the run directory's needs its path."""

@@ -46,7 +46,7 @@ class Check:
     detail: str
     """What was found, in a line."""
     fix: str = ""
-    """What to do, or to ask the administrator for; empty when the check holds."""
+    """What to do, or to ask the administrator for; where the check holds, what would make it hold better."""
 
 
 def probe(root_parent: Path | None = None, proc: Path = Path("/proc")) -> list[Check]:
@@ -120,8 +120,10 @@ def _namespaces(proc: Path) -> Check:
 
 def _memory() -> Check:
     hierarchy = cgroup.memory_groups()
-    found = "a watchdog, as no cgroup can be made" if hierarchy is None else f"cgroup version {hierarchy.version}"
-    return Check(name="memory of a jail", ok=True, detail=f"bounded by {found}")
+    if hierarchy is not None:
+        return Check(name="memory of a jail", ok=True, detail=f"bounded by a version {hierarchy.version} cgroup")
+    fix = "for a bound without gaps ask the administrator to delegate this job's memory cgroup (systemd: Delegate=yes)"
+    return Check(name="memory of a jail", ok=True, detail="bounded by a watchdog, as no cgroup can be made", fix=fix)
 
 
 def _isolation(root: Path) -> Check:
