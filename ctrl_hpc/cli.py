@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ctrl_hpc import data_command
+from ctrl_hpc import data_command, report_command
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     _configured(run, _run)
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, text in STAGES.items():
-        _configured(commands.add_parser(name, help=text), _stage(name))
+        if name != "report":
+            _configured(commands.add_parser(name, help=text), _stage(name))
+    report_command.add(commands.add_parser("report", help=STAGES["report"]), _stage("report"))
     data_command.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
     for name, text, command in (

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -76,28 +75,8 @@ def colours(critics: Sequence[str]) -> dict[str, str]:
     return {item: (COLOURS | more)[item.removesuffix("_greedy")] for item in critics}
 
 
-def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Every plot for which ``results`` (``report/results.json``) has data; returns the files."""
-    files = []
-    with matplotlib.rc_context(STYLE):
-        if results["learning_curve"]:
-            files.append(_save(learning_curve(results["learning_curve"]), folder / "learning_curve.png"))
-        for dataset, entry in results["datasets"].items():
-            for greedy, suffix in ((False, ""), (True, "_greedy")):
-                rows = {name: row for name, row in entry["critics"].items() if name.endswith("_greedy") is greedy}
-                if rows:
-                    title = f"{dataset}: pass@1 over critique-revision turns" + (", greedy critics" if greedy else "")
-                    files.append(_save(pass_over_turns(rows, title), folder / f"pass_at_1{suffix}-{dataset}.png"))
-            files.append(
-                _save(
-                    deltas(entry["critics"], f"{dataset}: what one turn mends and breaks"),
-                    folder / f"deltas-{dataset}.png",
-                )
-            )
-    return files
-
-
-def _save(figure: Figure, file: Path) -> Path:
+def save(figure: Figure, file: Path) -> Path:
+    """Write a figure as PNG; returns the file."""
     figure.savefig(file, dpi=160, bbox_inches="tight", pad_inches=0.18)
     return file
 
@@ -113,7 +92,7 @@ def learning_curve(points: Sequence[Mapping[str, float]]) -> Figure:
         ax.set_ylabel(unit)
         if np.isfinite(values).any():
             ax.plot(steps, values, color=COLOURS["rl"], alpha=0.28, linewidth=1.1)
-            ax.plot(steps, _running_mean(values, max(len(values) // 20, 1)), color=COLOURS["rl"], linewidth=2.3)
+            ax.plot(steps, running_mean(values, max(len(values) // 20, 1)), color=COLOURS["rl"], linewidth=2.3)
             _room(ax, values)
         else:
             ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=FAINT)
@@ -123,7 +102,7 @@ def learning_curve(points: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def _running_mean(values: npt.NDArray[np.float64], half: int) -> npt.NDArray[np.float64]:
+def running_mean(values: npt.NDArray[np.float64], half: int) -> npt.NDArray[np.float64]:
     """The mean over each value and ``half`` neighbours on both sides, fewer at the ends; NaN counts for nothing."""
     known = np.isfinite(values)
     window = np.ones(2 * half + 1)
@@ -165,7 +144,7 @@ def pass_over_turns(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure
         )
         ends[name] = float(means[-1])
     _limits(ax, rows)
-    _name_ends(ax, ends, paint, turns)
+    name_ends(ax, ends, paint, turns)
     ax.set_title(title)
     ax.set_xlabel("critique-revision turns")
     ax.set_ylabel("pass@1")
@@ -181,7 +160,7 @@ def _limits(ax: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
     ax.set_ylim(max(min(ends) - 0.04, 0.0), min(max(ends) + 0.04, 1.02))
 
 
-def _name_ends(ax: Axes, ends: Mapping[str, float], paint: Mapping[str, str], turns: int) -> None:
+def name_ends(ax: Axes, ends: Mapping[str, float], paint: Mapping[str, str], turns: int) -> None:
     """Names and values right of the lines' ends, pushed apart so that none covers another."""
     low, high = ax.get_ylim()
     gap = 0.05 * (high - low)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ctrl_hpc.evaluate.plots import label
 from ctrl_hpc.evaluate.results import History
 from ctrl_hpc.records import Verdict
 
@@ -18,6 +19,15 @@ def transition(before: Verdict, after: Verdict) -> str:
     if before.accepted:
         return "kept right" if after.accepted else "broken"
     return "fixed" if after.accepted else "still wrong"
+
+
+def rows(histories: Mapping[str, Mapping[str, Sequence[History]]], count: int) -> list[dict[str, Any]]:
+    """Samples of every data set and critic, as plain data for the page."""
+    return [
+        {"run": "", "dataset": dataset, **sample, "critic": label(sample["critic"])}
+        for dataset, items in histories.items()
+        for sample in choose(items, count)
+    ]
 
 
 def choose(histories: Mapping[str, Sequence[History]], count: int) -> list[dict[str, Any]]:

@@ -14,12 +14,16 @@ from ctrl_hpc.evaluate.plots import label
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Cells as text; the first column is left-aligned, the others are right-aligned. ``strong`` rows stand out."""
+    """Cells as text; columns of words are left-aligned, the others right-aligned. ``strong`` rows stand out."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     strong: frozenset[int] = frozenset()
+    note: str = ""
+    """What to know of it, below it."""
+    text_columns: int = 1
+    """Columns of words, which are left-aligned."""
 
 
 def results_table(dataset: str, entry: Mapping[str, Any]) -> Table:
@@ -95,18 +99,21 @@ def rich_table(table: Table) -> RichTable:
 
 def markdown(table: Table) -> str:
     """For a README or an issue."""
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    rule = ["---"] * table.text_columns + ["---:"] * (len(table.columns) - table.text_columns)
     lines = [table.columns, rule, *table.rows]
-    return f"**{table.title}**\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"**{table.title}**\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines) + note
 
 
 _LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$"}
-_LATEX |= {"–": "--", "−": "$-$"}
+_LATEX |= {"–": "--", "−": "$-$", "×": r"$\times$", "±": r"$\pm$"}
 
 
 def latex(table: Table) -> str:
-    """A ``tabular`` with booktabs' rules."""
-    lines = [r"\begin{tabular}{l" + "r" * (len(table.columns) - 1) + "}", r"\toprule"]
+    """A ``tabular`` with booktabs' rules; the title and the note as comments."""
+    columns = "l" * table.text_columns + "r" * (len(table.columns) - table.text_columns)
+    lines = [f"% {text}" for text in (table.title, table.note) if text]
+    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
     lines.append(_latex_row(table.columns))
     lines.append(r"\midrule")
     for number, row in enumerate(table.rows):
@@ -121,3 +128,55 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
+
+
+def seeds_table(dataset: str, entry: Mapping[str, Any]) -> Table:
+    """pass@1 after one and after all turns, with the standard deviation over seeds, pass@k, time-outs."""
+    rows = []
+    for name, row in entry["critics"].items():
+        deviations, ks = row["seeds"]["std"], row["pass_at_k"]
+        shares = [f"{100 * row['pass_at_1'][turn]:.1f} ± {100 * deviations[turn]:.1f}" for turn in (0, 1, -1)]
+        most = max(ks, key=int)
+        timeouts = row["timeout_rate"]
+        rows.append((label(name), *shares, percent(ks[most][-1]), percent(timeouts[-1] if timeouts else None)))
+    most = max(next(iter(entry["critics"].values()))["pass_at_k"], key=int)
+    columns = ("critic", "drafts", "turn 1", "last turn", f"pass@{most}, last turn", "time-outs, last turn")
+    title = f"{dataset}: over {entry['n_samples']} seeds, mean ± standard deviation; in %"
+    return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def judgebench_table(entry: Mapping[str, Any]) -> Table:
+    """JudgeBench: accuracy by category with the most votes, overall by number of votes; in per cent."""
+    critics: Mapping[str, Any] = entry["critics"]
+    first = next(iter(critics.values()))
+    votes = list(first["overall"]["accuracy"])
+    most = max(votes, key=int)
+    categories = [name for name in first if name != "overall"]
+    rows = []
+    for name, found in critics.items():
+        low, high = found["overall"]["ci95"][most]
+        cells = [percent(found[category]["accuracy"][most]) for category in categories]
+        cells += [percent(found["overall"]["accuracy"][n]) for n in votes]
+        rows.append((label(name), *cells, f"[{100 * low:.1f}, {100 * high:.1f}]"))
+    columns = ("critic", *(f"{name}, {most} votes" for name in categories), *(f"overall, {n}" for n in votes), "95 %")
+    title = f"JudgeBench: {entry['n_pairs']} pairs, {entry['mode']}; accuracy in %, no decision counts as wrong"
+    return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def variants_table(dataset: str, variants: Mapping[str, Any], critic: str | None = None) -> Table:
+    """Several runs by variant: mean ± standard deviation over their seeds, of one critic or of all; in per cent."""
+    rows = []
+    for variant, entry in variants.items():
+        critics = entry["datasets"].get(dataset, {"critics": {}})["critics"]
+        for name, row in critics.items():
+            if critic in (None, name):
+                rows.append((variant, label(name), str(row["n_runs"]), *_variant_cells(row)))
+    columns = ("variant", "critic", "runs", "drafts", "turn 1", "last turn", "Δ↑", "Δ↓", "F1 pass", "F1 fail")
+    told = "all critics" if critic is None else label(critic)
+    title = f"{dataset}: variants, {told}; pass@1 in %, mean ± standard deviation over seeds"
+    return Table(title=title, columns=columns, rows=tuple(rows), text_columns=2)
+
+
+def _variant_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    shares = [f"{100 * row['pass_at_1'][turn]:.1f} ± {100 * row['pass_at_1_sd'][turn]:.1f}" for turn in (0, 1, -1)]
+    return (*shares, *(percent(row[name]) for name in ("delta_up", "delta_down", "f1_pass", "f1_fail")))

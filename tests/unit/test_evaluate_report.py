@@ -167,12 +167,12 @@ def test_the_page_needs_nothing_else(finished):
 
 
 def test_what_a_model_wrote_cannot_leave_its_place(finished):
-    config, _, results = finished
+    config, _, _ = finished
     history = next(iter(report.read_histories(config, finished[1], "toy")["rl"]))
     evil = toy_world.problems(1)[0]
     evil = type(evil)(id=evil.id, source="toy", split="test", prompt="</script><b>x</b>", tests=evil.tests)
     histories = {"toy": {"rl": [type(history)(problem=evil, draft=history.draft, nodes=history.nodes)]}}
-    text = report.page(config, results, histories, [], [])
+    text = report.page("t", [], [], [], samples.rows(histories, 6), {})
     assert "</script><b>" not in text
     assert "\\u003c/script>\\u003cb>x" in text
 
@@ -181,7 +181,15 @@ def test_plots_and_tables_are_there(finished):
     _, run_dir, _ = finished
     folder = run_dir / "report"
     pictures = sorted(path.name for path in folder.glob("*.png"))
-    assert pictures == ["deltas-toy.png", "learning_curve.png", "pass_at_1-toy.png", "pass_at_1_greedy-toy.png"]
+    assert pictures == [
+        "deltas-toy.png",
+        "difficulty-toy.png",
+        "error_compounding-toy.png",
+        "learning_curve.png",
+        "pass_at_1-toy.png",
+        "pass_at_1_greedy-toy.png",
+        "similarity-toy.png",
+    ]
     assert "| RL critic |" in (folder / "results.md").read_text()
     assert r"\textbf{RL critic}" in (folder / "results.tex").read_text()
 
@@ -231,6 +239,6 @@ def test_tables_for_every_medium():
     table = tables.Table(title="t", columns=("a_b", "Δ↑"), rows=(("x", "5%"), ("y", "–")), strong=frozenset({1}))
     assert tables.markdown(table) == "**t**\n\n| a_b | Δ↑ |\n| --- | ---: |\n| x | 5% |\n| y | – |\n"
     assert tables.latex(table) == (
-        "\\begin{tabular}{lr}\n\\toprule\na\\_b & $\\Delta$$\\uparrow$ \\\\\n\\midrule\nx & 5\\% \\\\\n"
+        "% t\n\\begin{tabular}{lr}\n\\toprule\na\\_b & $\\Delta$$\\uparrow$ \\\\\n\\midrule\nx & 5\\% \\\\\n"
         "\\textbf{y} & \\textbf{--} \\\\\n\\bottomrule\n\\end{tabular}\n"
     )

@@ -1,0 +1,116 @@
+"""Finished runs, read back; and what several of them say together, by variant."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ctrl_hpc.config import Config, load
+from ctrl_hpc.evaluate.metrics import check_identity
+
+FOCUS = ("rl", "sft", "base")
+"""The critics that a comparison of runs is about: the first that was evaluated."""
+_SEED = re.compile(r"[-_]?(?:seed[-_]?|s)(\d+)$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRun:
+    """A run with its ``report/results.json``."""
+
+    folder: Path
+    variant: str
+    """What its seeds have in common: the folder's name without ``-seedN`` or ``-sN`` at its end."""
+    config: Config
+    results: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The variant with the seed."""
+        return f"{self.variant}, seed {self.config.seed}"
+
+
+def read(folder: str | Path) -> FinishedRun:
+    """The run in a folder; raises ValueError when it is no run directory or has no report."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: is not a run directory (it holds no config.yaml)")
+    file = folder / "report" / "results.json"
+    if not file.is_file():
+        raise ValueError(f"{folder}: has no report/results.json; run `ctrl-hpc report {folder}` first")
+    try:
+        results = json.loads(file.read_text())
+        for entry in results["datasets"].values():
+            for row in entry["critics"].values():
+                check_identity(row)
+    except (ValueError, KeyError, AssertionError) as error:
+        raise ValueError(f"{file}: cannot be used ({error}); make it anew with `ctrl-hpc report {folder}`") from None
+    config = load(folder / "config.yaml")
+    return FinishedRun(folder=folder, variant=_SEED.sub("", folder.resolve().name), config=config, results=results)
+
+
+def read_all(folders: Sequence[str | Path]) -> list[FinishedRun]:
+    """The runs in several folders; variants that would clash are told apart by the folder above."""
+    runs = [read(folder) for folder in folders]
+    keys = [(run.variant, run.config.seed) for run in runs]
+    if len(set(keys)) == len(keys):
+        return runs
+    runs = [replace(run, variant=f"{run.folder.resolve().parent.name}/{run.variant}") for run in runs]
+    keys = [(run.variant, run.config.seed) for run in runs]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise ValueError(f"report: two runs are {twice[0]} with seed {twice[1]}; give each once")
+    return runs
+
+
+def focus(critics: Iterable[str]) -> str:
+    """The critic that a comparison is about."""
+    names = list(dict.fromkeys(critics))
+    others = [name for name in names if name != "none" and not name.endswith("_greedy")]
+    return next((name for name in (*FOCUS, *others, *names) if name in names), "none")
+
+
+def summary(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """By variant: the seeds, and for each data set and critic the mean and standard deviation over its runs.
+
+    ``{VARIANT: {"seeds", "datasets": {NAME: {"critics": {CRITIC: {"pass_at_1": [...], "pass_at_1_sd": [...]}}}}}}``
+    """
+    out: dict[str, Any] = {}
+    for run in runs:
+        entry = out.setdefault(run.variant, {"seeds": [], "folders": [], "datasets": {}})
+        entry["seeds"].append(run.config.seed)
+        entry["folders"].append(str(run.folder))
+        for dataset, found in run.results["datasets"].items():
+            place = entry["datasets"].setdefault(dataset, {"n_problems": found["n_problems"], "critics": {}})
+            for critic, row in found["critics"].items():
+                place["critics"].setdefault(critic, []).append(row)
+    for entry in out.values():
+        for place in entry["datasets"].values():
+            place["critics"] = {critic: _mean(rows) for critic, rows in place["critics"].items()}
+    return out
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    turns = min(len(row["pass_at_1"]) for row in rows)
+    by_turn = [[row["pass_at_1"][turn] for row in rows] for turn in range(turns)]
+    out: dict[str, Any] = {
+        "n_runs": len(rows),
+        "pass_at_1": [statistics.fmean(values) for values in by_turn],
+        "pass_at_1_sd": [_deviation(values) for values in by_turn],
+        "turn_1_of_runs": by_turn[1],
+    }
+    for name in ("delta_up", "delta_down", "gain"):
+        values = [row[name] for row in rows]
+        out[name], out[f"{name}_sd"] = statistics.fmean(values), _deviation(values)
+    for name in ("accuracy", "f1_pass", "f1_fail", "f1_macro"):
+        judged = [row["judgement"][name] for row in rows if row["judgement"][name] is not None]
+        out[name] = statistics.fmean(judged) if judged else None
+    return out
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
