@@ -117,6 +117,7 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
     executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
     executor.add_argument("--token-env", default=None, help="environment variable with the bearer token to ask for")
+    executor.add_argument("--judge", action="append", default=[], metavar="NAME=FILE.py:FUNCTION", help="special judge")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
@@ -195,6 +196,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
         cache_dir=options.cache,
         token=token,
         on_ready=_say,
+        judges=options.judge,
     )
     return 0
 

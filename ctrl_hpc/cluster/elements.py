@@ -40,6 +40,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             cache_dir=Path(run_dir) / "verdicts" if config.executor.cache else None,
             token=token(config, run_dir),
             on_ready=this.ready,
+            judges=config.executor.judges,
         )
 
 

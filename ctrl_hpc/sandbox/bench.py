@@ -244,6 +244,35 @@ def _cpu_s() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How far from the limit programs were ended, and how far reported memory is from what the program measured."""
+
+    late_ms: tuple[float, ...]
+    """Milliseconds past the wall limit, sorted."""
+    memory_mb: float
+    """Largest difference."""
+
+
+def accuracy(sandbox: Sandbox, runs: int = 40, wall_s: float = 0.25) -> Accuracy:
+    """Ends ``runs`` sleeping and ``runs`` spinning programs, and measures memory from nothing to 200 MiB."""
+    limits = Limits(cpu_s=60.0, wall_s=wall_s, memory_mb=512)
+    test = (StdinTest(stdin="", expected_stdout=""),)
+    texts = ["import time; time.sleep(60)", "while True: pass"] * runs
+    endless = [Execution(program=f"{text} # {n}", tests=test, limits=limits) for n, text in enumerate(texts)]
+    ended = [verdict.tests[0] for verdict in sandbox.run_many(endless)]
+    assert {result.status for result in ended} == {"time_limit"}
+    own = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    sizes = [
+        Execution(program=f"x = b'x' * ({mb} << 20); {own}", tests=test, limits=_LIMITS) for mb in range(0, 201, 20)
+    ]
+    measured = [verdict.tests[0] for verdict in sandbox.run_many(sizes)]
+    return Accuracy(
+        late_ms=tuple(sorted((result.wall_s - wall_s) * 1000 for result in ended)),
+        memory_mb=max(abs(result.peak_memory_mb - float(result.stdout)) for result in measured),
+    )
+
+
 def bench(workers: int = 2, seconds: float = 10.0) -> None:
     """Measure each row for about ``seconds`` and print a table. A ratio of 2 is twice as fast as bare Python."""
     results = measure(workers, seconds)
@@ -257,4 +286,11 @@ def bench(workers: int = 2, seconds: float = 10.0) -> None:
     Console().print(table)
     bare, ours = results[FLOOR_ALONE], results[FRESH_ALONE]
     time_ratio, cpu_ratio = bare.runs_per_s / ours.runs_per_s, ours.cpu_ms / bare.cpu_ms
+    with Sandbox(workers=workers) as sandbox:
+        found = accuracy(sandbox)
+    late = found.late_ms
     print(f"one fresh single-test run takes {time_ratio:.2f} x the time and {cpu_ratio:.2f} x the CPU of a bare python")
+    print(
+        f"wall limit: ended {late[len(late) // 2]:.1f} ms after it (median), {late[-1]:.1f} ms (worst of {len(late)})"
+    )
+    print(f"peak memory: at most {found.memory_mb:.1f} MB from what the program measures itself")

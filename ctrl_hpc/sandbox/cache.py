@@ -23,14 +23,15 @@ _MAX_ENTRY_BYTES = 1 << 20
 class VerdictCache:
     """A folder of verdicts of at most about ``max_mb``."""
 
-    def __init__(self, folder: Path, max_mb: int = 1024) -> None:
+    def __init__(self, folder: Path, max_mb: int = 1024, judges: str = "") -> None:
+        """``judges``: what else verdicts depend on, a hash of the special judges."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the verdict cache in {folder}: {error.strerror}") from None
         self.folder = folder
         self._shard_bytes = max_mb * (1 << 20) // _SHARDS
-        self._environment = f"{sys.version} {rootfs.identity()}"
+        self._environment = f"{sys.version} {rootfs.identity()} {judges}"
 
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the Python version, the runner."""

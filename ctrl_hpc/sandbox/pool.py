@@ -7,14 +7,14 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
-from ctrl_hpc.sandbox import cgroup, judge, probe, rootfs
+from ctrl_hpc.sandbox import cgroup, judge, probe, rootfs, special
 from ctrl_hpc.sandbox.cache import VerdictCache
 from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault, check_open_files
@@ -31,7 +31,9 @@ class Sandbox:
     ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. With a
     ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. The memory of a
     program's processes together is bounded by a cgroup where one can be made (unless ``use_cgroup`` is false), and by
-    a watchdog elsewhere. Raises ValueError, with what is missing, where this machine cannot isolate programs.
+    a watchdog elsewhere. ``judges`` are special judges by name, see ``ctrl_hpc.sandbox.special``.
+
+    Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Sandbox:
         cache_mb: int = 1024,
         use_cgroup: bool = True,
         root_parent: Path | None = None,
+        judges: Mapping[str, judge.Comparison] | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
@@ -51,7 +54,10 @@ class Sandbox:
         self.workers = workers
         self.counts: Counter[str] = Counter()
         """Executions and tests run, cache hits, and executions that joined one in flight."""
-        self._cache = VerdictCache(Path(cache_dir), cache_mb) if cache_dir is not None else None
+        self._judges = dict(judges or {})
+        self._cache: VerdictCache | None = None
+        if cache_dir is not None:
+            self._cache = VerdictCache(Path(cache_dir), cache_mb, special.digest(self._judges))
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight: dict[str, Future[Verdict]] = {}
@@ -59,7 +65,7 @@ class Sandbox:
         self._closed = False
         hierarchy = cgroup.memory_groups() if use_cgroup else None
         self._watchdog = Watchdog()
-        pool = [Worker(root, self._watchdog, hierarchy, fresh) for _ in range(workers)]
+        pool = [Worker(root, self._watchdog, hierarchy, fresh, self._judges) for _ in range(workers)]
         try:
             pool[0].jail()
         except JailFault as error:
@@ -114,9 +120,13 @@ class Sandbox:
         with self._lock:
             self.counts.update(amounts)
 
+    def check(self, execution: Execution) -> None:
+        """ValueError names the comparison that there is not, or the limit that is out of range."""
+        judge.check(execution, self._judges)
+
     def submit(self, execution: Execution) -> Future[Verdict]:
-        """Queue an execution; its verdict comes with the future."""
-        judge.check(execution)
+        """Queue an execution; its verdict comes with the future. Raises ValueError as :meth:`check` does."""
+        self.check(execution)
         key = self._cache.key(execution) if self._cache is not None else ""
         future: Future[Verdict] = Future()
         with self._lock:

