@@ -96,13 +96,29 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    bench = commands.add_parser("bench", help="measure: executor; or its soak")
-    bench.add_argument("what", choices=["executor", "soak"], help="soak: many runs, one in seven misbehaving")
-    bench.add_argument("--workers", type=int, default=2)
-    bench.add_argument("--seconds", type=float, default=10.0, help="executor: seconds a row (default: 10)")
-    bench.add_argument("--runs", type=int, default=100_000, help="soak: runs (default: 100000)")
-    bench.set_defaults(command=_bench)
+    _bench_parsers(commands.add_parser("bench", help="measure: executor, soak, trainer"))
     return parser
+
+
+def _bench_parsers(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(metavar="WHAT", required=True)
+    executor = kinds.add_parser("executor", help="speed of the executor against bare Python")
+    executor.add_argument("--seconds", type=float, default=10.0, help="seconds a row (default: 10)")
+    soak = kinds.add_parser("soak", help="many runs of the executor, one in seven misbehaving")
+    soak.add_argument("--runs", type=int, default=100_000, help="runs (default: 100000)")
+    for what, kind in (("executor", executor), ("soak", soak)):
+        kind.add_argument("--workers", type=int, default=2)
+        kind.set_defaults(command=_bench, what=what)
+    trainer = kinds.add_parser("trainer", help="memory beside the plan's estimate, tokens/s, MFU; random weights")
+    trainer.add_argument("--model", default="200M", help="200M, a known model's name or a folder (default: 200M)")
+    trainer.add_argument("--tokens", type=int, default=1024, help="of a micro-batch (default: 1024)")
+    trainer.add_argument("--micro-batches", type=int, default=1, help="a step (default: 1)")
+    trainer.add_argument("--steps", type=int, default=1, help="steps timed; 0: memory alone (default: 1)")
+    trainer.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    trainer.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
+    trainer.add_argument("--peak-tflops", type=float, default=None, help="the device's bf16 peak, for MFU")
+    trainer.add_argument("--out", type=Path, default=None, help="file for the numbers, as JSON")
+    trainer.set_defaults(command=_bench_trainer)
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
@@ -269,6 +285,15 @@ def _bench(options: argparse.Namespace) -> int:
     if options.what == "soak":
         return 0 if soak.bench(options.runs, options.workers) else 1
     bench.bench(workers=options.workers, seconds=options.seconds)
+    return 0
+
+
+def _bench_trainer(options: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from ctrl_hpc.train.bench import Options, bench
+
+    bench(Options(**{field.name: getattr(options, field.name) for field in fields(Options)}), options.out)
     return 0
 
 

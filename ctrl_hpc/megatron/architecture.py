@@ -100,7 +100,12 @@ def read(folder: str | Path) -> Architecture:
 
 
 def known(name: str) -> Architecture:
-    """The architecture of a well-known model, by its name on the hub or the last part of its folder's path.
+    """The architecture of a well-known model; errors as :func:`known_config`."""
+    return _describe(known_config(name), KNOWN)
+
+
+def known_config(name: str) -> Any:
+    """transformers' configuration of a well-known model, by its name on the hub or the last part of its folder's path.
 
     Raises ValueError when the name is not in the table.
     """
@@ -110,7 +115,7 @@ def known(name: str) -> Architecture:
     short = re.sub(r"-(Coder|Instruct|Base)\b", "", Path(name).name)
     if short not in table:
         raise ValueError(f"{name}: neither a Hugging Face model folder (no config.json) nor one of {', '.join(table)}")
-    return _describe(AutoConfig.for_model(**table[short]), KNOWN)
+    return AutoConfig.for_model(**table[short])
 
 
 def _describe(hf: Any, path: Path) -> Architecture:

@@ -34,9 +34,11 @@ class Memory:
     activations: int
     """Kept for the backward pass of the largest micro-batch, for every micro-batch in flight in the pipeline."""
     transient: int
-    """The largest working set beside: of one layer's backward pass, the embedding's gradient, or the optimizer step."""
+    """What the backward pass of one layer, the embedding's gradient or the optimizer step need at their time beyond
+    what ``loss``, and for the last two also ``activations``, have given back."""
     loss: int
-    """Hidden states, their gradient and the workspace of the fused output layer."""
+    """Logits and gradients in the fused output layer: hidden states and their gradient, a chunk of logits, and on a CPU
+    the weight's gradient before it is added to the main one."""
 
     @property
     def total(self) -> int:
@@ -66,15 +68,17 @@ def parameters_of_rank(architecture: Architecture, parallel: ParallelConfig, sta
 def layer_activations(architecture: Architecture, parallel: ParallelConfig, width: int, *, fused: bool) -> int:
     """Bytes a token that one layer keeps for its backward pass; ``width`` bytes an element.
 
-    ``fused``: the MLP's activation keeps only its input (GPU).
+    ``fused``: norms and the MLP's activation keep only their input (GPU).
     """
     a, t = architecture, parallel.tensor
     queries, keys = a.n_heads * a.head_dim / t, a.n_kv_heads * a.head_dim / t
     sequence = t if parallel.sequence else 1
-    norms = 4 * a.hidden_size / sequence  # each norm's input, and its output: the input of a projection
+    # Each norm's input, its output, which is the input of a projection, and unfused what it is before its weight.
+    norms = (4 if fused else 6) * a.hidden_size / sequence
     # The whole qkv projection (for the values), rotated queries and keys, the context and its copy in row order.
     attention = (queries + 2 * keys) + (queries + keys) + 2 * queries
-    mlp = (3 if fused else 4) * a.mlp_size / t
+    # Gate and up projection and their product; unfused also the gate's activation and a copy of the up projection.
+    mlp = (3 if fused else 5) * a.mlp_size / t
     statistics = FP32 * a.n_heads / t
     kept = width * (norms + attention + mlp) + statistics
     if parallel.recompute == "selective":
@@ -115,17 +119,19 @@ def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload
     activations = work.tokens * kept * in_flight
     if last:
         activations += work.tokens * width * 2 * a.hidden_size // sequence  # the final norm's input and output
-    # Backward through one layer: gradients of the MLP's widest tensors and of the residual stream; when the layer is
-    # recomputed, its activations are there again.
-    working = width * (3 * a.mlp_size // parallel.tensor + 2 * a.hidden_size)
+    # Backward through one layer: gradients of the MLP's widest tensors and of the residual stream, unfused of every
+    # step between; when the layer is recomputed, its activations are there again.
+    wide, narrow = (3, 2) if work.on_gpu else (6, 4)
+    working = width * (wide * a.mlp_size // parallel.tensor + narrow * a.hidden_size)
     if parallel.recompute == "full":
         unsaved = ParallelConfig(tensor=parallel.tensor, sequence=parallel.sequence)
         working += layer_activations(a, unsaved, width, fused=work.on_gpu)
-    embedding = a.padded_vocab(parallel.tensor) // parallel.tensor * a.hidden_size * width if stage == 0 else 0
+    vocabulary = a.padded_vocab(parallel.tensor) // parallel.tensor * a.hidden_size
+    embedding = vocabulary * width if stage == 0 else 0
     loss = 0
     if last:
         loss = work.response_tokens * a.hidden_size * (2 * width + FP32)
-        loss += LOSS_WORKSPACE_BYTES if work.on_gpu else LOSS_CHUNK_BYTES
+        loss += LOSS_WORKSPACE_BYTES if work.on_gpu else LOSS_CHUNK_BYTES + vocabulary * FP32
     step = n * FP32 // shards if work.on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
     optimizer = n * FP32 * (3 if work.on_gpu else 2) // shards
     return Memory(
@@ -135,6 +141,6 @@ def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload
         gradients=n * FP32,
         optimizer=optimizer,
         activations=activations,
-        transient=max(work.tokens * working, embedding, step - activations - loss),
+        transient=max(0, work.tokens * working - loss, max(embedding, step) - activations - loss),
         loss=loss,
     )

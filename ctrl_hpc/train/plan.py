@@ -134,12 +134,12 @@ def plan(config: Config) -> Plan:
     # Forward and backward are 6 parts; the old policy's log-probs of all but the first minibatch, and the reference's,
     # are a forward pass each; a value network does all of that again.
     passes = 6 + 2 * (1 - 1 / rl.minibatches) + (2 if rl.kl_coef else 0) + (8 if rl.estimator == "gae" else 0)
-    rl_update_s = passes / 6 * _training_flops(architecture, critiques * length, length) / flops
+    rl_update_s = passes / 6 * training_flops(architecture, critiques * length, length) / flops
     rollout_rate = config.plan.rollout_tokens_per_s or ROLLOUT_TOKENS_PER_S[device]
     servers = len(config.rollout.critic_urls) or config.rollout.critic_elements
     sft_length = min(config.sft.max_length, length)
     sft_tokens = config.sft.batch_size * sft_length
-    sft_step_s = _training_flops(architecture, sft_tokens, sft_length) / flops
+    sft_step_s = training_flops(architecture, sft_tokens, sft_length) / flops
     return Plan(
         model=model,
         n_parameters=architecture.n_parameters,
@@ -171,7 +171,7 @@ def _architecture(model: str) -> tuple[Architecture, str]:
         raise ValueError(f"critic.model: {error}") from None
 
 
-def _training_flops(architecture: Architecture, tokens: int, length: int) -> float:
+def training_flops(architecture: Architecture, tokens: int, length: int) -> float:
     """6 operations a parameter and token, and causal attention's (forward 2 T^2 H D, backward twice that)."""
     embedding = architecture.vocab_size * architecture.hidden_size
     active = architecture.n_parameters - (0 if architecture.tied else embedding)
