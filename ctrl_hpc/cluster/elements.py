@@ -10,9 +10,12 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, build_opener
 
 import submitit
 
@@ -24,6 +27,8 @@ WATCH_S = 1.0
 """Seconds between looks for the driver."""
 INTERRUPTED = 75
 """Exit code of a process that was told to stop (EX_TEMPFAIL)."""
+HEALTH_S = 5.0
+"""A service that does not answer its own question about its health for so long skips a heartbeat."""
 LEAVE_S = 10.0
 """Seconds an orphaned process gets to end by itself."""
 
@@ -54,6 +59,7 @@ def serve_generator(config: Config, run_dir: str, element: int, session: str) ->
     _serve_rollout(config, run_dir, "generator", config.generator, element, session)
 
 
+_direct = build_opener(ProxyHandler({}))
 SERVE: dict[str, Callable[[Config, str, int, str], None]] = {
     "executor": serve_executor,
     "critic": serve_critic,
@@ -107,6 +113,7 @@ class _Element:
             job_id=environment.job_id,
             log=str(environment.paths.stdout),
             session=self._session,
+            healthy=partial(answers, url),
         )
 
     def _advertised(self, url: str) -> str:
@@ -115,6 +122,17 @@ class _Element:
         if host == "0.0.0.0":
             host = nodes.address(nodes.this_node())
         return f"http://{host}:{parts.port}"
+
+
+def answers(url: str) -> bool:
+    """Whether the service at ``url`` answers on ``/health``, whatever it says."""
+    try:
+        with _direct.open(f"{url}/health", timeout=HEALTH_S):
+            return True
+    except HTTPError:
+        return True
+    except OSError:
+        return False
 
 
 def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,17 +20,15 @@ import submitit
 from rich.console import Console
 from submitit.core.utils import JobPaths
 
-from ctrl_hpc.cluster import processes
-from ctrl_hpc.cluster.registry import Registry
+from ctrl_hpc.cluster import job_records, processes
+from ctrl_hpc.cluster.job_records import JobRecord
+from ctrl_hpc.cluster.slurm_queue import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig
 
 State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
-_SQUEUE_EVERY_S = 2.0
 SETTLE_S = 1.0
 """The tasks of a local gang are all there so long after the first."""
-CANCEL_WAIT_S = 30.0
-"""Longest wait for cancelled Slurm jobs to be gone."""
 console = Console(stderr=True)
 _environment_lock = threading.Lock()
 
@@ -88,14 +84,13 @@ class Jobs:
 
     def __init__(self, config: Config, run_dir: str | Path, name: str) -> None:
         """``name`` tells the records of several ``Jobs`` of one driver apart."""
-        self._file = record_folder(run_dir) / f"jobs-{name}.json"
+        self._file = job_records.folder_of(run_dir) / f"jobs-{name}.json"
         self._launch = config.launch
         self._name = config.name
         self._wandb_mode = config.wandb.mode
         self._run_dir = Path(run_dir).absolute()
         self._jobs: list[Job] = []
-        self._queue: tuple[float, dict[str, str]] = (-1.0, {})
-        self._missing: dict[str, int] = {}
+        self._slurm = SlurmQueue()
         if self._launch.engine == "slurm" and shutil.which("sbatch") is None:
             raise ValueError("launch.engine: slurm needs the commands sbatch, squeue and scancel, which are not here")
 
@@ -116,14 +111,18 @@ class Jobs:
         tasks_per_node: int = 1,
         threads: int = 1,
     ) -> list[Job]:
-        """One job for each tuple of arguments, as one array where there are several; does not wait for them."""
+        """One job for each tuple of arguments, as one array where there are several (as several arrays where Slurm
+        allows none so large); does not wait for them."""
         with _environment_lock, _environment(threads, self._wandb_mode), _interrupts_blocked():
             executor = self._executor(role, resources, nodes, tasks_per_node)
-            columns = list(zip(*arguments, strict=True))
-            if len(arguments) == 1:
-                handles = [executor.submit(function, *arguments[0])]
-            else:
-                handles = executor.map_array(function, *columns)
+            handles = []
+            size = self._slurm.largest_array() if self._launch.engine == "slurm" else len(arguments)
+            for start in range(0, len(arguments), size):
+                part = arguments[start : start + size]
+                if len(part) == 1:
+                    handles.append(executor.submit(function, *part[0]))
+                else:
+                    handles += executor.map_array(function, *zip(*part, strict=True))
         numbers = range(len(handles)) if elements is None else elements
         jobs = [
             Job(role=role, element=number, handle=handle, engine=self._launch.engine, tasks=nodes * tasks_per_node)
@@ -176,14 +175,13 @@ class Jobs:
         if job.engine == "local":
             self._see_tasks(job)
             return "running" if job.handle._process.poll() is None else "ended"
-        queue = self._squeue()
-        if job.id in queue:
-            self._missing.pop(job.id, None)
-            return "pending" if queue[job.id] in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
+        listed = self._slurm.state(job.id)
+        if listed is not None:
+            return "pending" if listed in WAITING else "running"
         if any(job.result(task) is not None for task in range(job.tasks)):
             return "ended"
         # a job may be missing from one listing while it is requeued
-        return "ended" if self._missing.get(job.id, 0) >= 2 else "running"
+        return "ended" if self._slurm.missed(job.id) >= 2 else "running"
 
     def lost_tasks(self, job: Job) -> list[int]:
         """Local gangs: tasks that ended without a result, as by SIGKILL (Slurm ends such a gang by itself)."""
@@ -208,22 +206,13 @@ class Jobs:
                         alive.append(None if task is None else int(task))
         return alive
 
-    def _squeue(self) -> dict[str, str]:
-        when, states = self._queue
-        if time.monotonic() - when < _SQUEUE_EVERY_S:
-            return states
-        command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T"]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if answer.returncode == 0:
-            states = dict(line.split("|", 1) for line in answer.stdout.split())
-            for job in self._jobs:
-                if job.engine == "slurm" and job.id not in states:
-                    self._missing[job.id] = self._missing.get(job.id, 0) + 1
-        self._queue = (time.monotonic(), states)
-        return states
+    def reason(self, job: Job) -> str:
+        """``"NODE_FAIL: "``, ``"PREEMPTED: "`` ...: why Slurm says that a job has ended, for messages; empty for local
+        jobs and while it runs."""
+        return self._slurm.reason(job.id) if job.engine == "slurm" else ""
 
-    def end(self, jobs: Sequence[Job], *, grace_s: float = 5.0) -> None:
-        """End these jobs and wait until none of their processes is left (local), or Slurm has been told."""
+    def end(self, jobs: Sequence[Job], *, grace_s: float = 5.0, wait: bool = True) -> None:
+        """End these jobs; returns when no process of local ones is left and, with ``wait``, Slurm's are gone."""
         local = [job for job in jobs if job.engine == "local"]
         for job in local:
             self._see_tasks(job)
@@ -235,95 +224,28 @@ class Jobs:
             job.handle._process.wait()
         distributed = [job.id for job in jobs if job.engine == "slurm"]
         if distributed:
-            self._cancel(distributed)
+            left = self._slurm.cancel(distributed, wait)
+            if left:
+                console.print(f"Slurm still lists {left} cancelled jobs; they were told to end")
         self._jobs = [job for job in self._jobs if job not in jobs]
         self._record()
 
-    def _cancel(self, ids: Sequence[str]) -> None:
-        """scancel, and wait a while for the allocations to be given back."""
-        subprocess.run(["scancel", "--quiet", *ids], capture_output=True, timeout=60, check=False)
-        deadline = time.monotonic() + CANCEL_WAIT_S
-        while time.monotonic() < deadline:
-            self._queue = (-1.0, self._queue[1])
-            if not set(ids) & set(self._squeue()):
-                return
-            time.sleep(0.5)
-        console.print(f"Slurm still lists {len(set(ids) & set(self._squeue()))} cancelled jobs; they were told to end")
-
     def _record(self) -> None:
         """Tell later drivers, ``status`` and ``stop`` what was started."""
-        records = [_record_of(job) for job in self._jobs]
-        file = self._file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        part.write_text(json.dumps(records, indent=1), encoding="utf-8")
-        os.replace(part, file)
+        job_records.write(self._file, [_record_of(job) for job in self._jobs])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobRecord:
-    """A job as written in the run directory."""
-
-    role: str
-    element: int
-    engine: str
-    job_id: str
-    machine: str
-    started: float | None
-    log: str
-    tasks: int
-
-
-def _record_of(job: Job) -> dict[str, Any]:
-    started = processes.started(int(job.id)) if job.engine == "local" else None
-    record = JobRecord(
+def _record_of(job: Job) -> JobRecord:
+    return JobRecord(
         role=job.role,
         element=job.element,
         engine=job.engine,
         job_id=job.id,
         machine=processes.machine() if job.engine == "local" else "",
-        started=started,
+        started=processes.started(int(job.id)) if job.engine == "local" else None,
         log=str(job.log()),
         tasks=job.tasks,
     )
-    return asdict(record)
-
-
-def record_folder(run_dir: str | Path) -> Path:
-    """Where the jobs of a run are written down."""
-    return Path(run_dir) / "services"
-
-
-def recorded(run_dir: str | Path) -> list[JobRecord]:
-    """The jobs the last driver had."""
-    files = sorted(record_folder(run_dir).glob("jobs-*.json"))
-    return [JobRecord(**record) for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
-
-
-def end_recorded(run_dir: str | Path) -> int:
-    """End what an earlier driver left behind: local process trees of this machine, and Slurm jobs; how many."""
-    records = recorded(run_dir)
-    here = processes.machine()
-    local = [
-        int(record.job_id)
-        for record in records
-        if record.engine == "local"
-        and record.machine == here
-        and processes.is_running(int(record.job_id), record.started)
-    ]
-    tasks = [member.pid for member in processes.tree(local) if member.pid not in local]
-    for service in Registry(run_dir).entries():
-        # a task outlives its controller when that was killed
-        if service.role != "driver" and service.machine == here and processes.is_running(service.pid, service.started):
-            tasks.append(service.pid)
-    if local or tasks:
-        processes.end([*local, *tasks], first=tasks)
-    slurm = [record.job_id for record in records if record.engine == "slurm"]
-    if slurm and shutil.which("scancel"):
-        subprocess.run(["scancel", "--quiet", *slurm], capture_output=True, timeout=60, check=False)
-    for file in record_folder(run_dir).glob("jobs-*.json"):
-        file.unlink(missing_ok=True)
-    return len(local) + len(slurm)
 
 
 @contextlib.contextmanager

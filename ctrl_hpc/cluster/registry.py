@@ -2,11 +2,15 @@
 
 The run directory lies on a file system that all nodes share. A reader takes a service for dead when its heartbeat has
 not changed for ``dead_after_s`` (by the reader's own clock, so that clocks may differ), or, on the same machine, at
-once when its process is gone.
+once when its process is gone. On a full disk, where nothing can be rewritten, the file's time is the heartbeat.
+
+A process whose entry another process has taken over leaves at once: Slurm starts a job again when its node is lost,
+and what was taken for lost may still run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -21,7 +25,11 @@ from ctrl_hpc.cluster import processes
 
 ROLES = ("executor", "generator", "critic")
 """Roles of the arrays."""
+SUPERSEDED = 76
+"""Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2
+type Beat = tuple[float, int, int]
+"""A heartbeat: time, number, and time of the file in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +59,16 @@ def folder_of(run_dir: str | Path) -> Path:
 
 
 class Registration:
-    """A service's entry, kept fresh by a thread until ``close``; a context manager."""
+    """A service's entry, kept fresh by a thread until ``close``; a context manager.
 
-    def __init__(self, file: Path, service: Service, heartbeat_s: float) -> None:
+    The heart beats as long as ``healthy`` says so, and stops this process when another one has taken the entry over.
+    """
+
+    def __init__(
+        self, file: Path, service: Service, heartbeat_s: float, healthy: Callable[[], bool] | None = None
+    ) -> None:
         self._file, self._service, self._heartbeat_s = file, service, heartbeat_s
+        self._healthy = healthy
         self._closed = threading.Event()
         _write(file, replace(service, beat=time.time()))
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{service.role}", daemon=True)
@@ -64,7 +78,8 @@ class Registration:
         """Withdraw the entry."""
         self._closed.set()
         self._thread.join()
-        self._file.unlink(missing_ok=True)
+        if not self._superseded():
+            self._file.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -75,11 +90,22 @@ class Registration:
     def _beat(self) -> None:
         count = 0
         while not self._closed.wait(self._heartbeat_s):
+            if self._superseded():
+                print(f"{self._service.role} {self._service.id}: started again elsewhere, leaving", flush=True)
+                os._exit(SUPERSEDED)
+            if self._healthy is not None and not self._healthy():
+                continue
             count += 1
             try:
                 _write(self._file, replace(self._service, beat=time.time(), count=count))
-            except OSError:  # a full or absent disk: the next heartbeat tries again
-                continue
+            except OSError:
+                with contextlib.suppress(OSError):  # an absent disk: the next heartbeat tries again
+                    os.utime(self._file)  # needs no space
+
+    def _superseded(self) -> bool:
+        entry = read_entry(self._file)
+        own = self._service
+        return entry is not None and (entry.machine, entry.pid, entry.started) != (own.machine, own.pid, own.started)
 
 
 class Registry:
@@ -88,14 +114,23 @@ class Registry:
     def __init__(self, run_dir: str | Path, *, heartbeat_s: float = 5.0, dead_after_s: float = 30.0) -> None:
         self.folder = folder_of(run_dir)
         self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
-        self._seen: dict[Path, tuple[tuple[float, int], float]] = {}
+        self._seen: dict[Path, tuple[Beat, float]] = {}
         self._cache: tuple[float, list[Service]] = (-1.0, [])
         self._lock = threading.Lock()
 
     def register(
-        self, role: str, url: str, *, id: str, host: str = "", job_id: str = "", log: str = "", session: str = ""
+        self,
+        role: str,
+        url: str,
+        *,
+        id: str,
+        host: str = "",
+        job_id: str = "",
+        log: str = "",
+        session: str = "",
+        healthy: Callable[[], bool] | None = None,
     ) -> Registration:
-        """Announce this process under a role; ids are unique within it."""
+        """Announce this process under a role; ids are unique within it. The heart beats while it is ``healthy``."""
         pid = os.getpid()
         service = Service(
             role=role,
@@ -109,7 +144,7 @@ class Registry:
             log=log,
             session=session,
         )
-        return Registration(self.folder / role / f"{id}.json", service, self._heartbeat_s)
+        return Registration(self.folder / role / f"{id}.json", service, self._heartbeat_s, healthy)
 
     def endpoints(self, role: str) -> list[str]:
         """URLs of the services of a role that are alive, in a stable order."""
@@ -124,6 +159,14 @@ class Registry:
             alive = [service for file, service in self._read() if self._is_alive(file, service)]
             self._cache = (time.monotonic(), alive)
             return alive
+
+    def census(self) -> tuple[list[Service], list[Service]]:
+        """The living and the silent, by one reading: none that registers meanwhile is among the silent."""
+        read = self._read()
+        with self._lock:
+            alive = {file for file, service in read if self._is_alive(file, service)}
+        living = [service for file, service in read if file in alive]
+        return living, [service for file, service in read if file not in alive]
 
     def entries(self) -> list[Service]:
         """Every entry there is, dead ones too."""
@@ -147,7 +190,7 @@ class Registry:
     def _is_alive(self, file: Path, service: Service) -> bool:
         if service.machine == processes.machine() and not processes.is_running(service.pid, service.started):
             return False
-        beat = (service.beat, service.count)
+        beat = _beat_of(file, service)
         now = time.monotonic()
         last, since = self._seen.get(file, (None, now))
         if last is None:
@@ -165,7 +208,7 @@ class DriverWatch:
     def __init__(self, run_dir: str | Path, session: str, dead_after_s: float) -> None:
         self._file = folder_of(run_dir) / "driver" / "driver.json"
         self._session, self._dead_after_s = session, dead_after_s
-        self._last: tuple[float, int] | None = None
+        self._last: Beat | None = None
         self._since = time.monotonic()
 
     def alive(self) -> bool:
@@ -177,9 +220,19 @@ class DriverWatch:
                 return False
             if driver.machine == processes.machine() and not processes.is_running(driver.pid, driver.started):
                 return False
-            if (driver.beat, driver.count) != self._last:
-                self._last, self._since = (driver.beat, driver.count), now
+            beat = _beat_of(self._file, driver)
+            if beat != self._last:
+                self._last, self._since = beat, now
         return now - self._since < self._dead_after_s
+
+
+def _beat_of(file: Path, service: Service) -> Beat:
+    """What changes with every heartbeat."""
+    try:
+        changed = file.stat().st_mtime_ns
+    except OSError:
+        changed = 0
+    return service.beat, service.count, changed
 
 
 def new_session() -> str:

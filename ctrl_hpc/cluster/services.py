@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,10 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+import submitit
 from rich.console import Console
 
 from ctrl_hpc.cluster.elements import SERVE, token
-from ctrl_hpc.cluster.jobs import Job, Jobs, end_recorded
+from ctrl_hpc.cluster.job_records import end_recorded
+from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
 
@@ -23,7 +26,7 @@ POLL_S = 0.2
 """Seconds between looks while arrays start."""
 WATCH_S = 1.0
 """Seconds between looks afterwards."""
-STUCK_S = 60.0
+STUCK_S = 45.0
 """An array that has not come up for so long is reported, again and again."""
 console = Console(stderr=True)
 
@@ -57,7 +60,9 @@ class Services:
         self.registry.remove(lambda _: False)
         token(self.config, self.run_dir)
         log = self.run_dir / "logs" / "driver.log"
-        self._driver = self.registry.register("driver", "", id="driver", log=str(log), session=self.session)
+        self._driver = self.registry.register(
+            "driver", "", id="driver", job_id=os.environ.get("SLURM_JOB_ID", ""), log=str(log), session=self.session
+        )
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background job may ignore SIGINT
                 self._handlers[number] = signal.signal(number, _interrupt)
@@ -99,8 +104,11 @@ class Services:
             self._driver = None
 
     def _refuse_second_driver(self) -> None:
+        """A job that Slurm has started again takes over from its first start, which may live on a lost node."""
+        own_job = os.environ.get("SLURM_JOB_ID", "")
         for service in self.registry.services():
-            if service.role == "driver" and service.pid != os.getpid():
+            again = bool(own_job) and service.job_id == own_job
+            if service.role == "driver" and service.pid != os.getpid() and not again:
                 where = f"process {service.pid} on {service.host}"
                 raise ValueError(f"{self.run_dir}: another driver ({where}) works on this run; stop it first")
 
@@ -156,19 +164,33 @@ class Services:
 
     def _watch(self) -> None:
         """Start dead elements again, until the end."""
+        told = 0.0
         while not self._ended.wait(WATCH_S):
-            alive = {(service.role, service.job_id) for service in self._mine()}
-            silent = {(entry.role, entry.job_id) for entry in self.registry.entries()} - alive
-            with self._lock:
-                if self._ended.is_set():
-                    return
-                for role, jobs in self._arrays.items():
-                    for job in list(jobs):
-                        if (role, job.id) in alive:
-                            self._served.add(role)
-                            self._failures.pop((role, job.element), None)
-                        elif role in self._served and self._is_lost(job, (role, job.id) in silent):
-                            self._restart(role, job)
+            try:
+                self._look()
+            except (OSError, subprocess.SubprocessError, submitit.core.utils.FailedJobError) as error:
+                # a full disk, or a Slurm that does not answer: the next look tries again
+                if time.monotonic() - told > STUCK_S:
+                    told = time.monotonic()
+                    reason = " ".join(str(error).split())[:300]
+                    console.print(
+                        f"services: lost elements cannot be started again now: {reason} ({self.jobs.log_dir})"
+                    )
+
+    def _look(self) -> None:
+        living, dead = self.registry.census()
+        alive = {(service.role, service.job_id) for service in living if service.session == self.session}
+        silent = {(service.role, service.job_id) for service in dead} - alive
+        with self._lock:
+            if self._ended.is_set():
+                return
+            for role, jobs in self._arrays.items():
+                for job in list(jobs):
+                    if (role, job.id) in alive:
+                        self._served.add(role)
+                        self._failures.pop((role, job.element), None)
+                    elif role in self._served and self._is_lost(job, (role, job.id) in silent):
+                        self._restart(role, job)
 
     def _is_lost(self, job: Job, silent: bool) -> bool:
         """Whether an element ended, or hangs: it runs and has registered, but its heartbeats have stopped."""
@@ -184,8 +206,9 @@ class Services:
             self._given_up.add(key)
             console.print(f"{role} element {job.element}: given up after {failures - 1} restarts; log: {job.log()}")
             return
-        console.print(f"{role} element {job.element} is lost ({job.last_words()[:200]}); starting it again")
-        self.jobs.end([job])
+        why = f"{self.jobs.reason(job)}{job.last_words()[:200]}"
+        console.print(f"{role} element {job.element} is lost ({why}); starting it again (log: {job.log()})")
+        self.jobs.end([job], wait=False)
         self.registry.remove(lambda service: not (service.role == role and service.job_id == job.id))
         jobs = self._arrays[role]
         jobs[jobs.index(job)] = self._submit(role, [job.element])[0]

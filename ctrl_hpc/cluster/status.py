@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.cluster import processes
-from ctrl_hpc.cluster.jobs import end_recorded, recorded
+from ctrl_hpc.cluster.job_records import end_recorded, recorded
 from ctrl_hpc.cluster.registry import Registry, folder_of
 
 STAGES = ("sft", "rl")

@@ -24,7 +24,7 @@ from ctrl_hpc.progress import Steps
 
 Stage = Literal["sft", "rl"]
 POLL_S = 0.2
-STUCK_S = 60.0
+STUCK_S = 45.0
 """A trainer without progress for so long is reported."""
 TRAIN: dict[str, str] = {"sft": "ctrl_hpc.train.sft", "rl": "ctrl_hpc.train.rl"}
 """The module of each stage; its ``run(config, run_dir)`` is called on every rank."""

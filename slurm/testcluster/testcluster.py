@@ -50,7 +50,7 @@ def _parse() -> argparse.Namespace:
     start = commands.add_parser("up", parents=[base], help="start it")
     start.add_argument("--nodes", type=_positive, metavar="N", help="fake nodes (default: 4); the last half has GPUs")
     start.add_argument("--cpus", type=_positive, metavar="N", help="CPUs that a node claims to have (default: 16)")
-    start.add_argument("--gpus", type=_natural, metavar="N", help="fake GPUs of a GPU node (default: 4)")
+    start.add_argument("--gpus", type=_natural, metavar="N", help="fake GPUs of a GPU node (default: 8)")
     start.add_argument("--port", type=_positive, metavar="P", help="first of N + 2 ports (default: free ones)")
     start.set_defaults(command=up)
     stop = commands.add_parser("down", parents=[base], help="end it and all of its jobs")
@@ -160,7 +160,7 @@ def _new(options: argparse.Namespace) -> Settings:
         base=str(base),
         nodes=nodes,
         cpus=options.cpus or 16,
-        gpus=4 if options.gpus is None else options.gpus,
+        gpus=8 if options.gpus is None else options.gpus,
         port=configuration.free_ports(nodes + 2, options.port),
         proctrack=cgroups.tracking(),
         starter=os.getpid(),

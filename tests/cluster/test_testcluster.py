@@ -182,7 +182,7 @@ def test_gpus_are_given_out_and_counted(slurm_cluster: SlurmCluster, slow_jobs: 
     assert [task[0] for task in tasks] == ["0:", "1:", "2:", "3:"]
     assert {task[1] for task in tasks} == set(slurm_cluster.gpu_nodes)
     devices = [[task[2] for task in tasks if task[1] == node] for node in slurm_cluster.gpu_nodes]
-    assert all(len(set(pair)) == 2 and set(pair) <= set("0123") for pair in devices)
+    assert all(len(set(pair)) == 2 and set(pair) <= set("01234567") for pair in devices)
     assert (tmp_path / "without").read_text().split()[2] == "none"
     slurm_cluster.wait_for("four GPUs counted", lambda: "gres/gpu=4" in slurm_cluster.accounted(job, "AllocTRES")[0][0])
     refused = slurm_cluster.call("sbatch", "--partition=gpu", "--nodes=1", "--gres=gpu:99", "--wrap", "true")
