@@ -329,6 +329,8 @@ class LaunchConfig:
     """A service silent for longer is taken for dead."""
     start_timeout_s: float = 600.0
     """Longest wait for the first element of an array."""
+    disk_patience_s: float = 3600.0
+    """Longest wait for space on a full disk, >= 0; the run then ends, and continues when it is started again."""
     bind: str = "127.0.0.1"
     """Address services listen on; ``0.0.0.0`` where jobs run on several hosts."""
     advertise: str | None = None

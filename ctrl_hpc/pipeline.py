@@ -20,6 +20,7 @@ from rich.table import Table
 import ctrl_hpc.evaluate.report as reporting
 import ctrl_hpc.evaluate.run as evaluation
 from ctrl_hpc import jsonl, run_directory
+from ctrl_hpc.cluster import disk
 from ctrl_hpc.cluster.connect import Connections, connect
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
@@ -217,7 +218,7 @@ def run_stage(name: str, this: Run, connections: Connections | None) -> None:
     try:
         if name == "rl":
             check_conditions(this, connections)
-        facts = STAGES[name].run(this, connections)
+        facts = _unless_disk_is_full(name, this, connections)
     except BaseException:
         run_directory.add_attempt(this.folder, name, time.monotonic() - started)
         raise
@@ -227,6 +228,17 @@ def run_stage(name: str, this: Run, connections: Connections | None) -> None:
         f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
     )
     console.print(f"{name}: done in {seconds:.1f} s{': ' + told if told else ''}")
+
+
+def _unless_disk_is_full(name: str, this: Run, connections: Connections | None) -> dict[str, Any]:
+    """A stage, continued when there is space again where the disk was full."""
+    while True:
+        try:
+            return STAGES[name].run(this, connections)
+        except OSError as error:
+            if error.errno not in disk.FULL:
+                raise
+            disk.await_space(this.folder, this.config.launch.disk_patience_s)
 
 
 def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import submitit
 from rich.console import Console
 
-from ctrl_hpc.cluster import nodes
+from ctrl_hpc.cluster import disk, nodes
 from ctrl_hpc.cluster.elements import leave_with_driver
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registry, read_entry
@@ -57,6 +57,10 @@ def run_trainer(config: Config, run_dir: str | Path, stage: Stage) -> None:
             jobs.end([job], grace_s=5.0)
         if problem is None:
             return
+        if disk.says_full(problem.text) or disk.is_full(folder):
+            console.print(f"{stage}: {problem.text} (log: {problem.log})", soft_wrap=True)
+            disk.await_space(folder, config.launch.disk_patience_s)
+            continue
         if not problem.transient:
             raise RuntimeError(f"{stage}: {problem.text} (log: {problem.log})")
         without_progress = without_progress + 1 if _progress(folder, stage)[0] <= before else 0

@@ -15,6 +15,7 @@ import httpx
 from ctrl_hpc.records import Chat, Generation, Sampling
 from ctrl_hpc.rollout.loop_thread import LoopThread
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+from ctrl_hpc.rollout.pulse import Pulse
 from ctrl_hpc.rollout.seed import derive_seed
 
 __all__ = ["OpenAIGenerator", "RolloutClient"]
@@ -140,9 +141,11 @@ class RolloutClient:
         pending = deque(_Chunk(list(rows[start : start + size])) for start in range(0, len(requests), size))
         running: dict[asyncio.Task[list[Generation]], tuple[str, _Chunk]] = {}
         alone_since = time.monotonic()
+        pulse = Pulse(self._http)
         try:
             while pending or running:
-                live = list(self._endpoints())
+                silent = pulse.silent({url for url, _ in running.values()})
+                live = [url for url in self._endpoints() if url not in silent]
                 if live:
                     alone_since = time.monotonic()
                 elif time.monotonic() - alone_since > self._patience_s:
@@ -162,6 +165,7 @@ class RolloutClient:
                     if not self._settle(task, url, chunk, answers):
                         pending.appendleft(chunk)
         finally:
+            pulse.close()
             for task in running:
                 task.cancel()
         assert all(answer is not None for answer in answers)

@@ -14,6 +14,7 @@ import httpx
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, TestResult, Verdict
 from ctrl_hpc.rollout.loop_thread import LoopThread
+from ctrl_hpc.rollout.pulse import Pulse
 
 POLL_S = 0.25
 """Seconds between looks at which services are alive."""
@@ -119,9 +120,11 @@ class ExecutorClient:
         pending = deque(_chunks(bodies, len(self._endpoints())))
         running: dict[asyncio.Task[list[Verdict]], tuple[str, _Chunk]] = {}
         heard = time.monotonic()
+        pulse = Pulse(self._http)
         try:
             while pending or running:
-                live = list(self._endpoints())
+                silent = pulse.silent({url for url, _ in running.values()})
+                live = [url for url in self._endpoints() if url not in silent]
                 if not running and time.monotonic() - heard > self._patience_s:
                     raise RuntimeError(f"no executor has answered for {self._patience_s:.0f} s")
                 _cancel_lost(running, live)
@@ -139,6 +142,7 @@ class ExecutorClient:
                         heard = time.monotonic()
                     pending.extend(self._settle(task, url, chunk, executions, verdicts))
         finally:
+            pulse.close()
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
