@@ -1,0 +1,152 @@
+"""A run on a real Slurm: the local run's report to the bit; and whatever dies, nothing is lost or done twice.
+
+Every fault strikes at a random moment; the seed is printed, and CTRL_HPC_FAULT_SEED repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from one_host_slurm import SlurmCluster
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "slurm" / "faults"))
+from strikes import Site, Striker  # noqa: E402
+
+pytestmark = pytest.mark.slow
+ON_SLURM = (
+    *("cluster=testcluster", "executor.elements=3", "rollout.critic_elements=1", "rollout.generator_elements=1"),
+    *("trainer.nodes=2", "trainer.ranks_per_node=1", "launch.executor.constraint=cpu", "launch.executor.partition=low"),
+)
+"""Executors on the CPU nodes, where they may be preempted; the rest on the GPU nodes, the trainer over two."""
+RUNS: dict[str, tuple[str, ...]] = {
+    "elements": ("cancel element", "kill executor", "kill rollout server", "freeze element", "hang executor"),
+    "nodes": ("preempt", "stop slurmd", "lose node"),
+    "driver and trainer": ("kill driver", "kill trainer rank", "time limit"),
+    "disk": ("full disk",),
+}
+"""The faults of each run."""
+BUSY_S = 24.0
+"""Faults begin within so many seconds after the driver."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on this machine alone."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = [sys.executable, "-m", "ctrl_hpc.cli", "run", ROOT / "configs" / "tiny_faults.yaml", f"run_dir={folder}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def start(cluster: SlurmCluster, run_dir: Path, *overrides: str) -> int:
+    """The run's driver as a job; its id."""
+    command = ["sbatch", "--parsable", "--partition=gpu", f"--output={run_dir}.log", f"--chdir={ROOT}"]
+    run = ["slurm/run.sbatch", "configs/tiny_faults.yaml", f"run_dir={run_dir}", *ON_SLURM, *overrides]
+    return int(cluster.run("env", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}", *command, *run))
+
+
+def has_ended(cluster: SlurmCluster, job: int) -> bool:
+    return cluster.run("squeue", "-h", "-j", str(job), "-o", "%T", "--states=all").strip() in ("COMPLETED", "FAILED")
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def account(run_dir: Path) -> dict[str, Any]:
+    """What was done: every sample and step of a run, in order."""
+    steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
+    report = json.loads((run_dir / "report" / "results.json").read_text())["datasets"]["tiny"]
+    evaluated = sorted((run_dir / "eval" / "tiny").rglob("*.jsonl"))
+    return {
+        "drafts": [row["id"] for row in rows(run_dir / "sample" / "solutions.jsonl")],
+        "critiques": [row["id"] for row in rows(run_dir / "synthesize" / "critiques.jsonl")],
+        "sft steps": [row["step"] for row in rows(run_dir / "sft" / "metrics.jsonl")],
+        "rl steps": [row["step"] for row in rows(run_dir / "rl" / "metrics.jsonl")],
+        "rollouts": {file.name: Counter(row["solution_id"] for row in rows(file)) for file in steps},
+        "masked": sum(row["masked"] for file in steps for row in rows(file)),
+        "staleness": {row["rl/staleness"] for row in rows(run_dir / "rl" / "metrics.jsonl")},
+        "evaluated": {str(file.relative_to(run_dir)): len(rows(file)) for file in evaluated},
+        "reported": (report["n_problems"], report["n_samples"], sorted(report["critics"])),
+    }
+
+
+def values(run_dir: Path) -> dict[str, Any]:
+    """What came out, without times and without the servers' log-probabilities, which batches round differently."""
+    report = json.loads((run_dir / "report" / "results.json").read_text())
+    names = ("critique", "revision", "reward", "token_ids", "version", "status")
+    steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
+    learned = ("rl/reward", "rl/kl", "rl/grad_norm", "rl/entropy")
+    return {
+        "datasets": report["datasets"],
+        "sft": [row["sft/loss"] for row in rows(run_dir / "sft" / "metrics.jsonl")],
+        "rl": [[row[name] for name in learned] for row in rows(run_dir / "rl" / "metrics.jsonl")],
+        "rollouts": [[row[name] for name in names] for file in steps for row in rows(file)],
+        "weights": [(run_dir / stage / "hf" / "model.safetensors").read_bytes() for stage in ("sft", "rl")],
+    }
+
+
+def test_the_report_is_the_local_runs_to_the_bit(
+    slurm_cluster: SlurmCluster, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = start(slurm_cluster, run_dir, "rollout.critic_elements=2")
+    slurm_cluster.wait_for("the run ends", lambda: has_ended(slurm_cluster, job), 400)
+    assert (run_dir / "report" / "results.json").exists(), Path(f"{run_dir}.log").read_text()
+    hosts = [file.name for file in (run_dir / "logs" / "trainer").glob("*_log.out")]
+    assert len(hosts) == 4  # two ranks of sft, two of rl
+    assert account(run_dir) == account(undisturbed)
+    assert values(run_dir) == values(undisturbed)
+    assert slurm_cluster.run("squeue", "-h") == ""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_is_lost_or_counted_twice(
+    name: str, slurm_cluster: SlurmCluster, undisturbed: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seed = int(os.environ.get("CTRL_HPC_FAULT_SEED", secrets.randbelow(1 << 31)))
+    chance = random.Random(f"{seed} {name}")
+    plan = [(chance.uniform(0.0, BUSY_S), fault) for fault in RUNS[name]]
+    run_dir = small_disk / "run"
+    lines = [f"CTRL_HPC_FAULT_SEED={seed}"]
+    job = start(slurm_cluster, run_dir)
+    site = Site(run_dir=run_dir, base=slurm_cluster.base, random=chance, ended=lambda: has_ended(slurm_cluster, job))
+    site.pick("driver")
+    striker = Striker(site, plan, lines.append)
+    striker.start()
+    try:
+        slurm_cluster.wait_for("the run ends", lambda: has_ended(slurm_cluster, job), 500)
+    finally:
+        striker.join(60)
+        log = Path(f"{run_dir}.log").read_text()
+        print(*lines, log, sep="\n")
+    assert striker.failure is None, striker.failure
+    assert sorted(striker.strikes) == sorted(RUNS[name])
+    assert (run_dir / "report" / "results.json").exists(), log
+    assert account(run_dir) == account(undisturbed)
+    slurm_cluster.wait_for("no job is left", lambda: slurm_cluster.run("squeue", "-h") == "", 60)
+    slurm_cluster.wait_for("all nodes are back", lambda: "idle" in slurm_cluster.run("sinfo", "-h", "-o", "%T"), 60)
