@@ -90,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
             about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
+    sync.add_argument("run_dir", metavar="RUN", help="run directory")
+    sync.add_argument("--again", action="store_true", help="what was sent before too")
+    sync.set_defaults(command=_sync)
     doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
     doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
     doctor.set_defaults(command=_doctor)
@@ -248,6 +252,13 @@ def _stop(options: argparse.Namespace) -> int:
     from ctrl_hpc.cluster.status import stop
 
     print("\n".join(stop(options.run_dir)) or f"{options.run_dir}: nothing was running")
+    return 0
+
+
+def _sync(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.sync import sync
+
+    print(f"{sync(options.run_dir, again=options.again)} pieces sent")
     return 0
 
 

@@ -129,7 +129,7 @@ _POSITIVE = (
     "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
-    "launch.start_timeout_s launch.array_parallelism"
+    "launch.start_timeout_s launch.array_parallelism wandb.services_every_s"
 ).split()
 _NOT_NEGATIVE = (
     "seed sample.adversarial_tests rl.leak_penalty "
@@ -137,7 +137,7 @@ _NOT_NEGATIVE = (
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
     "rl.value_optimizer.warmup_steps rl.value_optimizer.weight_decay rl.value_optimizer.clip_grad "
     "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
-    "rollout.generator_elements launch.max_requeues launch.signal_delay_s eval.report_samples"
+    "rollout.generator_elements launch.max_requeues launch.signal_delay_s launch.disk_patience_s eval.report_samples"
 ).split()
 STAGES = ("sample", "synthesize", "sft", "rl", "eval", "report")
 """Stages of a run, in order."""

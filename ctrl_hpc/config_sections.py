@@ -361,3 +361,9 @@ class WandbConfig:
     """Team or user; None: the account's default."""
     group: str | None = None
     """Run group; None: the run's name."""
+    services: bool = True
+    """A run for every element of the arrays too, from its first ``services_every_s`` on."""
+    services_every_s: float = 30.0
+    """Seconds between what an element logs, > 0."""
+    checkpoints: bool = True
+    """Keep the trained critics as artifacts: files of the run directory, sent by the sync."""

@@ -6,6 +6,7 @@ Nothing here needs a network: ``ctrl-hpc sync`` (or ``wandb sync RUN_DIR/wandb/o
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from ctrl_hpc.config import Config
 OWN_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME", "WANDB_SERVICE")
 """Variables that belong to one process (a sweep's agent sets them): children that inherited them would all write the
 same run."""
+
+
+MEASURED = ("sft", "rl", "executor", "critic", "generator")
+"""Roles whose machines are measured too: CPU, memory, GPUs."""
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +54,8 @@ class Tracker:
             disable_job_creation=True,
             save_code=False,
             x_disable_meta=True,
-            x_disable_stats=True,
+            x_disable_stats=role not in MEASURED,
+            x_stats_sampling_interval=15.0,
             x_save_requirements=False,
         )
         try:
@@ -98,6 +104,18 @@ class Tracker:
 
             self._run.log({path.stem: wandb.Image(str(path))})
 
+    def artifact(self, path: Path, kind: str, name: str) -> None:
+        """A file, or a folder's files, kept with the run; nothing is copied: a sync sends what lies there then."""
+        if self._run is not None:
+            import wandb
+
+            artifact = wandb.Artifact(name=name, type=kind)
+            if path.is_dir():
+                artifact.add_dir(str(path), policy="immutable")
+            else:
+                artifact.add_file(str(path), policy="immutable")
+            self._run.log_artifact(artifact)
+
     def summary(self, values: Mapping[str, float | str]) -> None:
         """The run's final numbers, those that a sweep compares among them."""
         if self._run is not None:
@@ -111,6 +129,11 @@ class Tracker:
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
             wandb.teardown()  # finish() returns before wandb's own process has written the last records
+
+
+def new_id() -> str:
+    """An id for a wandb run that no other run has."""
+    return secrets.token_hex(4)
 
 
 def _await_free_folder(run_dir: Path, id: str) -> None:

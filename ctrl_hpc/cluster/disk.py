@@ -53,9 +53,7 @@ def await_space(folder: Path, patience_s: float) -> None:
         waited = time.monotonic() - began
         free = shutil.disk_usage(folder).free >> 20
         if waited > patience_s:
-            raise RuntimeError(
-                f"{folder}: full for {waited:.0f} s ({free} MiB free); make space, run it again"
-            )
+            raise RuntimeError(f"{folder}: full for {waited:.0f} s ({free} MiB free); make space, run it again")
         if waited - told >= TOLD_EVERY_S:
             told = waited
             console.print(f"{folder}: the disk is full ({free} MiB free); waiting for space", soft_wrap=True)

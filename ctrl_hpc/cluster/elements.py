@@ -21,6 +21,7 @@ import submitit
 
 from ctrl_hpc.cluster import nodes, processes
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
+from ctrl_hpc.cluster.service_log import ServiceLog
 from ctrl_hpc.config import Config
 
 WATCH_S = 1.0
@@ -91,7 +92,9 @@ class _Element:
     def __init__(self, config: Config, run_dir: str, role: str, element: int, session: str) -> None:
         self._launch, self._run_dir, self._role = config.launch, run_dir, role
         self._element, self._session = element, session
+        self._config = config
         self._registration: Registration | None = None
+        self._log: ServiceLog | None = None
 
     def __enter__(self) -> _Element:
         leave_with_driver(self._run_dir, self._session, self._launch.dead_after_s)
@@ -100,6 +103,8 @@ class _Element:
     def __exit__(self, *_: object) -> None:
         if self._registration is not None:
             self._registration.close()
+        if self._log is not None:
+            self._log.close()
 
     def ready(self, url: str) -> None:
         """The server answers at this URL: announce it."""
@@ -115,6 +120,8 @@ class _Element:
             session=self._session,
             healthy=partial(answers, url),
         )
+        key = token(self._config, self._run_dir)
+        self._log = ServiceLog(self._config, self._run_dir, self._role, self._element, url, key).start()
 
     def _advertised(self, url: str) -> str:
         parts = urlsplit(url)

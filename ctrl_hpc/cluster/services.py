@@ -132,7 +132,9 @@ class Services:
         began = told = time.monotonic()
         missing = set(roles)
         while missing:
-            missing -= {service.role for service in self._mine()}
+            found = {service.role for service in self._mine()}
+            self._served |= found  # also what is lost before the next look
+            missing -= found
             for role in sorted(missing):
                 self._fail_if_hopeless(role)
             waited = time.monotonic() - began

@@ -51,6 +51,11 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         tracker.summary(metrics(results))
         for picture in pictures:
             tracker.image(picture)
+        tracker.artifact(folder, "report", f"{config.name}-report")
+        for stage in ("sft", "rl"):
+            trained = run_dir / stage / "hf"
+            if config.wandb.checkpoints and trained.is_dir():
+                tracker.artifact(trained, "model", f"{config.name}-{stage}")
     console = Console(width=max(Console().width, TABLE_WIDTH))
     for name, entry in results["datasets"].items():
         console.print(tables.rich_table(tables.terminal_table(name, entry)))

@@ -58,7 +58,8 @@ def start(cluster: SlurmCluster, run_dir: Path, *overrides: str) -> int:
 
 
 def has_ended(cluster: SlurmCluster, job: int) -> bool:
-    return cluster.run("squeue", "-h", "-j", str(job), "-o", "%T", "--states=all").strip() in ("COMPLETED", "FAILED")
+    state = cluster.call("squeue", "-h", "-j", str(job), "-o", "%T").stdout.strip()
+    return state == ""
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
