@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctrl_hpc import data_command, report_command
 
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
             about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    _sweep_parsers(commands)
     sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")
     sync.add_argument("--again", action="store_true", help="what was sent before too")
@@ -129,6 +131,21 @@ def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Nam
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
     parser.set_defaults(command=command)
+
+
+def _sweep_parsers(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="trials over configuration keys, here or on a wandb server")
+    sweep.add_argument("file", metavar="SWEEP.yaml", help="a wandb sweep, see configs/sweep")
+    sweep.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every trial")
+    sweep.add_argument("--local", action="store_true", help="grid or random search here, without a server")
+    sweep.add_argument("--count", type=int, default=None, help="trials (default: the whole grid)")
+    sweep.add_argument("--seed", type=int, default=0, help="of a random search")
+    sweep.set_defaults(command=_sweep)
+    trial = commands.add_parser("trial", help="one trial, as wandb's agent starts it")
+    trial.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    trial.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    trial.add_argument("--again", action="store_true", help="continue the trial that CTRL_HPC_TRIAL names")
+    trial.set_defaults(command=_trial)
 
 
 def _serve_parsers(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +269,23 @@ def _stop(options: argparse.Namespace) -> int:
     from ctrl_hpc.cluster.status import stop
 
     print("\n".join(stop(options.run_dir)) or f"{options.run_dir}: nothing was running")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from ctrl_hpc import sweep
+
+    if options.local:
+        print(f"trials: {sweep.run_here(options.file, options.overrides, count=options.count, seed=options.seed)}")
+        return 0
+    sweep.read(options.file)
+    return subprocess.run([sys.executable, "-m", "wandb", "sweep", options.file], check=False).returncode
+
+
+def _trial(options: argparse.Namespace) -> int:
+    from ctrl_hpc import sweep
+
+    print(f"trial: {sweep.trial(options.config, options.overrides, options.again)}")
     return 0
 
 

@@ -194,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
     def next_trial(self, given: dict[str, Any]) -> list[dict[str, Any]]:
         id = given["id"].partition("/")[0]
         sweep = self.store.sweeps[id]
-        if "running" in json.dumps(given.get("runState") or ""):
+        if any(json.loads(given.get("runState") or "{}").values()):
             return []
         trials = list(self.store.trials(id))
         if sweep["given"] == len(trials):

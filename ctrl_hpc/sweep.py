@@ -1,0 +1,207 @@
+"""Sweeps over configuration keys: the files are wandb's; without a server a grid or random search runs here.
+
+A trial is a run of its own, in ``RUN_DIR/../sweeps/SWEEP/TRIAL``; its objective is ``eval/pass_at_1`` of its report.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from ctrl_hpc import config as configuration
+from ctrl_hpc import jsonl
+
+OBJECTIVE = "eval/pass_at_1"
+METHODS = ("grid", "random")
+"""Methods that need no server."""
+console = Console()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """A sweep file."""
+
+    name: str
+    method: str
+    goal: str
+    parameters: Mapping[str, Mapping[str, Any]]
+    config: str
+    """The configuration that the trials change."""
+    overrides: tuple[str, ...]
+    """What its command sets for every trial."""
+
+
+def read(file: str | Path) -> Sweep:
+    """A wandb sweep file whose command is ``ctrl-hpc run|trial CONFIG ... ${args_no_hyphens}``.
+
+    Raises ValueError naming the key that is missing or wrong.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such sweep file")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    for key in ("method", "metric", "parameters", "command"):
+        if not isinstance(data, dict) or key not in data:
+            raise ValueError(f"{path}: {key}: missing; a sweep names method, metric, parameters and command")
+    if data["metric"].get("name") != OBJECTIVE:
+        raise ValueError(f"{path}: metric.name: {data['metric'].get('name')!r} is not allowed; it is {OBJECTIVE}")
+    command = [str(word) for word in data["command"]]
+    if command[:1] != ["ctrl-hpc"] or command[1:2] not in (["run"], ["trial"]) or command[-1] != "${args_no_hyphens}":
+        raise ValueError(f"{path}: command: expected [ctrl-hpc, trial, CONFIG.yaml, a.b=c ..., '${{args_no_hyphens}}']")
+    return Sweep(
+        name=str(data.get("name", path.stem)),
+        method=str(data["method"]),
+        goal=str(data["metric"].get("goal", "maximize")),
+        parameters=data["parameters"],
+        config=command[2],
+        overrides=tuple(command[3:-1]),
+    )
+
+
+def trials(sweep: Sweep, count: int | None, seed: int) -> Iterator[dict[str, Any]]:
+    """The settings of each trial: all of a grid (or its first ``count``), or ``count`` random ones.
+
+    Raises ValueError for a method or distribution that needs the server.
+    """
+    if sweep.method not in METHODS:
+        raise ValueError(f"method: {sweep.method!r} is not allowed with --local; allowed: {', '.join(METHODS)}")
+    if sweep.method == "grid":
+        columns = [[(name, value) for value in _values(name, given)] for name, given in sweep.parameters.items()]
+        yield from (dict(point) for point in itertools.islice(itertools.product(*columns), count))
+        return
+    if count is None:
+        raise ValueError("--count: missing; a random search needs the number of trials")
+    for number in range(count):
+        chance = random.Random(f"sweep, seed {seed}, trial {number}")
+        yield {name: _draw(name, given, chance) for name, given in sweep.parameters.items()}
+
+
+def _values(name: str, given: Mapping[str, Any]) -> list[Any]:
+    if "value" in given:
+        return [given["value"]]
+    if "values" in given:
+        return list(given["values"])
+    raise ValueError(f"parameters.{name}: a grid needs value or values")
+
+
+def _draw(name: str, given: Mapping[str, Any], chance: random.Random) -> Any:
+    if "value" in given or "values" in given:
+        return chance.choice(_values(name, given))
+    low, high = given.get("min"), given.get("max")
+    if low is None or high is None:
+        raise ValueError(f"parameters.{name}: needs value, values, or min and max")
+    whole = isinstance(low, int) and isinstance(high, int)
+    kind = given.get("distribution", "int_uniform" if whole else "uniform")
+    draw = DISTRIBUTIONS.get(str(kind))
+    if draw is None:
+        raise ValueError(f"parameters.{name}.distribution: {kind!r}: with --local: {', '.join(DISTRIBUTIONS)}")
+    return draw(chance, low, high)
+
+
+DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any], Any]] = {
+    "uniform": lambda chance, low, high: chance.uniform(low, high),
+    "int_uniform": lambda chance, low, high: chance.randint(low, high),
+    "log_uniform_values": lambda chance, low, high: math.exp(chance.uniform(math.log(low), math.log(high))),
+}
+"""wandb's distributions that a local random search draws from."""
+
+
+def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, seed: int) -> Path:
+    """Run a sweep's trials one after another; those that are done are skipped, one that was cut short continues.
+
+    Prints a table, best first, also to ``sweep.json`` beside the trials; returns their folder. A trial that fails is
+    shown as failed, and the next one begins.
+    """
+    sweep = read(file)
+    settings = list(trials(sweep, count, seed))
+    fixed = [*(item for item in sweep.overrides if not item.startswith("wandb.mode=")), *overrides]
+    bases = [configuration.load(sweep.config, [*fixed, *_arguments(trial)]) for trial in settings]  # all, before any
+    folder = Path(bases[0].run_dir or "").parent / "sweeps" / Path(file).stem
+    rows: list[dict[str, Any]] = []
+    for number, trial in enumerate(settings):
+        run_dir = folder / f"trial-{number:03d}"
+        words = " ".join(_arguments(trial))
+        console.rule(f"trial {number + 1} of {len(settings)}: {words}")
+        command = [sys.executable, "-m", "ctrl_hpc.cli", "run", sweep.config, *fixed, *_arguments(trial)]
+        code = 0
+        if not (run_dir / "report" / "done.json").exists():
+            code = subprocess.run([*command, f"run_dir={run_dir}"], check=False).returncode
+        if code == 2:
+            raise ValueError(f"trial {number}: {words}: not a valid run (see above)")
+        rows.append({"trial": number, **trial, OBJECTIVE: _objective(run_dir) if code == 0 else None})
+        jsonl.write_text(folder / "sweep.json", json.dumps(rows, indent=1) + "\n")
+    _show(sweep, rows)
+    return folder
+
+
+def _arguments(trial: Mapping[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in trial.items()]
+
+
+def _objective(run_dir: Path) -> float | None:
+    from ctrl_hpc.evaluate.report import metrics
+
+    results = json.loads((run_dir / "report" / "results.json").read_text(encoding="utf-8"))
+    return metrics(results).get(OBJECTIVE)
+
+
+def _show(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> None:
+    sign = 1.0 if sweep.goal == "minimize" else -1.0
+    ordered = sorted(rows, key=lambda row: math.inf if row[OBJECTIVE] is None else sign * row[OBJECTIVE])
+    table = Table(title=sweep.name, title_justify="left")
+    for name in ordered[0]:
+        table.add_column(name, justify="right")
+    for row in ordered:
+        table.add_row(*(f"{item:.4g}" if isinstance(item, float) else str(item) for item in row.values()))
+    console.print(table)
+
+
+def trial(config: str | None, overrides: Sequence[str], again: bool) -> Path:
+    """A trial under wandb's agent, as ``ctrl-hpc trial``: a run in a directory of its own.
+
+    What the trial is lies in the file that ``CTRL_HPC_TRIAL`` names until it has ended; with ``again`` it is read from
+    there, so that a requeued job continues its trial. Raises ValueError where neither an agent nor a file says which.
+    """
+    file = Path(os.environ["CTRL_HPC_TRIAL"]) if "CTRL_HPC_TRIAL" in os.environ else None
+    if again:
+        if file is None or not file.is_file():
+            raise ValueError("trial --again: CTRL_HPC_TRIAL names no file of a trial that was cut short")
+        record = json.loads(file.read_text(encoding="utf-8"))
+        os.environ.update(record["environment"])
+        config, overrides = record["config"], record["overrides"]
+    elif config is None:
+        raise ValueError("trial: a configuration is needed, or --again")
+    ids = {name: os.environ.get(name, "") for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID")}
+    if not all(ids.values()):
+        raise ValueError("trial: runs under `wandb agent`, which names the trial; see slurm/sweep.sbatch")
+    if file is not None and not again:
+        overrides = [*overrides, *os.environ.get("CTRL_HPC_TRIAL_OVERRIDES", "").split()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+        environment.pop("WANDB_API_KEY", None)  # a secret stays in the environment
+        record = {"config": config, "overrides": list(overrides), "environment": environment}
+        jsonl.write_text(file, json.dumps(record, indent=1) + "\n")
+    loaded = configuration.load(config, overrides)
+    folder = Path(loaded.run_dir or "").parent / "sweeps" / ids["WANDB_SWEEP_ID"] / ids["WANDB_RUN_ID"]
+    from ctrl_hpc import pipeline
+
+    pipeline.run(configuration.load(config, [*overrides, f"run_dir={folder}"]))
+    if file is not None:
+        file.unlink(missing_ok=True)
+    return folder

@@ -1,0 +1,159 @@
+"""Sweeps: local grid and random searches; the real `wandb sweep` and `wandb agent` against a loopback server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb_server
+import yaml
+from one_host_slurm import SlurmCluster
+from wandb_server import Store
+
+from ctrl_hpc import sweep
+from ctrl_hpc.cli import main
+from ctrl_hpc.config import ROOT, load, value
+
+BIN = Path(sys.executable).parent
+FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
+# no model, no training: the canonical solutions as drafts, executed
+CHEAP = (
+    *("stages=[eval,report]", "generator=oracle", "eval.critics=[none,exec_feedback]", "eval.turns=1"),
+    *("data.n_eval=4", "eval.greedy=false", "wandb.services=false", "wandb.checkpoints=false"),
+)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_shipped_sweeps_are_valid_for_wandb_and_for_us(file: Path) -> None:
+    data = yaml.safe_load(file.read_text())
+    assert data["metric"] == {"name": "eval/pass_at_1", "goal": "maximize"}
+    assert data["command"][-1] == "${args_no_hyphens}"
+    read = sweep.read(file)
+    for trial in sweep.trials(read, 6, seed=1):
+        config = load(ROOT / read.config, [*read.overrides, *(f"{name}={item}" for name, item in trial.items())])
+        for name, item in trial.items():
+            assert value(config, name) == item
+
+
+def test_a_grid_is_every_combination_and_a_random_search_repeats_with_its_seed() -> None:
+    grid = sweep.read(ROOT / "configs" / "sweep" / "learning_rate.yaml")
+    rates, sizes = (0.0001, 0.0003, 0.001), (4, 8)
+    expected = [{"rl.optimizer.lr": rate, "rl.group_size": size} for rate in rates for size in sizes]
+    assert list(sweep.trials(grid, None, 0)) == expected
+    assert list(sweep.trials(grid, 2, 0)) == expected[:2]
+    search = sweep.read(ROOT / "configs" / "sweep" / "policy_loss.yaml")
+    first = list(sweep.trials(search, 20, seed=3))
+    assert list(sweep.trials(search, 20, seed=3)) == first != list(sweep.trials(search, 20, seed=4))
+    assert all(0.0001 <= trial["rl.optimizer.lr"] <= 0.001 and 0.2 <= trial["rl.clip_high"] <= 0.3 for trial in first)
+    assert {trial["seed"] for trial in first} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "bayes"}, "method: 'bayes' is not allowed with --local; allowed: grid, random"),
+        ({"metric": {"name": "loss"}}, "metric.name: 'loss' is not allowed; it is eval/pass_at_1"),
+        ({"command": ["python", "train.py"]}, "command: expected [ctrl-hpc, trial, CONFIG.yaml"),
+        ({"parameters": {"rl.steps": {"min": 1, "max": 2}}}, "parameters.rl.steps: a grid needs value or values"),
+        ({"parameters": {"rl.stepps": {"value": 1}}}, "rl.stepps: unknown key (did you mean steps?)"),
+    ],
+)
+def test_a_wrong_sweep_is_one_line(
+    change: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load((ROOT / "configs" / "sweep" / "learning_rate.yaml").read_text())
+    data["command"][2] = str(ROOT / "configs" / "tiny_ci.yaml")
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(data | change))
+    assert main(["sweep", str(file), "--local", f"run_dir={tmp_path / 'run'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def write(file: Path, run_dir: Path, mode: str) -> Path:
+    command = ["ctrl-hpc", "trial", str(ROOT / "configs" / "tiny_faults.yaml"), f"wandb.mode={mode}", *CHEAP]
+    data = {
+        "method": "grid",
+        "metric": {"name": "eval/pass_at_1", "goal": "maximize"},
+        "parameters": {"eval.temperature": {"values": [0.5, 1.0]}},
+        "command": [*command, f"run_dir={run_dir}", "${args_no_hyphens}"],
+    }
+    file.write_text(yaml.safe_dump(data))
+    return file
+
+
+@pytest.mark.slow
+def test_a_local_sweep_runs_every_trial_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "cheap.yaml", tmp_path / "runs" / "one", "disabled")
+    assert main(["sweep", str(file), "--local", "wandb.mode=disabled"]) == 0
+    folder = tmp_path / "runs" / "sweeps" / "cheap"
+    rows = json.loads((folder / "sweep.json").read_text())
+    assert [(row["trial"], row["eval.temperature"]) for row in rows] == [(0, 0.5), (1, 1.0)]
+    assert all(row["eval/pass_at_1"] == 1.0 for row in rows)  # the canonical solutions
+    ended = [(folder / f"trial-00{number}" / "report" / "done.json").stat().st_mtime_ns for number in (0, 1)]
+    shown = capfd.readouterr().out
+    assert re.search(r"1 ┃? *│? *1 │ *1 *│?", shown) is not None and str(folder) in shown.replace("\n", "")
+    assert main(["sweep", str(file), "--local", "wandb.mode=disabled"]) == 0
+    assert ended == [(folder / f"trial-00{number}" / "report" / "done.json").stat().st_mtime_ns for number in (0, 1)]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    with wandb_server.running() as (store, environment):
+        for name, item in environment.items():
+            monkeypatch.setenv(name, item)
+        monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.delenv("WANDB_SILENT", raising=False)
+        yield store
+
+
+def create(file: Path) -> str:
+    done = subprocess.run([BIN / "ctrl-hpc", "sweep", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"wandb agent (\S+)", done.stderr + done.stdout)
+    assert found is not None, done.stderr
+    return found[1]
+
+
+@pytest.mark.slow
+def test_an_agent_runs_a_trial_whose_objective_reaches_the_server(server: Store, tmp_path: Path) -> None:
+    name = create(write(tmp_path / "cheap.yaml", tmp_path / "runs" / "one", "online"))
+    agent = ["wandb", "agent", "--count", "1", name]
+    done = subprocess.run(agent, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = server.runs["sweep0-trial0"]
+    assert run["sweep"] == "sweep0" and run["config"]["eval"]["temperature"] == 0.5
+    assert run["summary"]["eval/pass_at_1"] == 1.0
+    (folder,) = (tmp_path / "runs" / "sweeps" / "sweep0").iterdir()
+    assert folder.name == "sweep0-trial0" and (folder / "report" / "results.json").exists()
+    assert set(server.runs) == {"sweep0-trial0"}  # jobs of the trial are no runs of the sweep
+
+
+@pytest.mark.slow
+def test_an_array_of_agents_and_a_requeued_element_continues_its_trial(
+    slurm_cluster: SlurmCluster, server: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = create(write(tmp_path / "cheap.yaml", tmp_path / "runs" / "one", "online"))
+    monkeypatch.setenv("CTRL_HPC_TRIALS", str(tmp_path / "trials"))
+    options = ["--parsable", "--array=0-1", f"--output={tmp_path}/%a.log", f"--chdir={ROOT}"]
+    job = int(slurm_cluster.run("sbatch", *options, "slurm/sweep.sbatch", name, "eval.chunk=2"))
+    cut_short = tmp_path / "trials" / f"{job}-0.json"
+    slurm_cluster.wait_for("element 0 has its trial", cut_short.exists)
+    before = json.loads(cut_short.read_text())
+    slurm_cluster.run("scontrol", "requeue", f"{job}_0")
+    slurm_cluster.wait_for("both have ended", lambda: not slurm_cluster.run("squeue", "-h", "-j", str(job)), 300)
+    logs = [(tmp_path / f"{element}.log").read_text() for element in (0, 1)]
+    assert "element 0, start 2" in logs[0] and not cut_short.exists(), logs[0]
+    assert set(server.runs) == {"sweep0-trial0", "sweep0-trial1"}
+    assert all(run["summary"]["eval/pass_at_1"] == 1.0 for run in server.runs.values()), logs
+    assert {run["config"]["eval"]["temperature"] for run in server.runs.values()} == {0.5, 1.0}
+    assert server.sweeps["sweep0"]["given"] == 2  # the requeued element asked for no other trial
+    assert "eval.chunk=2" in before["overrides"] and "WANDB_API_KEY" not in before["environment"]
