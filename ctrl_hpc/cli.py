@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         if name != "report":
             _configured(commands.add_parser(name, help=text), _stage(name))
     report_command.add(commands.add_parser("report", help=STAGES["report"]), _stage("report"))
+    suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
+    suite.add_argument("suite", metavar="SUITE.yaml")
+    suite.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every run, after the suite's own")
+    suite.add_argument("--only", action="append", default=[], metavar="NAME", help="run this variant (again: more)")
+    suite.add_argument("--dry-run", action="store_true", help="check every configuration and list the runs")
+    suite.set_defaults(command=_suite)
     data_command.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
     for name, text, command in (
@@ -218,6 +224,20 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         return 0
 
     return command
+
+
+def _suite(options: argparse.Namespace) -> int:
+    from ctrl_hpc import suite
+
+    if options.dry_run:
+        from rich.console import Console
+
+        read = suite.read(options.suite)
+        console = Console()
+        console.print(suite.plan_table(read, suite.members(read, options.suite, options.overrides)))
+        return 0
+    suite.run(options.suite, options.overrides, options.only)
+    return 0
 
 
 def _serve_executor(options: argparse.Namespace) -> int:

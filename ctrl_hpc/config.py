@@ -269,6 +269,7 @@ def _absolute_paths(config: Config, file: Path) -> Config:
         tiny=replace(config.tiny, models=absolute(config.tiny.models) or ""),
         critic=replace(config.critic, model=absolute(config.critic.model) or ""),
         judge=replace(config.judge, path=absolute(config.judge.path), template=absolute(config.judge.template)),
+        eval=replace(config.eval, models={name: absolute(place) or "" for name, place in config.eval.models.items()}),
         prompts=replace(config.prompts, folder=(absolute(folder) or "") if "/" in folder else folder),
     )
 

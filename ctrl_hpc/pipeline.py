@@ -26,6 +26,7 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.data import datasets
+from ctrl_hpc.evaluate.critics import served
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.critiquing import critique_with_hints
 from ctrl_hpc.flow.drafting import draft
@@ -269,7 +270,7 @@ def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
 def services_of(config: Config, stages: Iterable[str]) -> set[str]:
     """The roles of the services that these stages call under this configuration."""
     needed = {role for name in stages for role in STAGES[name].services}
-    if not {"base", "sft", "rl"} & set(config.eval.critics) and not {"synthesize", "rl"} & set(stages):
+    if not {"synthesize", "rl"} & set(stages) and not ("eval" in stages and served(config)):
         needed.discard("critic")
     if config.generator == "oracle" or "://" in config.generator:
         needed.discard("generator")

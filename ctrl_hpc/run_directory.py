@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,23 @@ def prepare(config: Config) -> Path:
 
 
 def _difference(old: Config, new: Config) -> str | None:
-    flat_old, flat_new = _flat(old), _flat(new)
-    for key in sorted(flat_old.keys() | flat_new.keys()):
-        if any(key == free or key.startswith(free + ".") for free in _FREE):
-            continue
-        if flat_old.get(key) != flat_new.get(key):
-            return f"{key} is {flat_old.get(key)!r} there and {flat_new.get(key)!r} now"
+    for key, (there, now) in differences(old, new).items():
+        return f"{key} is {there!r} there and {now!r} now"
     return None
+
+
+def differences(old: Config, new: Config, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """The keys, in order, in which two configurations differ, with both values.
+
+    Keys on which no result depends are left out, and so are the keys and sections ``free``.
+    """
+    flat_old, flat_new = _flat(old), _flat(new)
+    return {
+        key: (flat_old.get(key), flat_new.get(key))
+        for key in sorted(flat_old.keys() | flat_new.keys())
+        if flat_old.get(key) != flat_new.get(key)
+        and not any(key == name or key.startswith(name + ".") for name in (*_FREE, *free))
+    }
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -22,6 +22,8 @@ class Critic:
     model: Callable[[Config, Path], str] | None = None
     """Its Hugging Face folder, or ``URL#MODEL`` of an OpenAI-compatible endpoint, in a run."""
     feedback: Feedback | None = None
+    hinted: bool = False
+    """The model is shown what the execution of the draft found, as in stage I."""
 
 
 def exec_feedback(problem: Problem, solution: Solution) -> tuple[str, Judgement | None]:
@@ -51,6 +53,7 @@ CRITICS: dict[str, Critic] = {
     "sft": Critic(model=lambda config, run_dir: str(run_dir / "sft" / "hf")),
     "rl": Critic(model=lambda config, run_dir: str(run_dir / "rl" / "hf")),
     "exec_feedback": Critic(feedback=exec_feedback),
+    "self_exec_feedback": Critic(model=lambda config, run_dir: config.critic.model, hinted=True),
     "oracle": Critic(feedback=oracle),
 }
 """The critics by name; ``eval.models`` adds more."""
@@ -73,6 +76,12 @@ def critics(config: Config) -> dict[str, Critic]:
     if "oracle" in config.eval.critics and without:
         raise ValueError(f"eval.critics: oracle: {without[0]} has none; data sets that have: {', '.join(ORACLES)}")
     return {name: known[name] for name in config.eval.critics}
+
+
+def served(config: Config) -> bool:
+    """Whether a critic of ``eval.critics`` is a folder, which the critic's array serves."""
+    models = {name: item.model for name, item in critics(config).items() if item.model is not None}
+    return any("://" not in config.eval.models.get(name, "") for name in models)
 
 
 def _at(place: str) -> Callable[[Config, Path], str]:

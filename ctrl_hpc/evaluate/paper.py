@@ -42,12 +42,16 @@ def generator_of(run: FinishedRun) -> str:
     return "GPT-4o" if "gpt-4o" in name.lower() else "Qwen"
 
 
+ALIASES = {"rl": ("rl", "ctrl"), "sft": ("sft", "ctrl_sft")}
+"""Names under which a critic that another run trained is evaluated (``eval.models``)."""
+
+
 def _rows(runs: Sequence[FinishedRun], dataset: str, critic: str, generator: str | None = None) -> list[dict[str, Any]]:
     return [
-        run.results["datasets"][dataset]["critics"][critic]
+        run.results["datasets"][dataset]["critics"][name]
         for run in runs
-        if dataset in run.results["datasets"]
-        and critic in run.results["datasets"][dataset]["critics"]
+        for name in ALIASES.get(critic, (critic,))
+        if name in run.results["datasets"].get(dataset, {"critics": {}})["critics"]
         and (generator is None or generator_of(run) == generator)
     ]
 
@@ -140,7 +144,7 @@ def _judgebench_table(runs: Sequence[FinishedRun]) -> Table | None:
 
 def _judged(runs: Sequence[FinishedRun], critic: str) -> list[dict[str, Any]]:
     found = [run.results.get("judgebench", {"critics": {}})["critics"] for run in runs]
-    return [critics[critic] for critics in found if critic in critics]
+    return [critics[name] for critics in found for name in ALIASES.get(critic, (critic,)) if name in critics]
 
 
 def _votes_table(runs: Sequence[FinishedRun]) -> Table | None:

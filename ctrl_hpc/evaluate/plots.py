@@ -19,6 +19,7 @@ LABELS = {
     "sft": "SFT critic",
     "rl": "RL critic",
     "exec_feedback": "execution feedback",
+    "self_exec_feedback": "self-critique, feedback",
     "oracle": "oracle",
 }
 COLOURS = {
@@ -27,6 +28,7 @@ COLOURS = {
     "sft": "#3b8fd4",
     "rl": "#0a7d4b",
     "exec_feedback": "#a04fb0",
+    "self_exec_feedback": "#c2649a",
     "oracle": "#2b2d33",
 }
 OTHER_COLOURS = ("#c2373a", "#6d5f00", "#00818a", "#7a4a2b")

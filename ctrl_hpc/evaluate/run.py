@@ -21,9 +21,10 @@ from ctrl_hpc.evaluate.journal import Journal, in_parts
 from ctrl_hpc.evaluate.memory import RememberingExecutor, RememberingGenerator
 from ctrl_hpc.evaluate.seed import derived_seed
 from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown, trimmed
-from ctrl_hpc.flow.critiquing import critique
+from ctrl_hpc.flow.critiquing import critique, critique_with_hints
 from ctrl_hpc.flow.drafting import draft
 from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.flow.hints import hint
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.voting import elect
 from ctrl_hpc.progress import Steps
@@ -210,7 +211,8 @@ def _writer(config: Config, tree: Tree, item: Critic, critic: Generator | None, 
     temperature = 0.0 if tree.mode else config.eval.temperature
     sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens)
     asked = RememberingGenerator(critic)
-    return partial(_ask, critic=asked, prompts=prompts, sampling=sampling, votes=config.eval.votes)
+    votes = config.eval.votes
+    return partial(_ask, critic=asked, prompts=prompts, sampling=sampling, votes=votes, hinted=item.hinted)
 
 
 def _ask(
@@ -222,11 +224,18 @@ def _ask(
     prompts: Prompts,
     sampling: Sampling,
     votes: int,
+    hinted: bool = False,
 ) -> list[Critique]:
     """``width`` critiques of each sample, each elected by ``votes`` judgements; greedy ones are all the same."""
-    if sampling.temperature == 0.0:
-        return _copies(critique(samples, critic, prompts, replace(sampling, seed=seed)), width)
-    written = critique(samples, critic, prompts, replace(sampling, seed=seed, n=width * votes))
+    greedy = sampling.temperature == 0.0
+    sampling = replace(sampling, seed=seed, n=1 if greedy else width * votes)
+    if hinted:
+        shown = [(problem, solution, hint(problem, solution)) for problem, solution in samples]
+        written = critique_with_hints(shown, critic, prompts, sampling)
+    else:
+        written = critique(samples, critic, prompts, sampling)
+    if greedy:
+        return _copies(written, width)
     return [elect(written[start : start + votes]) for start in range(0, len(written), votes)]
 
 
