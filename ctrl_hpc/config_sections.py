@@ -74,7 +74,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up; >= 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; >= 0."""
+    """Decoupled weight decay, >= 0; biases and norms do not decay."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95

@@ -10,7 +10,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
 from ctrl_hpc.config import OptimizerConfig, ParallelConfig
 from ctrl_hpc.megatron.parallel_state import World
@@ -38,21 +38,23 @@ class Optimizer:
             ),
             module=model,
         )
+        options = MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            bf16=half,
+            params_dtype=world.dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        )
         self.inner = get_megatron_optimizer(
-            MegatronOptimizerConfig(
-                optimizer="adam",
-                lr=config.lr,
-                min_lr=config.min_lr,
-                weight_decay=config.weight_decay,
-                adam_beta1=config.beta1,
-                adam_beta2=config.beta2,
-                adam_eps=config.eps,
-                clip_grad=config.clip_grad,
-                bf16=half,
-                params_dtype=world.dtype,
-                use_distributed_optimizer=parallel.distributed_optimizer,
-            ),
+            options,
             [self.ddp],
+            config_overrides=get_standard_config_overrides(options),  # biases and norms do not decay
             use_gloo_process_groups=False,
         )
         self._complete_state()
@@ -86,6 +88,7 @@ class Optimizer:
         """
         for group in self.inner.param_groups:
             group["lr"] = lr
+            group["weight_decay"] = self.config.weight_decay * group["wd_mult"]
         self.inner.prepare_grads()
         norm = float(self.inner.get_grad_norm())
         if not math.isfinite(norm):

@@ -13,7 +13,7 @@ import torch
 
 from ctrl_hpc.config import ParallelConfig
 
-RANKS = Path(__file__).with_name("ranks.py")
+HERE = Path(__file__).parent
 TIMEOUT_S = 300.0
 
 
@@ -54,8 +54,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def spawn(check: str, folder: Path, ranks: int, **environment: str) -> None:
-    """Run a check of ``ranks.py`` on some ranks to its end; fails with the log of the ranks that failed."""
+def spawn(check: str, folder: Path, ranks: int, *, script: str = "ranks.py", **environment: str) -> None:
+    """Run a check of ``script`` on some ranks to its end; fails with the log of the ranks that failed."""
     shared = {
         **os.environ,
         "WORLD_SIZE": str(ranks),
@@ -70,7 +70,7 @@ def spawn(check: str, folder: Path, ranks: int, **environment: str) -> None:
         for rank, log in enumerate(logs):
             with log.open("wb") as out:
                 own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, str(RANKS), check, str(folder)]
+                command = [sys.executable, str(HERE / script), check, str(folder)]
                 started.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
         codes = [process.wait(TIMEOUT_S) for process in started]
     finally:

@@ -54,7 +54,7 @@ def parity(folder: Path) -> None:
                 batch = collate(sequences(policy.architecture.vocab_size))
                 logits = _logits(policy, batch)
                 loss = policy.gradients(batch, SFTLoss(n_tokens=batch.n_tokens))["loss"]
-                gradients = _gradients(policy)
+                gradients = gradients_of(policy)
                 policy.export(folder / "exports" / f"{path.name}-{name}", source=path)
                 if world.main:
                     found = {"logits": logits, "loss": loss, "gradients": gradients}
@@ -94,7 +94,7 @@ class _MainGradients:
             yield name, parameter.main_grad
 
 
-def _gradients(policy: Any) -> dict[str, Tensor]:
+def gradients_of(policy: Any) -> dict[str, Tensor]:
     """Gradients by Hugging Face name, whole, on every rank."""
     from ctrl_hpc.megatron.huggingface_weights import gather
 
