@@ -43,7 +43,8 @@ class PromptConfig:
     """Templates of the user turns."""
 
     folder: str = "default"
-    """``default``, ``tiny``, or a folder that holds solution.j2, critique.j2, critique_hinted.j2 and revision.j2."""
+    """``default``, ``tiny``, ``ctrl`` (the form of CTRL's released critics), or a folder that holds solution.j2,
+    critique.j2, critique_hinted.j2 and revision.j2."""
     system: str | None = None
     """System message of every chat; None: none is added (the chat template may have a default of its own)."""
 

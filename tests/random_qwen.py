@@ -17,7 +17,9 @@ WORDS = (
 )
 
 
-def build(folder: str | Path, *, seed: int = 0, layers: int = 2, width: int = 32, tied: bool = True) -> str:
+def build(
+    folder: str | Path, *, seed: int = 0, layers: int = 2, width: int = 32, tied: bool = True, positions: int = 256
+) -> str:
     """Write the model and its tokenizer into ``folder``; returns the folder. Weights are wide, so choices are sharp."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -40,7 +42,7 @@ def build(folder: str | Path, *, seed: int = 0, layers: int = 2, width: int = 32
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         tie_word_embeddings=tied,
         initializer_range=0.3,
         eos_token_id=fast.eos_token_id,

@@ -3,10 +3,15 @@
 import shutil
 
 import pytest
+import random_qwen
+from transformers import AutoTokenizer
 
+from ctrl_hpc.config import ROOT
 from ctrl_hpc.flow.hints import Hint
+from ctrl_hpc.flow.judgement import parse_judgement
 from ctrl_hpc.flow.prompts import PACKAGED, Prompts
 from ctrl_hpc.records import Problem, Solution
+from ctrl_hpc.rollout.client import RolloutClient
 
 PROBLEM = Problem(id="p", source="s", split="test", prompt="Print <n> & {{ n }}.", tests=())
 SOLUTION = Solution(id="p/0", problem_id="p", text="Here:\n```python\nprint(1)\n```", program="print(1)")
@@ -80,7 +85,7 @@ def test_the_default_asks_for_the_papers_form_and_shows_the_starter_code():
 
 def test_a_folder_that_does_not_exist_names_the_choices():
     with pytest.raises(
-        ValueError, match=r"prompts.folder: 'nowhere' is no folder; allowed: default, .*path of a folder"
+        ValueError, match=r"prompts.folder: 'nowhere' is no folder; allowed: ctrl, default, .*path of a folder"
     ):
         Prompts.load("nowhere")
 
@@ -114,3 +119,59 @@ def test_the_tiny_critic_sees_an_answer_without_a_program_as_it_is():
     answer = Solution(id="p/0", problem_id=PROBLEM.id, text="I cannot.", program=None)
     asked = Prompts.load("tiny").critique(PROBLEM, answer)[-1].content
     assert asked == f"{PROBLEM.prompt}\n```python\nI cannot.\n```\nReview."
+
+
+def test_ctrls_own_form_is_the_papers_and_its_judgement_is_read():
+    prompts = Prompts.load("ctrl")
+    asked = prompts.critique(PROBLEM, SOLUTION)[-1].content
+    headings = ("\nAnalysis:", "\nImprovement suggestions:", "\nOverall judgment:")
+    positions = [asked.index(part) for part in headings]
+    assert positions == sorted(positions)
+    assert SOLUTION.text in asked
+    answer = "Analysis:\nIt prints 1.\n\nImprovement suggestions:\nPrint n.\n\nOverall judgment: Incorrect"
+    assert parse_judgement(answer) == "incorrect"
+    assert parse_judgement(asked) is None  # the form offers both verdicts
+    assert prompts.revision(PROBLEM, SOLUTION, answer)[-1].content.startswith(answer)
+
+
+@pytest.mark.parametrize("name", ["default", "tiny", "ctrl"])
+def test_no_system_turn_is_added_unless_it_is_configured(name):
+    for system, roles in ((None, {"user", "assistant"}), ("Be brief.", {"system", "user", "assistant"})):
+        prompts = Prompts.load(name, system=system)
+        chats = [
+            prompts.solution(PROBLEM),
+            prompts.critique(PROBLEM, SOLUTION),
+            prompts.revision(PROBLEM, SOLUTION, "?"),
+        ]
+        chats.append(prompts.hinted_critique(PROBLEM, SOLUTION, HINT))
+        assert {message.role for chat in chats for message in chat} == roles
+
+
+def test_no_models_own_system_message_is_written_anywhere_in_the_package():
+    sources = [
+        *(ROOT / "ctrl_hpc").rglob("*.py"),
+        *(ROOT / "ctrl_hpc").rglob("*.j2"),
+        *(ROOT / "configs").rglob("*.yaml"),
+    ]
+    for path in sources:
+        text = path.read_text(encoding="utf-8")
+        assert "You are Qwen" not in text, path
+
+
+def test_the_chat_template_is_the_tokenizers(tmp_path):
+    """A tokenizer whose template has a system message of its own keeps it; a configured one takes its place."""
+    template = (
+        "{% if messages[0].role != 'system' %}[own]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(random_qwen.build(tmp_path))
+    tokenizer.chat_template = template
+    client = RolloutClient(list, tokenizer)
+    try:
+        said = tokenizer.decode(client._prompt_ids(Prompts.load("tiny").solution(PROBLEM)))
+        assert said == f"[own][user]{PROBLEM.prompt}[assistant]"
+        said = tokenizer.decode(client._prompt_ids(Prompts.load("tiny", system="S").solution(PROBLEM)))
+        assert said == f"[system]S[user]{PROBLEM.prompt}[assistant]"
+    finally:
+        client.close()
