@@ -168,12 +168,12 @@ FAULTS: dict[str, Callable[[Site], Strike]] = {
 
 
 class Striker(threading.Thread):
-    """Does faults at given moments and repairs them in time; ``strikes`` tells what was done, ``failure`` why not."""
+    """Does faults one after another and repairs them in time; ``strikes`` tells what was done, ``failure`` why not."""
 
     def __init__(self, site: Site, plan: Sequence[tuple[float, str]], say: Callable[[str], None]) -> None:
-        """``plan``: seconds from now, and a key of ``FAULTS``."""
+        """``plan``: seconds since the strike before, and a key of ``FAULTS``."""
         super().__init__(name="striker", daemon=True)
-        self._site, self._plan, self._say = site, sorted(plan), say
+        self._site, self._plan, self._say = site, plan, say
         self._began = time.monotonic()
         self._repairs: list[tuple[float, Callable[[], None]]] = []
         self.strikes: list[str] = []
@@ -182,8 +182,9 @@ class Striker(threading.Thread):
     def run(self) -> None:
         """Strike by strike, each repaired when its time has come, all at the end."""
         try:
-            for at_s, name in self._plan:
-                while not self._site.ended() and time.monotonic() - self._began < at_s:
+            for gap_s, name in self._plan:
+                last = time.monotonic()
+                while not self._site.ended() and time.monotonic() - last < gap_s:
                     self._repair(due=True)
                     time.sleep(POLL_S)
                 strike = FAULTS[name](self._site)
