@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    _bench_parsers(commands.add_parser("bench", help="measure: executor, soak, trainer"))
+    _bench_parsers(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
     return parser
 
 
@@ -131,6 +132,13 @@ def _bench_parsers(parser: argparse.ArgumentParser) -> None:
     trainer.add_argument("--peak-tflops", type=float, default=None, help="the device's bf16 peak, for MFU")
     trainer.add_argument("--out", type=Path, default=None, help="file for the numbers, as JSON")
     trainer.set_defaults(command=_bench_trainer)
+    overlap = kinds.add_parser("overlap", help="how long the trainer of a simulated 8-node run waits for rollouts")
+    overlap.add_argument("--trace", type=Path, default=None, help="recorded service times (default: the shipped ones)")
+    overlap.add_argument("--record", type=Path, default=None, metavar="RUN", help="write --trace from this run first")
+    overlap.add_argument("--steps", type=int, default=100, help="steps simulated (default: 100)")
+    overlap.add_argument("--executors", type=int, default=512, help="programs that run at once (default: 512)")
+    overlap.add_argument("--out", type=Path, default=Path("overlap.png"), help="the plot (default: overlap.png)")
+    overlap.set_defaults(command=_bench_overlap)
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
@@ -350,6 +358,25 @@ def _bench(options: argparse.Namespace) -> int:
     if options.what == "soak":
         return 0 if soak.bench(options.runs, options.workers) else 1
     bench.bench(workers=options.workers, seconds=options.seconds)
+    return 0
+
+
+def _bench_overlap(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster import simulation
+
+    if options.record is not None:
+        if options.trace is None:
+            raise ValueError("--record: --trace names the file to write")
+        options.trace.write_text(json.dumps(simulation.record(options.record, "ctrl-hpc bench overlap --record")))
+    trace = simulation.load(options.trace or simulation.TRACE)
+    layout = simulation.Layout(executors=options.executors)
+    results = [simulation.simulate(trace, layout, max_staleness=stale, steps=options.steps) for stale in (0, 1)]
+    print(f"service times of {trace['provenance']}; {layout}")
+    for result in results:
+        shares = f"the trainer works {result.trainer_s:.3f} s and waits {100 * result.fraction:.1f} % of the time"
+        print(f"max_staleness={result.max_staleness}: a step takes {result.step_s:.3f} s, {shares}")
+    simulation.plot(results, options.out, trace["provenance"])
+    print(options.out)
     return 0
 
 
