@@ -56,7 +56,7 @@ def judge(measured: list[Row], limits: Limits) -> list[dict[str, Any]]:
     def micro(row_ms: float | None) -> float | None:
         return None if row_ms is None else 1e3 * row_ms
 
-    groups = {"family": "group advantages", "rows": 4096}
+    groups = {"family": "group advantages", "rows": 1024}
     gae = {"family": "gae", "rows": 1024}
     loss = {"family": "policy loss", "rows": 1024}
     listed: list[tuple[str, float | None, str, float]] = [

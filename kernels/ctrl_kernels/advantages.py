@@ -26,8 +26,8 @@ from ctrl_kernels import reference
 from ctrl_kernels.backend import Backend, check_kernel_dtype, resolve_backend
 
 BLOCK_I = 8
-BLOCK_J = 1024
-ADVANTAGE_WARPS = 8
+BLOCK_J = 512
+ADVANTAGE_WARPS = 4
 
 
 @triton.jit
@@ -44,26 +44,27 @@ def _group_advantages_kernel(
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     reward = tl.load(rewards_ptr + i, mask=i < rows, other=0.0).to(tl.float32)
     group = tl.load(groups_ptr + i, mask=i < rows, other=0)
-    count = tl.zeros([BLOCK_I], tl.float32)
-    difference = tl.zeros([BLOCK_I], tl.float32)
+    counts = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    differences = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
     for begin in range(0, rows, BLOCK_J):
         j = begin + tl.arange(0, BLOCK_J)
         other = tl.load(rewards_ptr + j, mask=j < rows, other=0.0).to(tl.float32)
         same = (group[:, None] == tl.load(groups_ptr + j, mask=j < rows, other=0)[None, :]) & (j < rows)[None, :]
-        count += tl.sum(same.to(tl.float32), 1)
-        difference += tl.sum(tl.where(same, other[None, :] - reward[:, None], 0.0), 1)
-    mean = difference / tl.maximum(count, 1.0)  # of the group, less the row's own reward
+        counts += tl.where(same, 1.0, 0.0)
+        differences += tl.where(same, other[None, :] - reward[:, None], 0.0)
+    count = tl.sum(counts, 1)
+    mean = tl.sum(differences, 1) / tl.maximum(count, 1.0)  # of the group, less the row's own reward
     advantage = -mean
     others = tl.maximum(count - 1.0, 1.0)
     if ESTIMATOR == "grpo":
-        squares = tl.zeros([BLOCK_I], tl.float32)
+        squares = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
         for begin in range(0, rows, BLOCK_J):
             j = begin + tl.arange(0, BLOCK_J)
             other = tl.load(rewards_ptr + j, mask=j < rows, other=0.0).to(tl.float32)
             same = (group[:, None] == tl.load(groups_ptr + j, mask=j < rows, other=0)[None, :]) & (j < rows)[None, :]
             centred = other[None, :] - reward[:, None] - mean[:, None]
-            squares += tl.sum(tl.where(same, centred * centred, 0.0), 1)
-        advantage = advantage / (tl.sqrt(squares / others) + eps)
+            squares += tl.where(same, centred * centred, 0.0)
+        advantage = advantage / (tl.sqrt(tl.sum(squares, 1) / others) + eps)
     elif ESTIMATOR == "rloo":
         advantage = advantage * (count / others)
     tl.store(out_ptr + i, tl.where(count > 1.0, advantage, 0.0), mask=i < rows)

@@ -49,6 +49,13 @@ def test_masks_with_holes(sequences: int, steps: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_alone(dtype: torch.dtype, backend: str) -> None:
+    rewards, values = torch.randn(2, 3, 30, generator=torch.Generator().manual_seed(6)).to(dtype)
+    check(rewards, values, torch.ones(3, 30, dtype=torch.int64), 0.99, 0.95, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_nothing_and_views(backend: str) -> None:
     empty = torch.zeros(0, 5, device=DEVICE)
     assert ctrl_kernels.gae(empty, empty, empty, gamma=1.0, lam=1.0, backend=backend)[0].shape == (0, 5)
