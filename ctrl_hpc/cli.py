@@ -167,15 +167,18 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
     executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
     executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
-    executor.add_argument("--token-env", default=None, help="environment variable with the bearer token to ask for")
     executor.add_argument("--judge", action="append", default=[], metavar="NAME=FILE.py:FUNCTION", help="special judge")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
     rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
+    rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
+    rollout.add_argument("--max-batch-tokens", type=int, default=65536, help="largest padded batch (default: 65536)")
     rollout.set_defaults(command=_serve_rollout)
     for kind in (executor, rollout):
         kind.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
+        kind.add_argument("--token-env", default=None, help="environment variable with the bearer token to ask for")
         kind.add_argument("--port", type=int, required=True, help="port; 0: any free one")
 
 
@@ -251,15 +254,12 @@ def _suite(options: argparse.Namespace) -> int:
 def _serve_executor(options: argparse.Namespace) -> int:
     from ctrl_hpc.sandbox.server import serve
 
-    token = os.environ.get(options.token_env) if options.token_env else None
-    if options.token_env and not token:
-        raise ValueError(f"--token-env: the environment variable {options.token_env} is not set")
     serve(
         host=options.host,
         port=options.port,
         workers=options.workers,
         cache_dir=options.cache,
-        token=token,
+        token=_token(options.token_env),
         on_ready=_say,
         judges=options.judge,
     )
@@ -269,8 +269,25 @@ def _serve_executor(options: argparse.Namespace) -> int:
 def _serve_rollout(options: argparse.Namespace) -> int:
     from ctrl_hpc.rollout.server import serve
 
-    serve(options.model, host=options.host, port=options.port, threads=options.threads, on_ready=_say)
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        threads=options.threads,
+        device=options.device,
+        batching=options.batching,
+        max_batch_tokens=options.max_batch_tokens,
+        token=_token(options.token_env),
+        on_ready=_say,
+    )
     return 0
+
+
+def _token(variable: str | None) -> str | None:
+    token = os.environ.get(variable) if variable else None
+    if variable and not token:
+        raise ValueError(f"--token-env: the environment variable {variable} is not set")
+    return token
 
 
 def _status(options: argparse.Namespace) -> int:

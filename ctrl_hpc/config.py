@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from ctrl_hpc.config_experiment import DataConfig, EvalConfig, JudgeConfig, PromptConfig
 from ctrl_hpc.config_sections import (
     CriticConfig,
+    EndpointConfig,
     ExecutorConfig,
     JobConfig,
     LaunchConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "Config",
     "CriticConfig",
     "DataConfig",
+    "EndpointConfig",
     "EvalConfig",
     "ExecutorConfig",
     "JobConfig",
@@ -82,6 +84,8 @@ class Config:
     """Model name asked for when ``generator`` is a URL."""
     stages: tuple[str, ...] = ("sample", "synthesize", "sft", "rl", "eval", "report")
     """Stages of ``ctrl-hpc run``, in order."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """The generator's endpoint, when it is a URL."""
     data: DataConfig = field(default_factory=DataConfig)
     """Problems."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
@@ -129,7 +133,8 @@ _POSITIVE = (
     "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
-    "launch.start_timeout_s launch.array_parallelism wandb.services_every_s"
+    "launch.start_timeout_s launch.array_parallelism wandb.services_every_s endpoint.max_in_flight endpoint.max_tries "
+    "endpoint.timeout_s"
 ).split()
 _NOT_NEGATIVE = (
     "seed sample.adversarial_tests rl.leak_penalty "
@@ -137,7 +142,9 @@ _NOT_NEGATIVE = (
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
     "rl.value_optimizer.warmup_steps rl.value_optimizer.weight_decay rl.value_optimizer.clip_grad "
     "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
-    "rollout.generator_elements launch.max_requeues launch.signal_delay_s launch.disk_patience_s eval.report_samples"
+    "rollout.generator_elements launch.max_requeues launch.signal_delay_s launch.disk_patience_s "
+    "endpoint.price_in endpoint.price_out "
+    " eval.report_samples"
 ).split()
 STAGES = ("sample", "synthesize", "sft", "rl", "eval", "report")
 """Stages of a run, in order."""
@@ -336,5 +343,8 @@ def _validate_combinations(config: Config) -> None:
         raise ValueError(
             "rollout.generator_elements: 0 leaves the generator's folder unserved; at least 1, or generator=URL"
         )
+    limit = config.endpoint.requests_per_min
+    if limit is not None and not limit > 0:
+        raise ValueError(f"endpoint.requests_per_min: {limit} is not allowed; it must be greater than 0, or null")
     if "://" in config.generator and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

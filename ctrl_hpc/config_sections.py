@@ -286,6 +286,26 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """How a generator that is a URL is asked, and what it costs."""
+
+    key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; an endpoint without keys needs none."""
+    max_in_flight: int = 32
+    """Requests at a time; >= 1."""
+    requests_per_min: float | None = None
+    """Rate limit, > 0; None: none."""
+    max_tries: int = 8
+    """Times a request is tried, with growing random pauses or those the endpoint asks for; >= 1."""
+    timeout_s: float = 600.0
+    """Longest wait for one answer, > 0."""
+    price_in: float = 0.0
+    """Price of a million prompt tokens, in any currency; >= 0."""
+    price_out: float = 0.0
+    """Price of a million completion tokens; >= 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobConfig:
     """Slurm resources of one job or array element; None leaves a thing to the cluster's default."""
 

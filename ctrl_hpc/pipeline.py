@@ -21,7 +21,7 @@ import ctrl_hpc.evaluate.report as reporting
 import ctrl_hpc.evaluate.run as evaluation
 from ctrl_hpc import jsonl, run_directory
 from ctrl_hpc.cluster import disk
-from ctrl_hpc.cluster.connect import Connections, connect
+from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
@@ -80,7 +80,7 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         facts["adversarial_tests"] = added
     jsonl.write(run.folder / "sample" / "solutions.jsonl", solutions)
     right = sum(solution.verdict is not None and solution.verdict.accepted for solution in solutions)
-    return {"solutions": len(solutions), "pass_at_1": right / len(solutions), **facts}
+    return {"solutions": len(solutions), "pass_at_1": right / len(solutions), **facts, **spent(connections.generator)}
 
 
 def _before_strengthening(run: Run) -> Sequence[Problem]:

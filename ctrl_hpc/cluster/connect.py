@@ -31,6 +31,11 @@ class Connections:
                 close()
 
 
+def spent(generator: Generator) -> dict[str, float]:
+    """What a commercial generator has counted so far, its cost among it, as metrics; empty for one of our own."""
+    return generator.spent() if isinstance(generator, OpenAIGenerator) else {}
+
+
 def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | None = None) -> Connections:
     """Clients that find the services through the run directory, whichever are alive at the time of a call.
 
@@ -73,7 +78,18 @@ def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] 
             raise ValueError("generator=oracle: the problems are needed here")
         return OracleGenerator(problems, Prompts.load(config.prompts.folder, config.prompts.system))
     if "://" in config.generator:
-        return OpenAIGenerator(config.generator, config.generator_model or "")
+        endpoint = config.endpoint
+        return OpenAIGenerator(
+            config.generator,
+            config.generator_model or "",
+            key_env=endpoint.key_env,
+            max_in_flight=endpoint.max_in_flight,
+            requests_per_min=endpoint.requests_per_min,
+            max_tries=endpoint.max_tries,
+            timeout_s=endpoint.timeout_s,
+            price_in=endpoint.price_in,
+            price_out=endpoint.price_out,
+        )
     return _rollout(config, run_dir, "generator", config.generator)
 
 

@@ -81,6 +81,18 @@ class OpenAIGenerator:
         self._thread.run(self._http.aclose())
         self._thread.close()
 
+    def spent(self) -> dict[str, float]:
+        """The totals so far, under the names of metrics."""
+        with self._lock:
+            usage = self.usage
+            return {
+                "generator/requests": float(usage.requests),
+                "generator/retries": float(usage.retries),
+                "generator/prompt_tokens": float(usage.prompt_tokens),
+                "generator/completion_tokens": float(usage.completion_tokens),
+                "generator/cost": usage.cost,
+            }
+
     async def _all(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         slots = asyncio.Semaphore(self._max_in_flight)
 

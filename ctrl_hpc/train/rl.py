@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ctrl_hpc import jsonl
+from ctrl_hpc.cluster.connect import spent
 from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.flow.critiquing import critique
 from ctrl_hpc.flow.execution import execute
@@ -113,12 +114,18 @@ def collect(source: Source, step: int, position: int) -> Experience:
     jsonl.write(record_file(source.folder, step), rollouts)
     times = clock.take()
     tokens = sum(len(item.token_ids) for item in rollouts)
+    assert source.connections is not None
     rates = {
         "rollout/tokens_per_s": tokens / times["time/rollout_s"],
         "executor/runs": float(executed),
         "executor/runs_per_s": executed / times["time/execute_s"],
     }
-    return Experience.of(rollouts, version=max(version, step), position=position, metrics=times | rates)
+    return Experience.of(
+        rollouts,
+        version=max(version, step),
+        position=position,
+        metrics=times | rates | spent(source.connections.generator),
+    )
 
 
 def roll_out(

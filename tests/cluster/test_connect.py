@@ -1,5 +1,6 @@
 """All services of a run at once, through the clients a driver uses."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,9 @@ import random_qwen
 import rollout_server
 
 from ctrl_hpc.cluster import status
-from ctrl_hpc.cluster.connect import connect
+from ctrl_hpc.cluster.connect import connect, spent
 from ctrl_hpc.cluster.services import Services
-from ctrl_hpc.config import Config, CriticConfig, RolloutConfig
+from ctrl_hpc.config import Config, CriticConfig, EndpointConfig, RolloutConfig
 from ctrl_hpc.records import AssertTest, Execution, Limits, Message, Problem, Sampling
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -60,7 +61,10 @@ def test_the_critic_may_be_served_by_others(make_config: Callable[..., Config], 
     folder = random_qwen.build(run_dir / "critic")
     with rollout_server.running(folder) as url:
         rollout = RolloutConfig(critic_urls=(url,))
-        config = make_config(critic=CriticConfig(model=folder), rollout=rollout, generator=url, generator_model="any")
+        config = make_config(critic=CriticConfig(model=folder), rollout=rollout, generator=url)
+        config = dataclasses.replace(
+            config, generator_model="any", endpoint=EndpointConfig(price_in=2.0, price_out=8.0, requests_per_min=6000.0)
+        )
         with Services(config, run_dir) as services:
             services.start({"critic"})  # nothing to start
             assert [row["role"] for row in status.jobs(run_dir)] == ["driver"]
@@ -69,6 +73,10 @@ def test_the_critic_may_be_served_by_others(make_config: Callable[..., Config], 
             greedy = Sampling(temperature=0.0, max_tokens=4)
             native = connections.critic.complete([chat], greedy)[0][0]
             assert native.token_ids and connections.generator.complete([chat], greedy)[0][0].text == native.text
+            counted = spent(connections.generator)
+            tokens = (counted["generator/prompt_tokens"], counted["generator/completion_tokens"])
+            assert tokens == (len(native.prompt_ids), len(native.token_ids))
+            assert counted["generator/cost"] == pytest.approx((2.0 * tokens[0] + 8.0 * tokens[1]) / 1e6)
             connections.close()
 
 
