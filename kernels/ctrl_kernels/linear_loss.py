@@ -15,7 +15,7 @@ Legend: N tokens, M unmasked tokens, n tokens of a chunk, V columns of this rank
 sequences, T steps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -127,7 +127,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
         # The gradients are scaled in place and given away, so a second pass over a retained graph forms them again.
         if ctx.gradients is None:
             _, _, ctx.gradients = _fused(*ctx.saved_tensors, *ctx.arguments)
-        d_hidden, d_weight = (None if x is None else scale_(x, d_loss) for x in ctx.gradients)
+        *gradients, unit = ctx.gradients
+        dtypes = (ctx.saved_tensors[0].dtype, ctx.arguments[-1])
+        factor = d_loss if unit is None else d_loss * unit
+        d_hidden, d_weight = (
+            None if x is None else scale_(x, factor).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)
+        )
         ctx.gradients = None
         if d_weight is not None and ctx.main_grad is not None:
             ctx.main_grad += d_weight
@@ -143,23 +148,36 @@ def _fused(
     options: PolicyOptions,
     wanted: tuple[bool, bool],
     weight_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """The loss, its metrics and, where wanted, the gradients of ``hidden`` [N, D] and ``weight`` [V, D]."""
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+    """The loss, its metrics and, where wanted, the gradients of ``hidden`` [N, D] and ``weight`` [V, D].
+
+    In fp16 the gradients stay in fp32, in units of the last value returned, until the upstream gradient is known.
+    """
     count = tokens.with_gradient if any(wanted) else 0
     d_hidden = hidden.new_empty((count, hidden.shape[1]), dtype=torch.float32) if wanted[0] else None
     d_weight = hidden.new_empty(weight.shape, dtype=torch.float32) if wanted[1] else None
     logprobs = hidden.new_empty(len(tokens.rows), dtype=torch.float32)
     entropy = torch.empty_like(logprobs)
-    _sweep(hidden, tokens, projection, options, count, logprobs, entropy, d_hidden, d_weight)
+    weighted, unit = tokens, None
+    if hidden.dtype == torch.float16 and count:
+        weighted, unit = _in_fp16_range(tokens)
+    _sweep(hidden, weighted, projection, options, count, logprobs, entropy, d_hidden, d_weight)
     loss, metrics = policy_totals(tokens.terms(slice(None), logprobs, entropy, options), options)
-    if d_weight is not None:
+    if d_weight is not None and unit is None:
         d_weight = d_weight.to(weight_dtype)
     if d_hidden is not None:
         d_hidden = spread(d_hidden, tokens.rows[:count], len(hidden), torch.float32)
         if projection.options.ranks > 1:
             dist.all_reduce(d_hidden, group=projection.options.group)
-        d_hidden = d_hidden.to(hidden.dtype)
-    return loss, metrics, (d_hidden, d_weight)
+        d_hidden = d_hidden.to(hidden.dtype) if unit is None else d_hidden
+    return loss, metrics, (d_hidden, d_weight, unit)
+
+
+def _in_fp16_range(tokens: _Tokens) -> tuple[_Tokens, torch.Tensor]:
+    """The tokens with weights near 1, whose slopes fp16 can hold, and the power of 2 that was taken out of them."""
+    largest = tokens.weights.amax()
+    unit = torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
+    return replace(tokens, weights=tokens.weights / unit), unit
 
 
 def _sweep(
@@ -280,7 +298,8 @@ def linear_policy_loss(
     functions. ``ratio="sequence"`` is a ValueError: it needs all log-probs of a sequence before the first gradient,
     so two passes.
 
-    The Triton backend forms the gradients in the forward pass and only scales them in the backward pass. The PyTorch
+    The Triton backend forms the gradients in the forward pass and only scales them in the backward pass; in fp16 so
+    that a loss scale, which comes as the upstream gradient, still finds what it is to save from underflow. The PyTorch
     backend composes the two functions, which is this one's definition.
     """
     constants = {

@@ -143,6 +143,21 @@ def test_half_precision_is_no_worse_than_eager(dtype: torch.dtype, device: torch
         assert got[name].item() == pytest.approx(expected[name].item(), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_loss_scaling_in_float16(backend: str, device: torch.device) -> None:
+    """Gradients below the smallest fp16 number, until the upstream gradient lifts them."""
+    inputs = problem((30,), 300, 16, device, torch.float16)
+    expected = exact(inputs, denominator=2e6)
+    leaves = [inputs[name].detach().requires_grad_() for name in ("hidden", "weight")]
+    loss, _ = ctrl_kernels.linear_policy_loss(*leaves, **without_leaves(inputs), denominator=2e6, backend=backend)
+    assert loss.item() == pytest.approx(expected["loss"].item(), rel=1e-4)
+    for _ in range(2):
+        gradients = torch.autograd.grad(2.0**20 * loss, leaves, retain_graph=True)
+        for gradient, name in zip(gradients, ("d_hidden", "d_weight"), strict=True):
+            assert gradient.dtype == torch.float16
+            assert relative_error(gradient.double() / 2**20, expected[name]) < 2e-3
+
+
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_tokens_and_padding_are_not_read(backend: str, device: torch.device) -> None:
