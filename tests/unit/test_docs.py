@@ -1,0 +1,148 @@
+"""Every command and every piece of code in README.md and docs/: run, run dry, or marked with what it needs.
+
+Commands stand in blocks fenced as ``bash``, one a line. ``# needs: ...`` behind one says what a machine must have; such
+a command is parsed all the same. Long commands are run dry here, and for real by the tests that :data:`FOR_REAL` names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from test_evaluate_paper import TURNS, ZERO, finished, row
+
+from ctrl_hpc import cli, jsonl
+from ctrl_hpc.config import ROOT, dump
+from ctrl_hpc.records import Problem, StdinTest
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
+FOR_REAL = {
+    "run": "tests/pipeline/test_tiny_run.py",
+    "suite": "tests/pipeline/test_suite.py",
+    "serve": "tests/sandbox/test_executor_server.py",
+    "convert": "tests/megatron",
+    "make": "tests/pipeline/test_tiny_run.py",
+}
+"""Where the commands that are only run dry or parsed here are run."""
+RUNS = ("tiny", "tiny-seed3", "tiny-rloo", "grpo-seed0", "grpo-seed1")
+"""Finished runs that the pages speak of."""
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in some languages."""
+    return [body for language, body in FENCE.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+def commands(page: Path) -> list[tuple[str, str | None]]:
+    """The commands of a page and what each needs."""
+    out = []
+    for block in blocks(page, "bash", "sh", "console"):
+        for line in block.replace("\\\n", " ").splitlines():
+            text, _, comment = line.partition(" #")
+            if text.strip() and not text.lstrip().startswith("#"):
+                needs = re.search(r"needs:\s*(.+)", comment)
+                out.append((text.strip(), needs[1].strip() if needs else None))
+    return out
+
+
+CASES = [(page.name, command, needs) for page in PAGES for command, needs in commands(page)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the project's, with the files that the pages speak of."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "Makefile", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    tests = (StdinTest(stdin="1 2\n", expected_stdout="3\n"),)
+    jsonl.write(
+        folder / "problems.jsonl",
+        [
+            Problem(id=f"{split}-1", source="ours", split=split, prompt=f"Print a sum, {split}.", tests=tests)
+            for split in ("train", "test")
+        ],
+    )
+    for index, name in enumerate(RUNS):
+        rows = {"none": row(ZERO), "rl": row(TURNS, [-1, -1, 1, 1])}
+        run = finished(folder / "runs" / name, f"seed={index}", "data.eval_names=[tiny]", critics=rows)
+        run.results["datasets"] = {"tiny": run.results["datasets"]["codecontests"]}
+        jsonl.write_text(run.folder / "config.yaml", dump(run.config))
+        jsonl.write_text(run.folder / "report" / "results.json", json.dumps(run.results))
+        jsonl.write_text(run.folder / "logs" / "rl.log", "step 1\n")
+    return folder
+
+
+def parse_alternatives(words: list[str]) -> list[str]:
+    """``a|b|c`` in a synopsis stands for its first; capitals for something of one's own."""
+    return [word.split("|")[0] if re.fullmatch(r"[\w-]+(\|[\w-]+)+", word) else word for word in words]
+
+
+@pytest.mark.parametrize(("page", "command", "needs"), CASES, ids=[f"{page}: {text[:60]}" for page, text, _ in CASES])
+def test_a_command(
+    page: str, command: str, needs: str | None, place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(place)
+    words = parse_alternatives(shlex.split(command))
+    program, arguments = words[0], words[1:]
+    if program == "ctrl-hpc":
+        cli._parse(arguments)
+        if needs is None:
+            ctrl_hpc(arguments)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert arguments[0] in targets
+    elif program in ("sbatch", "export") or "/" in program:
+        paths = re.findall(r"[\w.-]+(?:/[\w.-]+)+", command)
+        assert paths, f"{page}: {command}: names no file"
+        for path in paths:
+            assert needs is not None or (ROOT / path).exists(), f"{page}: {command}: there is no {path}"
+    elif program == "cp":
+        subprocess.run(words, check=True)
+        target = place / arguments[-1]
+        assert target.exists()
+        (shutil.rmtree if target.is_dir() else Path.unlink)(target)
+    else:
+        assert needs is not None, f"{page}: {command}: is neither run here nor marked with `# needs: ...`"
+
+
+def ctrl_hpc(arguments: list[str]) -> None:
+    """Run a command of ours: really where it is short, dry where it starts a run, else as parsed already."""
+    name = arguments[0]
+    placeholder = any(re.fullmatch(r"[A-Z_]{3,}(\.yaml)?|[\w.]+=[A-Z_]{3,}(\.yaml)?", word) for word in arguments)
+    if name in ("run", "suite") and not placeholder:
+        dry = arguments if "--dry-run" in arguments else [*arguments, "--dry-run"]
+        folder = Path("my_prompts")
+        if any("my_prompts" in word for word in arguments):
+            shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
+        assert cli.main(dry) == 0
+    elif name in ("data", "report", "status", "logs", "stop") and not placeholder:
+        assert cli.main(arguments) == 0
+    elif name == "doctor":
+        assert cli.main(arguments) in (0, 1)  # it names what this machine lacks
+
+
+def test_what_is_run_dry_here_is_run_for_real_elsewhere() -> None:
+    for path in FOR_REAL.values():
+        assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_and_links(page: Path) -> None:
+    for body in blocks(page, "python"):
+        code = compile(body, str(page), "exec")
+        if "launch(" not in body:
+            exec(code, {})
+    for body in blocks(page, "json"):
+        json.loads(body)
+    for body in blocks(page, "yaml"):
+        yaml.safe_load(body)
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link} leads nowhere"
