@@ -141,10 +141,10 @@ _NOT_NEGATIVE = (
     "sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
     "rl.value_optimizer.warmup_steps rl.value_optimizer.weight_decay rl.value_optimizer.clip_grad "
-    "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples "
+    "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.save_samples rl.refill_rounds "
     "rollout.generator_elements launch.max_requeues launch.signal_delay_s launch.disk_patience_s "
     "endpoint.price_in endpoint.price_out "
-    " eval.report_samples"
+    "eval.report_samples"
 ).split()
 STAGES = ("sample", "synthesize", "sft", "rl", "eval", "report")
 """Stages of a run, in order."""
@@ -315,6 +315,10 @@ def _validate(config: Config) -> None:
         if not 0.0 <= value(config, key) <= 1.0:
             raise ValueError(f"{key}: {value(config, key)} is not allowed; it must lie in [0, 1]")
     for key in ("plan.memory_gb", "plan.trainer_tflops", "plan.rollout_tokens_per_s"):
+        given = value(config, key)
+        if given is not None and not given > 0:
+            raise ValueError(f"{key}: {given} is not allowed; it must be greater than 0, or null")
+    for key in ("rl.importance_cap", "rl.max_prompt_tokens"):
         given = value(config, key)
         if given is not None and not given > 0:
             raise ValueError(f"{key}: {given} is not allowed; it must be greater than 0, or null")

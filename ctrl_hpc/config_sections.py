@@ -169,6 +169,9 @@ class RLConfig:
     """Critiques a draft; >= 1 (paper: 8)."""
     temperature: float = 1.0
     """Sampling temperature of the critiques; > 0."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt of a critique in tokens, > 0: drafts with a longer one are left out, and counted; None: what a
+    micro-batch leaves beside ``max_tokens``."""
     max_tokens: int = 768
     """Longest critique in tokens."""
     max_revision_tokens: int = 1024

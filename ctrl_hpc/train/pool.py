@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Problem, Solution
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.records import Chat, Problem, Solution
+from ctrl_hpc.train.chat import prompt_ids
 from ctrl_hpc.train.data_order import take
+
+TEMPLATE_TOKENS = 64
+"""A chat template adds fewer tokens to a message, and as a system message of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +38,29 @@ class DraftPool:
             raise ValueError(f"rl: {file} holds no executed draft")
         return cls(pairs=tuple((problems[item.problem_id], item) for item in known), seed=seed)
 
-    def draw(self, position: int, count: int) -> list[tuple[Problem, Solution]]:
-        """The ``count`` drafts from ``position`` on; no draft twice, so fewer where the pool is smaller."""
+    def fitting(self, prompts: Prompts, tokenizer: Any, limit: int) -> Self:
+        """The drafts whose critique prompt has at most ``limit`` tokens; says how many are left out.
+
+        Raises ValueError when none is left.
+        """
+        kept = tuple(pair for pair in self.pairs if _fits(prompts.critique(*pair), tokenizer, limit))
+        if not kept:
+            raise ValueError(
+                f"rl: the critique prompt of each of the {len(self.pairs)} drafts is longer than {limit} tokens; raise "
+                "rl.max_prompt_tokens, or trainer.micro_batch_tokens"
+            )
+        if len(kept) < len(self.pairs):
+            left_out = len(self.pairs) - len(kept)
+            print(f"rl: {left_out} of {len(self.pairs)} drafts left out: their prompts have more than {limit} tokens")
+        return replace(self, pairs=kept)
+
+    def draw(self, position: int, count: int, used: Collection[str] = ()) -> list[tuple[Problem, Solution]]:
+        """The ``count`` drafts from ``position`` on; none twice and none of ``used``, so fewer in a small pool."""
         rows = take(len(self.pairs), seed=self.seed, start=position, count=count)
-        return [self.pairs[row] for row in dict.fromkeys(rows)]
+        return [self.pairs[row] for row in dict.fromkeys(rows) if self.pairs[row][1].id not in used]
+
+
+def _fits(chat: Chat, tokenizer: Any, limit: int) -> bool:
+    """Whether a chat has at most ``limit`` tokens; a token has a byte at least: short chats need no counting."""
+    n_bytes = sum(len(message.content.encode()) for message in chat)
+    return n_bytes + TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(prompt_ids(tokenizer, chat)) <= limit

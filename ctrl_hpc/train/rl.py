@@ -100,15 +100,18 @@ def collect(source: Source, step: int, position: int) -> Experience:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert source.pool is not None
     rollouts: list[Rollout] = []
-    clock, executed, version = Clock(), 0, source.version
+    clock, executed, refills, version = Clock(), 0, 0, source.version
     for turn in range(1 + options.refill_rounds):
         missing = options.prompts_per_step - len(learnable_groups(rollouts))
         if missing == 0:
             break
-        pairs = source.pool.draw(position, missing)
+        pairs = source.pool.draw(position, missing, {item.solution_id for item in rollouts})
         position += missing
+        if not pairs:
+            continue
         seed = sampling_seed(source.config.seed, step, f"critiques, round {turn}")
         made, n_runs = roll_out(source, pairs, seed, clock)
+        refills += turn > 0
         rollouts += made
         executed += n_runs
     jsonl.write(record_file(source.folder, step), rollouts)
@@ -119,6 +122,7 @@ def collect(source: Source, step: int, position: int) -> Experience:
         "rollout/tokens_per_s": tokens / times["time/rollout_s"],
         "executor/runs": float(executed),
         "executor/runs_per_s": executed / times["time/execute_s"],
+        "rl/refills": float(refills),
     }
     return Experience.of(
         rollouts,

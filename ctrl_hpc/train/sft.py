@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
-from ctrl_hpc.records import Chat, Critique, Problem, Solution
+from ctrl_hpc.records import Critique, Problem, Solution
 from ctrl_hpc.train.batch import collate
+from ctrl_hpc.train.chat import prompt_ids, response_ids
 from ctrl_hpc.train.course import Course
 from ctrl_hpc.train.data_order import take
 from ctrl_hpc.train.losses import SFTLoss
@@ -78,20 +78,3 @@ def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
             f"sft.max_length={config.sft.max_length}"
         )
     return kept, len(critiques) - len(kept)
-
-
-def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
-    """A chat as the critic is asked it."""
-    messages = [{"role": message.role, "content": message.content} for message in chat]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-
-
-def response_ids(tokenizer: Any, critique: Critique) -> Sequence[int]:
-    """A critique as the critic would write it, up to the end of its turn."""
-    generation = critique.generation
-    if generation is not None and generation.token_ids:
-        ids = generation.token_ids
-        whole = generation.finish_reason == "stop"
-    else:
-        ids, whole = tuple(tokenizer(critique.text, add_special_tokens=False)["input_ids"]), True
-    return (*ids, tokenizer.eos_token_id) if whole and ids[-1:] != (tokenizer.eos_token_id,) else ids

@@ -40,10 +40,16 @@ class Source:
     @classmethod
     def open(cls, config: Config, run_dir: Path) -> Source:
         """Connect to the services of the run. Raises ValueError when there is no draft to critique."""
+        from transformers import AutoTokenizer
+
         folder, prompts = run_dir / "rl" / "rollouts", Prompts.load(config.prompts.folder, config.prompts.system)
         if config.rl.replay is not None:
             return cls(config=config, folder=folder, pool=None, connections=None, prompts=prompts)
         pool = DraftPool.load(run_dir, config.seed)
+        # An input is a token shorter than its sequence.
+        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens
+        limit = min(room, config.rl.max_prompt_tokens or room)
+        pool = pool.fitting(prompts, AutoTokenizer.from_pretrained(run_dir / "sft" / "hf"), limit)
         connections = connect(config, run_dir, [problem for problem, _ in pool.pairs])
         thread = ThreadPoolExecutor(1, "rollouts") if config.rl.max_staleness else None
         return cls(config=config, folder=folder, pool=pool, connections=connections, prompts=prompts, _thread=thread)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
 import traceback
@@ -33,6 +34,10 @@ from ctrl_hpc.train.experience import Rollout
 
 KILLS = (2, 7, 12, 18, 21, 5)
 """The file renames before which a run is killed, one after another: in saves, publications, progress, recordings."""
+
+
+RANDOM_KILLS = 6
+"""Times a run is killed at a random one of its function calls."""
 
 
 def config_of(folder: Path) -> Config:
@@ -139,11 +144,33 @@ class Services:
         """Nothing to close."""
 
 
-def live(config: Config, run_dir: Path, staleness: int, estimator: Any = "grpo") -> None:
+def counted_calls(file: Path, work: Callable[[], None]) -> None:
+    """Run ``work`` and write down how many Python functions it called."""
+    calls = count_calls(work, None)
+    file.write_text(str(calls))
+
+
+def count_calls(work: Callable[[], None], kill_at: int | None) -> int:
+    """Run ``work``, counting the calls of Python functions; die by SIGKILL at the ``kill_at``-th."""
+    calls = 0
+
+    def seen(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(seen)
+    work()
+    sys.setprofile(None)
+    return calls
+
+
+def live(config: Config, run_dir: Path, staleness: int, **changes: Any) -> None:
     """RL with the services above; leaves what they were told in services.json."""
     services = Services(run_dir)
     source.connect = lambda *_: services  # type: ignore[assignment]
-    options = replace(config.rl, replay=None, steps=3, max_staleness=staleness, importance_cap=2.0, estimator=estimator)
+    options = replace(config.rl, replay=None, steps=3, max_staleness=staleness, importance_cap=2.0, **changes)
     rl.run(replace(config, rl=options), run_dir)
     told = {"published": services.published, "drawn": services.drawn}
     (run_dir / "services.json").write_text(json.dumps(told))
@@ -160,23 +187,30 @@ def main(folder: Path) -> None:
         rl.run(config, run_dir)
 
     status["whole"] = in_child(lambda: both(folder / "whole"), log)
-    status["again"] = in_child(lambda: both(folder / "again"), log)
+    calls = folder / "calls.txt"
+    status["again"] = in_child(lambda: counted_calls(calls, lambda: both(folder / "again")), log)
     status["kills"] = [
         in_child(lambda number=number: killed_before_rename(number, lambda: both(folder / "killed")), log)  # type: ignore[misc]
         for number in KILLS
     ]
     status["killed"] = in_child(lambda: both(folder / "killed"), log)
+    rng = random.Random(11)
+    moments = [int(int(calls.read_text()) * rng.uniform(0.05, 0.3)) for _ in range(RANDOM_KILLS)]
+    status["random_kills"] = [
+        in_child(lambda moment=moment: count_calls(lambda: both(folder / "killed-anywhere"), moment), log)  # type: ignore[misc]
+        for moment in moments
+    ]
+    status["killed-anywhere"] = in_child(lambda: both(folder / "killed-anywhere"), log)
     for staleness in (0, 1):
         run_dir = folder / f"live-{staleness}"
         status[f"live-{staleness}"] = in_child(lambda run_dir=run_dir, n=staleness: live(config, run_dir, n), log)  # type: ignore[misc]
-    status["ppo"] = in_child(lambda: live(config, folder / "ppo", 0, "gae"), log)
+    status["ppo"] = in_child(lambda: live(config, folder / "ppo", 0, estimator="gae"), log)
+    status["refill"] = in_child(lambda: live(config, folder / "refill", 0, refill_rounds=2), log)
     (folder / "stages.json").write_text(json.dumps(status))
 
 
 def record_replay(folder: Path, steps: int) -> None:
     """Random rollouts of every step."""
-    import random
-
     rng = random.Random(5)
     for step in range(steps):
         rollouts = []

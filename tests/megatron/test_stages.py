@@ -14,8 +14,9 @@ import pytest
 import random_qwen
 from safetensors.torch import load_file
 
-from ctrl_hpc import jsonl
+from ctrl_hpc import cli, jsonl
 from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, Verdict
+from ctrl_hpc.train.data_order import take
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -59,9 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=Path(__file__).parent,
         check=True,
     )
-    for name in ("whole", "again", "killed", "live-0", "live-1", "ppo"):
+    for name in ("whole", "again", "killed", "killed-anywhere", "live-0", "live-1", "ppo", "refill"):
         write_inputs(place / name)
-    for name in ("live-0", "live-1", "ppo"):
+    for name in ("live-0", "live-1", "ppo", "refill"):
         shutil.copytree(place / "critic", place / name / "sft" / "hf")
     command = [sys.executable, str(Path(__file__).with_name("stages.py")), str(place)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
@@ -92,16 +93,17 @@ def test_the_same_seed_and_layout_give_the_same_bits(folder: Path, status: dict[
         assert all(first[name].equal(second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("kills", "run"), [("kills", "killed"), ("random_kills", "killed-anywhere")])
 def test_a_trainer_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not(
-    folder: Path, status: dict[str, Any]
+    folder: Path, status: dict[str, Any], kills: str, run: str
 ) -> None:
-    assert status["kills"] == [9] * 6, "each of these processes was to die by SIGKILL"
-    assert status["killed"] == 0, log_of(folder)
+    assert status[kills] == [9] * 6, "each of these processes was to die by SIGKILL"
+    assert status[run] == 0, log_of(folder)
     for stage in ("sft", "rl"):
-        whole, killed = (load_file(folder / run / stage / "hf" / "model.safetensors") for run in ("whole", "killed"))
+        whole, killed = (load_file(folder / name / stage / "hf" / "model.safetensors") for name in ("whole", run))
         assert all(whole[name].equal(killed[name]) for name in whole)
-        assert metrics(folder / "killed", stage) == metrics(folder / "whole", stage)
-    assert [record["step"] for record in metrics(folder / "killed", "rl")] == list(range(STEPS))
+        assert metrics(folder / run, stage) == metrics(folder / "whole", stage)
+    assert [record["step"] for record in metrics(folder / run, "rl")] == list(range(STEPS))
 
 
 def test_training_changed_the_critic(folder: Path, status: dict[str, Any]) -> None:
@@ -141,6 +143,44 @@ def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[s
     # Seven drafts, four a step: two passes over the pool take each draft twice before any comes a third time.
     drawn = told["drawn"]
     assert len(drawn) == 12 and len(set(drawn[:7])) == 7
+
+
+def test_drafts_without_spread_are_replaced_within_a_bound(folder: Path, status: dict[str, Any]) -> None:
+    assert status["refill"] == 0, log_of(folder)
+    records = metrics(folder / "refill", "rl")
+    position, drawn = 0, 0
+    for record in records:
+        used: set[int] = set()
+        for _ in range(3):  # a round, and two more to replace
+            missing = 4 - sum(draft % 2 for draft in used)  # critiques of an accepted draft differ in what they earn
+            used |= set(take(7, seed=0, start=position, count=missing))
+            position += missing
+        drawn += len(used)
+        assert record["rl/groups"] == sum(draft % 2 for draft in used)
+        assert 1 <= record["rl/refills"] <= 2, "three of the seven can be learnt from, four are wanted"
+        assert record["rl/skipped_groups"] == sum(draft % 2 == 0 for draft in used)
+    assert len(json.loads((folder / "refill" / "services.json").read_text())["drawn"]) == drawn
+
+
+def test_a_checkpoint_converts_to_the_weights_that_the_stage_exported(
+    folder: Path, status: dict[str, Any], tmp_path: Path
+) -> None:
+    newest = max((folder / "whole" / "rl" / "checkpoints").iterdir())
+    assert cli.main(["convert", "megatron-to-hf", str(newest), str(tmp_path / "hf")]) == 0
+    converted = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_file(folder / "whole" / "rl" / "hf" / "model.safetensors")
+    assert converted.keys() == exported.keys() and all(converted[name].equal(exported[name]) for name in exported)
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+def test_every_log_names_the_kernels_backend(folder: Path, status: dict[str, Any]) -> None:
+    assert (
+        "rl: from step 0 of 8; kernels torch, layers torch, dtype float32, device cpu"
+        in (folder / "stages.log").read_text()
+    )
+    assert all(record["kernels/triton"] == 0 for record in metrics(folder / "whole", "rl"))
+    progress = json.loads((folder / "whole" / "rl" / "progress.json").read_text())
+    assert progress["engine"]["kernels"] == "torch"
 
 
 def test_ppo_trains_a_value_network_beside_the_critic(folder: Path, status: dict[str, Any]) -> None:
