@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,16 @@ def _hub_rows(hub: str, files: str | None, split: str) -> Iterator[Row]:
         else:
             kind = {"jsonl": "json"}.get(files.rpartition(".")[2], files.rpartition(".")[2])
             table = datasets.load_dataset(kind, data_files={split: f"hf://datasets/{hub}/{files}"}, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, *_client_errors()) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{hub}: cannot be loaded from the hub ({reason}); give local files with data.path") from None
     for number, values in enumerate(table):
         yield Row(where=f"{hub}[{number}]", values=dict(values))
+
+
+def _client_errors() -> list[type[Exception]]:
+    """What the hub's HTTP client raises without a network; which client that is depends on the hub's version."""
+    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
 
 
 def _files(place: Path, split: str) -> list[Path]:

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -152,3 +155,13 @@ def test_every_expected_size_belongs_to_a_data_set():
     assert {name for name, _ in inventory.PAPER} <= {*datasets.DATASETS, "judgebench"}
     assert inventory.expected("codecontests", "test")[0] == 165
     assert inventory.expected("jsonl", "train") is None
+
+
+def test_a_hub_out_of_reach_is_one_line():
+    nowhere = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "ctrl_hpc.cli", "data", "taco"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=nowhere)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ctrl-hpc: BAAI/TACO: cannot be loaded from the hub (")
+    assert last.endswith("; give local files with data.path") and "Traceback" not in done.stderr
