@@ -85,12 +85,11 @@ def _torch_linear(x: Inputs) -> Call:
 
     if not hasattr(functional, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
+    chunked = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    options = {"reduction": "none"} | ({"options": chunked()} if chunked else {})
 
     def call() -> tuple[torch.Tensor, ...]:
-        loss = functional.linear_cross_entropy(
-            x["hidden"], x["weight"], x["targets"], reduction="none", options=options
-        )
+        loss = functional.linear_cross_entropy(x["hidden"], x["weight"], x["targets"], **options)
         return (-loss.float(),)
 
     return call
