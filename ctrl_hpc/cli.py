@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc import data_command, report_command
+from ctrl_hpc import bench_command, data_command, report_command
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
@@ -109,36 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    _bench_parsers(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
+    bench_command.add(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
     return parser
-
-
-def _bench_parsers(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(metavar="WHAT", required=True)
-    executor = kinds.add_parser("executor", help="speed of the executor against bare Python")
-    executor.add_argument("--seconds", type=float, default=10.0, help="seconds a row (default: 10)")
-    soak = kinds.add_parser("soak", help="many runs of the executor, one in seven misbehaving")
-    soak.add_argument("--runs", type=int, default=100_000, help="runs (default: 100000)")
-    for what, kind in (("executor", executor), ("soak", soak)):
-        kind.add_argument("--workers", type=int, default=2)
-        kind.set_defaults(command=_bench, what=what)
-    trainer = kinds.add_parser("trainer", help="memory beside the plan's estimate, tokens/s, MFU; random weights")
-    trainer.add_argument("--model", default="200M", help="200M, a known model's name or a folder (default: 200M)")
-    trainer.add_argument("--tokens", type=int, default=1024, help="of a micro-batch (default: 1024)")
-    trainer.add_argument("--micro-batches", type=int, default=1, help="a step (default: 1)")
-    trainer.add_argument("--steps", type=int, default=1, help="steps timed; 0: memory alone (default: 1)")
-    trainer.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    trainer.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    trainer.add_argument("--peak-tflops", type=float, default=None, help="the device's bf16 peak, for MFU")
-    trainer.add_argument("--out", type=Path, default=None, help="file for the numbers, as JSON")
-    trainer.set_defaults(command=_bench_trainer)
-    overlap = kinds.add_parser("overlap", help="how long the trainer of a simulated 8-node run waits for rollouts")
-    overlap.add_argument("--trace", type=Path, default=None, help="recorded service times (default: the shipped ones)")
-    overlap.add_argument("--record", type=Path, default=None, metavar="RUN", help="write --trace from this run first")
-    overlap.add_argument("--steps", type=int, default=100, help="steps simulated (default: 100)")
-    overlap.add_argument("--executors", type=int, default=512, help="programs that run at once (default: 512)")
-    overlap.add_argument("--out", type=Path, default=Path("overlap.png"), help="the plot (default: overlap.png)")
-    overlap.set_defaults(command=_bench_overlap)
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
@@ -202,12 +173,22 @@ def _run(options: argparse.Namespace) -> int:
     config = load(options.config, options.overrides)
     if options.dry_run:
         print(dump(config), end="")
+        _print_scripts(config)
         return _plan(config)
     from ctrl_hpc import pipeline
 
     folder = pipeline.run(config)
     print(f"report: {folder / 'report' / 'index.html'}")
     return 0
+
+
+def _print_scripts(config: Config) -> None:
+    """What would be submitted to Slurm, as comments, so that the output stays a configuration."""
+    if config.launch.engine == "slurm":
+        from ctrl_hpc.cluster.jobs import scripts
+
+        for role, text in scripts(config).items():
+            print("\n".join([f"# batch script of {role}:", *(f"#   {line}" for line in text.splitlines())]))
 
 
 def _plan(config: Config) -> int:
@@ -367,43 +348,6 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _say(url: str) -> None:
     print(f"listening on {url}", flush=True)
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from ctrl_hpc.sandbox import bench, soak
-
-    if options.what == "soak":
-        return 0 if soak.bench(options.runs, options.workers) else 1
-    bench.bench(workers=options.workers, seconds=options.seconds)
-    return 0
-
-
-def _bench_overlap(options: argparse.Namespace) -> int:
-    from ctrl_hpc.cluster import simulation
-
-    if options.record is not None:
-        if options.trace is None:
-            raise ValueError("--record: --trace names the file to write")
-        options.trace.write_text(json.dumps(simulation.record(options.record, "ctrl-hpc bench overlap --record")))
-    trace = simulation.load(options.trace or simulation.TRACE)
-    layout = simulation.Layout(executors=options.executors)
-    results = [simulation.simulate(trace, layout, max_staleness=stale, steps=options.steps) for stale in (0, 1)]
-    print(f"service times of {trace['provenance']}; {layout}")
-    for result in results:
-        shares = f"the trainer works {result.trainer_s:.3f} s and waits {100 * result.fraction:.1f} % of the time"
-        print(f"max_staleness={result.max_staleness}: a step takes {result.step_s:.3f} s, {shares}")
-    simulation.plot(results, options.out, trace["provenance"])
-    print(options.out)
-    return 0
-
-
-def _bench_trainer(options: argparse.Namespace) -> int:
-    from dataclasses import fields
-
-    from ctrl_hpc.train.bench import Options, bench
-
-    bench(Options(**{field.name: getattr(options, field.name) for field in fields(Options)}), options.out)
-    return 0
 
 
 if __name__ == "__main__":

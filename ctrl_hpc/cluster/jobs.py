@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -19,16 +20,25 @@ import psutil
 import submitit
 from rich.console import Console
 from submitit.core.utils import JobPaths
+from submitit.slurm.slurm import SlurmExecutor
 
 from ctrl_hpc.cluster import job_records, processes
 from ctrl_hpc.cluster.job_records import JobRecord
 from ctrl_hpc.cluster.slurm_queue import WAITING, SlurmQueue
-from ctrl_hpc.config import Config, JobConfig
+from ctrl_hpc.config import Config, JobConfig, LaunchConfig
 
 State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
 SETTLE_S = 1.0
 """The tasks of a local gang are all there so long after the first."""
+SETUP = (
+    "export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}} TMPDIR=${{SLURM_TMPDIR:-${{TMPDIR:-/tmp}}}}",
+    "id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}} id=${{id:-$SLURM_JOB_ID}}",
+    'for log in {folder}/"$id"_*_log.out; do '
+    '[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] || [ ! -e "$log" ] || '
+    'mv "$log" "${{log%.out}}.start$SLURM_RESTART_COUNT.out"; done',
+)
+"""Shell lines before every job's own: a node's own disk for scratch; the logs of its earlier starts put aside."""
 console = Console(stderr=True)
 _environment_lock = threading.Lock()
 
@@ -142,32 +152,12 @@ class Jobs:
             slurm_max_num_timeout=launch.max_requeues,
             **({"slurm_python": launch.python} if launch.python else {}),
         )
-        common = {
-            "name": f"{self._name}-{role}",
-            "timeout_min": resources.time_min,
-            "nodes": nodes,
-            "tasks_per_node": tasks_per_node,
-            "stderr_to_stdout": True,
-        }
+        common = _common(self._name, role, resources, nodes, tasks_per_node)
         if launch.engine == "local":
             executor.update_parameters(**common, gpus_per_node=resources.gpus * tasks_per_node)
             return executor
-        gang = ("--kill-on-bad-exit=1",) if nodes * tasks_per_node > 1 else ()
-        executor.update_parameters(
-            **common,
-            cpus_per_task=resources.cpus,
-            mem_gb=resources.memory_gb,
-            slurm_partition=resources.partition,
-            slurm_constraint=resources.constraint,
-            slurm_gpus_per_node=resources.gpus * tasks_per_node or None,
-            slurm_account=launch.account,
-            slurm_qos=launch.qos,
-            slurm_signal_delay_s=launch.signal_delay_s,
-            slurm_array_parallelism=launch.array_parallelism,
-            slurm_setup=["export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}", *launch.setup],
-            slurm_srun_args=[*gang, *launch.srun_args] or None,
-            slurm_additional_parameters={"requeue": True, **resources.additional},
-        )
+        own = slurm_parameters(launch, folder, resources, nodes * tasks_per_node, tasks_per_node)
+        executor.update_parameters(**common, **{f"slurm_{name}": value for name, value in own.items()})
         return executor
 
     def state(self, job: Job) -> State:
@@ -233,6 +223,71 @@ class Jobs:
     def _record(self) -> None:
         """Tell later drivers, ``status`` and ``stop`` what was started."""
         job_records.write(self._file, [_record_of(job) for job in self._jobs])
+
+
+def _common(name: str, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> dict[str, Any]:
+    """submitit's parameters for both engines."""
+    return {
+        "name": f"{name}-{role}",
+        "timeout_min": resources.time_min,
+        "nodes": nodes,
+        "tasks_per_node": tasks_per_node,
+        "stderr_to_stdout": True,
+    }
+
+
+def slurm_parameters(
+    launch: LaunchConfig, folder: Path, resources: JobConfig, tasks: int, tasks_per_node: int
+) -> dict[str, Any]:
+    """submitit's parameters for Slurm, by sbatch's names where it has one."""
+    gang = ("--kill-on-bad-exit=1",) if tasks > 1 else ()
+    return {
+        "cpus_per_task": resources.cpus,
+        "mem": None if resources.memory_gb is None else f"{round(resources.memory_gb * 1024)}MB",
+        "partition": resources.partition,
+        "constraint": resources.constraint,
+        "gpus_per_node": resources.gpus * tasks_per_node or None,
+        "account": launch.account,
+        "qos": launch.qos,
+        "signal_delay_s": launch.signal_delay_s,
+        "array_parallelism": launch.array_parallelism,
+        "setup": [*(line.format(folder=shlex.quote(str(folder))) for line in SETUP), *launch.setup],
+        "srun_args": [*gang, *launch.srun_args] or None,
+        "additional_parameters": {"requeue": True, **resources.additional},
+    }
+
+
+def scripts(config: Config) -> dict[str, str]:
+    """The batch scripts of a run on Slurm, by role, as submitit would hand them to sbatch; needs no Slurm here."""
+    launch, rollout, trainer = config.launch, config.rollout, config.trainer
+    served = "://" not in config.generator and config.generator != "oracle"
+    jobs = (
+        ("executor", config.executor.elements, launch.executor, 1, 1),
+        ("critic", 0 if rollout.critic_urls else rollout.critic_elements, launch.rollout, 1, 1),
+        ("generator", rollout.generator_elements if served else 0, launch.rollout, 1, 1),
+        ("trainer", 1, launch.trainer, trainer.nodes, trainer.ranks_per_node),
+    )
+    out, names = {}, SlurmExecutor._equivalence_dict()
+    for role, elements, resources, nodes, per_node in jobs:
+        folder = Path(config.run_dir or "").absolute() / "logs" / role
+        executor = _PaperExecutor(folder, **({"python": launch.python} if launch.python else {}))
+        common = _common(config.name, role, resources, nodes, per_node)
+        executor.update_parameters(**{names.get(name, name): value for name, value in common.items()})
+        executor.update_parameters(**slurm_parameters(launch, folder, resources, nodes * per_node, per_node))
+        if elements > 1:
+            executor.parameters["map_count"] = elements
+        if elements:
+            command = executor._submitit_command_str
+            out[role] = executor._make_submission_file_text(command, "paper")
+    return out
+
+
+class _PaperExecutor(SlurmExecutor):
+    """Writes scripts, whether there is a Slurm or not."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
 
 
 def _record_of(job: Job) -> JobRecord:
