@@ -28,7 +28,8 @@ FOR_REAL = {
     "run": "tests/pipeline/test_tiny_run.py",
     "suite": "tests/pipeline/test_suite.py",
     "serve": "tests/sandbox/test_executor_server.py",
-    "convert": "tests/megatron",
+    "convert": "tests/megatron/test_convert.py",
+    "bench": "tests/megatron/test_memory.py",
     "make": "tests/pipeline/test_tiny_run.py",
 }
 """Where the commands that are only run dry or parsed here are run."""
