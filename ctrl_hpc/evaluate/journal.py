@@ -70,16 +70,19 @@ def in_parts[T, R](
     *,
     size: int,
     at_once: int,
+    tell: Callable[[int, int], None] | None = None,
 ) -> list[R]:
     """The records of a file; when it is not there, ``make(items[i * size : (i + 1) * size], i, journal)`` for every i.
 
     ``at_once`` parts are made at a time, each in a thread. ``make`` goes through the journal for whatever it asks.
+    ``tell`` hears how many items are done, of how many, after each part.
     """
     place = file.with_name(file.name + ".journal")
     if not file.exists():
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         with Journal(place) as journal:
-            made = _concurrently([_job(make, part, number, journal) for number, part in enumerate(parts)], at_once)
+            jobs = [_job(make, part, number, journal) for number, part in enumerate(parts)]
+            made = _concurrently(jobs, at_once, lambda done: tell and tell(min(done * size, len(items)), len(items)))
             jsonl.write(file, [item for part in made for item in part])
     place.unlink(missing_ok=True)
     return jsonl.read(record, file)
@@ -91,13 +94,19 @@ def _job[T, R](
     return lambda: make(part, number, journal)
 
 
-def _concurrently[R](jobs: Sequence[Callable[[], R]], at_once: int) -> list[R]:
-    """The jobs' results in order; the first failure is raised as soon as it is known.
+def _concurrently[R](
+    jobs: Sequence[Callable[[], R]], at_once: int, tell: Callable[[int], object] = lambda done: None
+) -> list[R]:
+    """The jobs' results in order; the first failure is raised as soon as it is known. ``tell`` hears how many are done.
 
     The threads are daemons: who is interrupted does not wait for answers in flight.
     """
     if at_once == 1 or len(jobs) < 2:
-        return [job() for job in jobs]
+        results = []
+        for job in jobs:
+            results.append(job())
+            tell(len(results))
+        return results
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(jobs)):
         todo.put(number)
@@ -121,8 +130,9 @@ def _concurrently[R](jobs: Sequence[Callable[[], R]], at_once: int) -> list[R]:
     for _ in range(min(at_once, len(jobs))):
         threading.Thread(target=work, name="evaluation", daemon=True).start()
     try:
-        for _ in jobs:
+        for number in range(len(jobs)):
             done.get().result()
+            tell(number + 1)
     finally:
         given_up.set()
     return [future.result() for future in futures]

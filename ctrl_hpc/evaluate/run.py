@@ -8,7 +8,7 @@ turns start from the sampled drafts, so that all compare on the same ones: ``CRI
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,33 +95,48 @@ def run(
     )
     trees = [tree for name, item in chosen.items() for tree in trees_of(config, run_dir, name, item)]
     judged = len(places) if config.judge.votes else 0
-    with Steps("eval: drafts, then critics", len(trees) + len(problems) + judged) as steps:
+    turns = config.eval.turns
+    with Steps("eval: drafts, then turns", len(problems) + turns * len(trees) + judged) as steps:
         drafts = {}
         for dataset, items in problems.items():
             drafts[dataset] = draft_all(config, run_dir, dataset, items, environment)
             steps.advance(note=f"{dataset}: drafts")
+        done = len(problems)
         version = int(time.time() * 1000)  # newer than whatever a server left over from an earlier start holds
         for name, item in chosen.items():
             version += 1
             critic: Generator | None = None
             for tree in (tree for tree in trees if tree.critic == name):
-                if not is_grown(tree.folder, config.eval.turns):
+                if not is_grown(tree.folder, turns):
                     if critic is None and item.model is not None:
                         critic = _load(places[name], connections, version)
                     write = _writer(config, tree, item, critic, prompts)
-                    plan = Plan(
-                        widths=widths(config),
-                        chunk=config.eval.chunk,
-                        at_once=config.eval.chunks_in_flight,
-                        seed=derived_seed(config.seed, tree.dataset, tree.critic + tree.mode),
-                    )
-                    grow(drafts[tree.dataset], write, environment, tree.folder, plan)
-                steps.advance(note=f"{tree.dataset}: {tree.critic}{tree.mode}")
+                    tell = _teller(steps, done, f"{tree.dataset}: {tree.critic}{tree.mode}")
+                    grow(drafts[tree.dataset], write, environment, tree.folder, _plan(config, tree), tell)
+                done += turns
+                steps.reach(done, f"{tree.dataset}: {tree.critic}{tree.mode}")
             if config.judge.votes and item.model is not None:
                 if critic is None and not judging.votes_file(run_dir, name).exists():
                     critic = _load(places[name], connections, version)
                 judging.judge(config, run_dir, name, critic, prompts)
-                steps.advance(note=f"judgebench: {name}")
+                done += 1
+                steps.reach(done, f"judgebench: {name}")
+
+
+def _plan(config: Config, tree: Tree) -> Plan:
+    return Plan(
+        widths=widths(config),
+        chunk=config.eval.chunk,
+        at_once=config.eval.chunks_in_flight,
+        seed=derived_seed(config.seed, tree.dataset, tree.critic + tree.mode),
+    )
+
+
+def _teller(steps: Steps, before: int, name: str) -> Callable[[int, int, int], None]:
+    """Shows a tree's progress; ``before`` turns were done before it."""
+    return lambda turn, done, total: steps.reach(
+        before + turn - (done < total), f"{name}, turn {turn}: {done} of {total} samples"
+    )
 
 
 def widths(config: Config) -> tuple[int, ...]:

@@ -77,8 +77,18 @@ class Plan:
     seed: int
 
 
-def grow(drafts: Sequence[Sample], write: Write, environment: Environment, folder: Path, plan: Plan) -> None:
-    """Run the turns that are not recorded in ``folder`` yet, each from where it was left."""
+def grow(
+    drafts: Sequence[Sample],
+    write: Write,
+    environment: Environment,
+    folder: Path,
+    plan: Plan,
+    tell: Callable[[int, int, int], None] | None = None,
+) -> None:
+    """Run the turns that are not recorded in ``folder`` yet, each from where it was left.
+
+    ``tell`` hears of the turn, and how many of its samples are done.
+    """
     samples = list(drafts)
     stopped: set[str] = set()
     for turn, width in enumerate(plan.widths, start=1):
@@ -90,8 +100,12 @@ def grow(drafts: Sequence[Sample], write: Write, environment: Environment, folde
             seed = derived_seed(plan.seed, turn, number)
             return _turn(part, number, journal, environment, width, lambda: write(part, width, seed))
 
+        def told(done: int, total: int, turn: int = turn) -> None:
+            if tell is not None:
+                tell(turn, done, total)
+
         file = folder / f"turn_{turn}.jsonl"
-        nodes = in_parts(file, Node, active, work, size=plan.chunk, at_once=plan.at_once)
+        nodes = in_parts(file, Node, active, work, size=plan.chunk, at_once=plan.at_once, tell=told)
         samples, stopped = _carry(samples, nodes, stopped, environment.stop_when_correct)
 
 

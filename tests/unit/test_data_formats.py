@@ -311,3 +311,38 @@ def test_a_split_that_is_not_there():
 )
 def test_statements_that_allow_an_error(statement, comparison):
     assert table.comparison_of(statement) == comparison
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "asked"),
+    [
+        ("taco", "train", [("arrow", "hf://datasets/BAAI/TACO/train/*.arrow", "train")]),
+        (
+            "taco",
+            "all",
+            [
+                ("arrow", "hf://datasets/BAAI/TACO/train/*.arrow", "train"),
+                ("arrow", "hf://datasets/BAAI/TACO/test/*.arrow", "test"),
+            ],
+        ),
+        ("livecodebench", "test", [("json", "hf://datasets/livecodebench/code_generation_lite/test*.jsonl", "test")]),
+        ("codecontests", "dev", [("deepmind/code_contests", None, "valid")]),
+        ("mbppplus", "test", [("evalplus/mbppplus", None, "test")]),
+        ("humanevalplus", "test", [("evalplus/humanevalplus", None, "test")]),
+    ],
+)
+def test_what_the_hub_is_asked_for(monkeypatch, name, split, asked):
+    """Data sets that come with a program of their own are read by their files: no foreign program is run."""
+    import datasets as hub
+
+    from ctrl_hpc.data import datasets
+
+    seen = []
+
+    def load_dataset(place, *, split, data_files=None):
+        seen.append((place, data_files and data_files[split], split))
+        return []
+
+    monkeypatch.setattr(hub, "load_dataset", load_dataset)
+    assert datasets.whole(name, None, split) == []
+    assert seen == asked

@@ -13,6 +13,7 @@ from ctrl_hpc.flow.adversarial import mutations, strengthen
 from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Generation, Problem, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.sandbox import Sandbox
 
 CANONICAL = "print(abs(int(input())))"
 RIGHT_ON_THE_TESTS = "n = int(input())\nprint(n if n >= -5 else 0) if n > 0 else print(-n if n > -8 else 0)"
@@ -107,6 +108,19 @@ def test_without_an_answer_nothing_is_added(problem):
 
     executor = Broken() if problem.canonical_solution else InProcess()
     assert strengthen([problem], drafts(WRONG), executor, LimitsConfig(), n=3, seed=0) == [problem]
+
+
+def test_with_the_real_executor():
+    with Sandbox(workers=1) as sandbox:
+        limits = LimitsConfig(cpu_s=2.0, wall_s=4.0)
+        made = [Solution(id="p/0", problem_id="p", text="", program=WRONG)]
+        executed = execute([(PROBLEM, made[0])], sandbox, limits)
+        (stronger,) = strengthen([PROBLEM], executed, sandbox, limits, n=3, seed=0)
+        right = Solution(id="p/1", problem_id="p", text="", program=CANONICAL)
+        again = execute([(stronger, right), (stronger, made[0])], sandbox, limits)
+    added = stronger.tests[2:]
+    assert added and all(int(test.expected_stdout) == abs(int(test.stdin)) for test in added)
+    assert [item.verdict.accepted for item in again] == [True, False]
 
 
 def test_the_stage_adds_them_once(tmp_path):

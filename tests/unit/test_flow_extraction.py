@@ -95,3 +95,23 @@ def test_any_text_is_split_without_losing_a_line(text):
     assert sorted(plain) == sorted(kept)
     program = extract_program(text)
     assert program is None or program.strip()
+
+
+@settings(derandomize=True, max_examples=150)
+@given(before=PROSE, program=PROGRAM, tag=TAG, marks=MARKS)
+def test_a_block_that_is_never_closed_counts_when_it_is_the_only_one(before, program, tag, marks):
+    assert extract_program(f"{before}\n{marks}{tag}\n{program}") == program
+
+
+@settings(derandomize=True, max_examples=150)
+@given(first=PROGRAM, second=PROGRAM, tag=TAG, prose=PROSE)
+def test_a_forgotten_closing_fence_does_not_swallow_the_next_block(first, second, tag, prose):
+    text = f"```{tag}\n{first}\n```{tag}\n{second}\n```\n{prose}"
+    assert extract_program(text) == second
+
+
+@settings(derandomize=True, max_examples=150)
+@given(program=PROGRAM, tag=TAG)
+def test_a_longer_fence_may_hold_a_shorter_one(program, tag):
+    inner = f"```text\nx\n```\n{program}"
+    assert extract_program(f"````{tag}\n{inner}\n````") == inner

@@ -100,3 +100,27 @@ def test_several_must_agree(verdicts, between):
 )
 def test_any_text_has_an_answer(text):
     assert parse_judgement(text) in ("correct", "incorrect", None)
+
+
+FENCES = st.sampled_from(["```", "````", "~~~"])
+
+
+@settings(derandomize=True, max_examples=150)
+@given(said=VERDICT, coded=VERDICT, marks=FENCES, closed=st.booleans(), first=st.booleans(), prose=PROSE)
+def test_only_the_judgement_outside_code_counts(said, coded, marks, closed, first, prose):
+    code = f"{marks}python\nprint(1)\nOverall judgment: {coded}\n" + (f"{marks}\n" if closed or first else "")
+    line = f"Overall judgment: {said}\n"
+    text = f"{prose}\n{code}{line}" if first else f"{prose}\n{line}{code}"
+    assert parse_judgement(text) == said.lower()
+
+
+@settings(derandomize=True, max_examples=100)
+@given(verdict=VERDICT, marks=FENCES, prose=PROSE)
+def test_a_judgement_after_a_fence_that_is_never_closed_is_inside_code(verdict, marks, prose):
+    assert parse_judgement(f"{prose}\n{marks}python\nprint(1)\nOverall judgment: {verdict}") is None
+
+
+@settings(derandomize=True, max_examples=100)
+@given(first=VERDICT, second=VERDICT, label=SPELLING)
+def test_a_judgement_and_a_quoted_one(first, second, label):
+    assert parse_judgement(f"> {label}: {first}\n\n{label}: {second}") == second.lower()
