@@ -12,6 +12,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="WHAT", required=True)
     executor = kinds.add_parser("executor", help="speed of the executor against bare Python")
     executor.add_argument("--seconds", type=float, default=10.0, help="seconds a row (default: 10)")
+    executor.add_argument("--beside", metavar="URL", help="another server of SandboxFusion's routes, measured too")
     soak = kinds.add_parser("soak", help="many runs of the executor, one in seven misbehaving")
     soak.add_argument("--runs", type=int, default=100_000, help="runs (default: 100000)")
     for what, kind in (("executor", executor), ("soak", soak)):
@@ -41,7 +42,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     if options.what == "soak":
         return 0 if soak.bench(options.runs, options.workers) else 1
-    bench.bench(workers=options.workers, seconds=options.seconds)
+    bench.bench(workers=options.workers, seconds=options.seconds, beside=options.beside)
     return 0
 
 

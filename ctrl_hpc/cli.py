@@ -138,6 +138,8 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
     executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
     executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
+    executor.add_argument("--max-waiting", type=int, default=1024, help="executions that may wait (default: 1024)")
+    executor.add_argument("--max-body-mb", type=int, default=256, help="largest request (default: 256)")
     executor.add_argument("--judge", action="append", default=[], metavar="NAME=FILE.py:FUNCTION", help="special judge")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
@@ -243,6 +245,8 @@ def _serve_executor(options: argparse.Namespace) -> int:
         token=_token(options.token_env),
         on_ready=_say,
         judges=options.judge,
+        max_waiting=options.max_waiting,
+        max_body_bytes=options.max_body_mb << 20,
     )
     return 0
 

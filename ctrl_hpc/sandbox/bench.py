@@ -34,9 +34,10 @@ from ctrl_hpc.sandbox.server import serve
 from ctrl_hpc.sandbox.watchdog import descendants
 
 ROUNDS = 5
+CLIENTS = 4
 FLOOR, FLOOR_ALONE = "floor: bare python", "one bare python at a time"
 FRESH_ALONE = "fresh jail, 1 test, one at a time"
-CLIENTS = 4
+BESIDE = f"the server beside, /run_code, {CLIENTS} clients"
 _LIMITS = Limits(cpu_s=5.0, wall_s=20.0, memory_mb=256)
 _numbers = itertools.count()
 
@@ -181,12 +182,12 @@ class Speed:
     """The floor's CPU time a run over its own, of the same round."""
 
 
-def scenarios(stack: ExitStack, workers: int) -> dict[str, Scenario]:
+def scenarios(stack: ExitStack, workers: int, beside: str | None = None) -> dict[str, Scenario]:
     """All scenarios by name, the floor first; what they need is closed with ``stack``."""
     warm = stack.enter_context(Sandbox(workers=workers))
     fresh = stack.enter_context(Sandbox(workers=workers, fresh=True))
     url = stack.enter_context(service(workers))
-    return {
+    found = {
         FLOOR: floor(workers),
         FLOOR_ALONE: floor(1),
         FRESH_ALONE: pool(fresh, 1, clients=1),
@@ -201,12 +202,13 @@ def scenarios(stack: ExitStack, workers: int) -> dict[str, Scenario]:
         f"HTTP /run_tests, {CLIENTS} clients, 10 tests": run_tests(url, 10),
         "HTTP client, batches of 128 programs": batches(url, 1),
     }
+    return found if beside is None else {**found, BESIDE: run_code(beside)}
 
 
-def measure(workers: int, seconds: float, rounds: int = ROUNDS) -> dict[str, Speed]:
+def measure(workers: int, seconds: float, rounds: int = ROUNDS, beside: str | None = None) -> dict[str, Speed]:
     """Every scenario's speed, measured for about ``seconds`` each, spread over the rounds."""
     with ExitStack() as stack:
-        found = scenarios(stack, workers)
+        found = scenarios(stack, workers, beside)
         rates: dict[str, list[float]] = {name: [] for name in found}
         costs: dict[str, list[float]] = {name: [] for name in found}
         with Steps("bench", rounds * len(found)) as steps:
@@ -273,16 +275,21 @@ def accuracy(sandbox: Sandbox, runs: int = 40, wall_s: float = 0.25) -> Accuracy
     )
 
 
-def bench(workers: int = 2, seconds: float = 10.0) -> None:
-    """Measure each row for about ``seconds`` and print a table. A ratio of 2 is twice as fast as bare Python."""
-    results = measure(workers, seconds)
+def bench(workers: int = 2, seconds: float = 10.0, beside: str | None = None) -> None:
+    """Measure each row for about ``seconds`` and print a table. A ratio of 2 is twice as fast as bare Python.
+
+    ``beside``: the URL of another server of SandboxFusion's protocol, measured with the same requests.
+    """
+    results = measure(workers, seconds, beside=beside)
     title = f"executor, {workers} workers, medians of {ROUNDS} rounds, load {os.getloadavg()[0]:.1f}"
     table = Table("scenario", "runs/s", "x floor", "CPU ms/run", "x floor", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, speed in results.items():
-        rate, cost = f"{speed.runs_per_s:.0f}", f"{speed.cpu_ms:.2f}"
-        table.add_row(name, rate, f"{speed.rate_ratio:.2f}", cost, f"{speed.cpu_ratio:.2f}")
+        rate, cost, cost_ratio = f"{speed.runs_per_s:.0f}", f"{speed.cpu_ms:.2f}", f"{speed.cpu_ratio:.2f}"
+        if name == BESIDE:  # its processes are not ours to count
+            cost = cost_ratio = "–"
+        table.add_row(name, rate, f"{speed.rate_ratio:.2f}", cost, cost_ratio)
     Console().print(table)
     bare, ours = results[FLOOR_ALONE], results[FRESH_ALONE]
     time_ratio, cpu_ratio = bare.runs_per_s / ours.runs_per_s, ours.cpu_ms / bare.cpu_ms

@@ -7,6 +7,7 @@ must be readable by the jail's outside uid, which is why it does not lie in a ho
 from __future__ import annotations
 
 import compileall
+import contextlib
 import hashlib
 import os
 import shutil
@@ -15,13 +16,19 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Part of the cache key: raise it when the layout of the folder changes."""
 PYTHON_EXECUTABLE = "/python/bin/python3"
 RUNNER_DIR = "/runner"
 INSIDE_DIR = Path(__file__).parent / "inside"
+
+_COMPLETE = "complete"
+"""The file written last, with the number of files."""
+_KEPT_S = 30 * 24 * 3600
+"""How long a root is kept that nothing is started with."""
 
 _LEFT_OUT = {
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo",
@@ -46,8 +53,9 @@ def default_parent() -> Path:
 def ensure(parent: Path | None = None) -> Path:
     """The folder of the jail's root, built when it is not there yet (about two seconds).
 
-    Several processes may call this at once: each builds beside and one rename wins. Raises ValueError when the
-    folder cannot be trusted (another user's) or made.
+    Several processes may call this at once: each builds beside and one rename wins. A root that has lost files, as
+    nodes sweep their temporary folders, is built anew. Raises ValueError when the folder cannot be trusted (another
+    user's) or made.
     """
     parent = parent or default_parent()
     try:
@@ -56,20 +64,52 @@ def ensure(parent: Path | None = None) -> Path:
         raise ValueError(f"cannot make the jail's root folder in {parent}: {error.strerror}; set TMPDIR") from None
     _check_owner(parent)
     root = parent / f"jail-{identity()}"
-    if not (root / "complete").exists():
+    if _whole(root):
+        os.utime(root / _COMPLETE)
+    else:
+        for old in [root, *_unused(parent)]:
+            _remove(old)
         build = Path(tempfile.mkdtemp(prefix=".jail-", dir=parent))
         try:
             _build(build)
             try:
                 build.rename(root)
             except OSError:
-                if not (root / "complete").exists():
+                if not _whole(root):
                     raise
         finally:
             if build.exists():
                 shutil.rmtree(build)
     _check_owner(root)
     return root
+
+
+def _files(root: Path) -> int:
+    return sum(len(files) for _, _, files in os.walk(root))
+
+
+def _whole(root: Path) -> bool:
+    """Whether the root is there with as many files as when it was built."""
+    try:
+        return int((root / _COMPLETE).read_text()) == _files(root)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _unused(parent: Path) -> list[Path]:
+    """Roots of other versions that no executor has started with for a long time."""
+    limit = time.time() - _KEPT_S
+    return [path.parent for path in parent.glob(f"jail-*/{_COMPLETE}") if path.stat().st_mtime < limit]
+
+
+def _remove(root: Path) -> None:
+    """Take a root away at once, whoever else does the same, and then delete it."""
+    aside = Path(tempfile.mkdtemp(prefix=".jail-old-", dir=root.parent))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            root.rename(aside / root.name)
+    finally:
+        shutil.rmtree(aside)
 
 
 def _check_owner(folder: Path) -> None:
@@ -103,7 +143,7 @@ def _build(root: Path) -> None:
     _make_readable(root)
     for folder, where in ((library, f"/python/lib/{version}"), (root / "runner", RUNNER_DIR)):
         compileall.compile_dir(folder, quiet=2, stripdir=str(folder), prependdir=where, workers=1)
-    (root / "complete").touch()
+    (root / _COMPLETE).write_text(str(_files(root) + 1))
 
 
 def _ignore(folder: str, names: list[str]) -> list[str]:

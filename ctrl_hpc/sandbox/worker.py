@@ -130,6 +130,7 @@ class Worker:
     ) -> tuple[TestResult, dict[str, str]]:
         """Run a program among files (base64 by path); its result, and the fetched files that are there."""
         source, fetched = program.encode("utf-8", "surrogatepass"), {}
+        self._tests = 1
         limits_of_moves = Limits(cpu_s=10.0, wall_s=30.0, output_bytes=_FETCHED_BYTES)
         try:
             with (
@@ -145,6 +146,8 @@ class Worker:
         except JailFault as error:
             self._end_jails()
             return TestResult(status="sandbox_error", stderr=str(error).encode()), {}
+        if self._fresh:
+            self._end_jails()
         if placed.exit_code != 0:
             raise ValueError("files: they do not fit into the working folder")
         return result, fetched

@@ -21,6 +21,7 @@ import sandbox_fusion
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest, Verdict
+from ctrl_hpc.sandbox import Sandbox
 from ctrl_hpc.sandbox.client import ExecutorClient
 
 SERVE = "import json, sys; from ctrl_hpc.sandbox.server import serve; serve(on_ready=lambda url: print(url, flush=True), **json.loads(sys.argv[1]))"  # noqa: E501
@@ -274,6 +275,19 @@ def test_sandbox_fusion_files(url: str) -> None:
     assert done.files == {"out/a": encoded("42\n"), "data/in.txt": encoded("7")}
     after = run("import os; print(os.listdir('.'))", files={"x": encoded("x")})
     assert after.run_result.stdout == "['x']\n"
+
+
+def test_files_named_like_modules_mislead_only_the_program() -> None:
+    """In fresh jails, where the harness is imported only once the files are there."""
+    files = {name: base64.b64encode(b"raise SystemExit").decode() for name in ("json.py", "base64.py", "stat.py")}
+    with Sandbox(workers=1, fresh=True) as sandbox:
+        work = "open('/tmp/out', 'w').write('x')"
+        result, fetched = sandbox.submit_program(work, "", LIMITS, files, ["out"]).result()
+        assert result.status == "accepted" and fetched == {"out": base64.b64encode(b"x").decode()}
+        result, _ = sandbox.submit_program("import json; print(1)", "", LIMITS, files, []).result()
+        assert (result.exit_code, result.stdout) == (0, b"")
+        result, _ = sandbox.submit_program("import os; print(os.listdir())", "", LIMITS, {}, []).result()
+        assert result.stdout == b"[]\n"
 
 
 def test_fetching_follows_no_link_and_opens_no_pipe(url: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,16 @@ def test_roots_are_built_once_and_by_one(tmp_path: Path) -> None:
         thread.join()
     assert len(set(roots)) == 1 and len(roots) == 3
     assert [path.name for path in (tmp_path / "roots").iterdir()] == [roots[0].name]
+    swept = next((roots[0] / "python/lib").glob("python*")) / "heapq.py"
+    built, size = roots[0].stat().st_ino, swept.stat().st_size
+    assert rootfs.ensure(tmp_path / "roots").stat().st_ino == built
+    swept.unlink()
+    for name, age_s in (("jail-old", 31 * 86400), ("jail-other", 29 * 86400)):
+        (tmp_path / "roots" / name).mkdir()
+        (tmp_path / "roots" / name / "complete").touch()
+        os.utime(tmp_path / "roots" / name / "complete", (0, time.time() - age_s))
+    assert rootfs.ensure(tmp_path / "roots").stat().st_ino != built and swept.stat().st_size == size
+    assert {path.name for path in (tmp_path / "roots").iterdir()} == {roots[0].name, "jail-other"}
 
 
 def test_a_root_folder_that_others_could_write_is_refused(tmp_path: Path) -> None:
