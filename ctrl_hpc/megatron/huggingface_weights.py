@@ -27,8 +27,10 @@ from ctrl_hpc.megatron.parallel_state import World
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-FILE_BYTES = 4 << 30
+FILE_BYTES = 1 << 30
 """Size at which an export starts another safetensors file."""
+OPEN_FILES = 2
+"""Files kept mapped at a time: a parameter's pieces may lie in two."""
 BUCKET_BYTES = 64 << 20
 """Parameters are gathered over the tensor-parallel group in messages of about this size."""
 SIDE_FILES = (
@@ -150,6 +152,8 @@ class Folder:
 
     def _handle(self, name: str) -> Any:
         if name not in self._open:
+            while len(self._open) >= OPEN_FILES:
+                del self._open[next(iter(self._open))]
             try:
                 self._open[name] = safe_open(str(self.path / name), framework="pt")
             except (SafetensorError, OSError) as error:
