@@ -11,6 +11,13 @@ import matplotlib
 from ctrl_hpc.evaluate import bars, curves, plots
 from ctrl_hpc.evaluate.runs import FinishedRun, focus
 
+METRICS = {
+    "pass_rate": "Revisions that pass over RL steps",
+    "reward": "Reward over RL steps (each variant's own)",
+    "kl": "KL to the SFT critic over RL steps",
+}
+"""Metrics of RL whose curves are drawn for several runs."""
+
 
 def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Every plot for which ``results`` (``report/results.json``) has data; returns the files."""
@@ -56,7 +63,9 @@ def draw_runs(runs: Sequence[FinishedRun], variants: Mapping[str, Any], folder: 
             if run.results["learning_curve"]:
                 lines.setdefault(run.variant, []).append(run.results["learning_curve"])
         if lines:
-            for metric, title in (("reward", "Reward over RL steps"), ("kl", "KL to the SFT critic over RL steps")):
+            for metric, title in METRICS.items():
+                if not any(metric in point for variant in lines.values() for curve in variant for point in curve):
+                    continue
                 file = folder / f"learning_curves_{metric}.png"
                 files.append(plots.save(curves.learning_curves(lines, metric, title), file))
         datasets = dict.fromkeys(name for entry in variants.values() for name in entry["datasets"])

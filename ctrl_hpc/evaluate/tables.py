@@ -178,5 +178,23 @@ def variants_table(dataset: str, variants: Mapping[str, Any], critic: str | None
 
 
 def _variant_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    shares = [f"{100 * row['pass_at_1'][turn]:.1f} ± {100 * row['pass_at_1_sd'][turn]:.1f}" for turn in (0, 1, -1)]
+    shares = [percent(row["pass_at_1"][turn]) for turn in (0, 1, -1)]
+    if row["n_runs"] > 1:
+        deviations = [row["pass_at_1_sd"][turn] for turn in (0, 1, -1)]
+        shares = [f"{share} ± {percent(deviation)}" for share, deviation in zip(shares, deviations, strict=True)]
     return (*shares, *(percent(row[name]) for name in ("delta_up", "delta_down", "f1_pass", "f1_fail")))
+
+
+def variant_differences_table(
+    dataset: str, critic: str, baseline: str, found: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """How much pass@1 after one turn differs from the first variant's, paired by seed and problem; in points."""
+    rows = []
+    for variant, value in found.items():
+        low, high = value["ci95"]
+        points = f"{100 * value['pass_at_1']:+.1f}"
+        rows.append(
+            (f"{variant} − {baseline}", str(len(value["seeds"])), points, f"[{100 * low:+.1f}, {100 * high:+.1f}]")
+        )
+    title = f"{dataset}: differences between variants after one turn, {label(critic)}, paired by seed and problem"
+    return Table(title=title, columns=("", "seeds", "points", "95 %"), rows=tuple(rows))

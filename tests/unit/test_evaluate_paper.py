@@ -7,7 +7,7 @@ import pytest
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump, load
-from ctrl_hpc.evaluate import metrics, paper, runs, tables
+from ctrl_hpc.evaluate import combined, metrics, paper, runs, tables
 from ctrl_hpc.evaluate.runs import FinishedRun
 
 
@@ -141,7 +141,7 @@ def test_several_runs_by_variant(several, capsys):
     assert set(results["runs"]) == {"grpo, seed 0", "grpo, seed 1", "rloo, seed 0"}
     text = (several / "out" / "results.md").read_text()
     assert "| grpo | RL critic | 2 | 25.0 ± 0.0 | 50.0 ± 0.0 |" in text
-    assert "| rloo | RL critic | 1 | 25.0 ± 0.0 | 25.0 ± 0.0 |" in text
+    assert "| rloo | RL critic | 1 | 25.0 | 25.0 |" in text
     assert "Table 3" in text
     assert "Δ" not in (several / "out" / "results.tex").read_text().split("\\midrule")[1].split("\\bottomrule")[0]
     assert "<h1>Ablation</h1>" in (several / "out" / "index.html").read_text()
@@ -182,3 +182,17 @@ def test_variants_are_named_by_their_folders():
     assert runs.focus(["none", "base", "base_greedy"]) == "base"
     assert runs.focus(["none", "exec_feedback"]) == "exec_feedback"
     assert runs.focus(["none"]) == "none"
+
+
+def test_variants_are_compared_by_seed_and_problem():
+    config = load(ROOT / "configs" / "tiny.yaml", ["eval.bootstrap=400"])
+    one = {0: {"p": 1.0, "q": 0.0, "r": 1.0}, 1: {"p": 1.0, "q": 1.0, "r": 1.0}, 5: {"p": 0.0}}
+    other = {0: {"p": 0.0, "q": 0.0, "r": 1.0}, 1: {"p": 1.0, "q": 0.5, "r": 1.0}}
+    found = combined._paired(one, other, config)
+    assert found["seeds"] == [0, 1]
+    assert found["pass_at_1"] == pytest.approx((0.5 + 0.25 + 0.0) / 3)
+    low, high = found["ci95"]
+    assert 0.0 <= low < found["pass_at_1"] < high <= 0.5
+    assert combined._paired({0: {"p": 1.0}}, {1: {"p": 1.0}}, config) is None
+    made = tables.variant_differences_table("tiny", "rl", "grpo", {"rloo": found})
+    assert made.rows[0][:3] == ("rloo − grpo", "2", "+25.0")

@@ -7,7 +7,7 @@ import toy_world
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
-from ctrl_hpc.evaluate import tree
+from ctrl_hpc.evaluate import critics, tree
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Solution, TestResult, Verdict
@@ -159,6 +159,31 @@ def test_a_critic_without_a_model_is_one_line(make, tmp_path):
     config, run_dir = make("run", "eval.critics=[mine]", f"eval.models={{mine: {tmp_path / 'nowhere'}}}")
     with pytest.raises(ValueError, match=r"eval\.critics: mine: .*nowhere is not a Hugging Face model folder"):
         run(config, run_dir, toy_world.Connections(), PROBLEMS, PROMPTS)
+
+
+def test_a_critic_that_sees_what_the_execution_found(make):
+    config, run_dir = make("run", "eval.critics=[self_exec_feedback]", "eval.greedy=false")
+    connections = toy_world.Connections()
+    asked = []
+    complete = connections.critic.complete
+
+    def listening(chats, sampling):
+        asked.extend(chat[-1].content for chat in chats)
+        return complete(chats, sampling)
+
+    connections.critic.complete = listening
+    run(config, run_dir, connections, PROBLEMS, PROMPTS)
+    assert connections.critic.loads[0][0] == str(config.critic.model)
+    assert all("for your eyes only" in text for text in asked)
+    assert any("All tests passed" in text for text in asked)
+    assert any("No test passed" in text for text in asked)
+    assert critics.served(config)
+
+
+def test_only_folders_need_the_critics_servers(make):
+    for chosen, served in (("[none,exec_feedback]", False), ("[none,gpt]", False), ("[none,gpt,sft]", True)):
+        config, _ = make("x" + str(len(chosen)), f"eval.critics={chosen}", "eval.models={gpt: 'http://h/v1#m'}")
+        assert critics.served(config) is served
 
 
 def test_a_further_critic_by_name(make, tmp_path):
