@@ -187,6 +187,8 @@ class Striker(threading.Thread):
                 while not self._site.ended() and time.monotonic() - last < gap_s:
                     self._repair(due=True)
                     time.sleep(POLL_S)
+                if self._site.ended():
+                    break
                 strike = FAULTS[name](self._site)
                 self.strikes.append(name)
                 self._say(f"{time.monotonic() - self._began:6.1f} s: {strike.what}")

@@ -31,6 +31,10 @@ FOR_REAL = {
     "convert": "tests/megatron/test_convert.py",
     "bench": "tests/megatron/test_memory.py",
     "make": "tests/pipeline/test_tiny_run.py",
+    "sbatch": "tests/cluster/test_faults.py",
+    "sync": "tests/cluster/test_sync.py",
+    "sweep": "tests/cluster/test_sweep.py",
+    "bench": "tests/unit/test_simulation.py",
 }
 """Where the commands that are only run dry or parsed here are run."""
 RUNS = ("tiny", "tiny-seed3", "tiny-rloo", "grpo-seed0", "grpo-seed1")
