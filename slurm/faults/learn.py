@@ -57,7 +57,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=60.0, help="seconds between faults (default: 60)")
     parser.add_argument("--seed", type=int, default=None, help="of the faults (default: a new one, printed)")
     parser.add_argument("--undisturbed", type=Path, metavar="RUN", help="run directory to compare with")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def _compare(disturbed: dict[str, object], undisturbed: Path) -> int:

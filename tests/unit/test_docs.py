@@ -34,7 +34,6 @@ FOR_REAL = {
     "sbatch": "tests/cluster/test_faults.py",
     "sync": "tests/cluster/test_sync.py",
     "sweep": "tests/cluster/test_sweep.py",
-    "bench": "tests/unit/test_simulation.py",
 }
 """Where the commands that are only run dry or parsed here are run."""
 RUNS = ("tiny", "tiny-seed3", "tiny-rloo", "grpo-seed0", "grpo-seed1")
