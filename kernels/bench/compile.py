@@ -226,7 +226,7 @@ def estimators() -> Iterator[Configuration]:
         name="gae",
         kernel=generalized_advantage._gae_kernel,
         types=dict.fromkeys(names, FP32) | {"mask_ptr": U8, "gamma": "fp32", "gamma_lam": "fp32"},
-        constants={"BLOCK": generalized_advantage.BLOCK_T},
+        constants={"LANES": generalized_advantage.BLOCK_T // 4},
         warps=generalized_advantage.GAE_WARPS,
     )
 

@@ -8,7 +8,8 @@ Masked steps so carry the state through, as in verl; their advantage is the one 
 NaN value of a masked step counts as 0. Nothing is whitened.
 
 A step is an affine map of the state (A, v'): A <- a A + b v' + c and v' <- e v' + f. Maps compose associatively, so
-one program scans a sequence in blocks from its end, each in parallel, in one launch.
+one program scans a sequence in blocks from its end, each in parallel, in one launch: a lane composes the maps of four
+steps, the lanes' maps are scanned, and each lane then walks through its steps from the state that it starts from.
 
 Legend: B sequences, T steps.
 """
@@ -33,32 +34,83 @@ def _compose(a1, b1, c1, e1, f1, a2, b2, c2, e2, f2):
 
 
 @triton.jit
+def _quarters(x, LANES: tl.constexpr):
+    """Elements 0, 1, 2 and 3 of each lane's four."""
+    even, odd = tl.split(tl.reshape(x, [LANES, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _whole(x0, x1, x2, x3, LANES: tl.constexpr):
+    """What ``_quarters`` took apart."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [LANES * 4])
+
+
+@triton.jit
+def _steps(rewards_ptr, values_ptr, mask_ptr, row, t, end):
+    """Rewards, values and whether they count; nothing counts at or past the end."""
+    inside = t < end
+    active = inside & (tl.load(mask_ptr + row + t, mask=inside, other=0) != 0)
+    reward = tl.load(rewards_ptr + row + t, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(values_ptr + row + t, mask=inside, other=0.0).to(tl.float32)
+    return reward, value, active
+
+
+@triton.jit
+def _lane_maps(reward, value, active, gamma, gamma_lam, LANES: tl.constexpr):
+    """The map of each lane's four steps together."""
+    a0, a1, a2, a3 = _quarters(tl.where(active, gamma_lam, 1.0), LANES)
+    b0, b1, b2, b3 = _quarters(tl.where(active, gamma, 0.0), LANES)
+    c0, c1, c2, c3 = _quarters(tl.where(active, reward - value, 0.0), LANES)
+    e0, e1, e2, e3 = _quarters(tl.where(active, 0.0, 1.0), LANES)
+    f0, f1, f2, f3 = _quarters(tl.where(active, value, 0.0), LANES)
+    a, b, c, e, f = _compose(a3, b3, c3, e3, f3, a2, b2, c2, e2, f2)
+    a, b, c, e, f = _compose(a, b, c, e, f, a1, b1, c1, e1, f1)
+    return _compose(a, b, c, e, f, a0, b0, c0, e0, f0)
+
+
+@triton.jit
+def _step(reward, value, active, advantage, next_value, gamma, gamma_lam):
+    """The state before a step, from that after it."""
+    stepped = reward - value + gamma * next_value + gamma_lam * advantage
+    return tl.where(active, stepped, advantage), tl.where(active, value, next_value)
+
+
+@triton.jit
 def _gae_kernel(
-    rewards_ptr, values_ptr, mask_ptr, advantages_ptr, returns_ptr, steps, gamma, gamma_lam, BLOCK: tl.constexpr
+    rewards_ptr, values_ptr, mask_ptr, advantages_ptr, returns_ptr, steps, gamma, gamma_lam, LANES: tl.constexpr
 ):
+    BLOCK: tl.constexpr = LANES * 4
     row = tl.program_id(0).to(tl.int64) * steps
     advantage_carry = 0.0
     value_carry = 0.0
     blocks = tl.cdiv(steps, BLOCK)
     for block in range(0, blocks):
-        t = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        inside = t < steps
-        active = inside & (tl.load(mask_ptr + row + t, mask=inside, other=0) != 0)
-        reward = tl.load(rewards_ptr + row + t, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + row + t, mask=inside, other=0.0).to(tl.float32)
-        a = tl.where(active, gamma_lam, 1.0)
-        b = tl.where(active, gamma, 0.0)
-        c = tl.where(active, reward - value, 0.0)
-        e = tl.where(active, 0.0, 1.0)
-        f = tl.where(active, value, 0.0)
-        a, b, c, e, f = tl.associative_scan((a, b, c, e, f), 0, _compose, reverse=True)
+        begin = (blocks - 1 - block) * BLOCK
+        end = tl.minimum(begin + BLOCK, steps)
+        t = begin + tl.arange(0, BLOCK)
+        # The lane to the right, loaded once more: scanned, its map gives the state that this lane's steps start from.
+        reward, value, active = _steps(rewards_ptr, values_ptr, mask_ptr, row, t + 4, end)
+        maps = _lane_maps(reward, value, active, gamma, gamma_lam, LANES)
+        a, b, c, e, f = tl.associative_scan(maps, 0, _compose, reverse=True)
         advantage = a * advantage_carry + b * value_carry + c
         next_value = e * value_carry + f
+        reward, value, active = _steps(rewards_ptr, values_ptr, mask_ptr, row, t, end)
+        r0, r1, r2, r3 = _quarters(reward, LANES)
+        v0, v1, v2, v3 = _quarters(value, LANES)
+        m0, m1, m2, m3 = _quarters(active.to(tl.int8), LANES)
+        a3, next_value = _step(r3, v3, m3 != 0, advantage, next_value, gamma, gamma_lam)
+        a2, next_value = _step(r2, v2, m2 != 0, a3, next_value, gamma, gamma_lam)
+        a1, next_value = _step(r1, v1, m1 != 0, a2, next_value, gamma, gamma_lam)
+        a0, next_value = _step(r0, v0, m0 != 0, a1, next_value, gamma, gamma_lam)
+        advantage = _whole(a0, a1, a2, a3, LANES)
         value = tl.where(active | (value == value), value, 0.0)
-        tl.store(advantages_ptr + row + t, advantage, mask=inside)
-        tl.store(returns_ptr + row + t, advantage + value, mask=inside)
-        first = tl.arange(0, BLOCK) == 0
-        advantage_carry = tl.sum(tl.where(first, advantage, 0.0), 0)
+        tl.store(advantages_ptr + row + t, advantage, mask=t < end)
+        tl.store(returns_ptr + row + t, advantage + value, mask=t < end)
+        first = tl.arange(0, LANES) == 0
+        advantage_carry = tl.sum(tl.where(first, a0, 0.0), 0)
         value_carry = tl.sum(tl.where(first, next_value, 0.0), 0)
 
 
@@ -76,7 +128,7 @@ def _launch(
         steps,
         gamma,
         gamma * lam,
-        BLOCK=min(BLOCK_T, max(16, triton.next_power_of_2(steps))),
+        LANES=min(BLOCK_T, max(16, triton.next_power_of_2(steps))) // 4,
         num_warps=GAE_WARPS,
     )
     return advantages_BT, returns_BT
