@@ -133,6 +133,13 @@ def _sweep_parsers(commands: Any) -> None:
     trial.set_defaults(command=_trial)
 
 
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, place = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE.py:FUNCTION")
+    return name, place
+
+
 def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
@@ -140,7 +147,9 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
     executor.add_argument("--max-waiting", type=int, default=1024, help="executions that may wait (default: 1024)")
     executor.add_argument("--max-body-mb", type=int, default=256, help="largest request (default: 256)")
-    executor.add_argument("--judge", action="append", default=[], metavar="NAME=FILE.py:FUNCTION", help="special judge")
+    executor.add_argument(
+        "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
+    )
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
@@ -244,7 +253,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
         cache_dir=options.cache,
         token=_token(options.token_env),
         on_ready=_say,
-        judges=options.judge,
+        judges=dict(options.judge),
         max_waiting=options.max_waiting,
         max_body_bytes=options.max_body_mb << 20,
     )

@@ -258,6 +258,10 @@ def _absolute_paths(config: Config, file: Path) -> Config:
             return text
         return str(next((root / text for root in roots if (root / text).exists()), Path.cwd() / text))
 
+    def function_in(place: str) -> str:
+        file, sign, function = place.rpartition(":")
+        return f"{absolute(file)}{sign}{function}"
+
     is_folder = config.generator != "oracle"
     own, further = config.data.eval_paths, config.data.benchmarks
     data = replace(
@@ -267,7 +271,7 @@ def _absolute_paths(config: Config, file: Path) -> Config:
         eval_paths={name: absolute(place) or "" for name, place in own.items()},
         benchmarks={name: (absolute(place) or "") if place else "" for name, place in further.items()},
     )
-    folder = config.prompts.folder
+    folder, judges = config.prompts.folder, config.executor.judges
     return replace(
         config,
         run_dir=str(Path(config.run_dir or Path("runs") / config.name).absolute()),
@@ -276,6 +280,7 @@ def _absolute_paths(config: Config, file: Path) -> Config:
         tiny=replace(config.tiny, models=absolute(config.tiny.models) or ""),
         critic=replace(config.critic, model=absolute(config.critic.model) or ""),
         judge=replace(config.judge, path=absolute(config.judge.path), template=absolute(config.judge.template)),
+        executor=replace(config.executor, judges={name: function_in(place) for name, place in judges.items()}),
         eval=replace(config.eval, models={name: absolute(place) or "" for name, place in config.eval.models.items()}),
         prompts=replace(config.prompts, folder=(absolute(folder) or "") if "/" in folder else folder),
     )
@@ -306,6 +311,12 @@ def _validate(config: Config) -> None:
             raise ValueError(f"stages: {stage!r} is not a stage; allowed: {', '.join(STAGES)}")
     if config.judge.votes and min(config.judge.votes) < 1:
         raise ValueError(f"judge.votes: {list(config.judge.votes)} is not allowed; each must be greater than 0")
+    for name, place in config.executor.judges.items():
+        file, _, function = place.rpartition(":")
+        if not (file.endswith(".py") and Path(file).is_file() and function.isidentifier()):
+            raise ValueError(
+                f"executor.judges.{name}: {place!r} is not allowed; it must be FILE.py:FUNCTION of a file that exists"
+            )
     given = config.rl.transition_reward
     if given and set(given) != {"fix", "keep", "break", "stuck"}:
         raise ValueError(

@@ -261,8 +261,8 @@ class ExecutorConfig:
     """Jails of an element; about one a core."""
     cache: bool = True
     """Share verdicts of identical programs through the run directory."""
-    judges: tuple[str, ...] = ()
-    """Special judges, each NAME=FILE.py:FUNCTION; problems ask for one by ``comparison``."""
+    judges: dict[str, str] = field(default_factory=dict)
+    """Special judges by name, each FILE.py:FUNCTION; problems ask for one by ``comparison``."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Default limits of a test."""
 

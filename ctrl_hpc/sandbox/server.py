@@ -10,7 +10,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -186,16 +186,16 @@ def serve(
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: int = 60,
-    judges: Sequence[str] = (),
+    judges: Mapping[str, str] | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
 
-    ``judges`` are special ones, each ``NAME=FILE.py:FUNCTION``; ``on_ready`` gets the URL once the service answers.
+    ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
     sock = service.listen(host, port)
     try:
-        with Sandbox(workers=workers, cache_dir=cache_dir, judges=special.load(judges)) as sandbox:
+        with Sandbox(workers=workers, cache_dir=cache_dir, judges=special.load(judges or {})) as sandbox:
             failures: list[Exception] = []
 
             async def ready() -> None:

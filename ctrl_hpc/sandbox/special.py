@@ -1,7 +1,7 @@
 """Special judges: functions of the user's that say whether an output is right where comparing texts cannot.
 
-``NAME=FILE.py:FUNCTION``; the function is ``(stdout, expected, stdin) -> bool``, all bytes, as those of
-:data:`ctrl_hpc.sandbox.judge.COMPARISONS`. It is trusted: it runs in the executor, outside the jail.
+Each has a name, and a place ``FILE.py:FUNCTION``; the function is ``(stdout, expected, stdin) -> bool``, all bytes, as
+those of :data:`ctrl_hpc.sandbox.judge.COMPARISONS`. It is trusted: it runs in the executor, outside the jail.
 """
 
 from __future__ import annotations
@@ -9,22 +9,21 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ctrl_hpc.sandbox.judge import COMPARISONS, Comparison
 
 
-def load(specs: Sequence[str]) -> dict[str, Comparison]:
-    """The judges of ``NAME=FILE.py:FUNCTION`` by name; ValueError says which of them cannot be had and why."""
-    return dict(_load(spec) for spec in specs)
+def load(places: Mapping[str, str]) -> dict[str, Comparison]:
+    """The judges by name, from their places; ValueError says which of them cannot be had and why."""
+    return {name: _load(name, place) for name, place in places.items()}
 
 
-def _load(spec: str) -> tuple[str, Comparison]:
-    name, _, where = spec.partition("=")
-    file, _, function = where.rpartition(":")
+def _load(name: str, place: str) -> Comparison:
+    file, _, function = place.rpartition(":")
     if not name.isidentifier() or not function.isidentifier() or not file.endswith(".py"):
-        raise ValueError(f"judge: {spec!r} is not NAME=FILE.py:FUNCTION")
+        raise ValueError(f"judge {name}: {place!r} is not FILE.py:FUNCTION")
     if name in COMPARISONS:
         raise ValueError(f"judge: {name} is a comparison already")
     path = Path(file).absolute()
@@ -40,7 +39,7 @@ def _load(spec: str) -> tuple[str, Comparison]:
     compare = getattr(module, function, None)
     if not callable(compare):
         raise ValueError(f"judge {name}: {path} defines no function {function}")
-    return name, compare
+    return compare  # type: ignore[no-any-return]
 
 
 def digest(judges: Mapping[str, Comparison]) -> str:

@@ -23,7 +23,7 @@ def test_the_python_runs(tmp_path: Path) -> None:
     example, judge = blocks("python")
     exec(compile(example, "executors.md", "exec"), {})
     (tmp_path / "judges.py").write_text(judge)
-    divisor = special.load([f"divisor={tmp_path}/judges.py:divisor"])["divisor"]
+    divisor = special.load({"divisor": f"{tmp_path}/judges.py:divisor"})["divisor"]
     assert [divisor(answer, b"", b"12\n") for answer in (b"4\n", b"5\n", b"four\n")] == [True, False, False]
 
 
