@@ -36,6 +36,17 @@ FOR_REAL = {
     "sweep": "tests/cluster/test_sweep.py",
 }
 """Where the commands that are only run dry or parsed here are run."""
+ROUTES = (
+    "/run_code",
+    "/submit",
+    "/health",
+    "/metrics",
+    "/generate",
+    "/v1/models",
+    "/v1/chat/completions",
+    "/v1/completions",
+)
+"""Routes of our services, which tests/sandbox/test_executor_server.py and tests/unit/test_rollout_server.py ask."""
 RUNS = ("tiny", "tiny-seed3", "tiny-rloo", "grpo-seed0", "grpo-seed1")
 """Finished runs that the pages speak of."""
 
@@ -113,6 +124,11 @@ def test_a_command(
         target = place / arguments[-1]
         assert target.exists()
         (shutil.rmtree if target.is_dir() else Path.unlink)(target)
+    elif program == "curl":
+        route = re.search(r"https?://[\w.-]+(?::\d+)?(/[\w/]+)", command)
+        assert route is not None and route[1] in ROUTES, f"{page}: {command}: no such route"
+        if "-d" in words:
+            json.loads(words[words.index("-d") + 1])
     else:
         assert needs is not None, f"{page}: {command}: is neither run here nor marked with `# needs: ...`"
 
