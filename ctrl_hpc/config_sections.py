@@ -121,6 +121,9 @@ class TrainerConfig:
     """CPU threads of a rank; >= 1."""
     timeout_s: float = 1800.0
     """A collective that takes longer is a fault: the stacks are dumped and the job ends."""
+    save: Literal["auto", "sync", "async"] = "auto"
+    """async: a checkpoint is written during the step after it, from a copy in host memory, the last one excepted.
+    auto: async on cuda, sync on cpu."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; >= 1."""
 

@@ -23,7 +23,7 @@ _FREE = (
     *("rollout.threads", "rollout.max_batch_tokens", "eval.chunks_in_flight"),
     *("parallel.tensor", "parallel.pipeline", "parallel.sequence", "parallel.recompute"),
     *("trainer.nodes", "trainer.ranks_per_node", "trainer.micro_batch_tokens", "trainer.threads"),
-    *("trainer.timeout_s", "trainer.keep_checkpoints"),
+    *("trainer.timeout_s", "trainer.keep_checkpoints", "trainer.save"),
 )
 """Keys that may change between two starts of one run, because the method does not depend on them.
 

@@ -12,7 +12,9 @@ import queue
 import random
 import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,46 @@ Parts = Mapping[str, tuple[GPTModel, Optimizer]]
 """What is trained, by name; ``policy`` is always there."""
 
 
+class Pending:
+    """A checkpoint that is being written by a thread, from copies of the tensors: training may go on meanwhile."""
+
+    def __init__(self, request: Any, finish: Callable[[], None], world: World) -> None:
+        """Copy what ``request``, Megatron's, is to write, and start writing."""
+        self._request, self._finish, self._world = request, finish, world
+        self._done: Future[None] | None = None
+        self.write_s = 0.0
+        """Seconds that the writing took, once it is finished."""
+        if request.async_fn is None:
+            return  # nothing to write on this rank
+        arguments = list(request.async_fn_args)
+        arguments[1] = request.preload_fn()
+        if world.device.type == "cpu":  # there is nothing to bring to the host, so that they are the tensors themselves
+            arguments[1] = [_copied(bucket) for bucket in arguments[1]]
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        self._done = thread.submit(self._write, arguments)
+        thread.shutdown(wait=False)
+
+    def _write(self, arguments: list[Any]) -> None:
+        started = time.perf_counter()
+        self._request.async_fn(*arguments, **self._request.async_fn_kwargs)
+        self.write_s = time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Wait until it is written and put it in its place; every rank takes part."""
+        if self._done is not None:
+            self._done.result()
+        self._world.barrier()
+        for function in self._request.finalize_fns:
+            function()
+        self._finish()
+
+
+def _copied(bucket: Any) -> Any:
+    """A bucket of Megatron's writer (file, key, (bytes, tensors)) with tensors of its own."""
+    file, key, (data, tensors) = bucket
+    return file, key, (data, [(item, tensor.clone()) for item, tensor in tensors])
+
+
 def save(
     folder: Path,
     step: int,
@@ -61,16 +103,46 @@ def save(
     ``progress`` must be the same on every rank. The configuration and tokenizer of ``source``, the Hugging Face folder
     that the critic came from, are put beside, so that the checkpoint alone can be converted.
     """
+    part, finish, state = _prepare(folder, step, parts, world, progress, keep)
+    _write(part, state, world, source)
+    finish()
+
+
+def begin(
+    folder: Path,
+    step: int,
+    parts: Parts,
+    world: World,
+    progress: dict[str, Any],
+    *,
+    keep: int,
+    source: str | Path,
+) -> Pending:
+    """As :func:`save`, but it is there only after ``finish`` of what this returns; one at a time."""
+    part, finish, state = _prepare(folder, step, parts, world, progress, keep)
+    _make_folder(part, world, source)
+    options: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "mcore"}
+    request = dist_checkpointing.save(state, str(part), validate_access_integrity=False, **options)
+    return Pending(request, finish, world)
+
+
+def _prepare(
+    folder: Path, step: int, parts: Parts, world: World, progress: dict[str, Any], keep: int
+) -> tuple[Path, Callable[[], None], dict[str, Any]]:
+    """Where a checkpoint is written, what puts it in its place, and what it holds."""
     target = folder / f"step-{step:06d}"
     part = folder / f".step-{step:06d}.part"
     state = _sharded_state(parts, world, is_loading=False)
     state["progress"] = {**progress, "step": step, "world_size": world.size}
-    _write(part, state, world, source)
-    if world.main:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
-        _remove_old(folder, keep)
-    world.barrier()
+
+    def finish() -> None:
+        if world.main:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part, target)
+            _remove_old(folder, keep)
+        world.barrier()
+
+    return part, finish, state
 
 
 def save_weights(folder: Path, model: GPTModel, world: World, *, source: str | Path) -> None:
@@ -87,13 +159,17 @@ def load_weights(folder: Path, model: GPTModel) -> None:
 
 
 def _write(part: Path, state: dict[str, Any], world: World, source: str | Path) -> None:
+    _make_folder(part, world, source)
+    dist_checkpointing.save(state, str(part), validate_access_integrity=False)
+    world.barrier()
+
+
+def _make_folder(part: Path, world: World, source: str | Path) -> None:
     if world.main:
         for left in (part, *part.parent.glob(".step-*")):  # by a run that was killed while it saved or removed
             shutil.rmtree(left, ignore_errors=True)
         (part / HUGGINGFACE).mkdir(parents=True)
         copy_side_files(Path(source), part / HUGGINGFACE)
-    world.barrier()
-    dist_checkpointing.save(state, str(part), validate_access_integrity=False)
     world.barrier()
 
 

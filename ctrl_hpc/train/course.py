@@ -21,7 +21,7 @@ class Course:
 
     ``progress`` is what a checkpoint remembers beside weights, optimizer and random state: the steps done, the
     tracking id, and whatever the stage adds. A checkpoint is written every ``save_every`` steps, at the last one, and
-    when the job is told to stop.
+    when the job is told to stop; all but those two may be written during the step that follows (``trainer.save``).
     """
 
     def __init__(
@@ -60,6 +60,11 @@ class Course:
             engine=policy.engine(),
         )
         self._interruption = Interruption()
+        self._in_background = config.trainer.save == "async" or (
+            config.trainer.save == "auto" and world.device.type == "cuda"
+        )
+        self._pending: checkpoint.Pending | None = None
+        self._begin_s = 0.0
         self._exit = ExitStack()
         self._began = 0.0
 
@@ -85,10 +90,12 @@ class Course:
         self._interruption.measured("step", time.perf_counter() - self._began)
         stop = self._policy.world.from_main(lambda: self._interruption.requested)
         self.progress |= {"step": step + 1, **progress}
-        saving = stop or (step + 1) % self._save_every == 0 or step + 1 == self.steps
-        if saving:
-            with self.clock("save"):
-                self._save()
+        last = stop or step + 1 == self.steps
+        saving = last or (step + 1) % self._save_every == 0
+        with self.clock("save"):
+            self._finish_save()
+            if saving:
+                self._save(wait=last or not self._in_background)
         times = self.clock.take()
         self._interruption.measured("save", times.get("time/save_s", 0.0))
         times["time/step_s"] = time.perf_counter() - self._began
@@ -98,8 +105,20 @@ class Course:
             self._interruption.obey(step)
         return saving
 
-    def _save(self) -> None:
-        checkpoint.save(
+    def _finish_save(self) -> None:
+        """The save that was begun at an earlier step ends here: it had a step's time."""
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        self._pending.finish()
+        # The last save is not in the background: it will take all of this.
+        whole_s = self._begin_s + self._pending.write_s + time.perf_counter() - started
+        self._interruption.measured("save", whole_s)
+        self._pending = None
+
+    def _save(self, *, wait: bool) -> None:
+        started = time.perf_counter()
+        begun = (checkpoint.save if wait else checkpoint.begin)(
             self.folder / "checkpoints",
             int(self.progress["step"]),
             self._parts,
@@ -108,3 +127,5 @@ class Course:
             keep=self._config.trainer.keep_checkpoints,
             source=self._policy.folder,
         )
+        self._pending = begun if isinstance(begun, checkpoint.Pending) else None
+        self._begin_s = time.perf_counter() - started

@@ -140,7 +140,12 @@ def _train(config: Config, world: World, folder: Path, start: int, stop: int) ->
         batch = collate(pairs[6 * (step % 4) : 6 * (step % 4) + 6])
         losses.append(policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)["loss"])
     if stop < STEPS:
-        checkpoint.save(checkpoints, stop, _parts(policy), world, {"note": "kept"}, keep=2, source=policy.folder)
+        save = checkpoint.begin if config.parallel.distributed_optimizer else checkpoint.save
+        place = (checkpoints, stop, _parts(policy), world, {"note": "kept"})
+        pending = save(*place, keep=2, source=policy.folder)
+        if pending is not None:  # what is trained meanwhile must not come into the checkpoint
+            policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)
+            pending.finish()
     return losses
 
 

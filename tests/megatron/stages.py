@@ -181,14 +181,16 @@ def main(folder: Path) -> None:
     config, log = config_of(folder), folder / "stages.log"
     status: dict[str, Any] = {}
 
-    def both(run_dir: Path) -> None:
+    background = replace(config, trainer=replace(config.trainer, save="async"))
+
+    def both(run_dir: Path, config: Config = config) -> None:
         if not (run_dir / "sft" / "hf").exists():
             sft.run(config, run_dir)
         rl.run(config, run_dir)
 
     status["whole"] = in_child(lambda: both(folder / "whole"), log)
     calls = folder / "calls.txt"
-    status["again"] = in_child(lambda: counted_calls(calls, lambda: both(folder / "again")), log)
+    status["again"] = in_child(lambda: counted_calls(calls, lambda: both(folder / "again", background)), log)
     status["kills"] = [
         in_child(lambda number=number: killed_before_rename(number, lambda: both(folder / "killed")), log)  # type: ignore[misc]
         for number in KILLS
@@ -197,10 +199,10 @@ def main(folder: Path) -> None:
     rng = random.Random(11)
     moments = [int(int(calls.read_text()) * rng.uniform(0.05, 0.3)) for _ in range(RANDOM_KILLS)]
     status["random_kills"] = [
-        in_child(lambda moment=moment: count_calls(lambda: both(folder / "killed-anywhere"), moment), log)  # type: ignore[misc]
+        in_child(lambda moment=moment: count_calls(lambda: both(folder / "killed-anywhere", background), moment), log)  # type: ignore[misc]
         for moment in moments
     ]
-    status["killed-anywhere"] = in_child(lambda: both(folder / "killed-anywhere"), log)
+    status["killed-anywhere"] = in_child(lambda: both(folder / "killed-anywhere", background), log)
     for staleness in (0, 1):
         run_dir = folder / f"live-{staleness}"
         status[f"live-{staleness}"] = in_child(lambda run_dir=run_dir, n=staleness: live(config, run_dir, n), log)  # type: ignore[misc]

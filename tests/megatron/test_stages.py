@@ -85,7 +85,9 @@ def metrics(folder: Path, stage: str) -> list[dict[str, float]]:
     return [{key: value for key, value in record.items() if not key.startswith("time/")} for record in records]
 
 
-def test_the_same_seed_and_layout_give_the_same_bits(folder: Path, status: dict[str, Any]) -> None:
+def test_the_same_seed_and_layout_give_the_same_bits_with_saves_in_the_background_too(
+    folder: Path, status: dict[str, Any]
+) -> None:
     assert (status["whole"], status["again"]) == (0, 0), log_of(folder)
     for stage in ("sft", "rl"):
         assert metrics(folder / "whole", stage) == metrics(folder / "again", stage)
