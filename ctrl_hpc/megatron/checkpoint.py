@@ -51,9 +51,11 @@ Parts = Mapping[str, tuple[GPTModel, Optimizer]]
 class Pending:
     """A checkpoint that is being written by a thread, from copies of the tensors: training may go on meanwhile."""
 
-    def __init__(self, request: Any, finish: Callable[[], None], world: World) -> None:
+    def __init__(
+        self, request: Any, finish: Callable[[], None], world: World, after: Callable[[], object] | None
+    ) -> None:
         """Copy what ``request``, Megatron's, is to write, and start writing."""
-        self._request, self._finish, self._world = request, finish, world
+        self._request, self._finish, self._world, self._after = request, finish, world, after
         self._done: Future[None] | None = None
         self.write_s = 0.0
         """Seconds that the writing took, once it is finished."""
@@ -68,6 +70,8 @@ class Pending:
         thread.shutdown(wait=False)
 
     def _write(self, arguments: list[Any]) -> None:
+        if self._after is not None:
+            self._after()
         started = time.perf_counter()
         self._request.async_fn(*arguments, **self._request.async_fn_kwargs)
         self.write_s = time.perf_counter() - started
@@ -117,13 +121,17 @@ def begin(
     *,
     keep: int,
     source: str | Path,
+    after: Callable[[], object] | None = None,
 ) -> Pending:
-    """As :func:`save`, but it is there only after ``finish`` of what this returns; one at a time."""
+    """As :func:`save`, but it is there only after ``finish`` of what this returns; one at a time.
+
+    The writing starts when ``after`` has returned, in the writing thread.
+    """
     part, finish, state = _prepare(folder, step, parts, world, progress, keep)
     _make_folder(part, world, source)
     options: dict[str, Any] = {"async_sharded_save": True, "async_strategy": "mcore"}
     request = dist_checkpointing.save(state, str(part), validate_access_integrity=False, **options)
-    return Pending(request, finish, world)
+    return Pending(request, finish, world, after)
 
 
 def _prepare(

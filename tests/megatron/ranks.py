@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -153,7 +154,16 @@ def behaviour(folder: Path) -> None:
     """What one policy does: resumes, swaps, refuses, learns; facts as JSON."""
     facts: dict[str, Any] = {}
     for config, world in arranged(ParallelConfig()):
-        for part in (_resumes, _micro_batching, _swap, _not_finite, _learns_by_rl, _learns_values, _refuses):
+        for part in (
+            _resumes,
+            _saves_in_background,
+            _micro_batching,
+            _swap,
+            _not_finite,
+            _learns_by_rl,
+            _learns_values,
+            _refuses,
+        ):
             facts |= part(config, world, folder)
     (folder / "behaviour.json").write_text(json.dumps(facts))
 
@@ -200,6 +210,24 @@ def _resumes(config: Config, world: World, folder: Path) -> dict[str, Any]:
         "resumed_same_bits": _same(_bits(policy), _bits(other)),
         "random_restored": torch.equal(random_before, random_after),
     }
+
+
+def _saves_in_background(config: Config, world: World, folder: Path) -> dict[str, Any]:
+    """A step is trained while the writer is held up; the checkpoint has the weights from before it."""
+    from ctrl_hpc.megatron import checkpoint
+    from ctrl_hpc.train.batch import collate
+    from ctrl_hpc.train.losses import SFTLoss
+
+    policy, other = _policy(config, world, folder), _policy(config, world, folder)
+    batch = collate(sequences(policy.architecture.vocab_size, prompt=None))
+    before, place, gate = _bits(policy), folder / "checkpoints-background", threading.Event()
+    pending = checkpoint.begin(place, 1, _parts(policy), world, {}, keep=1, source=policy.folder, after=gate.wait)
+    policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), 1e-3)
+    early = checkpoint.latest(place) is not None
+    gate.set()
+    pending.finish()
+    checkpoint.load(place, _parts(other), world)
+    return {"saved_too_early": early, "background_same_bits": _same(before, _bits(other))}
 
 
 def _micro_batching(config: Config, world: World, folder: Path) -> dict[str, Any]:

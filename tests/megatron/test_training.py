@@ -47,6 +47,11 @@ def test_a_checkpoint_resumes_to_the_bit(behaviour: dict[str, Any]) -> None:
     assert behaviour["resumed_same_bits"] and behaviour["random_restored"]
 
 
+def test_a_save_in_the_background_does_not_hold_up_training_nor_see_it(behaviour: dict[str, Any]) -> None:
+    assert not behaviour["saved_too_early"]
+    assert behaviour["background_same_bits"]
+
+
 def test_the_newest_checkpoints_are_kept(behaviour: dict[str, Any]) -> None:
     assert behaviour["kept"] == ["step-000002", "step-000003"]
 
