@@ -196,7 +196,8 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
         with Services(this.config, folder) as services:
             services.start(needed)
             connections = connect(this.config, folder, this.every_problem()) if needed else None
-            for name in todo:
+            for index, name in enumerate(todo):
+                services.keep(services_of(this.config, todo[index:]))
                 run_stage(name, this, connections)
     return folder
 

@@ -160,9 +160,9 @@ class Registry:
             self._cache = (time.monotonic(), alive)
             return alive
 
-    def census(self) -> tuple[list[Service], list[Service]]:
+    def census(self, role: str = "*") -> tuple[list[Service], list[Service]]:
         """The living and the silent, by one reading: none that registers meanwhile is among the silent."""
-        read = self._read()
+        read = self._read(role)
         with self._lock:
             alive = {file for file, service in read if self._is_alive(file, service)}
         living = [service for file, service in read if file in alive]
@@ -179,9 +179,9 @@ class Registry:
                 file.unlink(missing_ok=True)
         self._cache = (-1.0, [])
 
-    def _read(self) -> list[tuple[Path, Service]]:
+    def _read(self, role: str = "*") -> list[tuple[Path, Service]]:
         out = []
-        for file in sorted(self.folder.glob("*/*.json")):
+        for file in sorted(self.folder.glob(f"{role}/*.json")):
             service = read_entry(file)
             if service is not None:
                 out.append((file, service))

@@ -91,6 +91,14 @@ class Services:
 
     ensure = start
 
+    def keep(self, roles: Iterable[str]) -> None:
+        """End the arrays of all other roles: nothing will ask them again."""
+        with self._lock:
+            for role in sorted(set(self._arrays) - set(roles)):
+                self.jobs.end(self._arrays.pop(role))
+                self._served.discard(role)
+            self.registry.remove(lambda service: service.role not in SERVE or service.role in self._arrays)
+
     def stop(self) -> None:
         """End all arrays; returns when no local process of theirs is left."""
         self._ended.set()

@@ -24,6 +24,8 @@ from ctrl_hpc.progress import Steps
 
 Stage = Literal["sft", "rl"]
 POLL_S = 0.2
+LOOK_S = 1.0
+"""Seconds between looks at the ranks' heartbeats."""
 STUCK_S = 45.0
 """A trainer without progress for so long is reported."""
 TRAIN: dict[str, str] = {"sft": "ctrl_hpc.train.sft", "rl": "ctrl_hpc.train.rl"}
@@ -109,6 +111,8 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
     moved = time.monotonic()
     step, total, note = _progress(folder, stage)
     steps: Steps | None = None
+    launch, looked = config.launch, moved
+    registry = Registry(folder, heartbeat_s=launch.heartbeat_s, dead_after_s=launch.dead_after_s)
     with ExitStack() as stack:
         while True:
             now = _progress(folder, stage)
@@ -124,6 +128,12 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
             lost = jobs.lost_tasks(job)
             if failed or lost or jobs.state(job) == "ended":
                 return _diagnose(job, lost)
+            if time.monotonic() - looked > LOOK_S:
+                looked = time.monotonic()
+                silent = [service.id for service in registry.census("trainer")[1] if service.job_id == job.id]
+                if silent:
+                    registry.remove(lambda service: (service.role, service.job_id) != ("trainer", job.id))
+                    return _Problem(f"the job lost a process (no heartbeat of {silent[0]})", job.log(), transient=True)
             if time.monotonic() - moved > STUCK_S:
                 moved = time.monotonic()
                 state = jobs.state(job)

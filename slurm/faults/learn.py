@@ -17,7 +17,7 @@ from strikes import FAULTS, Site, Striker
 
 import ctrl_hpc
 
-LEFT_OUT = ("preempt", "full disk", "kill driver", "time limit")
+LEFT_OUT = ("preempt", "full disk", "full disk in training", "kill driver", "time limit")
 """Faults that need a set-up of their own: a partition, a disk, a driver that is a job."""
 
 

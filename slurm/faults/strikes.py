@@ -135,19 +135,21 @@ def end_time(site: Site) -> Strike:
     return Strike(what=f"the time limit of trainer {victim.job_id} is near")
 
 
-def fill_disk(site: Site) -> Strike:
-    """The run's disk is full for a while; does nothing good unless the run directory has a small disk of its own."""
-    assert os.path.ismount(site.run_dir.parent), f"{site.run_dir.parent}: only a file system of its own is filled"
-    site.pick(*ELEMENTS)
-    ballast = site.run_dir.parent / "ballast"
-    with contextlib.suppress(OSError), open(ballast, "wb") as out:  # until it is full
-        while True:
-            out.write(bytes(1 << 20))
-            out.flush()
-    with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as out:
-        while True:
-            out.write(bytes(1 << 10))
-    return Strike(what="the disk is full", repair=lambda: ballast.unlink(missing_ok=True), repair_after_s=12.0)
+def fill_disk(*roles: str) -> Callable[[Site], Strike]:
+    """The run's disk is full for a while, once one of these roles is there."""
+
+    def strike(site: Site) -> Strike:
+        folder = site.run_dir.parent
+        assert os.path.ismount(folder), f"{folder}: only a file system of its own is filled"
+        site.pick(*roles)
+        ballast = folder / "ballast"
+        for size in (1 << 20, 1 << 10):
+            with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as out:  # until it is full
+                while True:
+                    out.write(bytes(size))
+        return Strike(what="the disk is full", repair=lambda: ballast.unlink(missing_ok=True), repair_after_s=12.0)
+
+    return strike
 
 
 FAULTS: dict[str, Callable[[Site], Strike]] = {
@@ -162,7 +164,8 @@ FAULTS: dict[str, Callable[[Site], Strike]] = {
     "stop slurmd": stop_slurmd,
     "preempt": preempt,
     "time limit": end_time,
-    "full disk": fill_disk,
+    "full disk": fill_disk(*ELEMENTS),
+    "full disk in training": fill_disk("trainer"),
 }
 """All faults by name."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def run(config: Any, run_dir: Path) -> None:
-    """Behaves as ``run_dir/behaviour.json`` says: fail_rank, kill_rank_once, hang, all_reduce."""
+    """Behaves as ``run_dir/behaviour.json`` says: fail_rank, kill_rank_once, freeze_rank_once, hang, all_reduce."""
     wishes = json.loads((run_dir / "behaviour.json").read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (run_dir / f"rank-{rank}-of-{world}").write_text(
@@ -21,6 +21,12 @@ def run(config: Any, run_dir: Path) -> None:
     if wishes.get("kill_rank_once") == rank and not once.exists():
         once.write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
+    if wishes.get("freeze_rank_once") == rank and not once.exists():
+        once.write_text("")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if wishes.get("freeze_rank_once") is not None and rank != wishes["freeze_rank_once"] and not once.exists():
+        while True:
+            time.sleep(0.1)
     if wishes.get("hang") or (wishes.get("kill_rank_once") is not None and not once.exists()) or "fail_rank" in wishes:
         while True:
             time.sleep(0.1)

@@ -33,7 +33,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "elements": ("cancel element", "kill executor", "kill rollout server", "freeze element", "hang executor"),
     "nodes": ("preempt", "stop slurmd", "lose node"),
     "driver and trainer": ("kill driver", "kill trainer rank", "time limit"),
-    "disk": ("full disk",),
+    "disk": ("full disk", "full disk in training"),
 }
 """The faults of each run."""
 BUSY_S = 24.0

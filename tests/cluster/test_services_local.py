@@ -123,6 +123,16 @@ def test_an_element_that_hangs_is_replaced(make_config: Callable[..., Config], r
         until(lambda: not psutil.pid_exists(first), "the one that hung is gone")
 
 
+def test_arrays_that_nothing_will_ask_again_are_ended(make_config: Callable[..., Config], run_dir: Path) -> None:
+    with Services(make_config(executor=ExecutorConfig(elements=2)), run_dir) as services:
+        services.start(["executor"])
+        services.keep({"executor", "critic"})
+        running = until(lambda: len(pids(run_dir)) == 2 and pids(run_dir), "two elements")
+        services.keep({"critic"})
+        assert not any(psutil.pid_exists(pid) for pid in running)
+        assert status.status(run_dir)["running"] and [row["role"] for row in status.jobs(run_dir)] == ["driver"]
+
+
 def test_an_element_deaf_to_sigterm_is_killed(make_config: Callable[..., Config], run_dir: Path) -> None:
     (run_dir / "deaf").touch()
     with Services(make_config(), run_dir) as services:

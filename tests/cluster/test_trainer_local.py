@@ -1,5 +1,6 @@
 """The trainer job on submitit's local executor, with a stand-in for the training stage."""
 
+import dataclasses
 import json
 import re
 import threading
@@ -80,6 +81,17 @@ def test_results_that_come_with_the_end_of_the_job_are_a_success(
     with Services(make_config(), run_dir):
         trainer.run_trainer(make_config(), run_dir, "sft")
     assert len(set(ended_late)) == 1
+
+
+def test_a_rank_that_hangs_is_a_new_start(
+    make_config: Callable[..., Config], run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    behave(run_dir, freeze_rank_once=1)
+    config = make_config()
+    config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, dead_after_s=3.0))
+    with Services(config, run_dir):
+        trainer.run_trainer(config, run_dir, "sft")
+    assert "sft: the job lost a process (no heartbeat of 1-" in " ".join(capfd.readouterr().err.split())
 
 
 def test_interrupting_the_driver_ends_the_ranks(make_config: Callable[..., Config], run_dir: Path) -> None:
