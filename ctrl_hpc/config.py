@@ -165,13 +165,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
     given = _merge(schema, file, str(path))
-    for override in overrides:
-        given = _merge(given, _override(override), "override")
+    extra = OmegaConf.merge(*map(_override, overrides)) if overrides else OmegaConf.create()
+    given = _merge(given, extra, "override")
     profile = _profile(str(given.cluster), path)
     merged = schema if profile is None else _merge(schema, OmegaConf.load(profile), str(profile))
     merged = _merge(merged, file, str(path))
-    for override in overrides:
-        merged = _merge(merged, _override(override), "override")
+    merged = _merge(merged, extra, "override")
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ValueError(f"{path}: {missing[0]}: missing; every configuration names it")
