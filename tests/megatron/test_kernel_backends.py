@@ -62,7 +62,7 @@ def take(step: str, config: Any, world: Any, model: Path) -> dict[str, Any]:
             reference_SR=now_SR + noise[3],
         )
     logged = policy.gradients(batch, loss)
-    gradients = ranks._gradients(policy)
+    gradients = ranks.gradients_of(policy)
     after = policy.update(batch, loss, ranks.STEADY.lr)
     assert policy.kernels == config.trainer.kernels == policy.engine()["kernels"]
     assert all(after[name] == pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in logged.items())
@@ -86,9 +86,7 @@ def advantages(backend: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(workplace: Path) -> dict[str, Any]:
     """What rank 0 of two found."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(megatron_jobs, "RANKS", Path(__file__))
-        megatron_jobs.spawn("backends", workplace, 2, TRITON_INTERPRET="1")
+    megatron_jobs.spawn("backends", workplace, 2, script=Path(__file__).name, TRITON_INTERPRET="1")
     return torch.load(workplace / "backends.pt")
 
 
