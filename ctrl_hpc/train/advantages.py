@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import ctrl_kernels
 import torch
+from ctrl_kernels.backend import Backend
 from torch import Tensor
 
 from ctrl_hpc.config import RLConfig
@@ -24,21 +25,37 @@ class Advantages:
     returns_SR: Tensor | None = None
 
 
-def estimate(experience: Experience, values_SR: Tensor | None, options: RLConfig) -> Advantages:
-    """Advantages within each draft's group, or from the values of a value network.
+def estimate(
+    experience: Experience,
+    values_SR: Tensor | None,
+    options: RLConfig,
+    *,
+    device: torch.device | str = "cpu",
+    backend: Backend = "auto",
+) -> Advantages:
+    """Advantages within each draft's group, or from the values of a value network; on the CPU.
 
-    Zero for critiques that left their group.
+    Zero for critiques that left their group. ``device`` and ``backend``: where and how the kernels compute them.
     """
     mask_SR = experience.batch.mask_SR
     if values_SR is None:
-        return Advantages(advantages_SR=experience.advantages(options.estimator)[:, None] * mask_SR)
+        advantages_S = experience.advantages(options.estimator, device=device, backend=backend)
+        return Advantages(advantages_SR=advantages_S[:, None] * mask_SR)
     mask_SR = mask_SR & experience.valid_S[:, None]
-    advantages_SR, returns_SR = advantages_and_returns(experience.rewards_S, values_SR, mask_SR, options)
+    advantages_SR, returns_SR = advantages_and_returns(
+        experience.rewards_S, values_SR, mask_SR, options, device=device, backend=backend
+    )
     return Advantages(advantages_SR=advantages_SR, values_SR=values_SR, returns_SR=returns_SR)
 
 
 def advantages_and_returns(
-    rewards_S: Tensor, values_SR: Tensor, mask_SR: Tensor, options: RLConfig
+    rewards_S: Tensor,
+    values_SR: Tensor,
+    mask_SR: Tensor,
+    options: RLConfig,
+    *,
+    device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantages, whitened over the tokens, and returns (not whitened), both [S, R].
 
@@ -48,9 +65,15 @@ def advantages_and_returns(
     n_S = mask_SR.sum(1)
     rewards_SR = torch.zeros_like(values_SR)
     rewards_SR[torch.arange(len(rewards_S)), (n_S - 1).clamp_min(0)] = rewards_S * (n_S > 0)
-    advantages_SR, returns_SR = ctrl_kernels.gae(
-        rewards_SR, values_SR, mask_SR.float(), gamma=options.gae_gamma, lam=options.gae_lambda
+    found = ctrl_kernels.gae(
+        rewards_SR.to(device),
+        values_SR.to(device),
+        mask_SR.float().to(device),
+        gamma=options.gae_gamma,
+        lam=options.gae_lambda,
+        backend=backend,
     )
+    advantages_SR, returns_SR = (tensor.cpu() for tensor in found)
     tokens = advantages_SR[mask_SR]
     deviation = tokens.std() if len(tokens) > 1 else tokens.new_tensor(0.0)
     whitened_SR = (advantages_SR - tokens.mean()) / (deviation + 1e-8)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ctrl_kernels
 import torch
+from ctrl_kernels.backend import Backend
 from torch import Tensor
 
 from ctrl_hpc import jsonl
@@ -103,16 +104,21 @@ class Experience:
             metrics=summary(rollouts, version) | metrics,
         )
 
-    def advantages(self, estimator: str) -> Tensor:
-        """Group-normalised advantages, fp32 [S]; zero for critiques that left their group."""
+    def advantages(self, estimator: str, *, device: torch.device | str = "cpu", backend: Backend = "auto") -> Tensor:
+        """Group-normalised advantages, fp32 [S] on the CPU; zero for critiques that left their group.
+
+        ``device`` and ``backend``: where and how the kernel computes them.
+        """
         advantages_S = torch.zeros(len(self.rewards_S))
         valid = self.valid_S.nonzero()[:, 0]
         if len(valid):
-            advantages_S[valid] = ctrl_kernels.group_advantages(
-                self.rewards_S[valid],
-                self.groups_S[valid],
+            found = ctrl_kernels.group_advantages(
+                self.rewards_S[valid].to(device),
+                self.groups_S[valid].to(device),
                 estimator=estimator,  # type: ignore[arg-type]
+                backend=backend,
             )
+            advantages_S[valid] = found.cpu()
         return advantages_S
 
     @property

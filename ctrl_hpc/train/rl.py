@@ -75,7 +75,10 @@ def train(config: Config, run_dir: Path, world: World) -> None:
         for step in course:
             experience = world.from_main(_experience, source, step, course.progress["position"])
             with course.clock("advantages"):
-                advantages = estimate(experience, value.values(experience.batch) if value else None, options)
+                values_SR = value.values(experience.batch) if value else None
+                advantages = estimate(
+                    experience, values_SR, options, device=world.device, backend=config.trainer.kernels
+                )
             logged = improve(policy, value, reference, experience, advantages, step, course.clock)
             with course.clock("publish"):
                 publish(policy, source, course.folder, step + 1, sft)

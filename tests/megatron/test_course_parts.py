@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ctrl_kernels.backend import Backend
 
 from ctrl_hpc.config import Config, OptimizerConfig, RLConfig, WandbConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
@@ -130,7 +131,8 @@ def rollout(solution: str, reward: float, *, masked: bool = False, judgement: st
     )
 
 
-def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_learnt() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_learnt(backend: Backend) -> None:
     rollouts = [
         *(rollout("a", reward) for reward in (1.0, 0.0, 0.0)),
         rollout("a", 0.0, masked=True),
@@ -141,7 +143,7 @@ def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_le
     experience = Experience.of(rollouts, version=5, position=7, metrics={"time/rollout_s": 2.0})
     deviation = (((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2) ** 0.5
     expected = [2 / 3 / deviation, -1 / 3 / deviation, -1 / 3 / deviation, 0, 0, 0, 0, 0, -(0.5**0.5), 0.5**0.5]
-    assert experience.advantages("grpo").tolist() == pytest.approx(expected, rel=1e-5)
+    assert experience.advantages("grpo", backend=backend).tolist() == pytest.approx(expected, rel=1e-5)
     assert experience.n_groups == 3 and experience.learnable_groups() == [0, 2]
     assert experience.rows([0, 2]) == [0, 1, 2, 8, 9]
     assert learnable_groups(rollouts) == ["a", "c"]
@@ -154,12 +156,13 @@ def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_le
     assert experience.metrics["time/rollout_s"] == 2.0 and experience.position == 7
 
 
-def test_generalised_advantages_are_whitened_and_leave_out_what_the_environment_spoilt() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_generalised_advantages_are_whitened_and_leave_out_what_the_environment_spoilt(backend: Backend) -> None:
     options = RLConfig(gae_gamma=1.0, gae_lambda=0.5)
     rewards_S = torch.tensor([1.0, 0.0, 5.0])
     values_SR = torch.tensor([[0.5, 0.25, 9.0], [0.0, 0.5, 0.5], [7.0, 7.0, 7.0]])
     mask_SR = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
-    advantages_SR, returns_SR = advantages_and_returns(rewards_S, values_SR, mask_SR, options)
+    advantages_SR, returns_SR = advantages_and_returns(rewards_S, values_SR, mask_SR, options, backend=backend)
     # Sequence 0: deltas 0.25 - 0.5 = -0.25 and 1 - 0.25 = 0.75; sequence 1: 0.5, 0 and 0 - 0.5 = -0.5.
     raw = [-0.25 + 0.5 * 0.75, 0.75, 0.5 + 0.5 * (0.0 + 0.5 * -0.5), 0.0 + 0.5 * -0.5, -0.5]
     mean = sum(raw) / 5
