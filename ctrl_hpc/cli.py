@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("CTRL_HPC_TRACEBACK"):
             raise
         print(f"ctrl-hpc: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"ctrl-hpc: {error}; make space: the same command continues where it stopped", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("ctrl-hpc: stopped; the same command continues where it stopped", file=sys.stderr)

@@ -22,7 +22,7 @@ from rich.console import Console
 from submitit.core.utils import JobPaths
 from submitit.slurm.slurm import SlurmExecutor
 
-from ctrl_hpc.cluster import job_records, processes
+from ctrl_hpc.cluster import disk, job_records, processes
 from ctrl_hpc.cluster.job_records import JobRecord
 from ctrl_hpc.cluster.slurm_queue import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig, LaunchConfig
@@ -221,8 +221,12 @@ class Jobs:
         self._record()
 
     def _record(self) -> None:
-        """Tell later drivers, ``status`` and ``stop`` what was started."""
-        job_records.write(self._file, [_record_of(job) for job in self._jobs])
+        """Tell later drivers, ``status`` and ``stop`` what was started; a full disk is no reason to fail."""
+        try:
+            job_records.write(self._file, [_record_of(job) for job in self._jobs])
+        except OSError as error:  # jobs end with their driver, recorded or not
+            if error.errno not in disk.FULL:
+                raise
 
 
 def _common(name: str, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> dict[str, Any]:

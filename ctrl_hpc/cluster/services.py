@@ -16,6 +16,7 @@ from typing import Any, Self
 import submitit
 from rich.console import Console
 
+from ctrl_hpc.cluster import disk
 from ctrl_hpc.cluster.elements import SERVE, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
@@ -55,6 +56,8 @@ class Services:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
         self._refuse_second_driver()
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
@@ -86,7 +89,7 @@ class Services:
         with self._lock:
             for role in wanted:
                 count = self._elements(role)
-                self._arrays[role] = self._submit(role, list(range(count))) if count else []
+                self._arrays[role] = self._submit_with_space(role, list(range(count))) if count else []
         self._wait_for_first([role for role in wanted if self._arrays[role]])
 
     ensure = start
@@ -136,6 +139,15 @@ class Services:
         arguments = [(self.config, str(self.run_dir), element, self.session) for element in elements]
         return self.jobs.submit(role, SERVE[role], arguments, resources, elements=elements, threads=threads)
 
+    def _submit_with_space(self, role: str, elements: list[int]) -> list[Job]:
+        while True:
+            try:
+                return self._submit(role, elements)
+            except OSError as error:
+                if error.errno not in disk.FULL:
+                    raise
+                disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
+
     def _wait_for_first(self, roles: list[str]) -> None:
         began = told = time.monotonic()
         missing = set(roles)
@@ -164,7 +176,15 @@ class Services:
             return
         if any(service.role == role for service in self._mine()):
             return
-        raise RuntimeError(f"{role}: the array ended before it served: {jobs[-1].last_words()} ({self._where(role)})")
+        words = f"{role}: the array ended before it served: {jobs[-1].last_words()} ({self._where(role)})"
+        starts = self._failures[role, -1] = self._failures.get((role, -1), 0) + 1
+        if any(job.result() is not None for job in jobs) or starts > self.config.launch.max_restarts:
+            raise RuntimeError(words)
+        # none could say why: killed, lost with their nodes, or the disk was full
+        console.print(f"{words}; starting it again")
+        disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
+        self.jobs.end(jobs, wait=False)
+        self._arrays[role] = self._submit_with_space(role, [job.element for job in jobs])
 
     def _where(self, role: str) -> str:
         return f"log: {self._arrays[role][0].log()}"
