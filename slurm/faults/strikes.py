@@ -178,17 +178,16 @@ class Striker(threading.Thread):
         super().__init__(name="striker", daemon=True)
         self._site, self._plan, self._say = site, plan, say
         self._began = time.monotonic()
-        self._repairs: list[tuple[float, Callable[[], None]]] = []
+        self._repairs: list[Repair] = []
         self.strikes: list[str] = []
         self.failure: BaseException | None = None
 
     def run(self) -> None:
-        """Strike by strike, each repaired when its time has come, all at the end."""
+        """Strike by strike; what is not repaired when the run ends is repaired then."""
         try:
             for gap_s, name in self._plan:
                 last = time.monotonic()
                 while not self._site.ended() and time.monotonic() - last < gap_s:
-                    self._repair(due=True)
                     time.sleep(POLL_S)
                 if self._site.ended():
                     break
@@ -196,18 +195,31 @@ class Striker(threading.Thread):
                 self.strikes.append(name)
                 self._say(f"{time.monotonic() - self._began:6.1f} s: {strike.what}")
                 if strike.repair is not None:
-                    self._repairs.append((time.monotonic() + strike.repair_after_s, strike.repair))
-            while self._repairs and not self._site.ended():
-                self._repair(due=True)
+                    self._repairs.append(Repair(strike.repair, strike.repair_after_s))
+            while any(repair.is_alive() for repair in self._repairs) and not self._site.ended():
                 time.sleep(POLL_S)
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             self.failure = error
         finally:
-            self._repair(due=False)
+            for repair in self._repairs:
+                repair.now()
 
-    def _repair(self, due: bool) -> None:
-        now = time.monotonic()
-        for item in list(self._repairs):
-            if not due or item[0] <= now:
-                self._repairs.remove(item)
-                item[1]()
+
+class Repair(threading.Thread):
+    """Does a repair after a while, or at once when told."""
+
+    def __init__(self, repair: Callable[[], None], after_s: float) -> None:
+        super().__init__(name="repair", daemon=True)
+        self._repair, self._after_s = repair, after_s
+        self._told = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        """Wait, then repair."""
+        self._told.wait(self._after_s)
+        self._repair()
+
+    def now(self) -> None:
+        """Return when the repair is done."""
+        self._told.set()
+        self.join()
