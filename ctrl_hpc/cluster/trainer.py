@@ -133,7 +133,9 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
                 silent = [service.id for service in registry.census("trainer")[1] if service.job_id == job.id]
                 if silent:
                     registry.remove(lambda service: (service.role, service.job_id) != ("trainer", job.id))
-                    return _Problem(f"the job lost a process (no heartbeat of {silent[0]})", job.log(), transient=True)
+                    rank = int(silent[0].partition("-")[0])
+                    lost_rank = f"the job lost a process (no heartbeat of rank {rank})"
+                    return _Problem(lost_rank, job.log(rank), transient=True)
             if time.monotonic() - moved > STUCK_S:
                 moved = time.monotonic()
                 state = jobs.state(job)

@@ -13,7 +13,12 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 from ctrl_hpc.config import Config, ParallelConfig, TrainerConfig
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
@@ -50,25 +55,47 @@ def launch(direction: str, source: Path, target: Path, tensor: int, pipeline: in
     command = [sys.executable, "-m", __name__, direction, str(source), str(target)]
     command += ["--tp", str(tensor), "--pp", str(pipeline)]
     shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(ranks)
-    ]
-    try:
-        said = [process.communicate()[1].decode(errors="replace") for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-        shutil.rmtree(part_of(target), ignore_errors=True)
-    for process, text in zip(started, said, strict=True):
-        if process.returncode == WRONG_INPUT:
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(ranks)]
+        started = [
+            subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        try:
+            failed = _wait(started)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+            shutil.rmtree(part_of(target), ignore_errors=True)
+        said = {rank: _text(logs[rank]) for rank in failed}
+    for rank, text in said.items():
+        if started[rank].returncode == WRONG_INPUT:
             raise ValueError(text.strip().splitlines()[-1])
-    for process, text in zip(started, said, strict=True):
-        if process.returncode:
-            raise RuntimeError(f"{direction} failed:\n{text}")
+    for text in said.values():
+        raise RuntimeError(f"{direction} failed:\n{text}")
 
 
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    """Wait until all have ended, or one has failed: the rest may then wait for it in vain. The ranks that failed."""
+    while True:
+        ended = [process.poll() for process in started]
+        if any(ended):
+            time.sleep(GRACE_S)
+            return [rank for rank, process in enumerate(started) if process.poll()]
+        if all(code == 0 for code in ended):
+            return []
+        time.sleep(POLL_S)
+
+
+def _text(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")
+
+
+POLL_S = 0.05
+GRACE_S = 1.0
+"""The others get so long to say what they know when one has failed."""
 WRONG_INPUT = 2
 """Exit code of a process whose last line on stderr is for the user."""
 
@@ -142,7 +169,7 @@ def main() -> None:
         _convert(options.direction, options.source, options.target, options.tp, options.pp)
     except ValueError as error:
         print(error, file=sys.stderr, flush=True)
-        os._exit(WRONG_INPUT)  # the other ranks find out for themselves; the groups are not waited for
+        os._exit(WRONG_INPUT)  # the other ranks are ended; the groups are not waited for
 
 
 if __name__ == "__main__":
