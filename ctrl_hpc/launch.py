@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ class LaunchedRun:
     def stop(self, grace_s: float = 30.0) -> None:
         """End the run and everything it started; a later launch continues where it stopped."""
         if self.driver.poll() is None:
-            self.driver.send_signal(signal.SIGINT)
+            self.driver.terminate()  # not SIGINT, which a driver launched from a background job may ignore at first
             try:
                 self.driver.wait(grace_s)
             except subprocess.TimeoutExpired:
