@@ -23,6 +23,7 @@ def test_the_estimate_is_within_a_tenth_of_what_a_critic_of_200_million_paramete
     assert "planned / measured" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "trainer", "--model", "GPT-7"]) == 2
     error = capsys.readouterr().err

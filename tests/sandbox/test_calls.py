@@ -12,6 +12,8 @@ import pytest
 from ctrl_hpc.records import AssertTest, FunctionTest, Limits, TestResult
 from ctrl_hpc.sandbox import Sandbox
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(cpu_s=2.0, wall_s=30.0, memory_mb=128, output_bytes=100_000)
 
 

@@ -15,6 +15,8 @@ import pytest
 from ctrl_hpc.records import Limits, StdinTest, TestResult
 from ctrl_hpc.sandbox import Sandbox
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(cpu_s=0.5, wall_s=30.0, memory_mb=128, output_bytes=1000, processes=8)
 IDLE_MB = 20
 """An interpreter alone needs less."""

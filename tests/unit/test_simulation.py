@@ -41,6 +41,7 @@ def test_one_executor_runs_one_program_after_the_other() -> None:
     assert waits.wait_s == pytest.approx((3.75,)) and waits.trainer_s == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_the_command_meets_its_target_with_the_shipped_trace(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "overlap", "--out", str(tmp_path / "overlap.png")]) == 0
     said = capsys.readouterr().out
