@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import subprocess
 import sys
@@ -49,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ctrl-hpc: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        from ctrl_hpc.cluster import disk
+
+        if error.errno not in disk.FULL:
             raise
         print(f"ctrl-hpc: {error}; make space: the same command continues where it stopped", file=sys.stderr)
         return 1

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ctrl_hpc import jsonl, run_directory
+from ctrl_hpc import jsonl, run_directory, yaml_file
 from ctrl_hpc.config import Config, load
 
 console = Console(stderr=True)
@@ -90,12 +89,7 @@ class Member:
 def read(file: str | Path) -> Suite:
     """A suite's file; raises ValueError with one line for what is wrong in it."""
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such suite")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    data = yaml_file.read(path, "suite")
     try:
         suite: Suite = jsonl.decode(Suite, data)
     except ValueError as error:

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from ctrl_hpc import config as configuration
-from ctrl_hpc import jsonl
+from ctrl_hpc import jsonl, yaml_file
 
 OBJECTIVE = "eval/pass_at_1"
 METHODS = ("grid", "random")
@@ -50,12 +49,7 @@ def read(file: str | Path) -> Sweep:
     Raises ValueError naming the key that is missing or wrong.
     """
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such sweep file")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    data = yaml_file.read(path, "sweep file")
     for key in ("method", "metric", "parameters", "command"):
         if not isinstance(data, dict) or key not in data:
             raise ValueError(f"{path}: {key}: missing; a sweep names method, metric, parameters and command")

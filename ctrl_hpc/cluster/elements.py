@@ -15,13 +15,12 @@ from pathlib import Path
 from types import FrameType
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import ProxyHandler, build_opener
 
 import submitit
 
 from ctrl_hpc.cluster import nodes, processes
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
-from ctrl_hpc.cluster.service_log import ServiceLog
+from ctrl_hpc.cluster.service_log import ServiceLog, direct
 from ctrl_hpc.config import Config
 
 WATCH_S = 1.0
@@ -60,7 +59,6 @@ def serve_generator(config: Config, run_dir: str, element: int, session: str) ->
     _serve_rollout(config, run_dir, "generator", config.generator, element, session)
 
 
-_direct = build_opener(ProxyHandler({}))
 SERVE: dict[str, Callable[[Config, str, int, str], None]] = {
     "executor": serve_executor,
     "critic": serve_critic,
@@ -134,7 +132,7 @@ class _Element:
 def answers(url: str) -> bool:
     """Whether the service at ``url`` answers on ``/health``, whatever it says."""
     try:
-        with _direct.open(f"{url}/health", timeout=HEALTH_S):
+        with direct.open(f"{url}/health", timeout=HEALTH_S):
             return True
     except HTTPError:
         return True

@@ -28,7 +28,8 @@ LEVELS = {
 }
 """Gauges, logged as they are."""
 _SAMPLE = re.compile(r"^([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
-_direct = build_opener(ProxyHandler({}))
+direct = build_opener(ProxyHandler({}))
+"""Opens the URLs of services, past any proxy."""
 
 
 def wandb_id(run_dir: str | Path, role: str, element: int) -> str:
@@ -94,7 +95,7 @@ class ServiceLog:
 
     def _read(self) -> dict[str, float]:
         try:
-            with _direct.open(Request(self._url, headers=self._headers), timeout=5.0) as answer:
+            with direct.open(Request(self._url, headers=self._headers), timeout=5.0) as answer:
                 return read(answer.read().decode())
         except OSError:  # it is too busy, or ending: the next reading counts for this one too
             return {}

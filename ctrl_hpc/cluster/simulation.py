@@ -130,13 +130,10 @@ def simulate(trace: dict[str, Any], layout: Layout, *, max_staleness: int, steps
         publishes.append(recorded["publish_s"])
     waits, total = [], 0.0
     for step in range(steps):
-        if max_staleness == 0 or step == 0:
-            wait = rollouts[step]
-            total += wait + works[step] + publishes[step]
-        else:
-            # these rollouts began with the update of the step before
-            wait = max(0.0, rollouts[step] - works[step - 1])
-            total += wait + works[step] + publishes[step]
+        # with staleness 1 these rollouts began with the update of the step before
+        ahead = works[step - 1] if max_staleness and step else 0.0
+        wait = max(0.0, rollouts[step] - ahead)
+        total += wait + works[step] + publishes[step]
         waits.append(wait + publishes[step])
     return Waits(
         max_staleness=max_staleness,
