@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # spinning threads of several processes on few cores slow each other down thirty-fold
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parse(arguments)
+    options.is_program = arguments is None
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
@@ -193,6 +194,7 @@ def _run(options: argparse.Namespace) -> int:
         print(dump(config), end="")
         _print_scripts(config)
         return _plan(config)
+    _from_copy(config, "run", options)
     from ctrl_hpc import pipeline
 
     folder = pipeline.run(config)
@@ -227,13 +229,27 @@ def _plan(config: Config) -> int:
 
 def _stage(name: str) -> Callable[[argparse.Namespace], int]:
     def command(options: argparse.Namespace) -> int:
-        from ctrl_hpc import pipeline
         from ctrl_hpc.config import load
 
-        pipeline.run(load(options.config, options.overrides), stages=(name,))
+        config = load(options.config, options.overrides)
+        _from_copy(config, name, options)
+        from ctrl_hpc import pipeline
+
+        pipeline.run(config, stages=(name,))
         return 0
 
     return command
+
+
+def _from_copy(config: Config, command: str, options: argparse.Namespace) -> None:
+    """Go on from the copy of the code in the run directory, where this is a program of its own and keeps one."""
+    if options.is_program:
+        from ctrl_hpc import run_directory
+        from ctrl_hpc.cluster import snapshot
+
+        if config.launch.snapshot != "keep":
+            run_directory.check(config)
+        snapshot.continue_from_copy(config, command, options.overrides)
 
 
 def _suite(options: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +167,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     given = _merge(schema, file, str(path))
     extra = OmegaConf.merge(*map(_override, overrides)) if overrides else OmegaConf.create()
     given = _merge(given, extra, "override")
-    profile = _profile(str(given.cluster), path)
+    chosen = any(text.startswith("cluster=") for text in overrides)
+    # a run's own config.yaml says all that its profile, which may be gone, had said
+    profile = _profile(str(given.cluster), path) if chosen or not _is_whole(file) else None
     merged = schema if profile is None else _merge(schema, OmegaConf.load(profile), str(profile))
     merged = _merge(merged, file, str(path))
     merged = _merge(merged, extra, "override")
@@ -179,6 +181,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = _shaped(_absolute_paths(config, path))
     _validate(config)
     return config
+
+
+def _is_whole(file: Any) -> bool:
+    """Whether a file gives every key, the launch section's too, as :func:`dump` writes them."""
+    launch: Any = file.get("launch") if OmegaConf.is_dict(file) else None
+    if not OmegaConf.is_dict(launch):
+        return False
+    return {item.name for item in fields(Config)} <= set(file) and {item.name for item in fields(LaunchConfig)} <= set(
+        launch
+    )
 
 
 def dump(config: Config) -> str:

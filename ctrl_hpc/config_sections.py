@@ -367,6 +367,9 @@ class LaunchConfig:
     """Command that starts Python in a Slurm job, for example inside a container; None: this Python."""
     srun_args: tuple[str, ...] = ()
     """More arguments of srun, for example of pyxis: ``--container-image=...``."""
+    snapshot: Literal["new", "keep", "none"] = "new"
+    """Which code runs: ``new``, the packages as they are when the driver starts, copied into the run directory;
+    ``keep``, those of the run's last start, if there was one; ``none``, jobs import from where the driver does."""
     trainer: JobConfig = field(default_factory=JobConfig)
     """The trainer job."""
     rollout: JobConfig = field(default_factory=JobConfig)

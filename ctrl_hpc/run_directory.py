@@ -5,17 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import ROOT, Config, LaunchConfig, dump, load
+from ctrl_hpc.cluster import snapshot
+from ctrl_hpc.config import Config, LaunchConfig, dump, load
 
 _FREE = (
     *("cluster", "launch", "stages", "wandb", "plan", "run_dir", "executor.elements", "executor.workers"),
@@ -46,11 +46,16 @@ def check(config: Config) -> Path:
                 f"{folder}: belongs to another configuration: {difference}; "
                 "choose another run_dir (run_dir=PATH) or remove the folder"
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not _is_asked(entry) for entry in folder.iterdir()):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
     return folder
+
+
+def _is_asked(entry: Path) -> bool:
+    """Whether this is what a command leaves in a run's folder that ended before the run began."""
+    return entry.name == "code" and (entry / snapshot.ASKED).is_file()
 
 
 def prepare(config: Config) -> Path:
@@ -97,11 +102,8 @@ def _flat(config: Config) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, Any]:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
-        "git_commit": git.stdout.strip() or None,
-        "git_dirty": bool(changed.stdout.strip()) if git.returncode == 0 else None,
+        **asdict(snapshot.identity()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in _PACKAGES},
@@ -123,6 +125,9 @@ def is_done(folder: Path, stage: str) -> bool:
 def mark_done(folder: Path, stage: str, wall_time_s: float, **facts: Any) -> None:
     """Record that a stage has finished; written last, so that a killed stage is run again."""
     record = {"stage": stage, "wall_time_s": round(wall_time_s, 3), "finished": time.time(), **facts}
+    code = snapshot.last_code(folder)
+    if code is not None:
+        record["code"] = code
     jsonl.write_text(folder / stage / "done.json", json.dumps(record, indent=1) + "\n")
 
 

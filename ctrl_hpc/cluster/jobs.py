@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,7 @@ from rich.console import Console
 from submitit.core.utils import JobPaths
 from submitit.slurm.slurm import SlurmExecutor
 
-from ctrl_hpc.cluster import disk, job_records, processes
+from ctrl_hpc.cluster import disk, job_records, processes, snapshot
 from ctrl_hpc.cluster.job_records import JobRecord
 from ctrl_hpc.cluster.slurm_queue import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig, LaunchConfig
@@ -150,7 +151,7 @@ class Jobs:
             folder=folder,
             cluster=launch.engine,
             slurm_max_num_timeout=launch.max_requeues,
-            **({"slurm_python": launch.python} if launch.python else {}),
+            **{f"{launch.engine}_python": _python(launch, snapshot.latest(self._run_dir))},
         )
         common = _common(self._name, role, resources, nodes, tasks_per_node)
         if launch.engine == "local":
@@ -229,6 +230,12 @@ class Jobs:
                 raise
 
 
+def _python(launch: LaunchConfig, code: Path | None) -> str:
+    """The command that starts Python in a job, with the copy of the code as its program where there is one."""
+    inside = launch.python if launch.engine == "slurm" and launch.python else shlex.quote(sys.executable)
+    return inside if code is None else f"{inside} -u {shlex.quote(str(code))}"
+
+
 def _common(name: str, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> dict[str, Any]:
     """submitit's parameters for both engines."""
     return {
@@ -272,9 +279,10 @@ def scripts(config: Config) -> dict[str, str]:
         ("trainer", 1, launch.trainer, trainer.nodes, trainer.ranks_per_node),
     )
     out, names = {}, SlurmExecutor._equivalence_dict()
+    python = _python(launch, snapshot.place(config.run_dir or "", launch.snapshot))
     for role, elements, resources, nodes, per_node in jobs:
         folder = Path(config.run_dir or "").absolute() / "logs" / role
-        executor = _PaperExecutor(folder, **({"python": launch.python} if launch.python else {}))
+        executor = _PaperExecutor(folder, python=python)
         common = _common(config.name, role, resources, nodes, per_node)
         executor.update_parameters(**{names.get(name, name): value for name, value in common.items()})
         executor.update_parameters(**slurm_parameters(launch, folder, resources, nodes * per_node, per_node))

@@ -16,7 +16,7 @@ from typing import Any, Self
 import submitit
 from rich.console import Console
 
-from ctrl_hpc.cluster import disk
+from ctrl_hpc.cluster import disk, snapshot
 from ctrl_hpc.cluster.elements import SERVE, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
@@ -61,6 +61,9 @@ class Services:
         self._refuse_second_driver()
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
+        changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
+        if changed:
+            console.print(changed, highlight=False, soft_wrap=True)
         token(self.config, self.run_dir)
         log = self.run_dir / "logs" / "driver.log"
         self._driver = self.registry.register(

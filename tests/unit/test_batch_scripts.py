@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from ctrl_hpc.cli import main
+from ctrl_hpc.cluster import snapshot
 from ctrl_hpc.cluster.jobs import scripts
 from ctrl_hpc.config import ROOT, load
 
@@ -41,6 +42,10 @@ def test_a_generator_elsewhere_has_no_script() -> None:
     assert "generator" not in scripts(config)
     apptainer = dataclasses.replace(config.launch, python="apptainer exec /shared/ctrl.sif python")
     written = scripts(dataclasses.replace(config, launch=apptainer))
+    code = snapshot.place(config.run_dir or "", "new")
+    assert all(f"apptainer exec /shared/ctrl.sif python -u {code} -u -m submitit" in text for text in written.values())
+    without = dataclasses.replace(apptainer, snapshot="none")
+    written = scripts(dataclasses.replace(config, launch=without))
     assert all("apptainer exec /shared/ctrl.sif python -u -m submitit" in text for text in written.values())
 
 
