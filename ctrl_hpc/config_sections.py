@@ -219,7 +219,12 @@ class RLConfig:
     leak_penalty: float = 0.0
     """Taken off the reward of a critique that gives the corrected program away, >= 0."""
     max_staleness: int = 0
-    """Largest number of weight versions a rollout may be old; 0: strictly on-policy."""
+    """Largest number of weight versions a rollout may be old, >= 0; 0: strictly on-policy; more: rollouts are made
+    during the update, at most so many steps ahead."""
+    chunk: int = 0
+    """Drafts that are critiqued, revised and executed together, beside the step's others, >= 0; 0: all of a step's."""
+    chunks_in_flight: int = 8
+    """Chunks of a step on their way at a time, >= 1."""
     importance_cap: float | None = None
     """Cap of the importance weights that correct for rollouts by older weights or another engine (truncated importance
     sampling), > 0; None: no correction."""

@@ -162,6 +162,8 @@ class Sampling:
     """Completions a chat."""
     seed: int | None = None
     """Completion j of chat i is drawn with a seed derived from (seed, i, j), whatever the batch it is decoded in."""
+    first: int = 0
+    """The number i of a call's first chat: a part of a call is drawn as it would be in the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -44,6 +45,8 @@ class _Server:
     """Weight version it is known to hold."""
     failures: int = 0
     not_before: float = 0.0
+    in_hand: int = 0
+    """Requests that it answers now, of all calls."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -55,11 +58,12 @@ class RolloutClient:
     """Spreads completions over the live servers of an array.
 
     ``endpoints`` is asked anew all the time: work starts with the first server, grows with each that comes, and what
-    a lost server had in hand is given to another. After ``update_weights`` only servers that hold that version (or a
-    newer one) are asked; a server that registers later, or was restarted, loads the newest first.
+    a lost server had in hand is given to another. After ``update_weights`` only answers of that version count; a
+    server that registers later, or was restarted, loads it first. Calls may come from several threads: each gives a
+    server one request at a time, the least loaded server first. ``update_weights`` comes between calls.
 
     Seeded completions do not depend on which server, or which batch, decodes them: completion j of chat i has the
-    seed ``derive_seed(sampling.seed, i, j)``.
+    seed ``derive_seed(sampling.seed, i, j)``, chats counted from ``sampling.first``.
     """
 
     def __init__(
@@ -73,14 +77,16 @@ class RolloutClient:
         role: str = "rollout",
         token: str | None = None,
     ) -> None:
-        """``max_in_flight``: completions asked of a server at a time; ``patience_s``: longest time without a server;
-        ``token``: bearer token of the servers."""
+        """``max_in_flight``: completions a call asks of a server at a time; ``patience_s``: longest time without a
+        server; ``token``: bearer token of the servers."""
         self._endpoints, self._tokenizer, self._role = endpoints, tokenizer, role
+        self._tokenizing = threading.Lock()
+        """A tokenizer is for one thread at a time."""
         self._max_in_flight, self._patience_s = max_in_flight, patience_s
         self._servers: dict[str, _Server] = {}
         self._folder: str | None = None
         self.version = 0
-        """Newest weight version handed to ``update_weights``."""
+        """The last weight version handed to ``update_weights``."""
         self._thread = LoopThread(f"{role}-client")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -96,9 +102,12 @@ class RolloutClient:
         """
         if not chats:
             return []
-        prompts: list[list[int]] = [self._prompt_ids(chat) for chat in chats]
+        with self._tokenizing:
+            prompts: list[list[int]] = [self._prompt_ids(chat) for chat in chats]
         requests = [
-            (prompt, self._parameters(sampling, i, j)) for i, prompt in enumerate(prompts) for j in range(sampling.n)
+            (prompt, self._parameters(sampling, i, j))
+            for i, prompt in enumerate(prompts, sampling.first)
+            for j in range(sampling.n)
         ]
         flat = self._thread.run(self._spread(requests))
         return [flat[i * sampling.n : (i + 1) * sampling.n] for i in range(len(chats))]
@@ -113,9 +122,8 @@ class RolloutClient:
         return self._thread.run(self._push())
 
     def close(self) -> None:
-        """Close the connections."""
-        self._thread.run(self._http.aclose())
-        self._thread.close()
+        """Close the connections; calls in flight in other threads are cancelled."""
+        self._thread.close(self._http.aclose())
 
     def _prompt_ids(self, chat: Chat) -> list[int]:
         messages = [{"role": message.role, "content": message.content} for message in chat]
@@ -175,7 +183,8 @@ class RolloutClient:
         busy = {url for url, _ in running.values()}
         now = time.monotonic()
         servers = {url: self._servers.setdefault(url, _Server()) for url in live}
-        return [url for url, server in servers.items() if url not in busy and server.not_before <= now]
+        idle = [url for url, server in servers.items() if url not in busy and server.not_before <= now]
+        return sorted(idle, key=lambda url: servers[url].in_hand)
 
     def _cancel_lost(
         self, running: dict[asyncio.Task[list[Generation]], tuple[str, _Chunk]], live: Sequence[str]
@@ -210,19 +219,24 @@ class RolloutClient:
     async def _ask(
         self, url: str, requests: list[tuple[list[int], dict[str, Any]]], wanted: int | None
     ) -> list[Generation]:
-        """One ``/generate`` request, after the newest weights are loaded there."""
+        """One ``/generate`` request, after the wanted weights are loaded there."""
         await self._bring_up_to_date(url)
         body = {
             "input_ids": [prompt for prompt, _ in requests],
             "sampling_params": [parameters for _, parameters in requests],
             "return_logprob": True,
         }
-        answers = _json(await self._http.post(f"{url}/generate", json=body), url)
+        server = self._servers[url]
+        server.in_hand += len(requests)
+        try:
+            answers = _json(await self._http.post(f"{url}/generate", json=body), url)
+        finally:
+            server.in_hand -= len(requests)
         if len(answers) != len(requests):
             raise _Fault(f"{len(requests)} prompts, but {len(answers)} answers")
         out = [_generation(prompt, answer) for (prompt, _), answer in zip(requests, answers, strict=True)]
-        if wanted is not None and any(item.version < wanted for item in out):
-            raise _Fault(f"it answered with weights older than version {wanted}")
+        if wanted is not None and any(item.version != wanted for item in out):
+            raise _Fault(f"it answered with other weights than version {wanted}")
         return out
 
     async def _bring_up_to_date(self, url: str) -> None:

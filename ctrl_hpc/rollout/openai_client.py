@@ -36,7 +36,8 @@ class Usage:
 class OpenAIGenerator:
     """Asks ``URL/chat/completions``, a request a chat, many at once.
 
-    Rate limits and server faults are retried with exponential back-off and full jitter, ``Retry-After`` respected.
+    Calls may come from several threads: they share the limits. Rate limits and server faults are retried with
+    exponential back-off and full jitter, ``Retry-After`` respected.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class OpenAIGenerator:
         base = url.rstrip("/")
         self._url = f"{base if base.endswith('/v1') else base + '/v1'}/chat/completions"
         self._model, self._key_env, self._max_tries = model, key_env, max_tries
-        self._max_in_flight = max_in_flight
+        self._slots = asyncio.Semaphore(max_in_flight)
         self._interval_s = 60.0 / requests_per_min if requests_per_min else 0.0
         self._next_start = 0.0
         self._prices = (price_in, price_out)
@@ -77,9 +78,8 @@ class OpenAIGenerator:
         return self._thread.run(self._all(chats, sampling))
 
     def close(self) -> None:
-        """Close the connections."""
-        self._thread.run(self._http.aclose())
-        self._thread.close()
+        """Close the connections; calls in flight in other threads are cancelled."""
+        self._thread.close(self._http.aclose())
 
     def spent(self) -> dict[str, float]:
         """The totals so far, under the names of metrics."""
@@ -94,13 +94,11 @@ class OpenAIGenerator:
             }
 
     async def _all(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        slots = asyncio.Semaphore(self._max_in_flight)
-
         async def one(i: int, chat: Chat) -> list[Generation]:
-            async with slots:
+            async with self._slots:
                 return await self._one(self._body(i, chat, sampling))
 
-        tasks = [asyncio.create_task(one(i, chat)) for i, chat in enumerate(chats)]
+        tasks = [asyncio.create_task(one(i, chat)) for i, chat in enumerate(chats, sampling.first)]
         try:
             return list(await asyncio.gather(*tasks))
         finally:

@@ -45,6 +45,8 @@ class _Endpoint:
 
     failures: int = 0
     not_before: float = 0.0
+    in_hand: int = 0
+    """Requests that it answers now, of all calls."""
 
     def failed(self, wait_s: float = 0.0) -> None:
         """Leave the service alone for a while, longer with every failure in a row."""
@@ -73,7 +75,8 @@ class ExecutorClient:
     """Spreads executions over the live services of an array.
 
     ``endpoints`` is asked anew all the time: work starts with the first service, grows with each that comes, and what
-    a lost one had in hand is given to another. A fault is retried elsewhere and never becomes a wrong answer.
+    a lost one had in hand is given to another. A fault is retried elsewhere and never becomes a wrong answer. Calls may
+    come from several threads.
     """
 
     def __init__(
@@ -109,9 +112,8 @@ class ExecutorClient:
         return self._thread.run(self._spread(list(executions))) if executions else []
 
     def close(self) -> None:
-        """Close the connections."""
-        self._thread.run(self._http.aclose())
-        self._thread.close()
+        """Close the connections; calls in flight in other threads are cancelled."""
+        self._thread.close(self._http.aclose())
 
     async def _spread(self, executions: list[Execution]) -> list[Verdict]:
         """Give chunks to live services until every execution has a verdict."""
@@ -149,7 +151,7 @@ class ExecutorClient:
         return [verdict for verdict in verdicts if verdict is not None]
 
     def _free(self, live: list[str], running: dict[asyncio.Task[list[Verdict]], tuple[str, _Chunk]]) -> list[str]:
-        """Services that may take more now, each as often as it may, the least loaded first."""
+        """Services that may take more of this call now, each as often as it may, the least loaded first."""
         now = time.monotonic()
         loads = dict.fromkeys(live, 0)
         for url, _ in running.values():
@@ -157,7 +159,7 @@ class ExecutorClient:
                 loads[url] += 1
         ready = [url for url in live if self._known.setdefault(url, _Endpoint()).not_before <= now]
         slots = [
-            (load, url)
+            (self._known[url].in_hand - loads[url] + load, url)
             for url in ready
             for load in range(loads[url], 1 if self._known[url].failures else CHUNKS_IN_FLIGHT)
         ]
@@ -165,6 +167,7 @@ class ExecutorClient:
 
     async def _ask(self, url: str, bodies: list[str], timeout_s: float) -> list[Verdict]:
         content = '{"executions":[' + ",".join(bodies) + "]}"
+        self._known[url].in_hand += 1
         try:
             async with asyncio.timeout(timeout_s):
                 response = await self._http.post(
@@ -174,6 +177,8 @@ class ExecutorClient:
             raise _Unreachable(f"{url}: {error}") from None
         except (httpx.HTTPError, TimeoutError) as error:
             raise _Lost(f"{url}: {error or type(error).__name__}") from None
+        finally:
+            self._known[url].in_hand -= 1
         if response.status_code in _BUSY:
             raise _Busy(_seconds(response.headers.get("retry-after")))
         if response.status_code in _REFUSED:

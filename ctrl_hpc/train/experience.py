@@ -177,6 +177,7 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "rl/truncated": sum(item.finish_reason == "length" for item in rollouts) / len(rollouts),
         "rl/masked": float(len(rollouts) - len(counted)),
         "rl/staleness": float(max(staleness)),
+        "rl/staleness_mean": sum(staleness) / len(staleness),
         **{name: count / len(rollouts) for name, count in reasons.items()},
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,24 +16,34 @@ from ctrl_hpc.tracking import Tracker
 
 
 class Clock:
-    """Seconds spent in the phases of a step."""
+    """Seconds spent in the phases of a step. Threads may share it: a phase that several are in is counted once."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self._inside: dict[str, int] = {}
+        self._since: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the block under ``time/PHASE_s``."""
-        started = time.perf_counter()
+        key = f"time/{phase}_s"
+        with self._lock:
+            self._inside[key] = self._inside.get(key, 0) + 1
+            if self._inside[key] == 1:
+                self._since[key] = time.perf_counter()
         try:
             yield
         finally:
-            key = f"time/{phase}_s"
-            self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - started
+            with self._lock:
+                self._inside[key] -= 1
+                if self._inside[key] == 0:
+                    self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - self._since[key]
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call."""
-        taken, self._seconds = self._seconds, {}
+        """The seconds since the last call, of phases that are over."""
+        with self._lock:
+            taken, self._seconds = self._seconds, {}
         return taken
 
 

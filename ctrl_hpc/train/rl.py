@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
@@ -23,6 +24,7 @@ from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Problem, Sampling, Solution
 from ctrl_hpc.train.advantages import Advantages, estimate
 from ctrl_hpc.train.batch import Batch
+from ctrl_hpc.train.chunks import side_by_side
 from ctrl_hpc.train.course import Course
 from ctrl_hpc.train.data_order import sampling_seed
 from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, record_file, replay
@@ -30,7 +32,7 @@ from ctrl_hpc.train.journal import Clock
 from ctrl_hpc.train.losses import RLLoss, ValueLoss
 from ctrl_hpc.train.policy import Policy, Reference, make_reference
 from ctrl_hpc.train.schedule import learning_rate
-from ctrl_hpc.train.source import COLUMNS, Source
+from ctrl_hpc.train.source import COLUMNS, Source, weights_folder
 from ctrl_hpc.train.value import Value
 
 
@@ -49,10 +51,10 @@ def check(options: RLConfig) -> None:
 
     Raises ValueError.
     """
-    if options.max_staleness not in (0, 1):
+    if options.max_staleness < 0:
         raise ValueError(
             f"rl.max_staleness={options.max_staleness} is not allowed; allowed: 0 (rollouts by the newest weights), "
-            "1 (a step's rollouts are made during the update before it)"
+            "or a number of versions that rollouts may be old"
         )
     if options.group_size < 2 and options.estimator != "gae":
         raise ValueError(f"rl.group_size={options.group_size} is not allowed; critiques are compared in groups of >= 2")
@@ -61,7 +63,10 @@ def check(options: RLConfig) -> None:
 
 
 def train(config: Config, run_dir: Path, world: World) -> None:
-    """The loop: rollout, revise, execute and reward; advantages, update, publish, log and save. Then export."""
+    """The loop: rollout, revise, execute and reward; advantages, update, publish, log and save. Then export.
+
+    With ``rl.max_staleness`` the rollouts are made ahead, beside the rest (``ctrl_hpc.train.producer``).
+    """
     options, sft = config.rl, run_dir / "sft" / "hf"
     policy = Policy(config, world, sft, optimizer=options.optimizer)
     reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
@@ -73,7 +78,8 @@ def train(config: Config, run_dir: Path, world: World) -> None:
         stack.enter_context(course)
         publish(policy, source, course.folder, course.start, sft)
         for step in course:
-            experience = world.from_main(_experience, source, step, course.progress["position"])
+            with course.clock("wait"):
+                experience = world.from_main(_experience, source, step, course.progress["position"])
             with course.clock("advantages"):
                 values_SR = value.values(experience.batch) if value else None
                 advantages = estimate(
@@ -93,17 +99,20 @@ def _experience(source: Source | None, step: int, position: int) -> Experience:
     return source.experience(collect, step, position)
 
 
-def collect(source: Source, step: int, position: int) -> Experience:
-    """The experience of a step, by rank 0, from drafts at ``position`` on; recorded on disk.
+def collect(source: Source, step: int, position: int, version: int) -> Experience:
+    """The experience of a step, by rank 0, from drafts at ``position`` on, by critics of ``version``; recorded on disk.
 
-    With ``rl.refill_rounds`` more drafts are drawn in place of those whose critiques all earned the same.
+    With ``rl.refill_rounds`` more drafts are drawn in place of those whose critiques all earned the same. Raises
+    RuntimeError for a critique by weights of another version.
     """
-    options = source.config.rl
+    options, clock = source.config.rl, Clock()
+    with clock("load"):
+        source.load(version)
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert source.pool is not None
     rollouts: list[Rollout] = []
-    clock, executed, refills, version = Clock(), 0, 0, source.version
+    executed, refills = 0, 0
     for turn in range(1 + options.refill_rounds):
         missing = options.prompts_per_step - len(learnable_groups(rollouts))
         if missing == 0:
@@ -117,26 +126,55 @@ def collect(source: Source, step: int, position: int) -> Experience:
         refills += turn > 0
         rollouts += made
         executed += n_runs
+    others = {item.version for item in rollouts} - {version}
+    if others:
+        raise RuntimeError(
+            f"rl: step {step}: asked version {version} for critiques, but version {min(others)} answered"
+        )
     jsonl.write(record_file(source.folder, step), rollouts)
     times = clock.take()
-    tokens = sum(len(item.token_ids) for item in rollouts)
     assert source.connections is not None
     rates = {
-        "rollout/tokens_per_s": tokens / times["time/rollout_s"],
+        "rollout/tokens_per_s": _rate(sum(len(item.token_ids) for item in rollouts), times["time/rollout_s"]),
         "executor/runs": float(executed),
-        "executor/runs_per_s": executed / times["time/execute_s"],
+        "executor/runs_per_s": _rate(executed, times["time/execute_s"]),
         "rl/refills": float(refills),
     }
-    return Experience.of(
-        rollouts,
-        version=max(version, step),
-        position=position,
-        metrics=times | rates | spent(source.connections.generator),
-    )
+    metrics = times | rates | spent(source.connections.generator)
+    return Experience.of(rollouts, version=step, position=position, metrics=metrics)
+
+
+def _rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
 
 
 def roll_out(
     source: Source, pairs: Sequence[tuple[Problem, Solution]], seed: int, clock: Clock
+) -> tuple[list[Rollout], int]:
+    """The rollouts of drafts, in order, and the number of programs executed.
+
+    Chunks of ``rl.chunk`` drafts go their way each by itself, ``rl.chunks_in_flight`` at a time: some are executed
+    while others are still sampled. What comes out is the same for every size.
+    """
+    options = source.config.rl
+    judged_alone = verdict_only([draft for _, draft in pairs], options.verdict_only_share, seed)
+    sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens, n=options.group_size, seed=seed)
+    size = options.chunk or len(pairs)
+
+    def chunk(first: int) -> tuple[list[Rollout], int]:
+        part = pairs[first : first + size]
+        return roll_out_chunk(source, part, judged_alone, replace(sampling, first=first), clock)
+
+    made = side_by_side(chunk, range(0, len(pairs), size), options.chunks_in_flight)
+    return [item for rollouts, _ in made for item in rollouts], sum(n_runs for _, n_runs in made)
+
+
+def roll_out_chunk(
+    source: Source,
+    pairs: Sequence[tuple[Problem, Solution]],
+    judged_alone: frozenset[str],
+    sampling: Sampling,
+    clock: Clock,
 ) -> tuple[list[Rollout], int]:
     """The method: critiques of drafts, the fixed generator's greedy revisions, their execution, the reward.
 
@@ -144,13 +182,11 @@ def roll_out(
     """
     config, options, services = source.config, source.config.rl, source.connections
     assert services is not None
-    sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens, n=options.group_size, seed=seed)
     greedy = Sampling(temperature=0.0, max_tokens=options.max_revision_tokens)
     with clock("rollout"):
         critiques = critique(pairs, services.critic, source.prompts, sampling)
     repeated = [pair for pair in pairs for _ in range(options.group_size)]
     triples = [(problem, draft, item) for (problem, draft), item in zip(repeated, critiques, strict=True)]
-    judged_alone = verdict_only([draft for _, draft in pairs], options.verdict_only_share, seed)
     with clock("revise"):
         revisions = revise(triples, services.generator, source.prompts, greedy, skip=judged_alone)
     todo = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
@@ -242,8 +278,8 @@ def improve_value(
 
 
 def publish(policy: Policy, source: Source | None, folder: Path, version: int, sft: Path) -> None:
-    """Hand the critic's weights to its servers, as version ``version``; every rank takes part."""
-    weights = folder / "weights" / f"v{version:06d}"
+    """Write the critic's weights as version ``version``, for its servers to load; every rank takes part."""
+    weights = weights_folder(folder, version)
     policy.export(weights, source=sft, link=True)
     if source is not None:
         source.publish(weights, version)

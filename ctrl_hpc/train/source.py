@@ -1,11 +1,11 @@
-"""Where rank 0 has its rollouts from: the services of the run, or a recording; made in time or one step ahead."""
+"""Where rank 0 has its rollouts from: the services of the run, or a recording; and the weights that make them."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +15,10 @@ from ctrl_hpc.config import Config
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.train.experience import Experience, Rollout, record_file
 from ctrl_hpc.train.pool import DraftPool
+from ctrl_hpc.train.producer import Producer
 
 COLUMNS = ["step", "solution_id", "critique", "judgement", "draft_accepted", "revision", "status", "reward", "reason"]
 """Of the table of samples."""
-KEPT = 2
-"""Newest published weights kept: a server may still be reading those before the last."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -33,9 +32,8 @@ class Source:
     connections: Connections | None
     prompts: Prompts
     version: int = 0
-    """Of the weights that the critic's servers hold."""
-    _thread: ThreadPoolExecutor | None = None
-    _pending: tuple[int, Future[Experience]] | None = None
+    """Of the weights that the critic's servers hold, or are about to: older ones are asked for no more."""
+    _producer: Producer | None = None
 
     @classmethod
     def open(cls, config: Config, run_dir: Path) -> Source:
@@ -51,39 +49,59 @@ class Source:
         limit = min(room, config.rl.max_prompt_tokens or room)
         pool = pool.fitting(prompts, AutoTokenizer.from_pretrained(run_dir / "sft" / "hf"), limit)
         connections = connect(config, run_dir, [problem for problem, _ in pool.pairs])
-        thread = ThreadPoolExecutor(1, "rollouts") if config.rl.max_staleness else None
-        return cls(config=config, folder=folder, pool=pool, connections=connections, prompts=prompts, _thread=thread)
+        return cls(config=config, folder=folder, pool=pool, connections=connections, prompts=prompts)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+        """End what is being made, too: its requests are given up."""
+        if self._producer is not None:
+            self._producer.close()
         if self.connections is not None:
             self.connections.close()
 
-    def experience(self, collect: Callable[[Source, int, int], Experience], step: int, position: int) -> Experience:
-        """The experience of a step; with ``rl.max_staleness=1`` the next step's is begun at once."""
-        if self._thread is None:
-            return collect(self, step, position)
-        if self._pending is not None and self._pending[0] == step:
-            ready = self._pending[1].result()
-        else:
-            ready = collect(self, step, position)
-        if step + 1 < self.config.rl.steps:
-            self._pending = (step + 1, self._thread.submit(collect, self, step + 1, ready.position))
-        return ready
+    def experience(self, make: Callable[[Source, int, int, int], Experience], step: int, position: int) -> Experience:
+        """The experience of a step, made as :class:`~ctrl_hpc.train.producer.Producer` says.
+
+        The first call says where the stage begins; ``position`` of the later ones is where their rollouts began.
+        """
+        options = self.config.rl
+        if self._producer is None:
+            self._producer = Producer(
+                partial(make, self),
+                start=step,
+                steps=options.steps,
+                position=position,
+                max_staleness=options.max_staleness,
+            )
+        experience = self._producer.take(step)
+        stale = experience.metrics["rl/staleness"]
+        assert options.replay is not None or 0 <= stale <= options.max_staleness, f"step {step}: {stale} versions old"
+        return experience
 
     def publish(self, weights: Path, version: int) -> None:
-        """Let the critic's servers load ``weights``, after the rollouts in flight; remove older ones."""
-        if self._pending is not None:
-            self._pending[1].result()
-        if self.connections is not None:
-            self.connections.critic.update_weights(str(weights), version)
+        """Say that ``weights`` are there; remove those that no server will be asked to load. Does not wait.
+
+        Kept are at most ``rl.max_staleness`` + 2 versions: from the one that the servers hold on.
+        """
+        if self._producer is None:
+            self.version = version
+        for folder in weights.parent.glob("v*"):
+            # newer ones are an earlier start's, which got further than the checkpoint that this one continues from
+            if not self.version <= int(folder.name[1:]) <= version:
+                shutil.rmtree(folder)
+        if self._producer is not None:
+            self._producer.publish(version)
+
+    def load(self, version: int) -> None:
+        """Let the critic's servers load a published version, between two steps' rollouts.
+
+        A server that is lost and comes back, or joins, loads the same before it is asked.
+        """
         self.version = version
-        for old in sorted(path for path in weights.parent.iterdir() if path.name.startswith("v"))[:-KEPT]:
-            shutil.rmtree(old)
+        if self.connections is not None:
+            self.connections.critic.update_weights(str(weights_folder(self.folder.parent, version)), version)
 
     def samples(self, step: int, count: int) -> list[list[Any]]:
         """Rows of ``COLUMNS``: some rollouts of a step, for people to read."""
@@ -91,3 +109,8 @@ class Source:
         if not file.exists():
             return []
         return [[step, *(getattr(item, name) for name in COLUMNS[1:])] for item in jsonl.read(Rollout, file)[:count]]
+
+
+def weights_folder(folder: Path, version: int) -> Path:
+    """Where a version of the critic's weights is published, in the stage's folder."""
+    return folder / "weights" / f"v{version:06d}"

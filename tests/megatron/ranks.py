@@ -378,7 +378,7 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
         "too_long": too_long,
         "ranks": lambda: layout(3, tensor=2),
         "sequence": lambda: layout(1, sequence=True),
-        "staleness": lambda: check(RLConfig(max_staleness=2)),
+        "staleness": lambda: check(RLConfig(max_staleness=-1)),
         "group": lambda: check(RLConfig(group_size=1)),
     }
     said = {}

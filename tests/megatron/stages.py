@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -106,11 +107,13 @@ class Services:
         self.executor = SimpleNamespace(run_many=self.execute)
         self.critic = SimpleNamespace(complete=self.critique, update_weights=self.update_weights)
         self.drawn: list[str] = []
+        self.lock = threading.Lock()
 
     def critique(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """Half of each group says that the draft is right, half that it is wrong."""
         assert sampling.temperature == 1.0 and sampling.n == 4
-        self.drawn += [chat[-1].content for chat in chats]
+        with self.lock:
+            self.drawn += [chat[-1].content for chat in chats]
         return [[self._critique(j) for j in range(sampling.n)] for _ in chats]
 
     def _critique(self, j: int) -> Generation:
@@ -170,10 +173,24 @@ def live(config: Config, run_dir: Path, staleness: int, **changes: Any) -> None:
     """RL with the services above; leaves what they were told in services.json."""
     services = Services(run_dir)
     source.connect = lambda *_: services  # type: ignore[assignment]
-    options = replace(config.rl, replay=None, steps=3, max_staleness=staleness, importance_cap=2.0, **changes)
+    options = replace(config.rl, replay=None, max_staleness=staleness, importance_cap=2.0, **{"steps": 3, **changes})
     rl.run(replace(config, rl=options), run_dir)
     told = {"published": services.published, "drawn": services.drawn}
     (run_dir / "services.json").write_text(json.dumps(told))
+
+
+def stopped(config: Config, run_dir: Path) -> None:
+    """As :func:`live`, two versions ahead, told to stop at the update of step 2, while later rollouts are made."""
+    improve = rl.improve
+
+    def told(*arguments: Any) -> dict[str, float]:
+        if arguments[5] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return improve(*arguments)
+
+    rl.improve = told
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    live(config, run_dir, 2, steps=6)
 
 
 def main(folder: Path) -> None:
@@ -206,6 +223,9 @@ def main(folder: Path) -> None:
     for staleness in (0, 1):
         run_dir = folder / f"live-{staleness}"
         status[f"live-{staleness}"] = in_child(lambda run_dir=run_dir, n=staleness: live(config, run_dir, n), log)  # type: ignore[misc]
+    status["chunks"] = in_child(lambda: live(config, folder / "chunks", 1, chunk=1, chunks_in_flight=2), log)
+    status["stopped"] = in_child(lambda: stopped(config, folder / "ahead"), log)
+    status["ahead"] = in_child(lambda: live(config, folder / "ahead", 2, steps=6), log)
     status["ppo"] = in_child(lambda: live(config, folder / "ppo", 0, estimator="gae"), log)
     status["refill"] = in_child(lambda: live(config, folder / "refill", 0, refill_rounds=2), log)
     (folder / "stages.json").write_text(json.dumps(status))

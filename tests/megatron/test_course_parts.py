@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,12 @@ from ctrl_kernels.backend import Backend
 from ctrl_hpc.config import Config, OptimizerConfig, RLConfig, WandbConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
 from ctrl_hpc.train.advantages import advantages_and_returns
+from ctrl_hpc.train.batch import collate, micro_batches
 from ctrl_hpc.train.data_order import sampling_seed, take
 from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups
 from ctrl_hpc.train.interruption import Interruption
 from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.losses import RLLoss
 from ctrl_hpc.train.schedule import learning_rate
 
 
@@ -151,7 +156,7 @@ def test_masked_critiques_leave_their_group_and_groups_without_spread_are_not_le
     assert experience.metrics["rl/reward"] == pytest.approx(5 / 8)
     assert experience.metrics["rl/judgement_accuracy"] == pytest.approx(6 / 8)
     assert experience.metrics["rl/masked"] == 2
-    assert experience.metrics["rl/staleness"] == 1
+    assert experience.metrics["rl/staleness"] == experience.metrics["rl/staleness_mean"] == 1
     assert experience.metrics["rl/reason/sandbox_error"] == pytest.approx(0.2)
     assert experience.metrics["time/rollout_s"] == 2.0 and experience.position == 7
 
@@ -181,3 +186,26 @@ def test_a_critic_without_token_ids_is_refused_by_name() -> None:
     revision = Revision(critique_id="p/0#1", text="r", program="p", kept=False, verdict=verdict)
     with pytest.raises(ValueError, match="critique p/0#1: the critic's server gave no token ids"):
         Rollout.of(critique, revision, verdict, Reward(critique_id="p/0#1", value=1.0, reason="passed"))
+
+
+def test_rollouts_by_older_weights_are_corrected_for_by_truncated_importance_weights() -> None:
+    """A critique of three tokens, made two versions ago: the old policy's probabilities over the engine's, at most 1.5.
+
+    By hand: 0.5/0.25 = 2, cut to 1.5; 0.3/0.4 = 0.75; 0.2/0.2 = 1. Advantage 2, ratio 1 (the first minibatch):
+    loss -(1.5 + 0.75 + 1) * 2 / 3, and of each token's log-probability the gradient is -weight * 2 / 3.
+    """
+    batch = collate([((1, 2), (3, 4, 5))])
+    options = RLConfig(max_staleness=2, importance_cap=1.5, kl_coef=0.0)
+    rollout_SR, logprobs_N = torch.tensor([[0.25, 0.4, 0.2]]).log(), torch.tensor([0.5, 0.3, 0.2]).log()
+    logprobs_N.requires_grad_(True)
+    head: Any = SimpleNamespace(logprobs_and_entropy=lambda *_: (logprobs_N, torch.zeros(3)), backend="torch")
+    micro = micro_batches(batch, data_rank=0, data_size=1, budget=99, multiple=1, device=torch.device("cpu"))[0]
+    loss = RLLoss.of(batch, options, advantages_SR=torch.full((1, 3), 2.0), rollout_SR=rollout_SR)
+    value, logged = loss(head, micro, torch.zeros(3, 1))
+    value.backward()
+    assert value.item() == pytest.approx(-(1.5 + 0.75 + 1.0) * 2 / 3, rel=1e-6)
+    assert logprobs_N.grad is not None
+    assert logprobs_N.grad.tolist() == pytest.approx([-1.5 * 2 / 3, -0.75 * 2 / 3, -2 / 3], rel=1e-6)
+    # k3 of old against engine: mean of r - 1 - log r with r = 2, 0.75, 1
+    expected = (2 - 1 - math.log(2) + 0.75 - 1 - math.log(0.75)) / 3
+    assert logged["rollout_kl"].item() == pytest.approx(expected, rel=1e-5)

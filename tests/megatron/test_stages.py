@@ -60,9 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=Path(__file__).parent,
         check=True,
     )
-    for name in ("whole", "again", "killed", "killed-anywhere", "live-0", "live-1", "ppo", "refill"):
+    for name in ("whole", "again", "killed", "killed-anywhere", "live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
         write_inputs(place / name)
-    for name in ("live-0", "live-1", "ppo", "refill"):
+    for name in ("live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
         shutil.copytree(place / "critic", place / name / "sft" / "hf")
     command = [sys.executable, str(Path(__file__).with_name("stages.py")), str(place)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
@@ -129,10 +129,13 @@ def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[s
     run_dir = folder / f"live-{staleness}"
     assert status[f"live-{staleness}"] == 0, log_of(folder)
     told = json.loads((run_dir / "services.json").read_text())
-    assert told["published"] == [[f"v{version:06d}", version, True] for version in range(4)]
-    assert sorted(path.name for path in (run_dir / "rl" / "weights").iterdir()) == ["v000002", "v000003"]
+    loaded = {0: [0, 1, 2], 1: [0, 0, 1]}[staleness]
+    assert told["published"] == [[f"v{version:06d}", version, True] for version in loaded]
+    kept = range(loaded[-1], 4)
+    assert sorted(path.name for path in (run_dir / "rl" / "weights").iterdir()) == [f"v{at:06d}" for at in kept]
     records = metrics(run_dir, "rl")
-    assert [record["rl/staleness"] for record in records] == [0.0, float(staleness), float(staleness)]
+    for name in ("rl/staleness", "rl/staleness_mean"):
+        assert [record[name] for record in records] == [0.0, float(staleness), float(staleness)]
     for record in records:  # half of a group judges Correct and keeps a draft, half gets a wrong revision
         assert record["rl/judged_correct"] == 0.5
         assert record["executor/runs"] == 4
@@ -145,6 +148,36 @@ def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[s
     # Seven drafts, four a step: two passes over the pool take each draft twice before any comes a third time.
     drawn = told["drawn"]
     assert len(drawn) == 12 and len(set(drawn[:7])) == 7
+
+
+def test_chunks_of_a_step_give_the_bits_of_the_whole_step(folder: Path, status: dict[str, Any]) -> None:
+    assert status["chunks"] == 0, log_of(folder)
+    whole, chunks = folder / "live-1", folder / "chunks"
+    for step in range(3):
+        name = f"rl/rollouts/step-{step:06d}.jsonl"
+        assert (chunks / name).read_bytes() == (whole / name).read_bytes()
+    first, second = (load_file(run / "rl" / "hf" / "model.safetensors") for run in (whole, chunks))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_a_trainer_stopped_with_rollouts_ahead_continues_with_every_step_once(
+    folder: Path, status: dict[str, Any]
+) -> None:
+    assert os.waitstatus_to_exitcode(status["stopped"]) != 0 and status["ahead"] == 0, log_of(folder)
+    run_dir = folder / "ahead"
+    records = metrics(run_dir, "rl")
+    assert [record["step"] for record in records] == list(range(6))
+    stale = [record["rl/staleness"] for record in records]
+    assert [stale[step] for step in (0, 1, 3, 4)] == [0, 1, 0, 1], "the second start continues with version 3"
+    assert {stale[2], stale[5]} <= {1, 2}
+    drawn = take(7, seed=0, start=0, count=24)
+    for step in range(6):
+        lines = (run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+        drafts = [json.loads(line)["solution_id"] for line in lines[::4]]
+        solutions = [f"p{number}/0" for number in drawn[4 * step : 4 * step + 4]]
+        assert sorted(drafts) == sorted(dict.fromkeys(solutions))
+    kept = sorted(int(path.name[1:]) for path in (run_dir / "rl" / "weights").iterdir())
+    assert kept == list(range(kept[0], 7)) and len(kept) <= 4
 
 
 def test_drafts_without_spread_are_replaced_within_a_bound(folder: Path, status: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ def test_answers_do_not_depend_on_the_servers(urls: list[str], tokenizer: Any) -
     assert one.complete([], SAMPLING) == []
     many.close()
     one.close()
+
+
+def test_parts_of_a_call_side_by_side_are_drawn_as_in_the_whole(urls: list[str], tokenizer: Any) -> None:
+    client = RolloutClient(lambda: urls, tokenizer, max_in_flight=3)
+    whole = client.complete(chats(7), SAMPLING)
+    with ThreadPoolExecutor(4) as threads:
+        parts = threads.map(
+            lambda first: client.complete(chats(7)[first : first + 2], replace(SAMPLING, first=first)), range(0, 7, 2)
+        )
+        assert tokens([group for part in parts for group in part]) == tokens(whole)
+    client.close()
 
 
 def test_a_server_that_is_not_there_loses_nothing(urls: list[str], tokenizer: Any) -> None:
@@ -125,6 +138,19 @@ def test_a_restarted_server_gets_the_newest_weights_again(folder: str, other: st
         engine.load_weights(folder, 0)  # what a restart at the same address looks like
         assert tokens(client.complete(chats(2), SAMPLING)) == tokens(expected)
         assert engine.version == 5
+        client.close()
+
+
+def test_a_server_with_newer_weights_loads_those_that_are_asked_for(folder: str, other: str, tokenizer: Any) -> None:
+    engine = load_engine(folder, device="cpu")
+    with rollout_server.running(folder, engine) as url:
+        client = RolloutClient(lambda: [url], tokenizer)
+        client.update_weights(folder, 4)
+        expected = client.complete(chats(2), SAMPLING)
+        engine.load_weights(other, 9)  # by a trainer that was taken for lost, and got further
+        again = client.complete(chats(2), SAMPLING)
+        assert tokens(again) == tokens(expected)
+        assert {item.version for group in again for item in group} == {4}
         client.close()
 
 

@@ -1,0 +1,67 @@
+"""Rollouts ahead of the trainer, by a bounded number of weight versions (prime-rl's async level, AReaL's staleness)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ctrl_hpc.train.experience import Experience
+
+type Make = Callable[[int, int, int], Experience]
+"""Makes the experience of a step, from drafts at a position on, by critics of a version."""
+
+
+class Producer:
+    """Makes the experience of one step after the other, in a thread of its own, while the trainer updates.
+
+    Step v updates version v of the weights. The rollouts of step s begin when those of step s - 1 are made and version
+    s - K is published, K being ``max_staleness``; all of them are made by the newest version that there was at the end
+    of step s - 1's, or by version s - K where that is newer. So K = 0 is strictly on-policy, with K = 1 a step has the
+    version before its own whatever the timing, and with more never an older one than s - K, and a newer one where the
+    rollouts are what takes long. A stage that continues at step c begins with version c.
+    """
+
+    def __init__(self, make: Make, *, start: int, steps: int, position: int, max_staleness: int) -> None:
+        """Begin at step ``start``, whose version is published, with drafts at ``position``."""
+        self._make, self._steps, self._max_staleness = make, steps, max_staleness
+        self._published = self._seen = start
+        self._position = position
+        self._next = start
+        self._made: deque[tuple[int, Future[Experience]]] = deque()
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._submit()
+
+    def publish(self, version: int) -> None:
+        """Version ``version`` can be used: one more step may begin. Does not wait for anything."""
+        self._published = version
+        self._submit()
+
+    def take(self, step: int) -> Experience:
+        """The experience of a step, once it is made.
+
+        Raises what its making raised; and at once what went wrong with a later step.
+        """
+        for _, made in self._made:
+            if made.done():
+                made.result()
+        number, made = self._made.popleft()
+        assert number == step, f"the experience of step {number} is next, not of step {step}"
+        return made.result()
+
+    def close(self) -> None:
+        """Begin no further step. The one in hand ends when its services' clients are closed."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _submit(self) -> None:
+        while self._next < min(self._steps, self._published + self._max_staleness + 1):
+            self._made.append((self._next, self._thread.submit(self._produce, self._next)))
+            self._next += 1
+
+    def _produce(self, step: int) -> Experience:
+        """In the thread, which takes the steps in order."""
+        experience = self._make(step, self._position, max(self._seen, step - self._max_staleness))
+        self._position = experience.position
+        # before the trainer has this step: no timing can make a later version of it
+        self._seen = self._published
+        return experience
