@@ -332,6 +332,8 @@ class JobConfig:
     """Time limit in minutes."""
     constraint: str | None = None
     """Node features."""
+    contained: bool = True
+    """Whether ``launch.python`` and ``launch.srun_args`` hold for these jobs; False: this Python, in no container."""
     additional: dict[str, str] = field(default_factory=dict)
     """Any other sbatch option, by its long name."""
 
@@ -373,8 +375,7 @@ class LaunchConfig:
     srun_args: tuple[str, ...] = ()
     """More arguments of srun, for example of pyxis: ``--container-image=...``."""
     snapshot: Literal["new", "keep", "none"] = "new"
-    """Which code runs: ``new``, the packages as they are when the driver starts, copied into the run directory;
-    ``keep``, those of the run's last start, if there was one; ``none``, jobs import from where the driver does."""
+    """``new``: a copy of the code that the driver starts with runs; ``keep``: its last start's; ``none``: no copy."""
     trainer: JobConfig = field(default_factory=JobConfig)
     """The trainer job."""
     rollout: JobConfig = field(default_factory=JobConfig)

@@ -35,11 +35,15 @@ SETTLE_S = 1.0
 SETUP = (
     "export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}} TMPDIR=${{SLURM_TMPDIR:-${{TMPDIR:-/tmp}}}}",
     "id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}} id=${{id:-$SLURM_JOB_ID}}",
+    # a container holds no scontrol to ask
+    'export CTRL_HPC_ADDRESSES=$(scontrol show node "$SLURM_JOB_NODELIST" --oneliner 2>/dev/null | '
+    "sed -n 's/^NodeName=\\([^ ]*\\).* NodeAddr=\\([^ ]*\\).*/\\1=\\2/p' | paste -sd,)",
     'for log in {folder}/"$id"_*_log.out; do '
     '[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] || [ ! -e "$log" ] || '
     'mv "$log" "${{log%.out}}.start$SLURM_RESTART_COUNT.out"; done',
 )
-"""Shell lines before every job's own: a node's own disk for scratch; the logs of its earlier starts put aside."""
+"""Shell lines before every job's own: a node's own disk for scratch; the addresses of the job's nodes; the logs of its
+earlier starts put aside."""
 console = Console(stderr=True)
 _environment_lock = threading.Lock()
 
@@ -151,7 +155,7 @@ class Jobs:
             folder=folder,
             cluster=launch.engine,
             slurm_max_num_timeout=launch.max_requeues,
-            **{f"{launch.engine}_python": _python(launch, snapshot.latest(self._run_dir))},
+            **{f"{launch.engine}_python": _python(launch, resources, snapshot.latest(self._run_dir))},
         )
         common = _common(self._name, role, resources, nodes, tasks_per_node)
         if launch.engine == "local":
@@ -230,9 +234,10 @@ class Jobs:
                 raise
 
 
-def _python(launch: LaunchConfig, code: Path | None) -> str:
+def _python(launch: LaunchConfig, resources: JobConfig, code: Path | None) -> str:
     """The command that starts Python in a job, with the copy of the code as its program where there is one."""
-    inside = launch.python if launch.engine == "slurm" and launch.python else shlex.quote(sys.executable)
+    given = launch.python if launch.engine == "slurm" and resources.contained else None
+    inside = given or shlex.quote(sys.executable)
     return inside if code is None else f"{inside} -u {shlex.quote(str(code))}"
 
 
@@ -263,7 +268,7 @@ def slurm_parameters(
         "signal_delay_s": launch.signal_delay_s,
         "array_parallelism": launch.array_parallelism,
         "setup": [*(line.format(folder=shlex.quote(str(folder))) for line in SETUP), *launch.setup],
-        "srun_args": [*gang, *launch.srun_args] or None,
+        "srun_args": [*gang, *(launch.srun_args if resources.contained else ())] or None,
         "additional_parameters": {"requeue": True, **resources.additional},
     }
 
@@ -279,10 +284,10 @@ def scripts(config: Config) -> dict[str, str]:
         ("trainer", 1, launch.trainer, trainer.nodes, trainer.ranks_per_node),
     )
     out, names = {}, SlurmExecutor._equivalence_dict()
-    python = _python(launch, snapshot.place(config.run_dir or "", launch.snapshot))
+    code = snapshot.place(config.run_dir or "", launch.snapshot)
     for role, elements, resources, nodes, per_node in jobs:
         folder = Path(config.run_dir or "").absolute() / "logs" / role
-        executor = _PaperExecutor(folder, python=python)
+        executor = _PaperExecutor(folder, python=_python(launch, resources, code))
         common = _common(config.name, role, resources, nodes, per_node)
         executor.update_parameters(**{names.get(name, name): value for name, value in common.items()})
         executor.update_parameters(**slurm_parameters(launch, folder, resources, nodes * per_node, per_node))

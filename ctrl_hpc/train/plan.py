@@ -69,7 +69,7 @@ class Plan:
     def lines(self) -> Iterator[str]:
         """The plan, a line a fact."""
         layout = f"tensor {self.tensor} x pipeline {len(self.stages)} x data {self.data_size}"
-        yield f"critic: {self.n_parameters / 1e9:.3g}B parameters ({self.model})"
+        yield f"critic: {count(self.n_parameters)} parameters ({self.model})"
         yield f"trainer: {self.ranks} ranks on {self.device}, {layout}"
         for stage, memory in enumerate(self.stages):
             which = f"a rank of pipeline stage {stage}" if len(self.stages) > 1 else "a rank"
@@ -223,6 +223,14 @@ def _resources(config: Config, job: JobConfig) -> str:
     memory = "" if job.memory_gb is None else f", {job.memory_gb:g} GiB"
     partition = f" on {job.partition}" if job.partition else ""
     return f"; a task: {job.gpus} GPU, {job.cpus} CPU{memory}, {job.time_min} min{partition}"
+
+
+def count(number: int) -> str:
+    """A number in three digits: 348k, 7.62B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
 
 
 def _size(size: int) -> str:

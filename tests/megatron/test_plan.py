@@ -11,7 +11,7 @@ from ctrl_hpc import cli
 from ctrl_hpc.config import ROOT, Config, CriticConfig, ParallelConfig, PlanConfig, RLConfig, TrainerConfig, load
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron.memory import Workload, estimate, parameters_of_rank
-from ctrl_hpc.train.plan import plan
+from ctrl_hpc.train.plan import count, plan
 
 GIB = 1 << 30
 H200 = PlanConfig(memory_gb=139.0)
@@ -145,4 +145,11 @@ def test_a_folder_with_only_a_configuration_is_enough(tmp_path: Path, capsys: py
     (tmp_path / "critic" / "config.json").write_text(source.read_text())
     file = str(ROOT / "configs" / "tiny.yaml")
     assert cli.main(["run", file, "--dry-run", f"critic.model={tmp_path}/critic"]) == 0
-    assert f"critic: 0.000348B parameters ({tmp_path}/critic)" in capsys.readouterr().out
+    assert f"critic: 348k parameters ({tmp_path}/critic)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(640, "640"), (999, "999"), (348_160, "348k"), (999_600, "1M"), (7_615_616_512, "7.62B")]
+)
+def test_counts_in_three_digits(number: int, told: str) -> None:
+    assert count(number) == told

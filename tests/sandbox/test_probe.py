@@ -85,13 +85,24 @@ def test_a_runner_without_walls_does_not_serve(tmp_path: Path, monkeypatch: pyte
 def test_switches_of_the_kernel(
     file: str, value: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
     (tmp_path / "sys/user").mkdir(parents=True)
     (tmp_path / "sys/kernel").mkdir()
     assert probe._namespaces(tmp_path).ok
     (tmp_path / "sys" / file).write_text(value + "\n")
     check = probe._namespaces(tmp_path)
     assert not check.ok and check.detail == f"{file.replace('/', '.')} = {value}" and remedy in check.fix
+
+
+def test_root_is_who_has_every_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root in a container with few ids can give a jail its own alone, as an ordinary user can."""
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    answers = {"0 0 4294967295": True, "0 1000 1": False, "0 1000 1\n1 100000 65536": False, "0 0 2000000000": True}
+    for text, answer in answers.items():
+        (tmp_path / "uid_map").write_text("".join(f"{line:>30}\n" for line in text.split("\n")))
+        assert walls.is_root(tmp_path / "uid_map") is answer, text
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert walls.is_root(tmp_path / "uid_map") is False
 
 
 if os.getuid() == 0:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from ctrl_hpc.cli import main
-from ctrl_hpc.cluster import snapshot
+from ctrl_hpc.cluster import nodes, snapshot
 from ctrl_hpc.cluster.jobs import scripts
 from ctrl_hpc.config import ROOT, load
 
@@ -47,6 +49,67 @@ def test_a_generator_elsewhere_has_no_script() -> None:
     without = dataclasses.replace(apptainer, snapshot="none")
     written = scripts(dataclasses.replace(config, launch=without))
     assert all("apptainer exec /shared/ctrl.sif python -u -m submitit" in text for text in written.values())
+
+
+def test_srun_gets_a_containers_arguments_word_by_word(tmp_path: Path) -> None:
+    """The script's own line, run by bash with an srun that prints what it is given."""
+    given = (
+        *("--container-image=nvcr.io#nvidia/pytorch:25.01-py3", "--container-mounts=/shared:/shared,/data:/data:ro+x"),
+        *("--container-env=OMP_NUM_THREADS,WANDB_MODE", "--no-container-mount-home", "--container-workdir=/a b/$HOME"),
+    )
+    config = load(ROOT / "configs" / "tiny_ci.yaml", [*OVERRIDES, f"run_dir={tmp_path / 'a run'}"])
+    launch = dataclasses.replace(
+        config.launch,
+        srun_args=given,
+        python="python3",
+        executor=dataclasses.replace(config.launch.executor, contained=False),
+    )
+    written = scripts(dataclasses.replace(config, launch=launch))
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    srun.chmod(0o755)
+    code = snapshot.place(tmp_path / "a run", "new")
+    for role, text in written.items():
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": "/root"}
+        done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True, check=True)
+        folder = tmp_path / "a run" / "logs" / role
+        job = "%A_%a" if role == "executor" else "%j"
+        gang = ["--kill-on-bad-exit=1"] if role == "trainer" else []
+        contained = role != "executor"
+        assert done.stdout.splitlines() == [
+            *("--unbuffered", "--output", f"{folder}/{job}_%t_log.out", *gang, *(given if contained else ())),
+            *("python3" if contained else sys.executable, "-u", str(code), "-u", "-m", "submitit.core._submit"),
+            str(folder),
+        ]
+
+
+def test_nodes_are_told_to_jobs_that_have_no_slurm_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scontrol = tmp_path / "scontrol"
+    line = "NodeName=%s Arch=x86_64 CPUAlloc=1 NodeAddr=%s NodeHostName=vm Version=22.05\\n"
+    scontrol.write_text(f"#!/bin/sh\nprintf '{line}' n03 10.0.0.3 n04 10.0.0.4\n")
+    scontrol.chmod(0o755)
+    text = scripts(load(ROOT / "configs" / "tiny_ci.yaml", ["cluster=slurm"]))["trainer"]
+    (setup,) = [line for line in text.splitlines() if line.startswith("export CTRL_HPC_ADDRESSES")]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[03-04]"}
+    done = subprocess.run(
+        ["bash", "-c", f"{setup}\necho $CTRL_HPC_ADDRESSES"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "n03=10.0.0.3,n04=10.0.0.4\n"
+    monkeypatch.setenv("CTRL_HPC_ADDRESSES", done.stdout.strip())
+    monkeypatch.setenv("SLURMD_NODENAME", "n04")
+    assert (nodes.address("n03"), nodes.address(nodes.this_node()), nodes.address("n05")) == (
+        *("10.0.0.3", "10.0.0.4", "n05"),
+    )
+    lists = {"n[03-04]": "n03", "n[3,7-9],x1": "n3", "gpu-a,gpu-b": "gpu-a", "r[1-2]n[05-06,9],x": "r1n05", "n7": "n7"}
+    for nodelist, first in lists.items():
+        monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
+        assert nodes.first_node() == first
+    monkeypatch.delenv("SLURM_JOB_NODELIST")
+    assert nodes.first_node() == "n04"
 
 
 def test_the_logs_of_earlier_starts_are_put_aside(tmp_path) -> None:
