@@ -31,8 +31,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     overlap = kinds.add_parser("overlap", help="how long the trainer of a simulated 8-node run waits for rollouts")
     overlap.add_argument("--trace", type=Path, default=None, help="recorded service times (default: the shipped ones)")
     overlap.add_argument("--record", type=Path, default=None, metavar="RUN", help="write --trace from this run first")
+    overlap.add_argument("--note", default="", help="with --record: under which load the run was made, say")
     overlap.add_argument("--steps", type=int, default=100, help="steps simulated (default: 100)")
+    overlap.add_argument(
+        "--max-staleness", type=int, nargs="+", default=[0, 1, 2], metavar="K", help="(default: 0 1 2)"
+    )
     overlap.add_argument("--executors", type=int, default=512, help="programs that run at once (default: 512)")
+    overlap.add_argument(
+        "--servers", type=int, default=24, help="of the critic, and as many of the generator (default: 24)"
+    )
+    overlap.add_argument("--chunk", type=int, default=0, help="drafts of a chunk, as rl.chunk (default: 0, a step's)")
+    overlap.add_argument("--chunks-in-flight", type=int, default=8, help="as rl.chunks_in_flight (default: 8)")
     overlap.add_argument("--out", type=Path, default=Path("overlap.png"), help="the plot (default: overlap.png)")
     overlap.set_defaults(command=_bench_overlap)
 
@@ -52,14 +61,23 @@ def _bench_overlap(options: argparse.Namespace) -> int:
     if options.record is not None:
         if options.trace is None:
             raise ValueError("--record: --trace names the file to write")
-        options.trace.write_text(json.dumps(simulation.record(options.record, "ctrl-hpc bench overlap --record")))
+        options.trace.write_text(json.dumps(simulation.record(options.record, options.note), separators=(",", ":")))
     trace = simulation.load(options.trace or simulation.TRACE)
-    layout = simulation.Layout(executors=options.executors)
-    results = [simulation.simulate(trace, layout, max_staleness=stale, steps=options.steps) for stale in (0, 1)]
+    layout = simulation.Layout(
+        executors=options.executors,
+        critic_servers=options.servers,
+        generator_servers=options.servers,
+        chunk=options.chunk,
+        chunks_in_flight=options.chunks_in_flight,
+    )
+    stales = dict.fromkeys(options.max_staleness)
+    results = [simulation.simulate(trace, layout, max_staleness=stale, steps=options.steps) for stale in stales]
     print(f"service times of {trace['provenance']}; {layout}")
     for result in results:
-        shares = f"the trainer works {result.trainer_s:.3f} s and waits {100 * result.fraction:.1f} % of the time"
-        print(f"max_staleness={result.max_staleness}: a step takes {result.step_s:.3f} s, {shares}")
+        work = f"the trainer works {result.trainer_s:.3f} s, writes weights {result.publish_s:.3f} s"
+        waits = f"waits for rollouts {100 * result.fraction:.1f} % of the time"
+        rollouts = f"rollouts take {result.rollouts_s:.3f} s and are {result.staleness:.2f} versions old"
+        print(f"max_staleness={result.max_staleness}: a step takes {result.step_s:.3f} s; {work}, {waits}; {rollouts}")
     simulation.plot(results, options.out, trace["provenance"])
     print(options.out)
     return 0

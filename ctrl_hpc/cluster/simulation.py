@@ -1,19 +1,23 @@
 """How long the trainer waits: a simulated run of many nodes, with service times recorded from a real run.
 
-Every critique takes a slot of a critic's server for its own time, its revision one of a generator's, the program an
-executor; the step's experience is there when the last one is. With ``max_staleness=0`` the trainer's update follows;
-with 1 the next step's rollouts are made meanwhile, and the weights are published when both have ended, as in
-``ctrl_hpc.train.source``.
+Within a step, as ``ctrl_hpc.train.rl.roll_out`` does it: a chunk of drafts is critiqued, then revised, then executed,
+each when all of the chunk before it is done; so many chunks are on their way at a time. A critique takes a slot of a
+critic's server for its own time, its revision one of a generator's, a program that was not run yet an executor.
+
+From step to step, as ``ctrl_hpc.train.producer``: with ``max_staleness=K`` the rollouts of step s begin when those of
+step s - 1 are made and version s - K is published; the trainer publishes without waiting for anything.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import json
 import platform
 import random
 import statistics
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,9 @@ class Layout:
     executors: int = 512
     prompts_per_step: int = 768
     group_size: int = 8
+    chunk: int = 0
+    """Drafts of a chunk; 0: all of a step's (``rl.chunk``)."""
+    chunks_in_flight: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +57,24 @@ class Waits:
     """Mean time of a step."""
     trainer_s: float
     """Of it, the trainer at work."""
+    publish_s: float
+    """Of it, the weights being written."""
+    rollouts_s: float
+    """Mean time that the rollouts of a step take, loading the weights included; beside the trainer's where they may."""
     wait_s: tuple[float, ...]
-    """Seconds that the trainer waited, step by step."""
+    """Seconds that the trainer waited for rollouts, step by step."""
+    versions: tuple[int, ...]
+    """Of the weights that made the rollouts of each step."""
 
     @property
     def fraction(self) -> float:
         """Of all time, waited."""
         return statistics.fmean(self.wait_s) / self.step_s
+
+    @property
+    def staleness(self) -> float:
+        """Mean age of the rollouts, in versions."""
+        return statistics.fmean(step - version for step, version in enumerate(self.versions))
 
 
 def record(run_dir: str | Path, note: str) -> dict[str, Any]:
@@ -79,18 +97,19 @@ def record(run_dir: str | Path, note: str) -> dict[str, Any]:
     steps = []
     for file, row in zip(files, metrics, strict=True):
         rollouts = _lines(file)
+        # a draft that was judged correct is kept without asking the generator; the same is asked, and run, once
+        asked = _first_of(None if item["kept"] else (item["solution_id"], item["critique"]) for item in rollouts)
+        run = _first_of(None if item["kept"] else (item["solution_id"], item["revision"]) for item in rollouts)
         steps.append(
-            {
-                "rollout_s": row["time/rollout_s"],
-                "revise_s": row["time/revise_s"],
-                "publish_s": row["time/publish_s"],
+            {name: row[f"time/{name}"] for name in ("load_s", "rollout_s", "revise_s", "publish_s")}
+            | {
                 "trainer_s": sum(row.get(f"time/{phase}_s", 0.0) for phase in TRAINER),
                 "critique_tokens": [len(item["token_ids"]) for item in rollouts],
-                # a draft that was judged correct is kept without asking the generator
                 "revision_tokens": [
-                    0 if item["kept"] else len(tokenizer.encode(item["revision"], add_special_tokens=False)) + 1
-                    for item in rollouts
+                    len(tokenizer.encode(item["revision"], add_special_tokens=False)) + 1 if first else 0
+                    for item, first in zip(rollouts, asked, strict=True)
                 ],
+                "runs": [int(first) for first in run],
             }
         )
     solutions = jsonl.read(Solution, folder / "sample" / "solutions.jsonl")
@@ -98,7 +117,12 @@ def record(run_dir: str | Path, note: str) -> dict[str, Any]:
     versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
     provenance = {"run": config.name, "seed": config.seed, "machine": platform.platform(), "note": note}
     provenance |= {"git_commit": versions["git_commit"], "tensor": config.parallel.tensor}
-    return {"provenance": provenance, "steps": steps, "execution_s": [round(wall, 5) for wall in walls]}
+    return {
+        "provenance": provenance,
+        "group_size": config.rl.group_size,
+        "steps": steps,
+        "execution_s": [round(wall, 5) for wall in walls],
+    }
 
 
 def load(file: str | Path = TRACE) -> dict[str, Any]:
@@ -107,60 +131,85 @@ def load(file: str | Path = TRACE) -> dict[str, Any]:
         trace = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{file}: not a trace: {error}") from None
-    if not {"provenance", "steps", "execution_s"} <= set(trace):
-        raise ValueError(f"{file}: not a trace: it lacks provenance, steps or execution_s")
+    missing = [key for key in ("provenance", "group_size", "steps", "execution_s") if key not in trace]
+    if missing:
+        raise ValueError(f"{file}: not a trace: it lacks {', '.join(missing)}")
     return trace
 
 
 def simulate(trace: dict[str, Any], layout: Layout, *, max_staleness: int, steps: int = 100, seed: int = 0) -> Waits:
-    """The trainer's waits over a run of so many steps.
+    """The trainer's waits over a run of so many steps; the same steps for every staleness.
 
-    Raises ValueError for a staleness other than 0 and 1.
+    Raises ValueError for a negative staleness.
     """
-    if max_staleness not in (0, 1):
-        raise ValueError(f"max_staleness: {max_staleness} is not allowed; allowed: 0, 1")
+    if max_staleness < 0:
+        raise ValueError(f"max_staleness: {max_staleness} is not allowed; it must be >= 0")
     chance = random.Random(seed)
-    rollouts, works, publishes = [], [], []
-    for _ in range(steps):
-        recorded = chance.choice(trace["steps"])
-        rollouts.append(_rollout_s(recorded, trace["execution_s"], layout, chance))
-        n_recorded = len(recorded["critique_tokens"])
-        n_here = layout.prompts_per_step * layout.group_size
-        works.append(recorded["trainer_s"] * n_here / n_recorded / layout.trainer_groups)
-        publishes.append(recorded["publish_s"])
-    waits, total = [], 0.0
+    published, versions, waits = [0.0], [0], []
+    works_s = publishes_s = rollouts_s = made = 0.0
     for step in range(steps):
-        # with staleness 1 these rollouts began with the update of the step before
-        ahead = works[step - 1] if max_staleness and step else 0.0
-        wait = max(0.0, rollouts[step] - ahead)
-        total += wait + works[step] + publishes[step]
-        waits.append(wait + publishes[step])
+        recorded = chance.choice(trace["steps"])
+        if step:
+            seen = bisect.bisect_right(published, made) - 1
+            versions.append(max(seen, step - max_staleness))
+        load_s = 0.0 if step and versions[-1] == versions[-2] else recorded["load_s"]
+        took_s = load_s + _rollout_s(recorded, trace, layout, chance)
+        made = max(made, published[max(0, step - max_staleness)]) + took_s
+        n_here, n_recorded = layout.prompts_per_step * layout.group_size, len(recorded["critique_tokens"])
+        work_s = recorded["trainer_s"] * n_here / n_recorded / layout.trainer_groups
+        waits.append(max(0.0, made - published[-1]))
+        published.append(max(made, published[-1]) + work_s + recorded["publish_s"])
+        rollouts_s, works_s, publishes_s = rollouts_s + took_s, works_s + work_s, publishes_s + recorded["publish_s"]
     return Waits(
         max_staleness=max_staleness,
-        step_s=total / steps,
-        trainer_s=statistics.fmean(works),
+        step_s=published[-1] / steps,
+        trainer_s=works_s / steps,
+        publish_s=publishes_s / steps,
+        rollouts_s=rollouts_s / steps,
         wait_s=tuple(waits),
+        versions=tuple(versions),
     )
 
 
-def _rollout_s(recorded: dict[str, Any], execution_s: Sequence[float], layout: Layout, chance: random.Random) -> float:
-    """Seconds until every critique of a step has its reward: three queues in a row."""
+def _rollout_s(recorded: dict[str, Any], trace: dict[str, Any], layout: Layout, chance: random.Random) -> float:
+    """Seconds until every critique of a step has its reward."""
     # a padded batch decodes in lockstep: a token of each in the time of its longest divided by its length
     critique_token_s = recorded["rollout_s"] / max(recorded["critique_tokens"])
     revision_token_s = recorded["revise_s"] / max(1, *recorded["revision_tokens"])
-    count = layout.prompts_per_step * layout.group_size
-    rows = [chance.randrange(len(recorded["critique_tokens"])) for _ in range(count)]
-    critics = _Pool(layout.critic_servers * layout.slots)
-    generators = _Pool(layout.generator_servers * layout.slots)
-    executors = _Pool(layout.executors)
-    critiqued = sorted((critics.serve(0.0, recorded["critique_tokens"][row] * critique_token_s), row) for row in rows)
-    revised = sorted(
-        generators.serve(at, recorded["revision_tokens"][row] * revision_token_s)
-        for at, row in critiqued
-        if recorded["revision_tokens"][row]
-    )
-    executed = [executors.serve(at, chance.choice(execution_s)) for at in revised]
-    return max([at for at, _ in critiqued] + executed)
+    size = trace["group_size"]
+    drafts = [chance.randrange(len(recorded["runs"]) // size) * size for _ in range(layout.prompts_per_step)]
+    rows = [[first + j % size for j in range(layout.group_size)] for first in drafts]
+    together = layout.chunk or len(rows)
+    chunks = deque([row for draft in rows[at : at + together] for row in draft] for at in range(0, len(rows), together))
+    pools = [
+        _Pool(servers)
+        for servers in (
+            layout.critic_servers * layout.slots,
+            layout.generator_servers * layout.slots,
+            layout.executors,
+        )
+    ]
+
+    def services_s(stage: int, chunk: list[int]) -> list[float]:
+        if stage == 0:
+            return [recorded["critique_tokens"][row] * critique_token_s for row in chunk]
+        if stage == 1:
+            asked = [recorded["revision_tokens"][row] for row in chunk]
+            return [tokens * revision_token_s for tokens in asked if tokens]
+        return [chance.choice(trace["execution_s"]) for row in chunk if recorded["runs"][row]]
+
+    first = [chunks.popleft() for _ in range(min(len(chunks), layout.chunks_in_flight if layout.chunk else 1))]
+    arrivals = [(0.0, number, 0, chunk) for number, chunk in enumerate(first)]
+    begun, at = len(first), 0.0
+    while arrivals:
+        at, number, stage, chunk = heapq.heappop(arrivals)
+        if stage < len(pools):
+            done = max([at, *(pools[stage].serve(at, service_s) for service_s in services_s(stage, chunk))])
+            heapq.heappush(arrivals, (done, number, stage + 1, chunk))
+        elif chunks:
+            heapq.heappush(arrivals, (at, begun, 0, chunks.popleft()))
+            begun += 1
+    return at
 
 
 class _Pool:
@@ -187,12 +236,22 @@ def plot(results: Sequence[Waits], file: Path, provenance: dict[str, Any]) -> No
     for result in results:
         label = f"max_staleness={result.max_staleness}: {100 * result.fraction:.1f} % of the time"
         axes.plot([1000 * wait for wait in result.wait_s], label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="trainer waits [ms]", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="trainer waits for rollouts [ms]", ylim=(0, None))
     axes.set_title(f"service times of {provenance['run']} at {str(provenance['git_commit'])[:9]}", fontsize=9)
     axes.legend(frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
+
+
+def _first_of(keys: Iterable[tuple[str, str] | None]) -> list[bool]:
+    """Of each whether it is the first of its kind; None never is."""
+    known: set[tuple[str, str] | None] = {None}
+    out = []
+    for key in keys:
+        out.append(key not in known)
+        known.add(key)
+    return out
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

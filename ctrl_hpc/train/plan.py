@@ -50,6 +50,7 @@ class Plan:
     rl_update_s: float
     rl_rollout_s: float
     rl_tokens_per_s: float
+    max_staleness: int
     executor_workers: int
     """Jails that finish a step's executions within one update, so that the trainer does not wait for them."""
     jobs: tuple[str, ...]
@@ -86,8 +87,17 @@ class Plan:
             f"rl step: update {_seconds(self.rl_update_s)}, {self.rl_tokens_per_s:.0f} tokens/s; "
             f"sampling the critiques {_seconds(self.rl_rollout_s)}"
         )
+        yield self.overlap()
         yield f"executors that keep the trainer busy: {self.executor_workers} jails"
         yield from (f"job: {job}" for job in self.jobs)
+
+    def overlap(self) -> str:
+        """How the update and the sampling of an RL step lie to each other."""
+        stale = self.max_staleness
+        if stale == 0:
+            return f"rl.max_staleness=0: one after the other, {_seconds(self.rl_update_s + self.rl_rollout_s)}"
+        together = _seconds(max(self.rl_update_s, self.rl_rollout_s))
+        return f"rl.max_staleness={stale}: beside each other, {together}; weights on disk: {stale + 2} versions at most"
 
     def verdict(self) -> str:
         """What the fullest rank needs and has; where that is too little, the keys that help most."""
@@ -156,6 +166,7 @@ def plan(config: Config) -> Plan:
         rl_update_s=rl_update_s,
         rl_rollout_s=critiques * rl.max_tokens / (rollout_rate * max(1, servers)),
         rl_tokens_per_s=critiques * length / rl_update_s,
+        max_staleness=rl.max_staleness,
         executor_workers=max(1, math.ceil(critiques / (rl_update_s * config.plan.executor_runs_per_s))),
         jobs=tuple(_jobs(config, ranks)),
     )

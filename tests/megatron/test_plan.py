@@ -105,6 +105,10 @@ def test_times_follow_from_the_given_rates() -> None:
     assert found.rl_tokens_per_s == pytest.approx(tokens / seconds, rel=1e-6)
     assert found.rl_rollout_s == pytest.approx(64 * 8 * 768 / 1000.0)
     assert found.executor_workers == -(-64 * 8 // (2.0 * seconds))
+    sampling = 64 * 8 * 768 / 1000.0
+    assert found.overlap() == f"rl.max_staleness=0: one after the other, {seconds + sampling:.1f} s"
+    ahead = plan(config_of("Llama-3.1-8B", rl=replace(rl, max_staleness=2), plan=given)).overlap()
+    assert ahead == f"rl.max_staleness=2: beside each other, {sampling:.1f} s; weights on disk: 4 versions at most"
 
 
 @pytest.mark.parametrize("name", ["qwen25_coder_7b", "qwen25_coder_32b", "tiny", "humaneval"])
