@@ -150,11 +150,12 @@ STAGES = ("sample", "synthesize", "sft", "rl", "eval", "report")
 """Stages of a run, in order."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, validate: bool = True) -> Config:
     """The configuration of a YAML file with ``a.b=c`` overrides.
 
     Relative model and data paths that do not exist from the working directory are taken from the project's root (the
     folder above ``configs``). Raises ValueError with one line that names the key, the value and what is allowed.
+    Without ``validate`` values are taken as they are, as of a run whose files may have moved since.
     """
     path = Path(path)
     if not path.is_file():
@@ -179,7 +180,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config: Any = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     config = _shaped(_absolute_paths(config, path))
-    _validate(config)
+    if validate:
+        _validate(config)
     return config
 
 

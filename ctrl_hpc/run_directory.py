@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster import snapshot
 from ctrl_hpc.config import Config, LaunchConfig, dump, load
+from ctrl_hpc.fingerprint import fingerprint
 
 _FREE = (
     *("cluster", "launch", "stages", "wandb", "plan", "run_dir", "executor.elements", "executor.workers"),
@@ -35,12 +36,14 @@ _PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "su
 def check(config: Config) -> Path:
     """The run's folder, which must be new or belong to this configuration.
 
+    A model, a data set or another thing that a path names may have moved, with the checkout or with the run's folder:
+    the same content counts as the same configuration.
     Raises ValueError naming the first key that differs; writes nothing.
     """
     folder = Path(config.run_dir or "")
     file = folder / "config.yaml"
     if file.exists():
-        difference = _difference(load(file), config)
+        difference = _difference(load(file, validate=False), config, _inputs(folder))
         if difference:
             raise ValueError(
                 f"{folder}: belongs to another configuration: {difference}; "
@@ -62,15 +65,51 @@ def prepare(config: Config) -> Path:
     """Make the run's folder and write the configuration and the versions there; errors as :func:`check`."""
     folder = check(config)
     folder.mkdir(parents=True, exist_ok=True)
+    _record_inputs(folder, config)
     jsonl.write_text(folder / "config.yaml", dump(config))
     jsonl.write_text(folder / "versions.json", json.dumps(_versions(), indent=1) + "\n")
     return folder
 
 
-def _difference(old: Config, new: Config) -> str | None:
+def _difference(old: Config, new: Config, inputs: dict[str, dict[str, str]]) -> str | None:
     for key, (there, now) in differences(old, new).items():
+        place = _place(now)
+        known = inputs.get(key, {}).get("content")
+        if place is not None and known is not None and known == fingerprint(place) and _names_alike(there, now):
+            continue
         return f"{key} is {there!r} there and {now!r} now"
     return None
+
+
+def _place(value: Any) -> Path | None:
+    """The file or folder that a value names, FILE.py:FUNCTION too; None where it names none."""
+    if not isinstance(value, str) or not value.startswith("/"):
+        return None
+    file, _, function = value.rpartition(":")
+    return Path(file if file.endswith(".py") and function.isidentifier() else value)
+
+
+def _names_alike(there: Any, now: Any) -> bool:
+    """Whether two values name the same function, where they name one."""
+    here, before = _place(now), _place(there)
+    return before is not None and str(now)[len(str(here)) :] == str(there)[len(str(before)) :]
+
+
+def _inputs(folder: Path) -> dict[str, dict[str, str]]:
+    """What the paths of the configuration named when they were first seen: ``{key: {"path", "content"}}``."""
+    file = folder / "inputs.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _record_inputs(folder: Path, config: Config) -> None:
+    known = _inputs(folder)
+    for key, value in _flat(config).items():
+        place = _place(value)
+        if key != "run_dir" and place is not None and key not in known:
+            content = fingerprint(place)
+            if content is not None:
+                known[key] = {"path": str(place), "content": content}
+    jsonl.write_text(folder / "inputs.json", json.dumps(known, indent=1) + "\n")
 
 
 def differences(old: Config, new: Config, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout.request import check_prompts
 from ctrl_hpc.rollout.seed import derive_seed
 from ctrl_hpc.rollout.weights import copy_weights
 
@@ -32,8 +33,6 @@ class ContinuousEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
         """One completion for each prompt, in order; requests that sample alike are decoded together."""
-        from ctrl_hpc.rollout.engine import check_prompts
-
         check_prompts(prompts, self.max_positions, self.model.config.vocab_size)
         groups: dict[tuple[float, float, int], list[int]] = {}
         for row, item in enumerate(sampling):

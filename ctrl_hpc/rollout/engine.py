@@ -17,7 +17,9 @@ import torch
 
 from ctrl_hpc.protocols import Engine
 from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.kv_cache import KVCache
+from ctrl_hpc.rollout.request import check_prompts
 from ctrl_hpc.rollout.sampler import Sampler
 from ctrl_hpc.rollout.weights import copy_weights, weight_files
 
@@ -171,8 +173,6 @@ class _Batch:
 
 
 def _continuous(model: Any, stop_ids: frozenset[int], _: int) -> Engine:
-    from ctrl_hpc.rollout.continuous import ContinuousEngine
-
     return ContinuousEngine(model, stop_ids)
 
 
@@ -182,17 +182,6 @@ def _padded(model: Any, stop_ids: frozenset[int], max_batch_tokens: int) -> Engi
 
 BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": _padded, "continuous": _continuous}
 """Engines by name, each made of a model, its stop ids and the largest padded batch in tokens."""
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int, vocabulary: int) -> None:
-    """Raise ValueError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty")
-        if len(prompt) >= max_positions:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {max_positions} positions")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"prompt {number} holds a token id outside the vocabulary of {vocabulary}")
 
 
 def stop_token_ids(folder: str | Path) -> frozenset[int]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from ctrl_hpc.records import Generation, Sampling
-
-if TYPE_CHECKING:
-    from ctrl_hpc.rollout.server import Service
+from ctrl_hpc.rollout.completion import Service
+from ctrl_hpc.rollout.request import check_sampling
 
 
 class _Common(BaseModel):
@@ -91,8 +90,6 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
 
 
 def _sampling(body: _Common, max_tokens: int) -> Sampling:
-    from ctrl_hpc.rollout.server import check_sampling
-
     if body.stream:
         raise ValueError("stream=true is not served here")
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p, max_tokens=max_tokens, n=body.n, seed=body.seed)

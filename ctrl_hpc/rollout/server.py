@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -20,7 +20,9 @@ from pydantic import BaseModel, ConfigDict
 
 from ctrl_hpc import service as http_service
 from ctrl_hpc.records import Generation, Sampling
-from ctrl_hpc.rollout.seed import derive_seed
+from ctrl_hpc.rollout.completion import Service
+from ctrl_hpc.rollout.openai_routes import add_openai_routes
+from ctrl_hpc.rollout.request import check_sampling
 from ctrl_hpc.rollout.worker import Worker
 
 MAX_BODY_BYTES = 1 << 28
@@ -86,20 +88,6 @@ def sampling_of(params: dict[str, Any]) -> Sampling:
     return sampling
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError for a value outside its range."""
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature={sampling.temperature}: must be >= 0")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p={sampling.top_p}: must be in (0, 1]")
-    if sampling.max_tokens < 1:
-        raise ValueError(f"max_new_tokens={sampling.max_tokens}: must be >= 1")
-    if sampling.n < 1:
-        raise ValueError(f"n={sampling.n}: must be >= 1")
-    if sampling.seed is not None and sampling.seed < 0:
-        raise ValueError(f"seed={sampling.seed}: must be >= 0")
-
-
 def _number(params: dict[str, Any], key: str, default: float) -> float:
     value = params.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -114,35 +102,8 @@ def _integer(params: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
-class Service:
-    """A worker with its tokenizer: expands ``n``, runs requests, decodes texts."""
-
-    def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:
-        self.worker, self.tokenizer, self.model = worker, tokenizer, model
-
-    async def complete(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[list[Generation]]:
-        """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones."""
-        flat_prompts, flat_sampling = [], []
-        for prompt, item in zip(prompts, sampling, strict=True):
-            for j in range(item.n):
-                seed = item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j)
-                flat_prompts.append(prompt)
-                flat_sampling.append(
-                    Sampling(temperature=item.temperature, top_p=item.top_p, max_tokens=item.max_tokens, seed=seed)
-                )
-        generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling))
-        flat = iter(generations)
-        return [[next(flat) for _ in range(item.n)] for item in sampling]
-
-    def texts(self, generations: Sequence[Generation]) -> list[str]:
-        """The completions' texts, special tokens left out."""
-        return self.tokenizer.batch_decode([list(item.token_ids) for item in generations], skip_special_tokens=True)
-
-
 def create_app(service: Service) -> FastAPI:
     """The HTTP application over a service."""
-    from ctrl_hpc.rollout.openai_routes import add_openai_routes
-
     app = FastAPI(title="ctrl-hpc rollout server", docs_url=None, redoc_url=None)
 
     @app.exception_handler(ValueError)

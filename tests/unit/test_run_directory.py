@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_hpc import fingerprint as fingerprints
 from ctrl_hpc import run_directory
-from ctrl_hpc.config import ROOT, load
+from ctrl_hpc.config import ROOT, Config, load
 
 TINY = ROOT / "configs" / "tiny.yaml"
 
@@ -21,6 +22,54 @@ def test_the_same_configuration_comes_back_and_another_is_refused(tmp_path: Path
     with pytest.raises(ValueError, match=r"belongs to another configuration: rl.steps is 100 there and 3 now"):
         run_directory.prepare(other)
     assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_models_and_the_run_itself_may_move_but_not_change(tmp_path: Path) -> None:
+    models, judge = tmp_path / "checkout" / "models", tmp_path / "checkout" / "judge.py"
+    models.mkdir(parents=True)
+    (models / "model.safetensors").write_bytes(b"weights")
+    judge.write_text("def close(a, b): return a == b\ndef exact(a, b): return a == b\n")
+
+    def asked(checkout: Path, run: Path, function: str = "close") -> Config:
+        judges = f"executor.judges={{mine: {checkout / 'judge.py'}:{function}}}"
+        return load(TINY, [f"run_dir={run}", f"generator={checkout / 'models'}", judges])
+
+    run_directory.prepare(asked(tmp_path / "checkout", tmp_path / "run"))
+    (tmp_path / "checkout").rename(tmp_path / "moved")
+    (tmp_path / "run").rename(tmp_path / "moved-run")
+    moved = asked(tmp_path / "moved", tmp_path / "moved-run")
+    assert load(run_directory.prepare(moved) / "config.yaml") == moved
+    with pytest.raises(ValueError, match=r"executor\.judges\.mine is .*close' there and .*exact' now"):
+        run_directory.check(asked(tmp_path / "moved", tmp_path / "moved-run", "exact"))
+    (tmp_path / "moved").rename(tmp_path / "again")
+    (tmp_path / "again" / "models" / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(ValueError, match=r"generator is .*moved/models' there and .*again/models' now"):
+        run_directory.check(asked(tmp_path / "again", tmp_path / "moved-run"))
+
+
+def test_large_files_are_told_by_size_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "_WHOLE", 8)
+    monkeypatch.setattr(fingerprints, "_END", 2)
+    file = tmp_path / "weights"
+    told = {}
+    for content in (
+        b"abcdefghij",
+        b"abcDefghij",
+        b"abcdefghijk",
+        b"abcdefghiX",
+        b"Xbcdefghij",
+        b"abcdefgh",
+        b"abcDefgh",
+    ):
+        file.write_bytes(content)
+        told[content] = fingerprints.fingerprint(file)
+    assert told[b"abcdefghij"] == told[b"abcDefghij"] and len(set(told.values())) == 6
+    assert fingerprints.fingerprint(tmp_path / "nothing") is None
+    (tmp_path / "a").mkdir()
+    file.rename(tmp_path / "a" / "weights")
+    one = fingerprints.fingerprint(tmp_path / "a")
+    (tmp_path / "a" / "weights").rename(tmp_path / "a" / "weight")
+    assert fingerprints.fingerprint(tmp_path / "a") != one
 
 
 def test_where_a_run_runs_may_change(tmp_path: Path) -> None:
