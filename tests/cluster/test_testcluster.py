@@ -228,7 +228,7 @@ while true; do sleep 0.1; done
     first, told, second = (tmp_path / "calls").read_text().splitlines()
     assert first == "run configs/tiny.yaml rl.steps=3 cluster=slurm restart=0 wandb=offline hub=1 cpus=2"
     assert told == "told to end"
-    assert second == first.replace("restart=0", "restart=1")
+    assert second == first.replace("rl.steps", "launch.snapshot=keep rl.steps").replace("restart=0", "restart=1")
 
 
 @pytest.mark.slow

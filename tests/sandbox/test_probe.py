@@ -130,3 +130,4 @@ except ValueError as error: print(error)
         line = ordinary_user.run(code)
         assert line.startswith("cannot isolate programs here: user namespaces: user.max_user_namespaces = 0 (ask")
         assert "sysctl user.max_user_namespaces=15000" in line and line.count("\n") == 1
+        assert "this container allows no jails inside it: launch.executor.contained=false" in line
