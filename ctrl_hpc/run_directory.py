@@ -66,6 +66,8 @@ def prepare(config: Config) -> Path:
     folder = check(config)
     folder.mkdir(parents=True, exist_ok=True)
     _record_inputs(folder, config)
+    if config.launch.snapshot == "keep":  # is said of one start, not of those that follow
+        config = replace(config, launch=replace(config.launch, snapshot="new"))
     jsonl.write_text(folder / "config.yaml", dump(config))
     jsonl.write_text(folder / "versions.json", json.dumps(_versions(), indent=1) + "\n")
     return folder

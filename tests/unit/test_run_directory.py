@@ -77,6 +77,8 @@ def test_where_a_run_runs_may_change(tmp_path: Path) -> None:
     run_directory.prepare(config)
     moved = replace(config, launch=replace(config.launch, account="physics"), stages=("report",))
     assert load(run_directory.prepare(moved) / "config.yaml") == moved
+    kept = replace(moved, launch=replace(moved.launch, snapshot="keep"))
+    assert load(run_directory.prepare(kept) / "config.yaml") == moved  # keep is said of one start
 
 
 def test_the_trainers_layout_may_change_but_not_the_format_of_its_optimizer(tmp_path: Path) -> None:
