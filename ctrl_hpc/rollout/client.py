@@ -250,12 +250,28 @@ class RolloutClient:
             server.version = version
 
     async def _push(self) -> int:
-        live = list(self._endpoints())
-        results = await asyncio.gather(*map(self._bring_up_to_date, live), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, (httpx.TransportError, _Fault)):
-                raise result
-        return sum(result is None for result in results)
+        """Every live server loads at the same time; none that is lost meanwhile, or hangs, is waited for."""
+        loading = {asyncio.create_task(self._bring_up_to_date(url)): url for url in self._endpoints()}
+        running, pulse = dict(loading), Pulse(self._http)
+        try:
+            while running:
+                silent = pulse.silent(running.values())
+                live = [url for url in self._endpoints() if url not in silent]
+                for task, url in running.items():
+                    if url not in live:
+                        task.cancel()
+                done, _ = await asyncio.wait(running, timeout=POLL_S)
+                for task in done:
+                    del running[task]
+        finally:
+            pulse.close()
+            for task in running:
+                task.cancel()
+        errors = [None if task.cancelled() else task.exception() for task in loading]
+        for error in errors:
+            if error is not None and not isinstance(error, (httpx.TransportError, _Fault)):
+                raise error
+        return sum(error is None and not task.cancelled() for error, task in zip(errors, loading, strict=True))
 
 
 def _json(response: httpx.Response, url: str) -> Any:

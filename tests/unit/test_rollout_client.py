@@ -100,6 +100,17 @@ def test_a_server_that_hangs_is_left_when_its_registration_goes(urls: list[str],
         reference.close()
 
 
+def test_a_server_that_hangs_holds_no_update_of_weights_up(urls: list[str], other: str, tokenizer: Any) -> None:
+    with rollout_server.listen("127.0.0.1", 0) as mute:
+        hung = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        asked = threading.Event()
+        threading.Thread(target=lambda: (mute.accept(), asked.set()), daemon=True).start()
+        client = RolloutClient(lambda: [urls[0]] if asked.is_set() else [hung, urls[0]], tokenizer)
+        assert client.update_weights(other, 2) == 1
+        assert {item.version for group in client.complete(chats(2), SAMPLING) for item in group} == {2}
+        client.close()
+
+
 def test_no_server_at_all_is_said(tokenizer: Any) -> None:
     client = RolloutClient(lambda: [], tokenizer, patience_s=0.2, role="critic")
     with pytest.raises(RuntimeError, match="no critic server has been alive for 0 s"):
