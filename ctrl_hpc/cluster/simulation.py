@@ -232,13 +232,13 @@ def plot(results: Sequence[Waits], file: Path, provenance: dict[str, Any]) -> No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for result in results:
         label = f"max_staleness={result.max_staleness}: {100 * result.fraction:.1f} % of the time"
         axes.plot([1000 * wait for wait in result.wait_s], label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="trainer waits for rollouts [ms]", ylim=(0, None))
     axes.set_title(f"service times of {provenance['run']} at {str(provenance['git_commit'])[:9]}", fontsize=9)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)
