@@ -345,9 +345,12 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _trial(options: argparse.Namespace) -> int:
-    from ctrl_hpc import sweep
+    from ctrl_hpc import trial
 
-    print(f"trial: {sweep.trial(options.config, options.overrides, options.again)}")
+    try:
+        print(f"trial: {trial.run(options.config, options.overrides, options.again)}")
+    except KeyboardInterrupt:
+        trial.end_by_signal()
     return 0
 
 

@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from ctrl_hpc.config_experiment import DataConfig, EvalConfig, JudgeConfig, PromptConfig
+from ctrl_hpc.config_experiment import DataConfig, EvalConfig, JudgeConfig, PromptConfig, WandbConfig
 from ctrl_hpc.config_sections import (
     CriticConfig,
     EndpointConfig,
@@ -33,7 +33,6 @@ from ctrl_hpc.config_sections import (
     SynthesizeConfig,
     TinyConfig,
     TrainerConfig,
-    WandbConfig,
 )
 
 __all__ = [
@@ -127,9 +126,9 @@ _POSITIVE = (
     "trainer.nodes trainer.ranks_per_node trainer.micro_batch_tokens trainer.threads trainer.timeout_s "
     "trainer.keep_checkpoints sft.epochs sft.batch_size sft.max_length sft.save_every sft.optimizer.lr rl.steps "
     "rl.prompts_per_step rl.group_size rl.temperature rl.max_tokens rl.max_revision_tokens rl.minibatches "
-    "rl.save_every rl.optimizer.lr rl.value_clip rl.value_optimizer.lr rl.gae_gamma plan.executor_runs_per_s "
-    "plan.prompt_tokens eval.turns eval.n_samples eval.temperature eval.max_tokens eval.bootstrap "
-    "eval.chunk eval.chunks_in_flight eval.votes rl.chunks_in_flight "
+    "rl.save_every rl.eval_problems rl.optimizer.lr rl.value_clip rl.value_optimizer.lr rl.gae_gamma "
+    "plan.executor_runs_per_s plan.prompt_tokens eval.turns eval.n_samples eval.temperature eval.max_tokens "
+    "eval.bootstrap eval.chunk eval.chunks_in_flight eval.votes rl.chunks_in_flight "
     "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
@@ -141,7 +140,8 @@ _NOT_NEGATIVE = (
     "sample.temperature synthesize.temperature sft.optimizer.warmup_steps rl.optimizer.warmup_steps "
     "sft.optimizer.weight_decay rl.optimizer.weight_decay sft.optimizer.clip_grad rl.optimizer.clip_grad "
     "rl.value_optimizer.warmup_steps rl.value_optimizer.weight_decay rl.value_optimizer.clip_grad "
-    "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.chunk rl.save_samples rl.refill_rounds "
+    "rl.clip_low rl.clip_high rl.kl_coef rl.entropy_coef rl.max_staleness rl.chunk rl.eval_every rl.save_samples "
+    "rl.refill_rounds "
     "rollout.generator_elements launch.max_requeues launch.signal_delay_s launch.disk_patience_s "
     "endpoint.price_in endpoint.price_out "
     "eval.report_samples"

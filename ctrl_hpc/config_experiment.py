@@ -1,4 +1,4 @@
-"""The sections of the configuration that say what is measured: data, prompts, evaluation.
+"""The sections of the configuration that say what is measured, and where it is kept: data, prompts, evaluation, wandb.
 
 As in :mod:`ctrl_hpc.config_sections`, every field says its meaning, its unit and its range.
 """
@@ -104,3 +104,23 @@ class JudgeConfig:
     """``gpt`` (350 pairs, the paper's) or ``claude`` (270)."""
     template: str | None = None
     """pairwise: file in place of the packaged comparison.j2; variables question, answer_a, answer_b."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline writes beside the run, for ``ctrl-hpc sync`` later."""
+    project: str = "ctrl-hpc"
+    """Project."""
+    entity: str | None = None
+    """Team or user; None: the account's default."""
+    group: str | None = None
+    """Run group; None: the run's name."""
+    services: bool = True
+    """A run for every element of the arrays too, from its first ``services_every_s`` on."""
+    services_every_s: float = 30.0
+    """Seconds between what an element logs, > 0."""
+    checkpoints: Literal["none", "final", "all"] = "none"
+    """Critics kept as artifacts, whole models (7B: 15 GB each): final: the trained ones; all: at every save, too."""

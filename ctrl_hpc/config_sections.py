@@ -237,6 +237,10 @@ class RLConfig:
     """Folder of recorded rollouts (``rl/rollouts`` of another run) to learn from instead of sampling."""
     save_every: int = 10
     """Rollout steps between checkpoints; the last step is always saved."""
+    eval_every: int = 0
+    """Steps between quick evaluations, logged as ``eval/pass_at_1`` while RL runs (sweeps judge by it); 0: none."""
+    eval_problems: int = 64
+    """Problems of each evaluation set that a quick evaluation takes, > 0."""
     save_samples: int = 16
     """Samples a step written to the run's table for people to read."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="constant"))
@@ -382,23 +386,3 @@ class LaunchConfig:
     """An element of the rollout arrays."""
     executor: JobConfig = field(default_factory=JobConfig)
     """An element of the executor array."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WandbConfig:
-    """Weights & Biases."""
-
-    mode: Literal["offline", "online", "disabled"] = "offline"
-    """offline writes beside the run, for ``ctrl-hpc sync`` later."""
-    project: str = "ctrl-hpc"
-    """Project."""
-    entity: str | None = None
-    """Team or user; None: the account's default."""
-    group: str | None = None
-    """Run group; None: the run's name."""
-    services: bool = True
-    """A run for every element of the arrays too, from its first ``services_every_s`` on."""
-    services_every_s: float = 30.0
-    """Seconds between what an element logs, > 0."""
-    checkpoints: bool = True
-    """Keep the trained critics as artifacts: files of the run directory, sent by the sync."""

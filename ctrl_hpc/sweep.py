@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -164,38 +163,3 @@ def _show(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> None:
     for row in ordered:
         table.add_row(*(f"{item:.4g}" if isinstance(item, float) else str(item) for item in row.values()))
     console.print(table)
-
-
-def trial(config: str | None, overrides: Sequence[str], again: bool) -> Path:
-    """A trial under wandb's agent, as ``ctrl-hpc trial``: a run in a directory of its own.
-
-    What the trial is lies in the file that ``CTRL_HPC_TRIAL`` names until it has ended; with ``again`` it is read from
-    there, so that a requeued job continues its trial. Raises ValueError where neither an agent nor a file says which.
-    """
-    file = Path(os.environ["CTRL_HPC_TRIAL"]) if "CTRL_HPC_TRIAL" in os.environ else None
-    if again:
-        if file is None or not file.is_file():
-            raise ValueError("trial --again: CTRL_HPC_TRIAL names no file of a trial that was cut short")
-        record = json.loads(file.read_text(encoding="utf-8"))
-        os.environ.update(record["environment"])
-        config, overrides = record["config"], record["overrides"]
-    elif config is None:
-        raise ValueError("trial: a configuration is needed, or --again")
-    ids = {name: os.environ.get(name, "") for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID")}
-    if not all(ids.values()):
-        raise ValueError("trial: runs under `wandb agent`, which names the trial; see slurm/sweep.sbatch")
-    if file is not None and not again:
-        overrides = [*overrides, *os.environ.get("CTRL_HPC_TRIAL_OVERRIDES", "").split()]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        environment = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-        environment.pop("WANDB_API_KEY", None)  # a secret stays in the environment
-        record = {"config": config, "overrides": list(overrides), "environment": environment}
-        jsonl.write_text(file, json.dumps(record, indent=1) + "\n")
-    loaded = configuration.load(config, overrides)
-    folder = Path(loaded.run_dir or "").parent / "sweeps" / ids["WANDB_SWEEP_ID"] / ids["WANDB_RUN_ID"]
-    from ctrl_hpc import pipeline
-
-    pipeline.run(configuration.load(config, [*overrides, f"run_dir={folder}"]))
-    if file is not None:
-        file.unlink(missing_ok=True)
-    return folder

@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,12 +32,13 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
 class Tracker:
     """The wandb run of one role (driver, sft, rl, rollout, executor ...) of an experiment.
 
-    ``id`` names the run: a process that starts again with the same id continues it (online in place; offline beside,
-    to be appended in order by the sync). Under a sweep's agent the run is the one the agent named. With
-    ``wandb.mode=disabled`` every method does nothing. Raises RuntimeError with one line when wandb cannot start.
+    ``element`` is its number in an array. The run's id is the run directory's, the role's and the element's own, so
+    that a process that starts again continues it (online in place; offline beside, to be appended in order by the
+    sync). Under a sweep's agent the run is the one that the agent named: the trial. With ``wandb.mode=disabled`` every
+    method does nothing. Raises RuntimeError with one line when wandb cannot start.
     """
 
-    def __init__(self, config: Config, run_dir: Path, role: str, id: str) -> None:
+    def __init__(self, config: Config, run_dir: Path, role: str, element: int | None = None) -> None:
         self._run: Any = None
         if config.wandb.mode == "disabled":
             return
@@ -44,8 +46,9 @@ class Tracker:
         import wandb  # a second of start-up that --help need not pay
 
         options = config.wandb
-        name = os.environ.get("WANDB_RUN_ID", id)
-        _await_free_folder(run_dir, name)
+        trial = os.environ.get("WANDB_RUN_ID")
+        id = trial or run_id(run_dir, role, element)
+        _await_free_folder(run_dir, id)
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -65,9 +68,9 @@ class Tracker:
                 project=options.project,
                 entity=options.entity,
                 group=options.group or config.name,
-                job_type=role,
-                name=f"{config.name}-{role}",
-                id=name,
+                job_type=role if trial is None else "trial",
+                name=None if trial else f"{config.name}-{role}" + ("" if element is None else f"-{element}"),
+                id=id,
                 resume="allow" if options.mode == "online" else None,
                 config=_plain(config),
                 settings=settings,
@@ -131,9 +134,21 @@ class Tracker:
             wandb.teardown()  # finish() returns before wandb's own process has written the last records
 
 
-def new_id() -> str:
-    """An id for a wandb run that no other run has."""
-    return secrets.token_hex(4)
+def run_id(run_dir: Path, role: str, element: int | None = None) -> str:
+    """The wandb id of a role: the same for every start of it in this run directory, and no other run's.
+
+    What they have in common is drawn once, into ``RUN_DIR/wandb_id``.
+    """
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        mine = run_dir / f".wandb_id.{secrets.token_hex(4)}"
+        mine.write_text(secrets.token_hex(4), encoding="ascii")
+        with suppress(FileExistsError):  # another process of the run was faster
+            os.link(mine, file)
+        mine.unlink()
+    words = (file.read_text(encoding="ascii"), role, *(() if element is None else (str(element),)))
+    return "-".join(words)
 
 
 def _await_free_folder(run_dir: Path, id: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
@@ -30,18 +29,6 @@ LEVELS = {
 _SAMPLE = re.compile(r"^([a-z_]+) ([0-9.eE+-]+)$", re.MULTILINE)
 direct = build_opener(ProxyHandler({}))
 """Opens the URLs of services, past any proxy."""
-
-
-def wandb_id(run_dir: str | Path, role: str, element: int) -> str:
-    """The wandb id of an element: the same for every start of it in this run, whichever job serves as it."""
-    file = Path(run_dir) / "services" / "wandb_id"
-    try:
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return f"{file.read_text(encoding='ascii')}-{role}-{element}"
-    with os.fdopen(descriptor, "w", encoding="ascii") as out:
-        out.write(tracking.new_id())
-    return wandb_id(run_dir, role, element)
 
 
 def read(text: str) -> dict[str, float]:
@@ -82,8 +69,7 @@ class ServiceLog:
         before, when = self._read(), time.monotonic()
         if self._closed.wait(every_s):
             return
-        run_id = wandb_id(self._run_dir, self._role, self._element)
-        with tracking.Tracker(self._config, Path(self._run_dir), self._role, run_id) as tracker:
+        with tracking.Tracker(self._config, Path(self._run_dir), self._role, self._element) as tracker:
             ended = False
             while not ended:
                 now, at = self._read(), time.monotonic()

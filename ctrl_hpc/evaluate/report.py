@@ -46,15 +46,16 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         f"{config.eval.temperature}."
     )
     write_files(folder, made, page(config.name, [about], made, pictures, shown, results["wall_time_s"]))
-    with Tracker(config, run_dir, "report", f"{config.name}-report-{config.seed}") as tracker:
+    with Tracker(config, run_dir, "report") as tracker:
         tracker.log(metrics(results), 0)
         tracker.summary(metrics(results))
+        tracker.table("eval/samples", samples.COLUMNS, samples.cells(shown))
         for picture in pictures:
             tracker.image(picture)
         tracker.artifact(folder, "report", f"{config.name}-report")
         for stage in ("sft", "rl"):
             trained = run_dir / stage / "hf"
-            if config.wandb.checkpoints and trained.is_dir():
+            if config.wandb.checkpoints != "none" and trained.is_dir():
                 tracker.artifact(trained, "model", f"{config.name}-{stage}")
     console = Console(width=max(Console().width, TABLE_WIDTH))
     for name, entry in results["datasets"].items():

@@ -13,6 +13,12 @@ from ctrl_hpc.records import Verdict
 TRANSITIONS = ("fixed", "broken", "kept right", "still wrong")
 """What the turns made of a draft: wrong to right, right to wrong, right to right, wrong to wrong."""
 
+COLUMNS = (
+    *("dataset", "critic", "solution_id", "difficulty", "problem", "turn", "draft", "draft_verdict"),
+    *("critique", "judgement", "kept", "revision", "verdict", "transition"),
+)
+"""Of the table that wandb gets: ``draft`` is what the turn began with, ``transition`` the first turn's."""
+
 
 def transition(before: Verdict, after: Verdict) -> str:
     """One of :data:`TRANSITIONS`."""
@@ -49,6 +55,25 @@ def choose(histories: Mapping[str, Sequence[History]], count: int) -> list[dict[
                     taken += 1
             queues = [queue for queue in queues if queue]
     return out
+
+
+def cells(shown: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The samples as rows of :data:`COLUMNS`, a turn each."""
+    return [
+        [
+            *(sample[name] for name in ("dataset", "critic", "id", "difficulty", "problem")),
+            *(number, before["program"], before["verdict"]),
+            *(turn[name] for name in ("critique", "judgement", "kept", "program", "verdict")),
+            sample["transition"],
+        ]
+        for sample in shown
+        for number, (before, turn) in enumerate(zip(_before(sample), sample["turns"], strict=True), 1)
+    ]
+
+
+def _before(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each turn began with: the draft, then the revision of the turn before."""
+    return [{"program": sample["draft"], "verdict": sample["draft_verdict"]}, *sample["turns"][:-1]]
 
 
 def describe(critic: str, history: History) -> dict[str, Any]:

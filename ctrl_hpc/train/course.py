@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -19,8 +18,8 @@ from ctrl_hpc.train.policy import Policy
 class Course:
     """Iterate over it for the steps that are left; call :meth:`done` at the end of each.
 
-    ``progress`` is what a checkpoint remembers beside weights, optimizer and random state: the steps done, the
-    tracking id, and whatever the stage adds. A checkpoint is written every ``save_every`` steps, at the last one, and
+    ``progress`` is what a checkpoint remembers beside weights, optimizer and random state: the steps done, and
+    whatever the stage adds. A checkpoint is written every ``save_every`` steps, at the last one, and
     when the job is told to stop; all but those two may be written during the step that follows (``trainer.save``).
     """
 
@@ -45,7 +44,7 @@ class Course:
         self._config, self._policy, self._save_every = config, policy, save_every
         self._parts = {name: (part.model, part.optimizer) for name, part in parts.items() if part.optimizer is not None}
         saved = checkpoint.load(self.folder / "checkpoints", self._parts, world)
-        fresh = {"step": 0, "tracking_id": world.from_main(lambda: secrets.token_hex(4)), **progress}
+        fresh = {"step": 0, **progress}
         self.progress: dict[str, Any] = saved or fresh
         self.start = int(self.progress["step"])
         self.clock = Clock()
@@ -55,7 +54,6 @@ class Course:
             stage,
             steps=steps,
             start=self.start,
-            tracking_id=self.progress["tracking_id"],
             main=world.main,
             engine=policy.engine(),
         )
@@ -103,7 +101,15 @@ class Course:
         self.journal.log(step, metrics | times | backend)
         if stop and step + 1 < self.steps:
             self._interruption.obey(step)
+        if saving and not last and self._config.wandb.checkpoints == "all" and self._config.wandb.mode != "disabled":
+            self._keep(step + 1)
         return saving
+
+    def _keep(self, step: int) -> None:
+        """The critic after so many steps as an artifact, in a folder that stays until the sync has sent it."""
+        folder = self.folder / "kept" / f"step-{step:06d}"
+        self._policy.export(folder, source=self._policy.folder, link=True)
+        self.journal.keep(folder, f"{self._config.name}-{self.folder.name}")
 
     def _finish_save(self) -> None:
         """The save that was begun at an earlier step ends here: it had a step's time."""

@@ -39,6 +39,8 @@ class Rollout:
     finish_reason: str
     version: int
     leaked: bool = False
+    detail: str = ""
+    """One line on what went wrong in the revision."""
 
     @classmethod
     def of(cls, critique: Critique, revision: Revision, draft: Verdict, reward: Reward) -> Rollout:
@@ -67,6 +69,7 @@ class Rollout:
             finish_reason=generation.finish_reason,
             version=generation.version,
             leaked=reward.leaked,
+            detail=revision.verdict.detail,
         )
 
 

@@ -62,7 +62,6 @@ class Journal:
         *,
         steps: int,
         start: int,
-        tracking_id: str,
         main: bool,
         engine: dict[str, str] | None = None,
     ) -> None:
@@ -76,7 +75,7 @@ class Journal:
             truncate(self._folder / "metrics.jsonl", start)
             metrics = self._folder / "metrics.jsonl"
             self._metrics = self._exit.enter_context(metrics.open("a", encoding="utf-8"))
-            self._tracker = self._exit.enter_context(Tracker(config, run_dir, stage, tracking_id))
+            self._tracker = self._exit.enter_context(Tracker(config, run_dir, stage))
             self._tracker.summary({f"trainer/{name}": word for name, word in self._engine.items()})
             told = ", ".join(f"{name} {word}" for name, word in self._engine.items())
             print(f"{stage}: from step {start} of {steps}; {told}", flush=True)
@@ -96,6 +95,11 @@ class Journal:
         self._metrics.flush()
         self._tracker.log(metrics, step)
         self._progress(step + 1, metrics)
+
+    def keep(self, folder: Path, name: str) -> None:
+        """A critic's folder, as an artifact."""
+        if self._tracker is not None:
+            self._tracker.artifact(folder, "model", name)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Rows for people to read."""

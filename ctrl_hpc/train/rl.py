@@ -31,8 +31,9 @@ from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, rec
 from ctrl_hpc.train.journal import Clock
 from ctrl_hpc.train.losses import RLLoss, ValueLoss
 from ctrl_hpc.train.policy import Policy, Reference, make_reference
+from ctrl_hpc.train.samples import COLUMNS
 from ctrl_hpc.train.schedule import learning_rate
-from ctrl_hpc.train.source import COLUMNS, Source, weights_folder
+from ctrl_hpc.train.source import Source, weights_folder
 from ctrl_hpc.train.value import Value
 
 
@@ -108,6 +109,10 @@ def collect(source: Source, step: int, position: int, version: int) -> Experienc
     options, clock = source.config.rl, Clock()
     with clock("load"):
         source.load(version)
+    validated: dict[str, float] = {}
+    if source.validation is not None and source.validation.due(step):
+        with clock("validate"):
+            validated = source.validation.metrics()
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert source.pool is not None
@@ -140,7 +145,7 @@ def collect(source: Source, step: int, position: int, version: int) -> Experienc
         "executor/runs_per_s": _rate(executed, times["time/execute_s"]),
         "rl/refills": float(refills),
     }
-    metrics = times | rates | spent(source.connections.generator)
+    metrics = times | validated | rates | spent(source.connections.generator)
     return Experience.of(rollouts, version=step, position=position, metrics=metrics)
 
 

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect
 from ctrl_hpc.config import Config
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.train import samples
 from ctrl_hpc.train.experience import Experience, Rollout, record_file
 from ctrl_hpc.train.pool import DraftPool
 from ctrl_hpc.train.producer import Producer
-
-COLUMNS = ["step", "solution_id", "critique", "judgement", "draft_accepted", "revision", "status", "reward", "reason"]
-"""Of the table of samples."""
+from ctrl_hpc.train.validation import Validation, problems_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +30,7 @@ class Source:
     pool: DraftPool | None
     connections: Connections | None
     prompts: Prompts
+    validation: Validation | None = None
     version: int = 0
     """Of the weights that the critic's servers hold, or are about to: older ones are asked for no more."""
     _producer: Producer | None = None
@@ -48,8 +48,23 @@ class Source:
         room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens
         limit = min(room, config.rl.max_prompt_tokens or room)
         pool = pool.fitting(prompts, AutoTokenizer.from_pretrained(run_dir / "sft" / "hf"), limit)
-        connections = connect(config, run_dir, [problem for problem, _ in pool.pairs])
-        return cls(config=config, folder=folder, pool=pool, connections=connections, prompts=prompts)
+        validated = problems_of(config, run_dir)
+        problems = [problem for problem, _ in pool.pairs] + [item for items in validated.values() for item in items]
+        connections = connect(config, run_dir, problems)
+        validation = None
+        if validated:
+            place = folder.parent / "validation"
+            validation = Validation(
+                config=config, folder=place, connections=connections, prompts=prompts, problems=validated
+            )
+        return cls(
+            config=config,
+            folder=folder,
+            pool=pool,
+            connections=connections,
+            prompts=prompts,
+            validation=validation,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -103,12 +118,13 @@ class Source:
         if self.connections is not None:
             self.connections.critic.update_weights(str(weights_folder(self.folder.parent, version)), version)
 
-    def samples(self, step: int, count: int) -> list[list[Any]]:
-        """Rows of ``COLUMNS``: some rollouts of a step, for people to read."""
+    def samples(self, step: int, count: int) -> list[list[samples.Cell]]:
+        """Rows of ``samples.COLUMNS``: some rollouts of a step, for people to read."""
         file = record_file(self.folder, step)
         if not file.exists():
             return []
-        return [[step, *(getattr(item, name) for name in COLUMNS[1:])] for item in jsonl.read(Rollout, file)[:count]]
+        drafts = {} if self.pool is None else {pair[1].id: pair for pair in self.pool.pairs}
+        return samples.rows(step, jsonl.read(Rollout, file)[:count], drafts)
 
 
 def weights_folder(folder: Path, version: int) -> Path:

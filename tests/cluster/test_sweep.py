@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
 # no model, no training: the canonical solutions as drafts, executed
 CHEAP = (
     *("stages=[eval,report]", "generator=oracle", "eval.critics=[none,exec_feedback]", "eval.turns=1"),
-    *("data.n_eval=4", "eval.greedy=false", "wandb.services=false", "wandb.checkpoints=false"),
+    *("data.n_eval=4", "eval.greedy=false", "wandb.services=false", "wandb.checkpoints=none"),
 )
 
 
@@ -135,6 +136,54 @@ def test_an_agent_runs_a_trial_whose_objective_reaches_the_server(server: Store,
     (folder,) = (tmp_path / "runs" / "sweeps" / "sweep0").iterdir()
     assert folder.name == "sweep0-trial0" and (folder / "report" / "results.json").exists()
     assert set(server.runs) == {"sweep0-trial0"}  # jobs of the trial are no runs of the sweep
+
+
+def processes_of(server_url: str) -> list[int]:
+    """The processes that would log to this server."""
+    mark, found = f"WANDB_BASE_URL={server_url}".encode(), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is not ours
+            if mark in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_trial_that_the_server_stops_ends_with_its_jobs_and_the_next_begins(
+    server: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "early.yaml", tmp_path / "runs" / "one", "online")
+    data = yaml.safe_load(file.read_text())
+    short = ["rl.eval_every=1", "rl.eval_problems=8", "data.n_eval=8", "eval.critics=[none,rl]", "wandb.services=false"]
+    own = [f"run_dir={tmp_path / 'runs' / 'one'}", "wandb.mode=online", "data.n_train=32", "synthesize.n_critiques=16"]
+    command = ["ctrl-hpc", "trial", str(ROOT / "configs" / "tiny_faults.yaml"), *short, *own, "${args_no_hyphens}"]
+    parameters = {"rl.steps": {"values": [500, 3]}}
+    file.write_text(yaml.safe_dump(data | {"command": command, "parameters": parameters}))
+    seen: list[int] = []  # values that had come when the server looked
+    server.stops = lambda run, values: run == "sweep0-trial0" and (seen.append(len(values)) or len(values) >= 2)
+    monkeypatch.setenv("CTRL_HPC_TRIAL", str(tmp_path / "trial.json"))
+    agent = ["wandb", "agent", "--count", "2", create(file)]
+    done = subprocess.run(agent, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert processes_of(os.environ["WANDB_BASE_URL"]) == []
+    folder = tmp_path / "runs" / "sweeps" / "sweep0"
+    first, second = folder / "sweep0-trial0", folder / "sweep0-trial1"
+    assert set(server.stopped) == {"sweep0-trial0"} and 0 in seen  # judged while it ran, not at its end
+    rates = [row["eval/pass_at_1"] for row in server.runs["sweep0-trial0"]["rows"] if "eval/pass_at_1" in row]
+    logged = [json.loads(line) for line in (first / "rl" / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        len(rates) >= 2 and rates == [row["eval/pass_at_1"] for row in logged if "eval/pass_at_1" in row][: len(rates)]
+    )
+    assert (first / "sft" / "done.json").exists() and not (first / "rl" / "done.json").exists()
+    assert main(["stop", str(first)]) == 0 and "nothing was running" in capsys.readouterr().out
+    run = server.runs["sweep0-trial1"]
+    results = json.loads((second / "report" / "results.json").read_text())
+    expected = results["datasets"]["tiny"]["critics"]["rl"]["pass_at_1"][1]
+    assert run["type"] == "trial" and run["summary"]["eval/pass_at_1"] == expected
+    steps = [int(row["step"]) for row in run["rows"] if "rl/reward" in row]
+    assert steps == [0, 1, 2] and any("sft/loss" in row for row in run["rows"])
+    jobs = {run["type"] for run in server.runs.values() if run["group"] == "sweep0-trial1"}
+    assert jobs == {"trial", "sft", "rl"} and {run["sweep"] for run in server.runs.values()} == {"sweep0", None}
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import wandb_server
 from wandb_server import Store
 
 from ctrl_hpc.cli import main
-from ctrl_hpc.cluster import service_log, sync
+from ctrl_hpc.cluster import service_log, sync, wandb_file
 from ctrl_hpc.config import ROOT, Config, load
-from ctrl_hpc.tracking import Tracker
+from ctrl_hpc.tracking import Tracker, run_id
+
+BLOCK = wandb_file.BLOCK_BYTES
 
 
 @pytest.fixture
@@ -30,8 +32,8 @@ def config(run_dir: Path) -> Config:
     return load(ROOT / "configs" / "tiny_faults.yaml", [f"run_dir={run_dir}", "wandb.group=experiment 7"])
 
 
-def log(config: Config, run_dir: Path, id: str, steps: range, role: str = "executor") -> None:
-    with Tracker(config, run_dir, role, id) as tracker:
+def log(config: Config, run_dir: Path, steps: range) -> None:
+    with Tracker(config, run_dir, "executor", 0) as tracker:
         for step in steps:
             tracker.log({"executor/runs_per_s": step / 2}, step)
 
@@ -40,43 +42,110 @@ def log(config: Config, run_dir: Path, id: str, steps: range, role: str = "execu
 def test_pieces_of_a_requeued_job_become_one_run_in_order(
     server: Store, config: Config, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log(config, run_dir, "ab12-executor-0", range(3))
-    log(config, run_dir, "ab12-executor-0", range(3, 5))  # the job was requeued
+    log(config, run_dir, range(3))
+    log(config, run_dir, range(3, 5))  # the job was requeued
     (run_dir / "report").mkdir()
     (run_dir / "report" / "plot.png").write_bytes(b"png")
-    with Tracker(config, run_dir, "report", "ab12-report") as tracker:
+    with Tracker(config, run_dir, "report") as tracker:
         tracker.log({"eval/pass_at_1": 0.5}, 0)
         tracker.artifact(run_dir / "report", "report", "tiny-report")
+    executor = run_id(run_dir, "executor", 0)
     assert main(["sync", str(run_dir)]) == 0
     said = capsys.readouterr().out
-    assert "ab12-executor-0: sending 2 of 2 pieces" in said and "3 pieces sent" in said
-    run = server.runs["ab12-executor-0"]
+    assert f"{executor}: sending 2 of 2 pieces" in said and "3 pieces sent" in said
+    run = server.runs[executor]
     assert (run["group"], run["type"], run["config"]["rl"]["steps"]) == ("experiment 7", "executor", 8)
     numbers = [(row["step"], row["executor/runs_per_s"]) for row in run["rows"] if "executor/runs_per_s" in row]
     assert numbers == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)]
     assert ("report", "tiny-report") in server.artifacts and server.files["plot.png"] == b"png"
-    assert server.runs["ab12-report"]["summary"]["eval/pass_at_1"] == 0.5
+    assert server.runs[run_id(run_dir, "report")]["summary"]["eval/pass_at_1"] == 0.5
 
     assert main(["sync", str(run_dir)]) == 0  # nothing is sent twice
-    assert "ab12-executor-0: sent before" in capsys.readouterr().out
-    log(config, run_dir, "ab12-executor-0", range(5, 6))  # it went on after the sync
+    assert f"{executor}: sent before" in capsys.readouterr().out
+    log(config, run_dir, range(5, 6))  # it went on after the sync
     assert main(["sync", str(run_dir)]) == 0
-    assert "ab12-executor-0: sending 1 of 3 pieces" in capsys.readouterr().out
+    assert f"{executor}: sending 1 of 3 pieces" in capsys.readouterr().out
     numbers = [row["step"] for row in run["rows"] if "executor/runs_per_s" in row]
     assert numbers == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
-def test_a_server_that_is_not_there_is_one_line(
-    config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_a_killed_process_left_is_sent_up_to_its_damage(
+    server: Store, config: Config, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log(config, run_dir, "ab12-rl", range(1))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for steps in (range(3), range(3, 5), range(5, 6)):
+        log(config, run_dir, steps)
+    (parts,) = sync.pieces(run_dir).values()
+    whole = parts[0].file.read_bytes()
+    parts[0].file.write_bytes(whole[:-3])
+    parts[1].file.write_bytes(b"")  # killed before it wrote
+    assert main(["sync", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert "cut short when it was written" in said and "sending 2 of 3 pieces" in said
+    assert Path(f"{parts[0].file}.damaged").read_bytes() == whole[:-3]
+    (run,) = server.runs.values()
+    assert [row["step"] for row in run["rows"] if "executor/runs_per_s" in row] == [0, 1, 2, 5]
+    assert main(["sync", str(run_dir)]) == 0
+    assert "0 pieces sent" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_is_one_line_and_the_next_call_sends_all(
+    server: Store, config: Config, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log(config, run_dir, range(2))
+    for status, told in ((401, "does not take the key (HTTP 401)"), (503, "try again later (HTTP 503)")):
+        server.refuse = lambda path, status=status: status  # type: ignore[misc]
+        assert main(["sync", str(run_dir)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("ctrl-hpc: not sent: http://127.0.0.1") and told in line
+    server.refuse = lambda path: 401
+    with monkeypatch.context() as patch:
+        patch.setattr(sync, "check_server", lambda: None)  # refused in the middle
+        assert main(["sync", str(run_dir)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "not sent: the server refused it; the same command sends what is left" in line and server.runs == {}
+    server.refuse = lambda path: 0
+    assert main(["sync", str(run_dir)]) == 0
+    (run,) = server.runs.values()
+    assert [row["step"] for row in run["rows"] if "executor/runs_per_s" in row] == [0, 1]
+
+
+def test_no_key_and_no_server_are_one_line(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_dir / "wandb" / "offline-run-20260101_000000-x"
+    folder.mkdir(parents=True)
+    (folder / "run-x.wandb").write_bytes(b":W&B" + bytes(3) + chunk(1, b"record"))
+    monkeypatch.setattr(sync, "server_url", lambda: "http://127.0.0.1:9")
     monkeypatch.setenv("NETRC", "/dev/null")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert main(["sync", str(run_dir)]) == 1
+    assert "no key for http://127.0.0.1:9; run `wandb login`" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_API_KEY", wandb_server.KEY)
     assert main(["sync", str(run_dir)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ctrl-hpc: ab12-rl: not sent: ")
+    assert line.startswith("ctrl-hpc: not sent: http://127.0.0.1:9 cannot be reached: ")
+
+
+def chunk(kind: int, data: bytes) -> bytes:
+    """A chunk of LevelDB's log, as wandb writes it."""
+    return struct.pack("<IHB", zlib.crc32(bytes([kind]) + data), len(data), kind) + data
+
+
+def test_the_whole_part_of_a_record_file_ends_at_a_record() -> None:
+    head, one = b":W&B" + bytes(3), chunk(1, b"record")
+    room = BLOCK - len(head + one) - 7
+    first, last = chunk(2, bytes(room)), chunk(4, b"end")  # a record over two blocks
+    data = head + one + first + last
+    assert len(head + one + first) == BLOCK
+    assert wandb_file.whole_bytes(data) == len(data)
+    assert wandb_file.whole_bytes(data[:-1]) == len(head + one)  # its last part is not whole, so none of it is
+    assert wandb_file.whole_bytes(data[:BLOCK]) == len(head + one)
+    assert wandb_file.whole_bytes(head + one[:-1] + b"x") == len(head) == 7
+    padded = head + one + chunk(1, bytes(room - 3)) + bytes(3) + one  # three bytes at a block's end hold no chunk
+    assert wandb_file.whole_bytes(padded) == BLOCK + len(one)
+    assert wandb_file.whole_bytes(b"") == wandb_file.whole_bytes(b"nothing of wandb's") == 0
 
 
 def test_a_run_without_wandb_files_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,14 +168,3 @@ def test_counters_become_rates_and_gauges_stay() -> None:
     assert service_log.rates(before, after, 10.0) == {"executor/runs_per_s": 3.0, "executor/queue": 3.0}
     served = service_log.read("ctrl_rollout_completion_tokens_total 600\nctrl_rollout_waiting 2\n")
     assert service_log.rates({}, served, 2.0) == {"rollout/tokens_per_s": 300.0, "rollout/queue": 2.0}
-
-
-def test_an_elements_id_is_the_runs_and_its_own(run_dir: Path) -> None:
-    (run_dir / "services").mkdir()
-    first = service_log.wandb_id(run_dir, "executor", 0)
-    assert first == service_log.wandb_id(run_dir, "executor", 0)
-    assert first.removesuffix("executor-0") == service_log.wandb_id(run_dir, "critic", 2).removesuffix("critic-2")
-    shutil.rmtree(run_dir / "services")
-    (run_dir / "services").mkdir()
-    assert service_log.wandb_id(run_dir, "executor", 0) != first
-    assert os.listdir(run_dir / "services") == ["wandb_id"]

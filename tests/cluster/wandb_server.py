@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -30,6 +30,12 @@ class Store:
         """Uploaded files by the last part of their URL."""
         self.asked: list[str] = []
         """Operations, in order."""
+        self.stops: Callable[[str, list[float]], bool] = lambda run, values: False
+        """Early termination: whether to stop a run of a sweep that has logged these values of the sweep's metric."""
+        self.stopped: list[str] = []
+        """Runs that an agent was told to stop."""
+        self.refuse: Callable[[str], int] = lambda path: 0
+        """The HTTP status with which a request to this path is refused; 0: it is answered."""
         self.lock = threading.RLock()
 
     def run(self, id: str) -> dict[str, Any]:
@@ -98,13 +104,28 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer({})
 
-    def do_PUT(self) -> None:
+    def refused(self) -> bool:
+        """Whether this request is one of those to be refused; it then has its answer."""
         with self.store.lock:
-            self.store.files[self.path.rpartition("/")[2]] = self.body()
+            status = self.store.refuse(self.path)
+        if status:
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+        return bool(status)
+
+    def do_PUT(self) -> None:
+        body = self.body()
+        if self.refused():
+            return
+        with self.store.lock:
+            self.store.files[self.path.rpartition("/")[2]] = body
         self.answer({})
 
     def do_POST(self) -> None:
         body = self.body()
+        if self.refused():
+            return
         stream = re.fullmatch(r"/+files/.*/([^/]+)/file_stream", self.path)
         with self.store.lock:
             if stream:
@@ -196,8 +217,13 @@ class Handler(BaseHTTPRequestHandler):
     def next_trial(self, given: dict[str, Any]) -> list[dict[str, Any]]:
         id = given["id"].partition("/")[0]
         sweep = self.store.sweeps[id]
-        if any(json.loads(given.get("runState") or "{}").values()):
-            return []
+        running = [run for run, runs in json.loads(given.get("runState") or "{}").items() if runs]
+        if running:
+            metric = sweep["config"]["metric"]["name"]
+            values = {run: [row[metric] for row in self.store.run(run)["rows"] if metric in row] for run in running}
+            late = [run for run in running if self.store.stops(run, values[run])]
+            self.store.stopped += late
+            return [{"type": "stop", "run_id": run} for run in late]
         trials = list(self.store.trials(id))
         if sweep["given"] == len(trials):
             return [{"type": "exit"}]

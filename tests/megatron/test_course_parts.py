@@ -56,7 +56,7 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, rates: list[float]
 
 def journal(folder: Path, start: int) -> Journal:
     config = Config(name="test", wandb=WandbConfig(mode="disabled"))
-    return Journal(config, folder, "rl", steps=9, start=start, tracking_id="x", main=True)
+    return Journal(config, folder, "rl", steps=9, start=start, main=True)
 
 
 def test_a_resumed_journal_holds_every_step_once(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_a_resumed_journal_holds_every_step_once(tmp_path: Path) -> None:
 
 def test_other_ranks_write_no_journal(tmp_path: Path) -> None:
     config = Config(name="test", wandb=WandbConfig(mode="disabled"))
-    with Journal(config, tmp_path, "rl", steps=9, start=0, tracking_id="x", main=False) as quiet:
+    with Journal(config, tmp_path, "rl", steps=9, start=0, main=False) as quiet:
         quiet.log(0, {"rl/reward": 1.0})
         quiet.table("samples", ["a"], [[1]])
     assert list(tmp_path.iterdir()) == []

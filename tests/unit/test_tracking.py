@@ -1,6 +1,8 @@
 """Tracking against the real wandb, offline: what lies on disk is read back from its record file."""
 
 import json
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import sys
 import pytest
 
 from ctrl_hpc.config import ROOT, load
-from ctrl_hpc.tracking import Tracker, child_environment
+from ctrl_hpc.tracking import Tracker, child_environment, run_id
 
 HEADER_BYTES, BLOCK_BYTES = 7, 32768
 
@@ -52,15 +54,20 @@ def config(tmp_path):
 
 
 def test_an_offline_run_is_on_disk(config, tmp_path):
-    with Tracker(config, tmp_path, "rl", "tiny-rl-0") as tracker:
+    with Tracker(config, tmp_path, "rl") as tracker:
         for step in range(3):
             tracker.log({"rl/reward": step / 4, "rl/kl": 0.5}, step)
         tracker.table("rl/samples", ["id", "text"], [["a", "x"], ["b", None]])
         tracker.summary({"eval/pass_at_1": 0.75})
-    (file,) = tmp_path.glob("wandb/offline-run-*-tiny-rl-0/run-tiny-rl-0.wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*-rl.wandb")
     found = records(file)
     (run,) = [record.run for record in found if record.WhichOneof("record_type") == "run"][:1]
-    assert (run.run_id, run.run_group, run.job_type, run.project) == ("tiny-rl-0", "experiment 7", "rl", "ctrl-hpc")
+    assert (run.run_id, run.run_group, run.job_type, run.project) == (
+        run_id(tmp_path, "rl"),
+        "experiment 7",
+        "rl",
+        "ctrl-hpc",
+    )
     numbers = [(row["step"], row["rl/reward"], row["rl/kl"]) for row in history(found) if "rl/reward" in row]
     assert numbers == [(0, 0.0, 0.5), (1, 0.25, 0.5), (2, 0.5, 0.5)]
     saved = {item.key: json.loads(item.value_json) for item in run.config.update}
@@ -77,16 +84,24 @@ def test_an_offline_run_is_on_disk(config, tmp_path):
 
 def test_a_restarted_role_keeps_its_id(config, tmp_path):
     for step in (0, 1):
-        with Tracker(config, tmp_path, "sft", "tiny-sft") as tracker:
+        with Tracker(config, tmp_path, "sft") as tracker:
             tracker.log({"sft/loss": 1.0 - step / 2}, step)
-    files = list(tmp_path.glob("wandb/offline-run-*/run-tiny-sft.wandb"))
+    files = list(tmp_path.glob("wandb/offline-run-*/run-*-sft.wandb"))
     rows = [(row["step"], row["sft/loss"]) for file in files for row in history(records(file)) if "sft/loss" in row]
     assert sorted(rows) == [(0, 1.0), (1, 0.5)]
 
 
+def test_an_id_is_the_run_directorys_the_roles_and_the_elements(tmp_path):
+    first = run_id(tmp_path / "a", "executor", 0)
+    assert first == run_id(tmp_path / "a", "executor", 0) and re.fullmatch(r"[0-9a-f]{8}-executor-0", first)
+    assert run_id(tmp_path / "a", "report") == first.replace("executor-0", "report")
+    assert run_id(tmp_path / "b", "report") != run_id(tmp_path / "a", "report")
+    assert os.listdir(tmp_path / "a") == ["wandb_id"]
+
+
 def test_a_sweeps_agent_names_the_run_of_this_process_only(config, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "agent1")
-    with Tracker(config, tmp_path, "driver", "ours") as tracker:
+    with Tracker(config, tmp_path, "driver") as tracker:
         tracker.log({"eval/pass_at_1": 0.5}, 0)
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-agent1.wandb"))) == 1
     environment = {"WANDB_RUN_ID": "agent1", "WANDB_SWEEP_ID": "s", "WANDB_MODE": "offline", "PATH": "/bin"}
@@ -100,7 +115,7 @@ from pathlib import Path
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.tracking import Tracker
 config = load(ROOT / "configs" / "tiny.yaml", ["run_dir={tmp_path}", "wandb.mode=disabled"])
-with Tracker(config, Path("{tmp_path}"), "rl", "x") as tracker:
+with Tracker(config, Path("{tmp_path}"), "rl") as tracker:
     tracker.log({{"rl/reward": 1.0}}, 0)
     tracker.table("t", ["a"], [[1]])
     tracker.summary({{"a": 1.0}})
