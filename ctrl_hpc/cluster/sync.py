@@ -20,8 +20,8 @@ from ctrl_hpc.cluster import wandb_file
 
 CHECK_S = 20.0
 """Longest wait for the server's first answer."""
-RETRIES = {f"WANDB_X_{part}_RETRY_MAX": "5" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
-"""wandb tries again for hours by itself; here the same command does that."""
+RETRIES = {f"WANDB_X_{part}_RETRY_MAX": "1000" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
+"""wandb marks a piece as sent although it gave up an upload, so that it must not give up: Ctrl-C leaves it unmarked."""
 _FOLDER = re.compile(r"offline-run-(\d{8}_\d{6})-(.+)")
 
 
