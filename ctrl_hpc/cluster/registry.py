@@ -2,7 +2,8 @@
 
 The run directory lies on a file system that all nodes share. A reader takes a service for dead when its heartbeat has
 not changed for ``dead_after_s`` (by the reader's own clock, so that clocks may differ), or, on the same machine, at
-once when its process is gone. On a full disk, where nothing can be rewritten, the file's time is the heartbeat.
+once when its process is gone. On a full disk, where nothing can be rewritten, the file's time is the heartbeat; while
+a disk does not answer, nobody is silent.
 
 A process whose entry another process has taken over leaves at once: Slurm starts a job again when its node is lost,
 and what was taken for lost may still run.
@@ -28,6 +29,8 @@ ROLES = ("executor", "generator", "critic")
 SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2
+_LOOK_S = 2.0
+"""What a look takes at most; a longer one waited for the disk, as the heartbeats did, and is no silence."""
 type Beat = tuple[float, int, int]
 """A heartbeat: time, number, and time of the file in nanoseconds."""
 
@@ -180,11 +183,14 @@ class Registry:
         self._cache = (-1.0, [])
 
     def _read(self, role: str = "*") -> list[tuple[Path, Service]]:
-        out = []
+        began, out = time.monotonic(), []
         for file in sorted(self.folder.glob(f"{role}/*.json")):
             service = read_entry(file)
             if service is not None:
                 out.append((file, service))
+        waited = time.monotonic() - began
+        if waited > _LOOK_S:
+            self._seen = {file: (beat, since + waited) for file, (beat, since) in self._seen.items()}
         return out
 
     def _is_alive(self, file: Path, service: Service) -> bool:
@@ -209,21 +215,28 @@ class DriverWatch:
         self._file = folder_of(run_dir) / "driver" / "driver.json"
         self._session, self._dead_after_s = session, dead_after_s
         self._last: Beat | None = None
-        self._since = time.monotonic()
+        self._since = self._looked = time.monotonic()
+        self.lost: Service | None = None
+        """The driver that went without a word: its entry is still there."""
 
     def alive(self) -> bool:
         """False once the driver is gone, silent for too long, or another driver has taken the run over."""
         driver = read_entry(self._file)
         now = time.monotonic()
+        self._since += max(0.0, now - self._looked - _LOOK_S)
+        self._looked = now
         if driver is not None:
             if driver.session != self._session:
                 return False
             if driver.machine == processes.machine() and not processes.is_running(driver.pid, driver.started):
+                self.lost = driver
                 return False
             beat = _beat_of(self._file, driver)
             if beat != self._last:
                 self._last, self._since = beat, now
-        return now - self._since < self._dead_after_s
+        alive = now - self._since < self._dead_after_s
+        self.lost = None if alive else driver
+        return alive
 
 
 def _beat_of(file: Path, service: Service) -> Beat:

@@ -5,18 +5,19 @@ A fault waits until there is something to do it to. Some need a repair later, as
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.registry import Registry, Service
 
 TESTCLUSTER = Path(__file__).resolve().parent.parent / "testcluster"
@@ -34,6 +35,8 @@ class Site:
     random: random.Random
     ended: Callable[[], bool]
     """Whether the run is over."""
+    disk: int | None = None
+    """Process that serves the file system of the run directory, where one of its own does."""
 
     def services(self, *roles: str) -> list[Service]:
         """The living services of some roles."""
@@ -53,7 +56,13 @@ class Site:
 
     def command(self, *words: str) -> str:
         """What a Slurm command prints."""
-        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+        environment = {**os.environ, "SLURM_CONF": str(self.base / "slurm.conf")}
+        return subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+
+
+def at_once() -> bool:
+    """A fault that takes effect when it is done."""
+    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,34 +70,113 @@ class Strike:
     """A fault that was done."""
 
     what: str
+    victims: Sequence[Service] = ()
+    """Services that will not serve again."""
+    felt: Callable[[], bool] = at_once
+    """Whether it has taken effect, or (disks) is over: from then on the run recovers."""
     repair: Callable[[], None] | None = None
     """What the site does about it later; None: nothing is needed."""
     repair_after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A kind of fault."""
+
+    strike: Callable[[Site], Strike]
+    recovers_in_s: float = 60.0
+    """The run works again as before within this time after the fault."""
+
+
+def is_gone(service: Service) -> bool:
+    """Whether a service's process has ended."""
+    return not processes.is_running(service.pid, service.started)
 
 
 def cancel_element(site: Site) -> Strike:
     """``scancel`` of an array element."""
     victim = site.pick(*ELEMENTS)
     site.command("scancel", victim.job_id)
-    return Strike(what=f"scancel of {victim.role} {victim.job_id}")
+    return Strike(what=f"scancel of {victim.role} {victim.job_id}", victims=[victim])
 
 
 def kill(*roles: str) -> Callable[[Site], Strike]:
     """SIGKILL of a process of one of these roles."""
+    return _send(signal.SIGKILL, *roles)
 
+
+def freeze(*roles: str) -> Callable[[Site], Strike]:
+    """SIGSTOP of a process of one of these roles: its heartbeat is lost."""
+    return _send(signal.SIGSTOP, *roles)
+
+
+def _send(number: signal.Signals, *roles: str) -> Callable[[Site], Strike]:
     def strike(site: Site) -> Strike:
         victim = site.pick(*roles)
-        os.kill(victim.pid, signal.SIGKILL)
-        return Strike(what=f"SIGKILL of {victim.role} {victim.job_id}, process {victim.pid}")
+        os.kill(victim.pid, number)
+        what = f"{number.name} of {victim.role} {victim.job_id}, process {victim.pid}"
+        return Strike(what=what, victims=[victim])
 
     return strike
 
 
-def freeze_element(site: Site) -> Strike:
-    """SIGSTOP of an array element: its heartbeat is lost."""
-    victim = site.pick(*ELEMENTS)
+def freeze_driver(site: Site) -> Strike:
+    """The driver stands still for a while: its jobs take it for lost."""
+    victim = site.pick("driver")
     os.kill(victim.pid, signal.SIGSTOP)
-    return Strike(what=f"SIGSTOP of {victim.role} {victim.job_id}, process {victim.pid}")
+
+    def repair() -> None:
+        if not is_gone(victim):
+            os.kill(victim.pid, signal.SIGCONT)
+
+    return Strike(what=f"SIGSTOP of the driver, process {victim.pid}", repair=repair, repair_after_s=20.0)
+
+
+def kill_any_process(site: Site) -> Strike:
+    """SIGKILL of any process of the jobs: shells, srun, Python, wandb's, sandboxes, Slurm's own step daemons."""
+    site.pick(*ELEMENTS, "trainer")
+    kinds: dict[str, list[psutil.Process]] = {}
+    for process in _of_jobs(site.base / "slurm.conf"):
+        try:
+            kinds.setdefault(process.name(), []).append(process)
+        except psutil.NoSuchProcess:
+            continue
+    victim = site.random.choice(kinds[site.random.choice(sorted(kinds))])
+    services = site.services("driver", *ELEMENTS, "trainer")
+    try:
+        command = " ".join(victim.cmdline())[:100]
+        victim.kill()
+    except psutil.NoSuchProcess:
+        command = "gone meanwhile"
+    hit = [service for service in services if service.pid == victim.pid]
+    return Strike(what=f"SIGKILL of process {victim.pid}: {command}", victims=hit)
+
+
+def _of_jobs(conf: Path) -> list[psutil.Process]:
+    """The processes of all jobs of a cluster, and the daemons that watch over them."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        try:
+            environment = process.environ()
+            if environment.get("SLURM_CONF") != str(conf) or "SLURM_JOB_ID" not in environment:
+                continue
+            for member in (process, *process.children(recursive=True)):
+                found[member.pid] = member
+            parent = process.parent()
+            if parent is not None and parent.name().startswith("slurmstepd"):
+                found[parent.pid] = parent
+        except psutil.Error:
+            continue
+    return list(found.values())
+
+
+def kill_batch_shell(site: Site) -> Strike:
+    """SIGKILL of the shell that runs the driver's batch script, and with it of the job."""
+    victim = site.pick("driver")
+    shell = psutil.Process(victim.pid).parent()
+    assert shell is not None and shell.name() in ("bash", "slurm_script"), "the driver is a job"
+    shell.kill()
+    return Strike(what=f"SIGKILL of the driver's batch shell, process {shell.pid}", victims=[victim])
 
 
 def hang_executor(site: Site) -> Strike:
@@ -109,15 +197,26 @@ def hang_executor(site: Site) -> Strike:
 def lose_node(site: Site) -> Strike:
     """A node goes down with all that runs on it."""
     name = site.pick(*ELEMENTS, "trainer").host
+    there = [service for service in site.services("driver", *ELEMENTS, "trainer") if service.host == name]
     site.node("lose", name)
-    return Strike(what=f"node {name} lost", repair=lambda: site.node("start", name), repair_after_s=30.0)
+    repair = lambda: site.node("start", name)  # noqa: E731
+    return Strike(what=f"node {name} lost", victims=there, repair=repair, repair_after_s=30.0)
 
 
 def stop_slurmd(site: Site) -> Strike:
     """slurmd of a node ends; what runs there goes on until Slurm gives it up."""
     name = site.pick(*ELEMENTS, "trainer").host
     site.node("stop", name)
-    return Strike(what=f"slurmd of {name} stopped", repair=lambda: site.node("start", name), repair_after_s=30.0)
+    repaired: list[bool] = []
+
+    def repair() -> None:
+        site.node("start", name)
+        repaired.append(True)
+
+    def given_up() -> bool:
+        return bool(repaired) or "down" in site.command("sinfo", "-h", "-n", name, "-o", "%T")
+
+    return Strike(what=f"slurmd of {name} stopped", felt=given_up, repair=repair, repair_after_s=30.0)
 
 
 def preempt(site: Site) -> Strike:
@@ -125,101 +224,41 @@ def preempt(site: Site) -> Strike:
     victim = site.pick("executor")
     options = ("--partition=high", "--exclusive", f"--nodelist={victim.host}", "--output=/dev/null")
     job = site.command("sbatch", "--parsable", *options, "--wrap", "sleep 5")
-    return Strike(what=f"job {job} preempts {victim.host} with executor {victim.job_id}")
+    there = [service for service in site.services("executor") if service.host == victim.host]
+    what = f"job {job} preempts {victim.host} with executor {victim.job_id}"
+    return Strike(what=what, victims=there, felt=lambda: is_gone(victim))
 
 
-def end_time(site: Site) -> Strike:
-    """The trainer's time limit comes near: Slurm warns it as the configuration says, then would kill it."""
-    victim = site.pick("trainer")
-    site.command("scontrol", "update", f"JobId={victim.job_id}", "EndTime=now+33")
-    return Strike(what=f"the time limit of trainer {victim.job_id} is near")
-
-
-def fill_disk(*roles: str) -> Callable[[Site], Strike]:
-    """The run's disk is full for a while, once one of these roles is there."""
+def end_time(role: str, seconds: int) -> Callable[[Site], Strike]:
+    """The time limit of a job comes near: Slurm warns it as its batch script says, then would kill it."""
 
     def strike(site: Site) -> Strike:
-        folder = site.run_dir.parent
-        assert os.path.ismount(folder), f"{folder}: only a file system of its own is filled"
-        site.pick(*roles)
-        ballast = folder / "ballast"
-        for size in (1 << 20, 1 << 10):
-            with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as out:  # until it is full
-                while True:
-                    out.write(bytes(size))
-        return Strike(what="the disk is full", repair=lambda: ballast.unlink(missing_ok=True), repair_after_s=12.0)
+        victim = site.pick(role)
+        site.command("scontrol", "update", f"JobId={victim.job_id}", f"EndTime=now+{seconds}")
+        there = [service for service in site.services(role) if service.job_id == victim.job_id]
+        what = f"the time limit of {role} {victim.job_id} is near"
+        return Strike(what=what, victims=there, felt=lambda: is_gone(victim))
 
     return strike
 
 
-FAULTS: dict[str, Callable[[Site], Strike]] = {
-    "cancel element": cancel_element,
-    "kill executor": kill("executor"),
-    "kill rollout server": kill("critic", "generator"),
-    "kill trainer rank": kill("trainer"),
-    "kill driver": kill("driver"),
-    "freeze element": freeze_element,
-    "hang executor": hang_executor,
-    "lose node": lose_node,
-    "stop slurmd": stop_slurmd,
-    "preempt": preempt,
-    "time limit": end_time,
-    "full disk": fill_disk(*ELEMENTS),
-    "full disk in training": fill_disk("trainer"),
+JOB_FAULTS: dict[str, Fault] = {
+    "cancel element": Fault(strike=cancel_element),
+    "kill executor": Fault(strike=kill("executor")),
+    "kill rollout server": Fault(strike=kill("critic", "generator")),
+    "kill trainer rank": Fault(strike=kill("trainer"), recovers_in_s=90.0),
+    "kill driver": Fault(strike=kill("driver")),
+    "kill batch shell": Fault(strike=kill_batch_shell),
+    "kill any process": Fault(strike=kill_any_process, recovers_in_s=90.0),
+    "freeze element": Fault(strike=freeze(*ELEMENTS)),
+    "freeze trainer rank": Fault(strike=freeze("trainer"), recovers_in_s=90.0),
+    "freeze driver": Fault(strike=freeze_driver),
+    "hang executor": Fault(strike=hang_executor),
+    "lose node": Fault(strike=lose_node, recovers_in_s=90.0),
+    "stop slurmd": Fault(strike=stop_slurmd, recovers_in_s=90.0),
+    "preempt": Fault(strike=preempt),
+    "time limit of an element": Fault(strike=end_time("executor", 33)),
+    "time limit of the trainer": Fault(strike=end_time("trainer", 33), recovers_in_s=90.0),
+    "time limit of the driver": Fault(strike=end_time("driver", 183)),
 }
-"""All faults by name."""
-
-
-class Striker(threading.Thread):
-    """Does faults one after another and repairs them in time; ``strikes`` tells what was done, ``failure`` why not."""
-
-    def __init__(self, site: Site, plan: Sequence[tuple[float, str]], say: Callable[[str], None]) -> None:
-        """``plan``: seconds since the strike before, and a key of ``FAULTS``."""
-        super().__init__(name="striker", daemon=True)
-        self._site, self._plan, self._say = site, plan, say
-        self._began = time.monotonic()
-        self._repairs: list[Repair] = []
-        self.strikes: list[str] = []
-        self.failure: BaseException | None = None
-
-    def run(self) -> None:
-        """Strike by strike; what is not repaired when the run ends is repaired then."""
-        try:
-            for gap_s, name in self._plan:
-                last = time.monotonic()
-                while not self._site.ended() and time.monotonic() - last < gap_s:
-                    time.sleep(POLL_S)
-                if self._site.ended():
-                    break
-                strike = FAULTS[name](self._site)
-                self.strikes.append(name)
-                self._say(f"{time.monotonic() - self._began:6.1f} s: {strike.what}")
-                if strike.repair is not None:
-                    self._repairs.append(Repair(strike.repair, strike.repair_after_s))
-            while any(repair.is_alive() for repair in self._repairs) and not self._site.ended():
-                time.sleep(POLL_S)
-        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
-            self.failure = error
-        finally:
-            for repair in self._repairs:
-                repair.now()
-
-
-class Repair(threading.Thread):
-    """Does a repair after a while, or at once when told."""
-
-    def __init__(self, repair: Callable[[], None], after_s: float) -> None:
-        super().__init__(name="repair", daemon=True)
-        self._repair, self._after_s = repair, after_s
-        self._told = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        """Wait, then repair."""
-        self._told.wait(self._after_s)
-        self._repair()
-
-    def now(self) -> None:
-        """Return when the repair is done."""
-        self._told.set()
-        self.join()
+"""Faults of processes, jobs and nodes."""

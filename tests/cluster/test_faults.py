@@ -9,8 +9,10 @@ import json
 import os
 import random
 import secrets
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,8 @@ from one_host_slurm import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "slurm" / "faults"))
-from strikes import Site, Striker  # noqa: E402
+from strikes import Site  # noqa: E402
+from striker import Striker  # noqa: E402
 
 pytestmark = pytest.mark.slow
 ON_SLURM = (
@@ -32,8 +35,11 @@ ON_SLURM = (
 RUNS: dict[str, tuple[str, ...]] = {
     "elements": ("cancel element", "kill executor", "kill rollout server", "freeze element", "hang executor"),
     "nodes": ("preempt", "stop slurmd", "lose node"),
-    "driver and trainer": ("kill driver", "kill trainer rank", "time limit"),
-    "disk": ("full disk", "full disk in training"),
+    "driver": ("kill driver", "kill batch shell", "freeze driver", "time limit of the driver"),
+    "trainer": ("kill trainer rank", "freeze trainer rank", "time limit of the trainer", "time limit of an element"),
+    "full disk": ("full disk", "full disk in training"),
+    "slow disk": ("slow disk", "hung disk"),
+    "anything": ("kill any process",) * 6,
 }
 """The faults of each run."""
 BUSY_S = 24.0
@@ -57,9 +63,19 @@ def start(cluster: SlurmCluster, run_dir: Path, *overrides: str) -> int:
     return int(cluster.run("env", f"PATH={Path(sys.executable).parent}:{os.environ['PATH']}", *command, *run))
 
 
-def has_ended(cluster: SlurmCluster, job: int) -> bool:
-    state = cluster.call("squeue", "-h", "-j", str(job), "-o", "%T").stdout.strip()
-    return state == ""
+class Ended:
+    """Whether a job has left the queue; Slurm is asked once a second."""
+
+    def __init__(self, cluster: SlurmCluster, job: int) -> None:
+        self._cluster, self._job = cluster, job
+        self._asked, self._answer = 0.0, False
+
+    def __call__(self) -> bool:
+        if not self._answer and time.monotonic() - self._asked > 1.0:
+            self._asked = time.monotonic()
+            listed = self._cluster.call("squeue", "-h", "-j", str(self._job), "-o", "%T")
+            self._answer = "Invalid job id" in listed.stderr or (listed.returncode == 0 and not listed.stdout.strip())
+        return self._answer
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -104,7 +120,7 @@ def test_the_report_is_the_local_runs_to_the_bit(
 ) -> None:
     run_dir = tmp_path / "run"
     job = start(slurm_cluster, run_dir, "rollout.critic_elements=2")
-    slurm_cluster.wait_for("the run ends", lambda: has_ended(slurm_cluster, job), 400)
+    slurm_cluster.wait_for("the run ends", Ended(slurm_cluster, job), 400)
     assert (run_dir / "report" / "results.json").exists(), Path(f"{run_dir}.log").read_text()
     hosts = [file.name for file in (run_dir / "logs" / "trainer").glob("*_log.out")]
     assert len(hosts) == 4  # two ranks of sft, two of rl
@@ -125,30 +141,52 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.fixture
+def served_disk(small_disk: Path) -> Iterator[tuple[Path, int]]:
+    """A file system that a process serves, as a file server would, and this process."""
+    (small_disk / "exported").mkdir()
+    folder = small_disk.with_name("served")
+    folder.mkdir()
+    server = subprocess.Popen(["bindfs", "-f", "--multithreaded", small_disk / "exported", folder])
+    try:
+        while not os.path.ismount(folder):
+            assert server.poll() is None, "bindfs ended"
+            time.sleep(0.05)
+        yield folder, server.pid
+    finally:
+        server.send_signal(signal.SIGCONT)
+        subprocess.run(["umount", "--lazy", folder], check=True)
+        server.wait()
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_is_lost_or_counted_twice(
-    name: str, slurm_cluster: SlurmCluster, undisturbed: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    name: str, slurm_cluster: SlurmCluster, undisturbed: Path, served_disk: tuple[Path, int], small_disk: Path
 ) -> None:
     seed = int(os.environ.get("CTRL_HPC_FAULT_SEED", secrets.randbelow(1 << 31)))
     chance = random.Random(f"{seed} {name}")
     order = chance.sample(RUNS[name], len(RUNS[name]))
     plan = [(chance.uniform(0.0, BUSY_S / len(order)), fault) for fault in order]
-    run_dir = small_disk / "run"
+    folder, server = served_disk
+    run_dir = (folder if name == "slow disk" else small_disk) / "run"
     lines = [f"CTRL_HPC_FAULT_SEED={seed}"]
     job = start(slurm_cluster, run_dir)
-    site = Site(run_dir=run_dir, base=slurm_cluster.base, random=chance, ended=lambda: has_ended(slurm_cluster, job))
+    ended = Ended(slurm_cluster, job)
+    site = Site(run_dir=run_dir, base=slurm_cluster.base, random=chance, ended=ended, disk=server)
     site.pick("driver")
     striker = Striker(site, plan, lines.append)
     striker.start()
     try:
-        slurm_cluster.wait_for("the run ends", lambda: has_ended(slurm_cluster, job), 500)
+        slurm_cluster.wait_for("the run ends", ended, 500)
     finally:
         striker.join(60)
         log = Path(f"{run_dir}.log").read_text()
         print(*lines, log, sep="\n")
     assert striker.failure is None, striker.failure
-    assert sorted(striker.strikes) == sorted(RUNS[name])
+    assert sorted(fault.name for fault in striker.faults) == sorted(RUNS[name])
     assert (run_dir / "report" / "results.json").exists(), log
     assert account(run_dir) == account(undisturbed)
+    late = [fault for fault in striker.faults if fault.recovery_s is None or fault.recovery_s > fault.limit_s]
+    assert late == []
     slurm_cluster.wait_for("no job is left", lambda: slurm_cluster.run("squeue", "-h") == "", 60)
     slurm_cluster.wait_for("all nodes are back", lambda: "idle" in slurm_cluster.run("sinfo", "-h", "-o", "%T"), 60)
