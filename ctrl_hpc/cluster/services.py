@@ -181,9 +181,10 @@ class Services:
             return
         words = f"{role}: the array ended before it served: {jobs[-1].last_words()} ({self._where(role)})"
         starts = self._failures[role, -1] = self._failures.get((role, -1), 0) + 1
-        if any(job.result() is not None for job in jobs) or starts > self.config.launch.max_restarts:
+        failed = any(outcome[0] == "error" for job in jobs if (outcome := job.result()) is not None)
+        if failed or starts > self.config.launch.max_restarts:
             raise RuntimeError(words)
-        # none could say why: killed, lost with their nodes, or the disk was full
+        # none could say why: killed, lost with their nodes, told to leave, or the disk was full
         console.print(f"{words}; starting it again")
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
         self.jobs.end(jobs, wait=False)

@@ -1,6 +1,7 @@
 """Learning under faults: a run on the test cluster that suffers a random fault again and again, and what it learned.
 
-The last line compares its pass@1 with the confidence interval of an undisturbed run of the same configuration.
+The driver is a job of its own. The end is a table of how long the run took to recover from each kind of fault, and a
+comparison of its pass@1 with the confidence interval of an undisturbed run of the same configuration.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ import argparse
 import json
 import os
 import random
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from strikes import FAULTS, Site, Striker
+from recovery import Recovered
+from striker import Striker
+from strikes import JOB_FAULTS, Site
 
-import ctrl_hpc
+from ctrl_hpc import config as configuration
 
-LEFT_OUT = ("preempt", "full disk", "full disk in training", "kill driver", "time limit")
-"""Faults that need a set-up of their own: a partition, a disk, a driver that is a job."""
+SCRIPT = Path(__file__).resolve().parent.parent / "run.sbatch"
+ON_CLUSTER = ("cluster=testcluster", "launch.executor.partition=low", "launch.executor.constraint=cpu")
+"""Executors where they may be preempted."""
+POLL_S = 2.0
 
 
 def main() -> int:
@@ -30,24 +38,34 @@ def main() -> int:
             "faults: SLURM_CONF names no test cluster; first: export $(slurm/testcluster/up | tail -1)", file=sys.stderr
         )
         return 2
+    try:
+        folder = Path(configuration.load(options.config, [*ON_CLUSTER, *options.overrides]).run_dir or "").absolute()
+    except ValueError as error:
+        print(f"faults: {error}", file=sys.stderr)
+        return 2
     seed = random.SystemRandom().getrandbits(31) if options.seed is None else options.seed
     chance = random.Random(seed)
-    names = [name for name in FAULTS if name not in LEFT_OUT]
-    plan = [(options.every, chance.choice(names)) for _ in range(1000)]
-    run = ctrl_hpc.launch(options.config, "cluster=testcluster", *options.overrides)
-    print(f"faults: {run.folder}, a fault every {options.every:.0f} s, --seed {seed}; log: {run.log}", flush=True)
-    site = Site(run_dir=run.folder, base=conf.parent, random=chance, ended=lambda: run.driver.poll() is not None)
-    began = time.monotonic()
-    striker = Striker(site, plan, lambda text: print(f"faults: {text}", flush=True))
-    striker.start()
-    try:
-        run.wait()
-    finally:
-        run.stop()
-        striker.join()
-    results = run.results()
-    print(f"faults: {len(striker.strikes)} faults in {time.monotonic() - began:.0f} s")
-    return 0 if options.undisturbed is None else _compare(results, options.undisturbed)
+    names = options.faults or list(JOB_FAULTS)
+    plan = [(options.every, name) for _ in range(100) for name in chance.sample(names, len(names))]
+    log = folder.parent / f"{folder.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    words = ["sbatch", "--parsable", "--partition=cpu", f"--output={log}", str(SCRIPT), options.config]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    submitted = subprocess.run(
+        [*words, f"run_dir={folder}", *ON_CLUSTER, *options.overrides], env=environment, capture_output=True, text=True
+    )
+    if submitted.returncode != 0:
+        print(f"faults: {submitted.stderr.strip()}", file=sys.stderr)
+        return 1
+    job = submitted.stdout.strip()
+    print(f"faults: {folder}, a fault every {options.every:.0f} s, --seed {seed}; log: {log}", flush=True)
+    striker = _strike_until_ended(folder, conf.parent, job, chance, plan)
+    _show(striker.faults)
+    results = folder / "report" / "results.json"
+    if striker.failure is not None or not results.exists():
+        print(f"faults: the run did not finish: {striker.failure or f'see {log}'}", file=sys.stderr)
+        return 1
+    return 0 if options.undisturbed is None else _compare(json.loads(results.read_text()), options.undisturbed)
 
 
 def _parse() -> argparse.Namespace:
@@ -57,7 +75,46 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--every", type=float, default=60.0, help="seconds between faults (default: 60)")
     parser.add_argument("--seed", type=int, default=None, help="of the faults (default: a new one, printed)")
     parser.add_argument("--undisturbed", type=Path, metavar="RUN", help="run directory to compare with")
+    parser.add_argument("--faults", nargs="+", choices=list(JOB_FAULTS), metavar="FAULT", help=", ".join(JOB_FAULTS))
     return parser.parse_intermixed_args()
+
+
+def _strike_until_ended(
+    folder: Path, base: Path, job: str, chance: random.Random, plan: Sequence[tuple[float, str]]
+) -> Striker:
+    """Strike while the driver's job is in the queue; on Ctrl-C the job is cancelled."""
+    over: list[bool] = []
+    site = Site(run_dir=folder, base=base, random=chance, ended=lambda: bool(over))
+    began = time.monotonic()
+    striker = Striker(site, plan, lambda text: print(f"faults: {text}", flush=True))
+    striker.start()
+    try:
+        while _is_queued(job):
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        site.command("scancel", job)
+        raise
+    finally:
+        over.append(True)
+        striker.join()
+    print(f"faults: {len(striker.faults)} faults in {time.monotonic() - began:.0f} s")
+    return striker
+
+
+def _is_queued(job: str) -> bool:
+    listed = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+    return (listed.returncode != 0 and "Invalid job id" not in listed.stderr) or bool(listed.stdout.strip())
+
+
+def _show(faults: Sequence[Recovered]) -> None:
+    """Recovery by kind of fault: how many, and seconds."""
+    print(f"{'fault':28s} {'n':>3s} {'median':>7s} {'longest':>7s}  allowed")
+    for name in sorted({fault.name for fault in faults}):
+        times = [fault.recovery_s for fault in faults if fault.name == name and fault.recovery_s is not None]
+        limit = next(fault.limit_s for fault in faults if fault.name == name)
+        if times:
+            row = f"{statistics.median(times):6.1f}s {max(times):6.1f}s"
+            print(f"{name:28s} {len(times):3d} {row}  {limit:6.0f}s{'' if max(times) <= limit else '  LATE'}")
 
 
 def _compare(disturbed: dict[str, object], undisturbed: Path) -> int:

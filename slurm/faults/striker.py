@@ -22,10 +22,13 @@ LOOK_S = 0.5
 class Striker(threading.Thread):
     """Does the faults of a plan; ``faults`` tells what was done and what came of it, ``failure`` why it stopped."""
 
-    def __init__(self, site: Site, plan: Sequence[tuple[float, str]], say: Callable[[str], None]) -> None:
-        """``plan``: seconds since the strike before, and a key of ``FAULTS``."""
+    def __init__(
+        self, site: Site, plan: Sequence[tuple[float, str]], say: Callable[[str], None], *, one_at_a_time: bool = False
+    ) -> None:
+        """``plan``: seconds since the strike before (``one_at_a_time``: since the recovery from it), and a key of
+        ``FAULTS``."""
         super().__init__(name="striker", daemon=True)
-        self._site, self._plan, self._say = site, plan, say
+        self._site, self._plan, self._say, self._one_at_a_time = site, plan, say, one_at_a_time
         self._began = time.monotonic()
         self._repairs: list[Repair] = []
         self._recovery = Recovery(site)
@@ -47,6 +50,8 @@ class Striker(threading.Thread):
                 if self._site.ended():
                     break
                 self._strike(name)
+                while self._one_at_a_time and self.faults[-1].recovery_s is None:
+                    self._wait()
             while not self._site.ended():
                 self._wait()
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
