@@ -194,10 +194,11 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
         this = prepare(config, folder, todo)
         needed = services_of(this.config, todo)
         with Services(this.config, folder) as services:
-            services.start(needed)
+            services.submit(needed)
             connections = connect(this.config, folder, this.every_problem()) if needed else None
             for index, name in enumerate(todo):
                 services.keep(services_of(this.config, todo[index:]))
+                services.await_first(services_of(this.config, [name]))
                 run_stage(name, this, connections)
     return folder
 

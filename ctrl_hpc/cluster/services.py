@@ -35,7 +35,7 @@ console = Console(stderr=True)
 class Services:
     """The services of one driver; a context manager that leaves no job behind.
 
-    Entering ends what an earlier, killed driver left running. ``start`` returns when every role has its first
+    Entering ends what an earlier, killed driver left running. ``await_first`` returns when a role has its first
     element; later ones join as they come. A thread starts elements again that die, at most ``launch.max_restarts``
     times in a row without having served.
     """
@@ -81,10 +81,13 @@ class Services:
             signal.signal(number, handler)
 
     def start(self, roles: Iterable[str]) -> None:
-        """Start the arrays of these roles, all at once, and wait for the first element of each.
+        """Start the arrays of these roles, all at once, and wait for the first element of each."""
+        wanted = set(roles)
+        self.submit(wanted)
+        self.await_first(wanted)
 
-        Raises ValueError for an unknown role, RuntimeError (one line, with the log's path) when an array fails.
-        """
+    def submit(self, roles: Iterable[str]) -> None:
+        """Start the arrays of these roles, all at once; does not wait. Raises ValueError for an unknown role."""
         wanted = sorted(set(roles) - set(self._arrays))
         for role in wanted:
             if role not in SERVE:
@@ -93,9 +96,13 @@ class Services:
             for role in wanted:
                 count = self._elements(role)
                 self._arrays[role] = self._submit_with_space(role, list(range(count))) if count else []
-        self._wait_for_first([role for role in wanted if self._arrays[role]])
 
-    ensure = start
+    def await_first(self, roles: Iterable[str]) -> None:
+        """Return once each of these roles has had an element that served.
+
+        Raises RuntimeError (one line, with the log's path) when an array fails.
+        """
+        self._wait_for_first([role for role in set(roles) - self._served if self._arrays[role]])
 
     def keep(self, roles: Iterable[str]) -> None:
         """End the arrays of all other roles: nothing will ask them again."""

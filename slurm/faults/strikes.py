@@ -5,11 +5,13 @@ A fault waits until there is something to do it to. Some need a repair later, as
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from ctrl_hpc.cluster.registry import Registry, Service
 
 TESTCLUSTER = Path(__file__).resolve().parent.parent / "testcluster"
 ELEMENTS = ("executor", "critic", "generator")
+HUNG = "hung-"
+"""Start of the ids of executors that hang."""
 POLL_S = 0.1
 
 
@@ -39,8 +43,9 @@ class Site:
     """Process that serves the file system of the run directory, where one of its own does."""
 
     def services(self, *roles: str) -> list[Service]:
-        """The living services of some roles."""
-        return [service for service in Registry(self.run_dir).services() if service.role in roles]
+        """The living services of some roles; those that only a fault has put there do not count."""
+        living = Registry(self.run_dir).services()
+        return [service for service in living if service.role in roles and not service.id.startswith(HUNG)]
 
     def pick(self, *roles: str) -> Service:
         """One of them, waited for. Raises RuntimeError when the run ends before there is any."""
@@ -124,12 +129,15 @@ def freeze_driver(site: Site) -> Strike:
     """The driver stands still for a while: its jobs take it for lost."""
     victim = site.pick("driver")
     os.kill(victim.pid, signal.SIGSTOP)
+    over = threading.Event()
 
     def repair() -> None:
         if not is_gone(victim):
             os.kill(victim.pid, signal.SIGCONT)
+        over.set()
 
-    return Strike(what=f"SIGSTOP of the driver, process {victim.pid}", repair=repair, repair_after_s=20.0)
+    what = f"SIGSTOP of the driver, process {victim.pid}"
+    return Strike(what=what, felt=over.is_set, repair=repair, repair_after_s=20.0)
 
 
 def kill_any_process(site: Site) -> Strike:
@@ -236,8 +244,15 @@ def end_time(role: str, seconds: int) -> Callable[[Site], Strike]:
         victim = site.pick(role)
         site.command("scontrol", "update", f"JobId={victim.job_id}", f"EndTime=now+{seconds}")
         there = [service for service in site.services(role) if service.job_id == victim.job_id]
+
+        def repair() -> None:
+            """The next start of the job has its whole time again, not what was left of this one."""
+            with contextlib.suppress(subprocess.CalledProcessError):  # it has ended, or another job goes on with it
+                site.command("scontrol", "update", f"JobId={victim.job_id}", "TimeLimit=60")
+
         what = f"the time limit of {role} {victim.job_id} is near"
-        return Strike(what=what, victims=there, felt=lambda: is_gone(victim))
+        felt = lambda: is_gone(victim)  # noqa: E731
+        return Strike(what=what, victims=there, felt=felt, repair=repair, repair_after_s=40.0)
 
     return strike
 
@@ -247,18 +262,18 @@ JOB_FAULTS: dict[str, Fault] = {
     "kill executor": Fault(strike=kill("executor")),
     "kill rollout server": Fault(strike=kill("critic", "generator")),
     "kill trainer rank": Fault(strike=kill("trainer"), recovers_in_s=90.0),
-    "kill driver": Fault(strike=kill("driver")),
-    "kill batch shell": Fault(strike=kill_batch_shell),
+    "kill driver": Fault(strike=kill("driver"), recovers_in_s=90.0),
+    "kill batch shell": Fault(strike=kill_batch_shell, recovers_in_s=90.0),
     "kill any process": Fault(strike=kill_any_process, recovers_in_s=90.0),
     "freeze element": Fault(strike=freeze(*ELEMENTS)),
     "freeze trainer rank": Fault(strike=freeze("trainer"), recovers_in_s=90.0),
-    "freeze driver": Fault(strike=freeze_driver),
+    "freeze driver": Fault(strike=freeze_driver, recovers_in_s=90.0),
     "hang executor": Fault(strike=hang_executor),
     "lose node": Fault(strike=lose_node, recovers_in_s=90.0),
     "stop slurmd": Fault(strike=stop_slurmd, recovers_in_s=90.0),
     "preempt": Fault(strike=preempt),
     "time limit of an element": Fault(strike=end_time("executor", 33)),
     "time limit of the trainer": Fault(strike=end_time("trainer", 33), recovers_in_s=90.0),
-    "time limit of the driver": Fault(strike=end_time("driver", 183)),
+    "time limit of the driver": Fault(strike=end_time("driver", 183), recovers_in_s=90.0),
 }
-"""Faults of processes, jobs and nodes."""
+"""Faults of processes, jobs and nodes. A lost driver takes the trainer along."""
