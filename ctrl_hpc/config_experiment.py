@@ -122,5 +122,6 @@ class WandbConfig:
     """A run for every element of the arrays too, from its first ``services_every_s`` on."""
     services_every_s: float = 30.0
     """Seconds between what an element logs, > 0."""
-    checkpoints: Literal["none", "final", "all"] = "none"
-    """Critics kept as artifacts, whole models (7B: 15 GB each): final: the trained ones; all: at every save, too."""
+    checkpoints: Literal["none", "final", "all"] = "final"
+    """Critics kept as artifacts, whole models (7B: 15 GB each): final: the trained ones; all: at every save, too.
+    Offline nothing is copied for ``final``; the sync says how much it sends."""

@@ -49,6 +49,9 @@ class Tracker:
         trial = os.environ.get("WANDB_RUN_ID")
         id = trial or run_id(run_dir, role, element)
         _await_free_folder(run_dir, id)
+        self._data_dir = os.environ.get("WANDB_DATA_DIR")
+        # tables wait there for the sync: not in the home of a node, which others may not see, nor the node write to
+        os.environ["WANDB_DATA_DIR"] = str(run_dir.absolute() / "wandb" / "data")
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -132,6 +135,10 @@ class Tracker:
             run, self._run = self._run, None
             run.finish(exit_code=exit_code)
             wandb.teardown()  # finish() returns before wandb's own process has written the last records
+            if self._data_dir is None:
+                os.environ.pop("WANDB_DATA_DIR", None)
+            else:
+                os.environ["WANDB_DATA_DIR"] = self._data_dir
 
 
 def run_id(run_dir: Path, role: str, element: int | None = None) -> str:

@@ -81,11 +81,34 @@ def sync(run_dir: str | Path, say: Callable[[str], None] = print, *, again: bool
         if new:
             if not sent:
                 check_server()
-            size = sum(file.stat().st_size for piece in new for file in piece.folder.rglob("*") if file.is_file())
-            say(f"{id}: sending {len(new)} of {len(found[id])} pieces, {size / 1e6:.1f} MB and its artifacts")
+            say(f"{id}: sending {len(new)} of {len(found[id])} pieces, {contents(new)}")
             _send(id, new, again)
             sent += len(new)
     return sent
+
+
+def contents(new: Sequence[Piece]) -> str:
+    """What pieces hold, with sizes in MB: their own files, then each artifact.
+
+    Raises RuntimeError in one line when a file of an artifact is not there.
+    """
+    own = sum(file.stat().st_size for piece in new for file in piece.folder.rglob("*") if file.is_file())
+    sizes: dict[str, list[int]] = {}
+    for piece in new:
+        for artifact in wandb_file.artifacts(piece.file):
+            if artifact.missing:
+                raise RuntimeError(
+                    f"{piece.id}: not sent: {artifact.type} {artifact.name}: {artifact.missing[0]} is not there (any "
+                    "more); artifacts are sent from where the run wrote them"
+                )
+            # what wandb makes of a table is named after the run
+            name = "tables" if artifact.type == "run_table" else f"{artifact.type} {artifact.name}"
+            sizes.setdefault(name, []).append(artifact.size)
+    words = [
+        f"{sum(found) / 1e6:.1f} MB {name}" + (f" ({len(found)} versions)" if len(found) > 1 else "")
+        for name, found in sizes.items()
+    ]
+    return f"{own / 1e6:.1f} MB" + (f", and artifacts: {', '.join(words)}" if words else "")
 
 
 def _readable(piece: Piece, say: Callable[[str], None]) -> bool:

@@ -107,6 +107,7 @@ class Course:
 
     def _keep(self, step: int) -> None:
         """The critic after so many steps as an artifact, in a folder that stays until the sync has sent it."""
+        self._finish_save()  # a run that continues does not do this step, and so not this folder, again
         folder = self.folder / "kept" / f"step-{step:06d}"
         self._policy.export(folder, source=self._policy.folder, link=True)
         self.journal.keep(folder, f"{self._config.name}-{self.folder.name}")

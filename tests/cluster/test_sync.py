@@ -111,6 +111,38 @@ def test_a_server_that_refuses_is_one_line_and_the_next_call_sends_all(
     assert [row["step"] for row in run["rows"] if "executor/runs_per_s" in row] == [0, 1]
 
 
+@pytest.mark.slow
+def test_critics_of_a_run_arrive_as_artifacts(server: Store, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["wandb.checkpoints=all", "stages=[sample,synthesize,sft,eval,report]", "eval.critics=[none,sft]"]
+    small = ["data.n_train=32", "data.n_eval=4", "synthesize.n_critiques=24", "sft.batch_size=8", "sft.save_every=1"]
+    run = ["run", str(ROOT / "configs" / "tiny_faults.yaml"), f"run_dir={run_dir}", "wandb.services=false"]
+    assert main([*run, *options, *small]) == 0
+    found = {
+        id: [item for piece in parts for item in wandb_file.artifacts(piece.file) if item.type == "model"]
+        for id, parts in sync.pieces(run_dir).items()
+    }
+    kept = [run_dir / "sft" / "kept" / f"step-00000{step}" for step in (1, 2)]  # of three; the last one is the final
+    folders = {id: [item.files[0].parent for item in items] for id, items in found.items()}
+    assert folders == {run_id(run_dir, "sft"): kept, run_id(run_dir, "report"): [run_dir / "sft" / "hf"]}
+    names = {file.name for items in found.values() for item in items for file in item.files}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
+    assert all(item.name == "tiny_faults-sft" and not item.missing for items in found.values() for item in items)
+
+    weights, other = kept[0] / "model.safetensors", run_dir / "elsewhere"
+    weights.rename(other)
+    assert main(["sync", str(run_dir)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert f"not sent: model tiny_faults-sft: {weights} is not there" in line
+    other.rename(weights)
+    assert main(["sync", str(run_dir)]) == 0
+    assert "2.9 MB model tiny_faults-sft (2 versions)" in capsys.readouterr().out
+    assert server.artifacts.count(("model", "tiny_faults-sft")) == 3
+    assert ("report", "tiny_faults-report") in server.artifacts
+    assert server.files["model.safetensors"] == (run_dir / "sft" / "hf" / "model.safetensors").read_bytes()
+    (table,) = [data for name, data in server.files.items() if name == "eval_samples.table.json"]
+    assert b"critique" in table
+
+
 def test_no_key_and_no_server_are_one_line(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
