@@ -7,21 +7,22 @@ import json
 import netrc
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from ctrl_hpc.cluster import wandb_file
+from ctrl_hpc.cluster.wandb_upload import upload
 
 CHECK_S = 20.0
 """Longest wait for the server's first answer."""
-RETRIES = {f"WANDB_X_{part}_RETRY_MAX": "1000" for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
-"""wandb marks a piece as sent although it gave up an upload, so that it must not give up: Ctrl-C leaves it unmarked."""
+REST = "rest-"
+"""How the names of record files begin that hold what a cut short sync left, while that is sent."""
 _FOLDER = re.compile(r"offline-run-(\d{8}_\d{6})-(.+)")
 
 
@@ -38,6 +39,11 @@ class Piece:
     def file(self) -> Path:
         """The record file."""
         return self.folder / f"run-{self.id}.wandb"
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier sync began to send it: the server may have some of it, or all."""
+        return Path(f"{self.file}.syncstate").exists()
 
     @property
     def sent(self) -> bool:
@@ -77,30 +83,32 @@ def sync(run_dir: str | Path, say: Callable[[str], None] = print, *, again: bool
         if not todo[id]:
             say(f"{id}: {'sent before' if all(piece.sent for piece in parts) else 'nothing to send'}")
     sent = 0
+    failed: list[str] = []
     for id, new in todo.items():
         if new:
-            if not sent:
+            if not sent and not failed:
                 check_server()
             say(f"{id}: sending {len(new)} of {len(found[id])} pieces, {contents(new)}")
-            _send(id, new, again)
-            sent += len(new)
+            try:
+                _send(Path(run_dir).absolute(), server_url(), found[id], new, say)
+                sent += len(new)
+            except Refused as error:
+                failed.append(str(error))
+    if failed:
+        raise RuntimeError(failed[0] + (f" (and {len(failed) - 1} more runs)" if len(failed) > 1 else ""))
     return sent
 
 
-def contents(new: Sequence[Piece]) -> str:
-    """What pieces hold, with sizes in MB: their own files, then each artifact.
+class Refused(RuntimeError):
+    """A run of which the server took all but some uploads."""
 
-    Raises RuntimeError in one line when a file of an artifact is not there.
-    """
+
+def contents(new: Sequence[Piece]) -> str:
+    """What pieces hold, with sizes in MB: their own files, then each artifact."""
     own = sum(file.stat().st_size for piece in new for file in piece.folder.rglob("*") if file.is_file())
     sizes: dict[str, list[int]] = {}
     for piece in new:
         for artifact in wandb_file.artifacts(piece.file):
-            if artifact.missing:
-                raise RuntimeError(
-                    f"{piece.id}: not sent: {artifact.type} {artifact.name}: {artifact.missing[0]} is not there (any "
-                    "more); artifacts are sent from where the run wrote them"
-                )
             # what wandb makes of a table is named after the run
             name = "tables" if artifact.type == "run_table" else f"{artifact.type} {artifact.name}"
             sizes.setdefault(name, []).append(artifact.size)
@@ -134,23 +142,27 @@ def server_url() -> str:
 def check_server() -> None:
     """Raises RuntimeError when the server cannot be reached, answers with an error, or does not take the key."""
     url = server_url()
+    viewer = _ask(url, "query Viewer { viewer { id } }", {}).get("viewer")
+    if not viewer:
+        raise RuntimeError(f"not sent: {url} does not know the key; run `wandb login --relogin`")
+
+
+def _ask(url: str, query: str, given: Mapping[str, str | None]) -> dict[str, Any]:
     key = os.environ.get("WANDB_API_KEY") or _netrc_key(url)
     if not key:
         raise RuntimeError(f"not sent: no key for {url}; run `wandb login`, or set WANDB_API_KEY")
-    query = json.dumps({"query": "query Viewer { viewer { id } }"}).encode()
+    body = json.dumps({"query": query, "variables": given}).encode()
     sign = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"authorization": f"Basic {sign}", "content-type": "application/json"}
     try:
-        with urlopen(Request(f"{url}/graphql", data=query, headers=headers), timeout=CHECK_S) as answer:
-            viewer = json.load(answer).get("data", {}).get("viewer")
+        with urlopen(Request(f"{url}/graphql", data=body, headers=headers), timeout=CHECK_S) as answer:
+            return json.load(answer).get("data") or {}
     except HTTPError as error:
         refused = "does not take the key" if error.code in (401, 403) else "has a fault; try again later"
         raise RuntimeError(f"not sent: {url} {refused} (HTTP {error.code})") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise RuntimeError(f"not sent: {url} cannot be reached: {reason}") from None
-    if not viewer:
-        raise RuntimeError(f"not sent: {url} does not know the key; run `wandb login --relogin`")
 
 
 def _netrc_key(url: str) -> str | None:
@@ -164,14 +176,60 @@ def _netrc_key(url: str) -> str | None:
     return known[2] if known else None
 
 
-def _send(id: str, new: Sequence[Piece], again: bool) -> None:
-    command = [sys.executable, "-m", "wandb", "sync", "--yes", *(["--include-synced"] if again else [])]
-    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SILENT")}
-    folders = [str(piece.folder) for piece in new]
-    done = subprocess.run([*command, *folders], capture_output=True, text=True, env=RETRIES | environment, check=False)
-    if done.returncode != 0 or not (again or all(piece.sent for piece in new)):
-        words = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        told = words[-1].removeprefix("wandb: ").removeprefix("ERROR ")[:300] if words else "wandb sync printed nothing"
-        if "no message" in told:  # wandb's words for a refusal
-            told = "the server refused it"
-        raise RuntimeError(f"{id}: not sent: {told}; the same command sends what is left")
+def _send(run_dir: Path, url: str, parts: Sequence[Piece], new: Sequence[Piece], say: Callable[[str], None]) -> None:
+    """Send pieces of one run in their order; what an earlier call began goes first, without what has arrived.
+
+    Raises RuntimeError in one line: :class:`Refused` where the server took all but some uploads.
+    """
+    begun = [piece for piece in new if piece.begun]
+    lost: list[str] = []
+    for batch in [*([piece] for piece in begun), [piece for piece in new if not piece.begun]]:
+        if not batch:
+            continue
+        files = {piece: piece.file for piece in batch}
+        try:
+            for piece in batch:
+                if piece.begun:
+                    later = any(other.sent for other in parts[parts.index(piece) + 1 :])
+                    files[piece] = _rest(piece, url, summary=not later)
+            made = upload(list(files.values()), url, run_dir, say)
+            for piece, file in files.items():
+                failures = made.lost.get(file, [])
+                lost += failures
+                marked = Path(f"{file}.synced").exists()
+                _mark(piece, sent=marked and not failures)
+                if made.code != 0 or not marked:
+                    told = "the server refused it" if "no message" in made.told else made.told  # wandb's words for that
+                    raise RuntimeError(f"{piece.id}: not sent: {told}; the same command sends what is left")
+        finally:
+            for leftover in (path for piece in begun for path in piece.folder.glob(f"{REST}*")):
+                leftover.unlink()
+    if lost:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise Refused(f"{new[0].id}: not sent whole: {lost[0]}{more}; the same command tries again")
+
+
+def _mark(piece: Piece, *, sent: bool) -> None:
+    """Let the next sync know whether a piece is to be sent."""
+    mark = Path(f"{piece.file}.synced")
+    if sent:
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)
+
+
+def _rest(piece: Piece, url: str, *, summary: bool) -> Path:
+    """A record file beside a piece's, of what the server does not have of it."""
+    state = Path(f"{piece.file}.syncstate")
+    start = int(json.loads(state.read_text(encoding="utf-8"))["starting_step"])
+    entity, project, id = wandb_file.run_of(piece.file)
+    query = (
+        "query Lines($project: String, $entity: String, $name: String!) { model(name: $project, entityName: $entity) "
+        "{ bucket(name: $name, missingOk: true) { historyLineCount } } }"
+    )
+    given = {"project": project, "entity": entity or None, "name": id}
+    bucket = (_ask(url, query, given).get("model") or {}).get("bucket") or {}
+    target = piece.folder / f"{REST}{piece.file.name}"
+    wandb_file.rest(piece.file, target, int(bucket.get("historyLineCount") or 0) - start, summary=summary)
+    shutil.copyfile(state, f"{target}.syncstate")
+    return target

@@ -10,14 +10,14 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 HEADER_BYTES, CHUNK_BYTES, BLOCK_BYTES = 7, 7, 32768
 MAGIC = b":W&B"
-WHOLE, LAST = 1, 4
-"""Kinds of chunks with which a record ends."""
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+"""Kinds of chunks: a whole record, or its parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +32,6 @@ class Artifact:
     def size(self) -> int:
         """Bytes of those of its files that are there."""
         return sum(file.stat().st_size for file in self.files if file.is_file())
-
-    @property
-    def missing(self) -> list[Path]:
-        """Files that are not there (any more)."""
-        return [file for file in self.files if not file.is_file()]
 
 
 def records(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -81,6 +76,49 @@ def artifacts(file: Path) -> list[Artifact]:
             files = tuple(Path(path) for path in entries if path)
             found.append(Artifact(type=record.artifact.type, name=record.artifact.name, files=files))
     return found
+
+
+def write(target: Path, header: bytes, payloads: Iterable[bytes]) -> None:
+    """Write a record file: the header of another one, and records."""
+    out = bytearray(header[:HEADER_BYTES])
+    for payload in payloads:
+        rest, begun = payload, False
+        while True:
+            left = BLOCK_BYTES - len(out) % BLOCK_BYTES
+            if left < CHUNK_BYTES:
+                out += bytes(left)
+                left = BLOCK_BYTES
+            part, rest = rest[: left - CHUNK_BYTES], rest[left - CHUNK_BYTES :]
+            kind = (MIDDLE if begun else FIRST) if rest else (LAST if begun else WHOLE)
+            out += struct.pack("<IHB", zlib.crc32(bytes([kind]) + part), len(part), kind) + part
+            begun = True
+            if not rest:
+                break
+    target.write_bytes(out)
+
+
+def run_of(file: Path) -> tuple[str, str, str]:
+    """Entity ("" where the account's default is meant), project and id of the run that a record file is of."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for _, data in records(file.read_bytes()):
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "run":
+            return record.run.entity, record.run.project, record.run.run_id
+    return "", "", ""
+
+
+def rest(file: Path, target: Path, rows: int, *, summary: bool) -> None:
+    """Write to ``target`` the record file without its first ``rows`` rows of history; ``summary``: with the summary."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, kept, seen = file.read_bytes(), [], 0
+    for _, payload in records(data):
+        kind = Record.FromString(payload).WhichOneof("record_type")
+        seen += kind == "history"
+        if not (kind == "history" and seen <= rows) and (summary or kind != "summary"):
+            kept.append(payload)
+    write(target, data, kept)
 
 
 def mend(file: Path) -> int | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,21 +130,92 @@ def test_critics_of_a_run_arrive_as_artifacts(server: Store, run_dir: Path, caps
     assert folders == {run_id(run_dir, "sft"): kept, run_id(run_dir, "report"): [run_dir / "sft" / "hf"]}
     names = {file.name for items in found.values() for item in items for file in item.files}
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= names
-    assert all(item.name == "tiny_faults-sft" and not item.missing for items in found.values() for item in items)
+    assert all(item.name == "tiny_faults-sft" and item.size > 1e6 for items in found.values() for item in items)
 
     weights, other = kept[0] / "model.safetensors", run_dir / "elsewhere"
     weights.rename(other)
     assert main(["sync", str(run_dir)]) == 1
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert f"not sent: model tiny_faults-sft: {weights} is not there" in line
+    assert "not sent whole: a file of an artifact: " in line and "no such file" in line
     other.rename(weights)
     assert main(["sync", str(run_dir)]) == 0
-    assert "2.9 MB model tiny_faults-sft (2 versions)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2.9 MB model tiny_faults-sft (2 versions)" in said and "report: sent before" in said
     assert server.artifacts.count(("model", "tiny_faults-sft")) == 3
     assert ("report", "tiny_faults-report") in server.artifacts
     assert server.files["model.safetensors"] == (run_dir / "sft" / "hf" / "model.safetensors").read_bytes()
     (table,) = [data for name, data in server.files.items() if name == "eval_samples.table.json"]
     assert b"critique" in table
+
+
+def steps_of(server: Store, id: str) -> list[int]:
+    return [row["step"] for row in server.runs[id]["rows"] if "executor/runs_per_s" in row]
+
+
+@pytest.mark.slow
+def test_a_refused_upload_is_told_and_only_what_is_missing_sent_again(
+    server: Store, config: Config, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "critic").mkdir()
+    (run_dir / "critic" / "weights").write_bytes(b"weights")
+    with Tracker(config, run_dir, "executor", 0) as tracker:
+        for step in range(3):
+            tracker.log({"executor/runs_per_s": step / 2}, step)
+        tracker.artifact(run_dir / "critic", "model", "critic")
+    log(config, run_dir, range(3, 5))
+    server.refuse = lambda path: 403 if path.endswith("/weights") else 0
+    assert main(["sync", str(run_dir)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    (id,) = sync.pieces(run_dir)
+    told = f"{id}: not sent whole: a file of an artifact: weights: 403 Forbidden; the same command tries again"
+    assert line == f"ctrl-hpc: {told}"
+    assert [piece.sent for piece in sync.pieces(run_dir)[id]] == [False, True]
+    assert steps_of(server, id) == [0, 1, 2, 3, 4] and "weights" not in server.files
+    server.refuse = lambda path: 0
+    server.runs[id]["summary"]["executor/runs_per_s"] = "the last piece's"
+    assert main(["sync", str(run_dir)]) == 0
+    assert "sending 1 of 2 pieces" in capsys.readouterr().out
+    assert steps_of(server, id) == [0, 1, 2, 3, 4] and server.files["weights"] == b"weights"
+    assert server.runs[id]["summary"]["executor/runs_per_s"] == "the last piece's"
+    assert main(["sync", str(run_dir), "--again"]) == 0
+    assert steps_of(server, id) == [0, 1, 2, 3, 4] and list(run_dir.rglob("rest-*")) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_is_told_of_and_ctrl_c_ends_the_sync(server: Store, config: Config, run_dir: Path) -> None:
+    log(config, run_dir, range(3))
+    (id,) = sync.pieces(run_dir)
+    server.refuse = lambda path: 500 if "/put/" in path else 0
+    command = [sys.executable, "-m", "ctrl_hpc.cli", "sync", str(run_dir)]
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **told, env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True) as work:
+        assert "sending 1 of 1 pieces" in work.stdout.readline()
+        assert "fails (HTTP status 500 Internal Server Error); asking again" in work.stdout.readline()
+        os.killpg(work.pid, signal.SIGINT)  # as a terminal does
+        _, errors = work.communicate(timeout=60)
+    assert (work.returncode, errors) == (1, "ctrl-hpc: stopped; the same command continues where it stopped\n")
+    assert not sync.pieces(run_dir)[id][0].sent
+    server.refuse = lambda path: 0
+    for _ in range(2):
+        assert main(["sync", str(run_dir)]) == 0
+        assert steps_of(server, id) == [0, 1, 2] and "config.yaml" in server.files
+
+
+def test_the_rest_of_a_record_file_is_its_records_without_the_first_rows(tmp_path: Path) -> None:
+    from wandb.proto.wandb_internal_pb2 import HistoryRecord, Record, RunRecord, SummaryRecord
+
+    run = Record(run=RunRecord(entity="team", project="p", run_id="x"))
+    rows = [Record(num=number, history=HistoryRecord()) for number in range(3)]
+    rows[1].history.item.add(key="text", value_json="a" * 70_000)  # over three blocks
+    summary = Record(num=9, summary=SummaryRecord())
+    data = [record.SerializeToString() for record in (run, *rows, summary)]
+    file, rest = tmp_path / "run-x.wandb", tmp_path / "rest.wandb"
+    wandb_file.write(file, b":W&B" + bytes(3), data)
+    assert [payload for _, payload in wandb_file.records(file.read_bytes())] == data
+    assert wandb_file.run_of(file) == ("team", "p", "x")
+    for skipped, with_summary, kept in ((0, True, [0, 1, 2, 3, 4]), (1, True, [0, 2, 3, 4]), (7, False, [0])):
+        wandb_file.rest(file, rest, skipped, summary=with_summary)
+        assert [payload for _, payload in wandb_file.records(rest.read_bytes())] == [data[index] for index in kept]
 
 
 def test_no_key_and_no_server_are_one_line(
