@@ -23,6 +23,7 @@ from ctrl_hpc import config as configuration
 from ctrl_hpc import jsonl, yaml_file
 
 OBJECTIVE = "eval/pass_at_1"
+GOALS = ("maximize", "minimize")
 METHODS = ("grid", "random")
 """Methods that need no server."""
 console = Console()
@@ -52,15 +53,24 @@ def read(file: str | Path) -> Sweep:
     for key in ("method", "metric", "parameters", "command"):
         if not isinstance(data, dict) or key not in data:
             raise ValueError(f"{path}: {key}: missing; a sweep names method, metric, parameters and command")
-    if data["metric"].get("name") != OBJECTIVE:
-        raise ValueError(f"{path}: metric.name: {data['metric'].get('name')!r} is not allowed; it is {OBJECTIVE}")
-    command = [str(word) for word in data["command"]]
-    if command[:1] != ["ctrl-hpc"] or command[1:2] not in (["run"], ["trial"]) or command[-1] != "${args_no_hyphens}":
+    metric = data["metric"] if isinstance(data["metric"], dict) else {"name": data["metric"]}
+    if metric.get("name") != OBJECTIVE:
+        raise ValueError(f"{path}: metric.name: {metric.get('name')!r} is not allowed; it is {OBJECTIVE}")
+    if metric.get("goal", GOALS[0]) not in GOALS:
+        raise ValueError(f"{path}: metric.goal: {metric['goal']!r} is not allowed; allowed: {', '.join(GOALS)}")
+    command = [str(word) for word in data["command"]] if isinstance(data["command"], list) else []
+    known = command[:1] == ["ctrl-hpc"] and command[1:2] in (["run"], ["trial"]) and len(command) >= 4
+    if not known or command[-1] != "${args_no_hyphens}":
         raise ValueError(f"{path}: command: expected [ctrl-hpc, trial, CONFIG.yaml, a.b=c ..., '${{args_no_hyphens}}']")
+    if not isinstance(data["parameters"], dict) or not data["parameters"]:
+        raise ValueError(f"{path}: parameters: expected KEY: {{values: [...]}} for at least one key")
+    for name, given in data["parameters"].items():
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: parameters.{name}: {given!r}: write {{value: {given}}} or {{values: [...]}}")
     return Sweep(
         name=str(data.get("name", path.stem)),
         method=str(data["method"]),
-        goal=str(data["metric"].get("goal", "maximize")),
+        goal=str(metric.get("goal", GOALS[0])),
         parameters=data["parameters"],
         config=command[2],
         overrides=tuple(command[3:-1]),
@@ -74,6 +84,8 @@ def trials(sweep: Sweep, count: int | None, seed: int) -> Iterator[dict[str, Any
     """
     if sweep.method not in METHODS:
         raise ValueError(f"method: {sweep.method!r} is not allowed with --local; allowed: {', '.join(METHODS)}")
+    if count is not None and count < 1:
+        raise ValueError(f"--count: {count} is not allowed; it must be greater than 0")
     if sweep.method == "grid":
         columns = [[(name, value) for value in _values(name, given)] for name, given in sweep.parameters.items()]
         yield from (dict(point) for point in itertools.islice(itertools.product(*columns), count))
@@ -89,6 +101,8 @@ def _values(name: str, given: Mapping[str, Any]) -> list[Any]:
     if "value" in given:
         return [given["value"]]
     if "values" in given:
+        if not isinstance(given["values"], list) or not given["values"]:
+            raise ValueError(f"parameters.{name}.values: {given['values']!r} is not allowed; a list of at least one")
         return list(given["values"])
     raise ValueError(f"parameters.{name}: a grid needs value or values")
 
@@ -99,11 +113,18 @@ def _draw(name: str, given: Mapping[str, Any], chance: random.Random) -> Any:
     low, high = given.get("min"), given.get("max")
     if low is None or high is None:
         raise ValueError(f"parameters.{name}: needs value, values, or min and max")
+    for bound in (low, high):
+        if isinstance(bound, bool) or not isinstance(bound, int | float):  # YAML reads 1e-4 as text, 1.0e-4 as a number
+            raise ValueError(f"parameters.{name}: {bound!r} is not a number; write 0.0001 or 1.0e-4")
+    if low > high:
+        raise ValueError(f"parameters.{name}: min {low} is greater than max {high}")
     whole = isinstance(low, int) and isinstance(high, int)
     kind = given.get("distribution", "int_uniform" if whole else "uniform")
     draw = DISTRIBUTIONS.get(str(kind))
     if draw is None:
         raise ValueError(f"parameters.{name}.distribution: {kind!r}: with --local: {', '.join(DISTRIBUTIONS)}")
+    if kind == "log_uniform_values" and low <= 0:
+        raise ValueError(f"parameters.{name}.min: {low} is not allowed with {kind}; it must be greater than 0")
     return draw(chance, low, high)
 
 
@@ -119,7 +140,7 @@ def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, s
     """Run a sweep's trials one after another; those that are done are skipped, one that was cut short continues.
 
     Prints a table, best first, also to ``sweep.json`` beside the trials; returns their folder. A trial that fails is
-    shown as failed, and the next one begins.
+    shown as failed, and the next one begins; RuntimeError says so at the end.
     """
     sweep = read(file)
     settings = list(trials(sweep, count, seed))
@@ -134,13 +155,25 @@ def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, s
         command = [sys.executable, "-m", "ctrl_hpc.cli", "run", sweep.config, *fixed, *_arguments(trial)]
         code = 0
         if not (run_dir / "report" / "done.json").exists():
-            code = subprocess.run([*command, f"run_dir={run_dir}"], check=False).returncode
-        if code == 2:
-            raise ValueError(f"trial {number}: {words}: not a valid run (see above)")
+            code = _wait([*command, f"run_dir={run_dir}"])
         rows.append({"trial": number, **trial, OBJECTIVE: _objective(run_dir) if code == 0 else None})
         jsonl.write_text(folder / "sweep.json", json.dumps(rows, indent=1) + "\n")
     _show(sweep, rows)
+    failed = [str(row["trial"]) for row in rows if row[OBJECTIVE] is None]
+    if failed:
+        which = f"trial{'s' * (len(failed) > 1)} {', '.join(failed)}"
+        raise RuntimeError(f"{which} of {len(rows)} failed (see above, and {folder}); the same command tries again")
     return folder
+
+
+def _wait(command: Sequence[str]) -> int:
+    """Run a trial's driver; its exit status. Ctrl-C reaches it by itself: it ends its jobs and says so."""
+    with subprocess.Popen(command) as driver:
+        try:
+            return driver.wait()
+        except KeyboardInterrupt:
+            driver.wait()
+            raise SystemExit(1) from None
 
 
 def _arguments(trial: Mapping[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,14 @@ def test_a_grid_is_every_combination_and_a_random_search_repeats_with_its_seed()
         ({"command": ["python", "train.py"]}, "command: expected [ctrl-hpc, trial, CONFIG.yaml"),
         ({"parameters": {"rl.steps": {"min": 1, "max": 2}}}, "parameters.rl.steps: a grid needs value or values"),
         ({"parameters": {"rl.stepps": {"value": 1}}}, "rl.stepps: unknown key (did you mean steps?)"),
+        ({"metric": "loss"}, "metric.name: 'loss' is not allowed; it is eval/pass_at_1"),
+        ({"metric": {"name": "eval/pass_at_1", "goal": "best"}}, "metric.goal: 'best' is not allowed; allowed: maxi"),
+        ({"command": "ctrl-hpc trial"}, "command: expected [ctrl-hpc, trial, CONFIG.yaml"),
+        ({"command": ["ctrl-hpc", "trial", "${args_no_hyphens}"]}, "command: expected [ctrl-hpc, trial, CONFIG.yaml"),
+        ({"parameters": [1]}, "parameters: expected KEY: {values: [...]} for at least one key"),
+        ({"parameters": {"rl.steps": 5}}, "parameters.rl.steps: 5: write {value: 5} or {values: [...]}"),
+        ({"parameters": {"rl.steps": {"values": 5}}}, "parameters.rl.steps.values: 5 is not allowed; a list of"),
+        ({"parameters": {"rl.steps": {"values": []}}}, "parameters.rl.steps.values: [] is not allowed; a list of"),
     ],
 )
 def test_a_wrong_sweep_is_one_line(
@@ -76,6 +85,37 @@ def test_a_wrong_sweep_is_one_line(
     assert main(["sweep", str(file), "--local", f"run_dir={tmp_path / 'run'}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"min": "1e-4", "max": 1}, "parameters.rl.optimizer.lr: '1e-4' is not a number; write 0.0001 or 1.0e-4"),
+        ({"min": 1.0, "max": 0.5}, "parameters.rl.optimizer.lr: min 1.0 is greater than max 0.5"),
+        ({"min": 0.0, "max": 1.0, "distribution": "log_uniform_values"}, "lr.min: 0.0 is not allowed with log_uniform"),
+        ({"min": 0.0, "max": 1.0, "distribution": "normal"}, "lr.distribution: 'normal': with --local: uniform"),
+    ],
+)
+def test_a_wrong_range_is_one_line(given: dict[str, Any], message: str) -> None:
+    read = sweep.read(ROOT / "configs" / "sweep" / "policy_loss.yaml")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(sweep.trials(replace(read, parameters={"rl.optimizer.lr": given}), 1, 0))
+
+
+def test_a_trial_that_fails_is_told_and_the_others_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "cheap.yaml", tmp_path / "runs" / "one", "disabled")
+    codes = iter((2, 0))
+    monkeypatch.setattr(sweep, "_wait", lambda command: next(codes))
+    monkeypatch.setattr(sweep, "_objective", lambda run_dir: 0.5)
+    assert main(["sweep", str(file), "--local", "wandb.mode=disabled"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    folder = tmp_path / "runs" / "sweeps" / "cheap"
+    assert line == f"ctrl-hpc: trial 0 of 2 failed (see above, and {folder}); the same command tries again"
+    assert [row["eval/pass_at_1"] for row in json.loads((folder / "sweep.json").read_text())] == [None, 0.5]
+    assert main(["sweep", str(file), "--local", "--count", "0"]) == 2
+    assert "--count: 0 is not allowed" in capsys.readouterr().err
 
 
 def write(file: Path, run_dir: Path, mode: str) -> Path:
