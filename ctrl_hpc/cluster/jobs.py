@@ -105,6 +105,7 @@ class Jobs:
         self._wandb_mode = config.wandb.mode
         self._run_dir = Path(run_dir).absolute()
         self._jobs: list[Job] = []
+        self._lock = threading.Lock()
         self._slurm = SlurmQueue()
         if self._launch.engine == "slurm" and shutil.which("sbatch") is None:
             raise ValueError("launch.engine: slurm needs the commands sbatch, squeue and scancel, which are not here")
@@ -143,8 +144,9 @@ class Jobs:
             Job(role=role, element=number, handle=handle, engine=self._launch.engine, tasks=nodes * tasks_per_node)
             for number, handle in zip(numbers, handles, strict=True)
         ]
-        self._jobs += jobs
-        self._record()
+        with self._lock:
+            self._jobs += jobs
+            self._record()
         return jobs
 
     def _executor(self, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> submitit.AutoExecutor:
@@ -222,8 +224,9 @@ class Jobs:
             left = self._slurm.cancel(distributed, wait)
             if left:
                 console.print(f"Slurm still lists {left} cancelled jobs; they were told to end")
-        self._jobs = [job for job in self._jobs if job not in jobs]
-        self._record()
+        with self._lock:
+            self._jobs = [job for job in self._jobs if job not in jobs]
+            self._record()
 
     def _record(self) -> None:
         """Tell later drivers, ``status`` and ``stop`` what was started; a full disk is no reason to fail."""

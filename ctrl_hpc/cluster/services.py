@@ -52,6 +52,8 @@ class Services:
         self._given_up: set[tuple[str, int]] = set()
         self._lock = threading.RLock()
         self._ended = threading.Event()
+        self._ending: list[threading.Thread] = []
+        """Arrays on their way out."""
         self._driver: Registration | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -105,16 +107,21 @@ class Services:
         self._wait_for_first([role for role in set(roles) - self._served if self._arrays[role]])
 
     def keep(self, roles: Iterable[str]) -> None:
-        """End the arrays of all other roles: nothing will ask them again."""
+        """End the arrays of all other roles, which nothing will ask again; does not wait for their end."""
         with self._lock:
-            for role in sorted(set(self._arrays) - set(roles)):
-                self.jobs.end(self._arrays.pop(role))
-                self._served.discard(role)
+            gone = [job for role in sorted(set(self._arrays) - set(roles)) for job in self._arrays.pop(role)]
+            self._served &= set(self._arrays)
             self.registry.remove(lambda service: service.role not in SERVE or service.role in self._arrays)
+        if gone:
+            thread = threading.Thread(target=self.jobs.end, args=(gone,), name="service-end")
+            self._ending.append(thread)
+            thread.start()
 
     def stop(self) -> None:
         """End all arrays; returns when no local process of theirs is left."""
         self._ended.set()
+        for thread in self._ending:
+            thread.join()
         with self._lock:
             jobs = [job for array in self._arrays.values() for job in array]
             self._arrays = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 
@@ -22,9 +23,13 @@ _TIMEOUT_S = 60
 
 
 class SlurmQueue:
-    """One listing for all jobs, at most one squeue in ``SQUEUE_EVERY_S`` and one sacct in ``SACCT_EVERY_S``."""
+    """One listing for all jobs, at most one squeue in ``SQUEUE_EVERY_S`` and one sacct in ``SACCT_EVERY_S``.
+
+    Any number of threads may ask.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._listed: tuple[float, dict[str, str]] = (-1.0, {})
         self._missed: dict[str, int] = {}
         self._watched: set[str] = set()
@@ -33,35 +38,38 @@ class SlurmQueue:
 
     def state(self, job_id: str) -> str | None:
         """The state of a job, or array element, in the queue; None when it is not listed."""
-        self._watched.add(job_id)
-        return self._squeue().get(job_id)
+        with self._lock:
+            self._watched.add(job_id)
+            return self._squeue().get(job_id)
 
     def missed(self, job_id: str) -> int:
         """How many listings in a row a job was not in."""
         return self._missed.get(job_id, 0)
 
     def _squeue(self, fresh: bool = False) -> dict[str, str]:
-        when, states = self._listed
-        if not fresh and time.monotonic() - when < SQUEUE_EVERY_S:
+        with self._lock:
+            when, states = self._listed
+            if not fresh and time.monotonic() - when < SQUEUE_EVERY_S:
+                return states
+            answer = _run("squeue", "--me", "--noheader", "--array", "--format=%i|%T")
+            if answer is not None:
+                states = dict(line.split("|", 1) for line in answer.split())
+                for job_id in self._watched:
+                    self._missed[job_id] = 0 if job_id in states else self._missed.get(job_id, 0) + 1
+            self._listed = (time.monotonic(), states)
             return states
-        answer = _run("squeue", "--me", "--noheader", "--array", "--format=%i|%T")
-        if answer is not None:
-            states = dict(line.split("|", 1) for line in answer.split())
-            for job_id in self._watched:
-                self._missed[job_id] = 0 if job_id in states else self._missed.get(job_id, 0) + 1
-        self._listed = (time.monotonic(), states)
-        return states
 
     def reason(self, job_id: str) -> str:
         """``"NODE_FAIL: "``, ``"PREEMPTED: "`` ...: why a job has ended, for messages; empty while it runs, or unknown.
 
         All jobs ever asked for are asked for together. scontrol answers where there is no sacct.
         """
-        self._watched.add(job_id)
-        when, states = self._accounted
-        if time.monotonic() - when > SACCT_EVERY_S:
-            states = self._account(sorted({name.partition("_")[0] for name in self._watched}))
-            self._accounted = (time.monotonic(), states)
+        with self._lock:
+            self._watched.add(job_id)
+            when, states = self._accounted
+            if time.monotonic() - when > SACCT_EVERY_S:
+                states = self._account(sorted({name.partition("_")[0] for name in self._watched}))
+                self._accounted = (time.monotonic(), states)
         state = states.get(job_id, "")
         return "" if not state or state in _NO_REASON else f"{state}: "
 
@@ -87,7 +95,8 @@ class SlurmQueue:
 
     def cancel(self, job_ids: Sequence[str], wait: bool) -> int:
         """scancel; with ``wait`` until the allocations are given back, or a while. How many are still listed."""
-        self._watched -= set(job_ids)
+        with self._lock:
+            self._watched -= set(job_ids)
         for start in range(0, len(job_ids), _IDS_A_CALL):
             _run("scancel", "--quiet", *job_ids[start : start + _IDS_A_CALL])
         if not wait:

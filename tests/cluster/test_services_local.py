@@ -129,8 +129,9 @@ def test_arrays_that_nothing_will_ask_again_are_ended(make_config: Callable[...,
         services.keep({"executor", "critic"})
         running = until(lambda: len(pids(run_dir)) == 2 and pids(run_dir), "two elements")
         services.keep({"critic"})
-        assert not any(psutil.pid_exists(pid) for pid in running)
-        assert status.status(run_dir)["running"] and [row["role"] for row in status.jobs(run_dir)] == ["driver"]
+        until(lambda: not any(psutil.pid_exists(pid) for pid in running), "they are gone")
+        until(lambda: [row["role"] for row in status.jobs(run_dir)] == ["driver"], "their records, too")
+        assert status.status(run_dir)["running"]
 
 
 def test_an_element_deaf_to_sigterm_is_killed(make_config: Callable[..., Config], run_dir: Path) -> None:
