@@ -33,18 +33,23 @@ ON_SLURM = (
 )
 """Executors on the CPU nodes, where they may be preempted; the rest on the GPU nodes, the trainer over two."""
 RUNS: dict[str, tuple[str, ...]] = {
-    "elements": ("cancel element", "kill executor", "kill rollout server", "freeze element", "hang executor"),
+    "elements": (
+        *("cancel element", "kill executor", "kill rollout server", "freeze element", "hang executor"),
+        "time limit of the trainer",
+    ),
     "nodes": ("preempt", "stop slurmd", "lose node", "time limit of an element"),
-    "driver": ("kill driver", "kill batch shell", "freeze driver", "time limit of the driver"),
-    "trainer": ("kill trainer rank", "freeze trainer rank", "time limit of the trainer"),
+    "driver killed": ("kill driver", "kill batch shell"),
+    "driver stopped": ("freeze driver", "time limit of the driver"),
+    "trainer": ("kill trainer rank", "freeze trainer rank"),
     "full disk": ("full disk", "full disk in training"),
     "slow disk": ("slow disk", "hung disk"),
     "anything": ("kill any process",) * 6,
 }
 """The faults of each run."""
+ONE_AT_A_TIME = ("driver killed", "driver stopped", "trainer")
+"""Runs whose second fault waits for the recovery from the first, which it would hide."""
 GAP_S = 8.0
-"""Longest time to the next fault; those of the driver and the trainer wait for the recovery from the one before, which
-the next would hide."""
+"""Longest time to the next fault, where there is something to strike by then."""
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +180,7 @@ def test_nothing_is_lost_or_counted_twice(
     ended = Ended(slurm_cluster, job)
     site = Site(run_dir=run_dir, base=slurm_cluster.base, random=chance, ended=ended, disk=server)
     site.pick("driver")
-    striker = Striker(site, plan, lines.append, one_at_a_time=name in ("driver", "trainer"))
+    striker = Striker(site, plan, lines.append, one_at_a_time=name in ONE_AT_A_TIME)
     striker.start()
     try:
         slurm_cluster.wait_for("the run ends", ended, 500)
