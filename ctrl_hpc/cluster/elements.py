@@ -19,10 +19,9 @@ from urllib.parse import urlsplit
 import submitit
 
 from ctrl_hpc.cluster import nodes, processes
-from ctrl_hpc.cluster.recall import recall
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.cluster.service_log import ServiceLog, direct
-from ctrl_hpc.config import Config, LaunchConfig
+from ctrl_hpc.config import Config
 
 WATCH_S = 1.0
 """Seconds between looks for the driver."""
@@ -96,7 +95,7 @@ class _Element:
         self._log: ServiceLog | None = None
 
     def __enter__(self) -> _Element:
-        leave_with_driver(self._run_dir, self._session, self._launch)
+        leave_with_driver(self._run_dir, self._session, self._launch.dead_after_s)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,24 +140,19 @@ def answers(url: str) -> bool:
         return False
 
 
-def leave_with_driver(run_dir: str, session: str, launch: LaunchConfig) -> None:
-    """End this process by SIGTERM, then by force, once its driver or its parent is gone.
-
-    A driver that was killed with the whole of its Slurm job is called back first.
-    """
+def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:
+    """End this process by SIGTERM, then by force, once its driver or its parent is gone."""
     if os.getpid() != os.getpgrp():  # Slurm's tasks lead groups of their own already
         os.setsid()  # the terminal's Ctrl-C goes to the driver alone
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     for number in (signal.SIGTERM, signal.SIGUSR2):  # submitit's own handler swallows SIGTERM
         signal.signal(number, _leave)
     processes.die_with_parent()
-    watch = DriverWatch(run_dir, session, launch.dead_after_s)
+    watch = DriverWatch(run_dir, session, dead_after_s)
 
     def look() -> None:
         while watch.alive():
             threading.Event().wait(WATCH_S)
-        if watch.lost is not None:
-            recall(run_dir, watch.lost, launch.max_requeues)
         print(f"the driver of {run_dir} is gone: leaving", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(LEAVE_S)

@@ -216,8 +216,6 @@ class DriverWatch:
         self._session, self._dead_after_s = session, dead_after_s
         self._last: Beat | None = None
         self._since = self._looked = time.monotonic()
-        self.lost: Service | None = None
-        """The driver that went without a word: its entry is still there."""
 
     def alive(self) -> bool:
         """False once the driver is gone, silent for too long, or another driver has taken the run over."""
@@ -229,14 +227,11 @@ class DriverWatch:
             if driver.session != self._session:
                 return False
             if driver.machine == processes.machine() and not processes.is_running(driver.pid, driver.started):
-                self.lost = driver
                 return False
             beat = _beat_of(self._file, driver)
             if beat != self._last:
                 self._last, self._since = beat, now
-        alive = now - self._since < self._dead_after_s
-        self.lost = None if alive else driver
-        return alive
+        return now - self._since < self._dead_after_s
 
 
 def _beat_of(file: Path, service: Service) -> Beat:

@@ -179,7 +179,7 @@ def _progress(folder: Path, stage: Stage) -> tuple[int, int, str]:
 
 def run_rank(config: Config, run_dir: str, module: str, session: str, port: int) -> None:
     """One rank of the trainer: sets torch.distributed's environment and runs the module's ``run``."""
-    leave_with_driver(run_dir, session, config.launch)
+    leave_with_driver(run_dir, session, config.launch.dead_after_s)
     environment = submitit.JobEnvironment()
     node = nodes.first_node()
     os.environ.update(

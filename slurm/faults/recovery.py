@@ -86,6 +86,7 @@ class Recovered:
     name: str
     strike: Strike
     limit_s: float
+    """Seconds allowed; of faults that overlap, what the gravest of them may take."""
     felt: float | None = None
     """When it was felt, by the monotonic clock."""
     recovery_s: float | None = None
@@ -120,6 +121,7 @@ class Recovery:
                 item.felt, self._since = now, None
                 self._before.work = work(self._site.run_dir)
         felt = [item.felt for item in open_ones if item.felt is not None]
+        gravest = max(item.limit_s for item in open_ones)
         if not felt:
             return
         if self._config is None:
@@ -131,6 +133,6 @@ class Recovery:
         if now - self._since >= SETTLE_S or self._site.ended():
             for item in open_ones:
                 if item.felt is not None:
-                    item.recovery_s = max(0.0, self._since - max(felt))
+                    item.limit_s, item.recovery_s = gravest, max(0.0, self._since - max(felt))
             if all(item.recovery_s is not None for item in self.faults):
                 self._before, self._since = None, None

@@ -179,8 +179,7 @@ def _of_jobs(conf: Path) -> list[psutil.Process]:
 
 
 def kill_batch_shell(site: Site) -> Strike:
-    """SIGKILL of the shell that runs the driver's batch script, and so of the job, which other jobs requeue."""
-    site.pick(*ELEMENTS, "trainer")
+    """SIGKILL of the shell that runs the driver's batch script, and so of the job."""
     victim = site.pick("driver")
     shell = psutil.Process(victim.pid).parent()
     assert shell is not None and shell.name() in ("bash", "slurm_script"), "the driver is a job"
