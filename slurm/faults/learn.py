@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recovery import Recovered
 from striker import FAULTS, Striker
-from strikes import JOB_FAULTS, Site
+from strikes import JOB_FAULTS, Site, is_over
 
 from ctrl_hpc import config as configuration
 
@@ -89,7 +89,7 @@ def _strike_until_ended(
     striker = Striker(site, plan, lambda text: print(f"faults: {text}", flush=True))
     striker.start()
     try:
-        while _is_queued(job):
+        while not is_over(job):
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         site.command("scancel", job)
@@ -99,11 +99,6 @@ def _strike_until_ended(
         striker.join()
     print(f"faults: {len(striker.faults)} faults in {time.monotonic() - began:.0f} s")
     return striker
-
-
-def _is_queued(job: str) -> bool:
-    listed = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
-    return (listed.returncode != 0 and "Invalid job id" not in listed.stderr) or bool(listed.stdout.strip())
 
 
 def _show(faults: Sequence[Recovered]) -> None:

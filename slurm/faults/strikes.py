@@ -65,6 +65,15 @@ class Site:
         return subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout.strip()
 
 
+def is_over(job: str) -> bool:
+    """Whether a driver's job has left the queue for good: its guard, which may have it requeued, has left it, too."""
+    listed = subprocess.run(["squeue", "-h", "-o", "%i %j"], capture_output=True, text=True, check=False)
+    names = (job, f"ctrl-hpc-guard-{job}")
+    return listed.returncode == 0 and not any(
+        name in line.split() for line in listed.stdout.splitlines() for name in names
+    )
+
+
 def at_once() -> bool:
     """A fault that takes effect when it is done."""
     return True

@@ -24,7 +24,7 @@ from one_host_slurm import SlurmCluster
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "slurm" / "faults"))
 from striker import Striker  # noqa: E402
-from strikes import Site  # noqa: E402
+from strikes import Site, is_over  # noqa: E402
 
 pytestmark = pytest.mark.slow
 ON_SLURM = (
@@ -70,17 +70,16 @@ def start(cluster: SlurmCluster, run_dir: Path, *overrides: str) -> int:
 
 
 class Ended:
-    """Whether a job has left the queue; Slurm is asked once a second."""
+    """Whether a driver's job is over; Slurm is asked once a second."""
 
-    def __init__(self, cluster: SlurmCluster, job: int) -> None:
-        self._cluster, self._job = cluster, job
+    def __init__(self, job: int) -> None:
+        self._job = job
         self._asked, self._answer = 0.0, False
 
     def __call__(self) -> bool:
         if not self._answer and time.monotonic() - self._asked > 1.0:
             self._asked = time.monotonic()
-            listed = self._cluster.call("squeue", "-h", "-j", str(self._job), "-o", "%T")
-            self._answer = "Invalid job id" in listed.stderr or (listed.returncode == 0 and not listed.stdout.strip())
+            self._answer = is_over(str(self._job))
         return self._answer
 
 
@@ -126,7 +125,7 @@ def test_the_report_is_the_local_runs_to_the_bit(
 ) -> None:
     run_dir = tmp_path / "run"
     job = start(slurm_cluster, run_dir, "rollout.critic_elements=2")
-    slurm_cluster.wait_for("the run ends", Ended(slurm_cluster, job), 400)
+    slurm_cluster.wait_for("the run ends", Ended(job), 400)
     assert (run_dir / "report" / "results.json").exists(), Path(f"{run_dir}.log").read_text()
     hosts = [file.name for file in (run_dir / "logs" / "trainer").glob("*_log.out")]
     assert len(hosts) == 4  # two ranks of sft, two of rl
@@ -177,7 +176,7 @@ def test_nothing_is_lost_or_counted_twice(
     run_dir = (folder if name == "slow disk" else small_disk) / "run"
     lines = [f"CTRL_HPC_FAULT_SEED={seed}"]
     job = start(slurm_cluster, run_dir)
-    ended = Ended(slurm_cluster, job)
+    ended = Ended(job)
     site = Site(run_dir=run_dir, base=slurm_cluster.base, random=chance, ended=ended, disk=server)
     site.pick("driver")
     striker = Striker(site, plan, lines.append, one_at_a_time=name in ONE_AT_A_TIME)
