@@ -110,7 +110,7 @@ def is_gone(service: Service) -> bool:
 def cancel_element(site: Site) -> Strike:
     """``scancel`` of an array element."""
     victim = site.pick(*ELEMENTS)
-    site.command("scancel", victim.job_id)
+    site.command("scancel", "--quiet", victim.job_id)  # quiet: it may be gone meanwhile
     return Strike(what=f"scancel of {victim.role} {victim.job_id}", victims=[victim])
 
 
@@ -250,8 +250,12 @@ def end_time(role: str, seconds: int) -> Callable[[Site], Strike]:
     """The time limit of a job comes near: Slurm warns it as its batch script says, then would kill it."""
 
     def strike(site: Site) -> Strike:
-        victim = site.pick(role)
-        site.command("scontrol", "update", f"JobId={victim.job_id}", f"EndTime=now+{seconds}")
+        while True:
+            victim = site.pick(role)
+            with contextlib.suppress(subprocess.CalledProcessError):  # its job is just ending: another one
+                site.command("scontrol", "update", f"JobId={victim.job_id}", f"EndTime=now+{seconds}")
+                break
+            time.sleep(POLL_S)
         there = [service for service in site.services(role) if service.job_id == victim.job_id]
 
         def repair() -> None:
