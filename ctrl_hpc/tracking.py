@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.wandb_run import WandbRun
 
 OWN_VARIABLES = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME", "WANDB_SERVICE")
 """Variables that belong to one process (a sweep's agent sets them): children that inherited them would all write the
@@ -34,55 +35,21 @@ class Tracker:
 
     ``element`` is its number in an array. The run's id is the run directory's, the role's and the element's own, so
     that a process that starts again continues it (online in place; offline beside, to be appended in order by the
-    sync). Under a sweep's agent the run is the one that the agent named: the trial. With ``wandb.mode=disabled`` every
-    method does nothing. Raises RuntimeError with one line when wandb cannot start.
+    sync); it does the same when wandb's own process is killed. Under a sweep's agent the run is the one that the agent
+    named: the trial. With ``wandb.mode=disabled`` every method does nothing. Raises RuntimeError with one line when
+    wandb cannot start.
     """
 
     def __init__(self, config: Config, run_dir: Path, role: str, element: int | None = None) -> None:
-        self._run: Any = None
+        self._run: WandbRun | None = None
+        self._tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
         if config.wandb.mode == "disabled":
             return
         os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # a second of start-up that --help need not pay
-
-        options = config.wandb
-        trial = os.environ.get("WANDB_RUN_ID")
-        id = trial or run_id(run_dir, role, element)
-        _await_free_folder(run_dir, id)
         self._data_dir = os.environ.get("WANDB_DATA_DIR")
         # tables wait there for the sync: not in the home of a node, which others may not see, nor the node write to
         os.environ["WANDB_DATA_DIR"] = str(run_dir.absolute() / "wandb" / "data")
-        settings = wandb.Settings(
-            silent=True,
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            disable_job_creation=True,
-            save_code=False,
-            x_disable_meta=True,
-            x_disable_stats=role not in MEASURED,
-            x_stats_sampling_interval=15.0,
-            x_save_requirements=False,
-        )
-        try:
-            self._run = wandb.init(
-                dir=str(run_dir),
-                mode=options.mode,
-                project=options.project,
-                entity=options.entity,
-                group=options.group or config.name,
-                job_type=role if trial is None else "trial",
-                name=None if trial else f"{config.name}-{role}" + ("" if element is None else f"-{element}"),
-                id=id,
-                resume="allow" if options.mode == "online" else None,
-                config=_plain(config),
-                settings=settings,
-            )
-        except wandb.Error as error:
-            reason = " ".join(str(error).split())
-            raise RuntimeError(f"wandb: {reason}; wandb.mode=offline needs no server") from None
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
+        self._run = WandbRun(lambda: _begin(config, run_dir, role, element))
 
     def __enter__(self) -> Self:
         return self
@@ -93,52 +60,96 @@ class Tracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one step; ``step`` is an axis of its own, so that a continued run stays monotonous."""
         if self._run is not None:
-            self._run.log({**metrics, "step": step})
+            row = {**metrics, "step": step}
+            self._run.row(lambda run: run.log(row))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Rows for people to read: samples, critiques, verdicts."""
         if self._run is not None:
             import wandb
 
-            data = [list(row) for row in rows]
-            self._run.log({name: wandb.Table(columns=list(columns), data=data, allow_mixed_types=True)})
+            self._tables[name] = list(columns), [list(row) for row in rows]
+
+            def say(run: Any) -> None:  # the newest, should it be said again
+                names, data = self._tables[name]
+                run.log({name: wandb.Table(columns=names, data=data, allow_mixed_types=True)})
+
+            self._run.row(say)
 
     def image(self, path: Path) -> None:
         """A picture file, under its name without the ending."""
         if self._run is not None:
             import wandb
 
-            self._run.log({path.stem: wandb.Image(str(path))})
+            self._run.row(lambda run: run.log({path.stem: wandb.Image(str(path))}))
 
     def artifact(self, path: Path, kind: str, name: str) -> None:
         """A file, or a folder's files, kept with the run; nothing is copied: a sync sends what lies there then."""
         if self._run is not None:
             import wandb
 
-            artifact = wandb.Artifact(name=name, type=kind)
-            if path.is_dir():
-                artifact.add_dir(str(path), policy="immutable")
-            else:
-                artifact.add_file(str(path), policy="immutable")
-            self._run.log_artifact(artifact)
+            def say(run: Any) -> None:
+                artifact = wandb.Artifact(name=name, type=kind)
+                if path.is_dir():
+                    artifact.add_dir(str(path), policy="immutable")
+                else:
+                    artifact.add_file(str(path), policy="immutable")
+                run.log_artifact(artifact)
+
+            self._run.fact(f"artifact {name} {path}", say)
 
     def summary(self, values: Mapping[str, float | str]) -> None:
         """The run's final numbers, those that a sweep compares among them."""
         if self._run is not None:
-            self._run.summary.update(dict(values))
+            self._run.fact(f"summary of {sorted(values)}", lambda run: run.summary.update(dict(values)))
 
     def close(self, exit_code: int = 0) -> None:
         """End the run; what was logged is on disk (offline) or sent (online) when this returns."""
         if self._run is not None:
-            import wandb
-
             run, self._run = self._run, None
-            run.finish(exit_code=exit_code)
-            wandb.teardown()  # finish() returns before wandb's own process has written the last records
+            run.end(exit_code)
             if self._data_dir is None:
                 os.environ.pop("WANDB_DATA_DIR", None)
             else:
                 os.environ["WANDB_DATA_DIR"] = self._data_dir
+
+
+def _begin(config: Config, run_dir: Path, role: str, element: int | None) -> Any:
+    """``wandb.init`` for a role."""
+    import wandb  # a second of start-up that --help need not pay
+
+    options = config.wandb
+    trial = os.environ.get("WANDB_RUN_ID")
+    id = trial or run_id(run_dir, role, element)
+    _await_free_folder(run_dir, id)
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        save_code=False,
+        x_disable_meta=True,
+        x_disable_stats=role not in MEASURED,
+        x_stats_sampling_interval=15.0,
+        x_save_requirements=False,
+    )
+    run = wandb.init(
+        dir=str(run_dir),
+        mode=options.mode,
+        project=options.project,
+        entity=options.entity,
+        group=options.group or config.name,
+        job_type=role if trial is None else "trial",
+        name=None if trial else f"{config.name}-{role}" + ("" if element is None else f"-{element}"),
+        id=id,
+        resume="allow" if options.mode == "online" else None,
+        config=_plain(config),
+        settings=settings,
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def run_id(run_dir: Path, role: str, element: int | None = None) -> str:

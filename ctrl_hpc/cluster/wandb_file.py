@@ -108,6 +108,15 @@ def run_of(file: Path) -> tuple[str, str, str]:
     return "", "", ""
 
 
+def count_rows(file: Path) -> int:
+    """How many rows of history a record file holds, whole; 0 where there is none."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    written = file.read_bytes() if file.exists() else b""
+    kinds = [Record.FromString(data).WhichOneof("record_type") for _, data in records(written)]
+    return kinds.count("history")
+
+
 def rest(file: Path, target: Path, rows: int, *, summary: bool) -> None:
     """Write to ``target`` the record file without its first ``rows`` rows of history; ``summary``: with the summary."""
     from wandb.proto.wandb_internal_pb2 import Record

@@ -149,6 +149,18 @@ def freeze_driver(site: Site) -> Strike:
     return Strike(what=what, felt=over.is_set, repair=repair, repair_after_s=20.0)
 
 
+def kill_wandb(site: Site) -> Strike:
+    """SIGKILL of the process in which wandb writes the trainer's run."""
+    while True:
+        trainer = site.pick("trainer")
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(trainer.pid).children(recursive=True):
+                if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE:
+                    child.kill()
+                    return Strike(what=f"SIGKILL of wandb's process {child.pid} of trainer {trainer.job_id}")
+        time.sleep(POLL_S)
+
+
 def kill_any_process(site: Site) -> Strike:
     """SIGKILL of any process of the jobs: shells, srun, Python, wandb's, sandboxes, Slurm's own step daemons."""
     site.pick(*ELEMENTS, "trainer")
@@ -277,6 +289,7 @@ JOB_FAULTS: dict[str, Fault] = {
     "kill trainer rank": Fault(strike=kill("trainer"), recovers_in_s=90.0),
     "kill driver": Fault(strike=kill("driver"), recovers_in_s=90.0),
     "kill batch shell": Fault(strike=kill_batch_shell, recovers_in_s=90.0),
+    "kill wandb": Fault(strike=kill_wandb),
     "kill any process": Fault(strike=kill_any_process, recovers_in_s=90.0),
     "freeze element": Fault(strike=freeze(*ELEMENTS)),
     "freeze trainer rank": Fault(strike=freeze("trainer"), recovers_in_s=90.0),

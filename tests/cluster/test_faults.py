@@ -35,7 +35,7 @@ ON_SLURM = (
 RUNS: dict[str, tuple[str, ...]] = {
     "elements": (
         *("cancel element", "kill executor", "kill rollout server", "freeze element", "hang executor"),
-        "time limit of the trainer",
+        *("kill wandb", "time limit of the trainer"),
     ),
     "nodes": ("preempt", "stop slurmd", "lose node", "time limit of an element"),
     "driver killed": ("kill driver", "kill batch shell"),

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from ctrl_hpc.config import ROOT, load
@@ -89,6 +90,31 @@ def test_a_restarted_role_keeps_its_id(config, tmp_path):
     files = list(tmp_path.glob("wandb/offline-run-*/run-*-sft.wandb"))
     rows = [(row["step"], row["sft/loss"]) for file in files for row in history(records(file)) if "sft/loss" in row]
     assert sorted(rows) == [(0, 1.0), (1, 0.5)]
+
+
+def test_what_wandbs_own_process_had_not_written_when_it_was_killed_is_logged_again(config, tmp_path, capfd):
+    def kill():
+        children = psutil.Process().children(recursive=True)
+        (core,) = [child for child in children if child.name() == "wandb-core" and child.status() != "zombie"]
+        core.kill()
+
+    expected = [(step, "x" * 40 * (step % 7)) for step in range(400)]
+    with Tracker(config, tmp_path, "rl") as tracker:
+        tracker.summary({"trainer/kernels": "torch"})
+        for step, text in expected:  # about 150 kB: some blocks are written, the last ones are not
+            if step in (0, 3, 222):
+                kill()
+            tracker.log({"text": text}, step)
+        tracker.table("rl/samples", ["id"], [["a"]])
+        kill()
+    capfd.readouterr()
+    pieces = sorted(tmp_path.glob("wandb/offline-run-*/run-*-rl.wandb"))
+    assert len(pieces) == 5
+    rows = [row for piece in pieces for row in history(records(piece))]
+    assert [(row["step"], row["text"]) for row in rows if "text" in row] == expected
+    assert len([row for row in rows if "rl/samples._type" in row or "rl/samples" in row]) == 1
+    last = [record for record in records(pieces[-1]) if record.WhichOneof("record_type") == "summary"]
+    assert any(item.key == "trainer/kernels" for record in last for item in record.summary.update)
 
 
 def test_an_id_is_the_run_directorys_the_roles_and_the_elements(tmp_path):
