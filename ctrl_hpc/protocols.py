@@ -7,6 +7,9 @@ from typing import Protocol
 
 from ctrl_hpc.records import Chat, Execution, Generation, Sampling, Verdict
 
+EVALUATION = 10**12
+"""Weight versions from here on are evaluation's, milliseconds since 1970: newer than whatever a server holds."""
+
 
 class Generator(Protocol):
     """Answers chats: the rollout array, an OpenAI-compatible endpoint, or the oracle."""

@@ -1,7 +1,8 @@
 """A wandb run that outlives wandb's own process (``wandb-core``), which writes the records and may be killed.
 
 That process keeps up to a block of records (32 KiB) in memory. When it is lost another one begins a new piece of the
-same run, as after a restart of the role, and is told what the old one had not written.
+same run, as after a restart of the role, and is told what the old one had not written. (Online, what it had written
+but not yet sent is in the old piece's file only.)
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.cluster import wandb_file
+from ctrl_hpc.cluster.processes import INTERRUPTED
 
 type Saying = Callable[[Any], None]
 """Something told to a run of the wandb library, which is its argument."""
@@ -77,13 +79,8 @@ class WandbRun:
         """End the run; what was told is on disk (offline) or sent (online) when this returns."""
 
         def finish(run: Any) -> None:
-            import wandb
-
             run.finish(exit_code=exit_code)
-            try:
-                wandb.teardown()  # finish() returns before wandb's own process has written the last records
-            except SystemExit as error:  # with the exit code of that process
-                raise ConnectionError(f"ended with exit code {error.code}") from None
+            _teardown()  # finish() returns before wandb's own process has written the last records
 
         self._tell(finish)
         self._run = None
@@ -132,7 +129,17 @@ def _nothing(_: Any) -> None:
 
 def _forget() -> None:
     """Have the library forget a process that is gone."""
+    with suppress(*_losses()):
+        _teardown()
+
+
+def _teardown() -> None:
+    """``wandb.teardown()``, which exits with its process's exit code where that is not 0."""
     import wandb
 
-    with suppress(SystemExit, *_losses()):
+    try:
         wandb.teardown()
+    except SystemExit as error:
+        if error.code == INTERRUPTED:  # a signal to this process, meanwhile
+            raise
+        raise ConnectionError(f"it ended with exit code {error.code}") from None

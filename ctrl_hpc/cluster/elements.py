@@ -25,8 +25,6 @@ from ctrl_hpc.config import Config
 
 WATCH_S = 1.0
 """Seconds between looks for the driver."""
-INTERRUPTED = 75
-"""Exit code of a process that was told to stop (EX_TEMPFAIL)."""
 HEALTH_S = 5.0
 """A service that does not answer its own question about its health for so long skips a heartbeat."""
 LEAVE_S = 10.0
@@ -163,7 +161,7 @@ def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:
 
 def _leave(number: int, _: FrameType | None) -> None:
     print(f"{signal.Signals(number).name}: leaving", flush=True)
-    raise SystemExit(INTERRUPTED)
+    raise SystemExit(processes.INTERRUPTED)
 
 
 def token(config: Config, run_dir: str | Path) -> str | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+INTERRUPTED = 75
+"""Exit code of a process that was told to stop (EX_TEMPFAIL)."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -11,6 +11,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from ctrl_hpc import tracking
 from ctrl_hpc.config import Config
+from ctrl_hpc.protocols import EVALUATION
 
 RATES = {
     "executor_runs_total": "executor/runs_per_s",
@@ -39,7 +40,10 @@ def read(text: str) -> dict[str, float]:
 def rates(before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, float]:
     """What is logged, from two readings so many seconds apart."""
     out = {logged: (after[name] - before.get(name, 0.0)) / seconds for name, logged in RATES.items() if name in after}
-    return out | {logged: after[name] for name, logged in LEVELS.items() if name in after}
+    levels = {logged: after[name] for name, logged in LEVELS.items() if name in after}
+    if levels.get("rollout/weight_version", 0.0) >= EVALUATION:  # would dwarf those of training
+        del levels["rollout/weight_version"]
+    return out | levels
 
 
 class ServiceLog:

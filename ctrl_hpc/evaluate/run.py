@@ -28,7 +28,7 @@ from ctrl_hpc.flow.hints import hint
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.voting import elect
 from ctrl_hpc.progress import Steps
-from ctrl_hpc.protocols import Executor, Generator
+from ctrl_hpc.protocols import EVALUATION, Executor, Generator
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
 
@@ -102,7 +102,7 @@ def run(
             drafts[dataset] = draft_all(config, run_dir, dataset, items, environment)
             steps.advance(note=f"{dataset}: drafts")
         done = len(problems)
-        version = int(time.time() * 1000)  # newer than whatever a server left over from an earlier start holds
+        version = max(EVALUATION, int(time.time() * 1000))
         for name, item in chosen.items():
             version += 1
             critic: Generator | None = None

@@ -277,3 +277,8 @@ def test_counters_become_rates_and_gauges_stay() -> None:
     assert service_log.rates(before, after, 10.0) == {"executor/runs_per_s": 3.0, "executor/queue": 3.0}
     served = service_log.read("ctrl_rollout_completion_tokens_total 600\nctrl_rollout_waiting 2\n")
     assert service_log.rates({}, served, 2.0) == {"rollout/tokens_per_s": 300.0, "rollout/queue": 2.0}
+
+
+def test_the_versions_of_training_are_logged_and_evaluations_are_not() -> None:
+    for version, logged in ((7, {"rollout/weight_version": 7.0}), (1_763_740_000_000, {})):
+        assert service_log.rates({}, service_log.read(f"ctrl_rollout_weight_version {version}\n"), 2.0) == logged

@@ -92,11 +92,14 @@ def test_a_restarted_role_keeps_its_id(config, tmp_path):
     assert sorted(rows) == [(0, 1.0), (1, 0.5)]
 
 
+@pytest.mark.slow
 def test_what_wandbs_own_process_had_not_written_when_it_was_killed_is_logged_again(config, tmp_path, capfd):
     def kill():
         children = psutil.Process().children(recursive=True)
-        (core,) = [child for child in children if child.name() == "wandb-core" and child.status() != "zombie"]
-        core.kill()
+        for child in children:
+            if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE:
+                child.kill()  # none where the loss of the last one has not been noticed yet
+                child.wait()
 
     expected = [(step, "x" * 40 * (step % 7)) for step in range(400)]
     with Tracker(config, tmp_path, "rl") as tracker:
@@ -107,9 +110,8 @@ def test_what_wandbs_own_process_had_not_written_when_it_was_killed_is_logged_ag
             tracker.log({"text": text}, step)
         tracker.table("rl/samples", ["id"], [["a"]])
         kill()
-    capfd.readouterr()
+    assert capfd.readouterr().out.count("starting another one") >= 2
     pieces = sorted(tmp_path.glob("wandb/offline-run-*/run-*-rl.wandb"))
-    assert len(pieces) == 5
     rows = [row for piece in pieces for row in history(records(piece))]
     assert [(row["step"], row["text"]) for row in rows if "text" in row] == expected
     assert len([row for row in rows if "rl/samples._type" in row or "rl/samples" in row]) == 1
