@@ -94,6 +94,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return out
 
 
+@pytest.mark.slow
 def test_variants_of_a_seed_share_what_they_begin_with(tmp_path: Path, done: list[str]) -> None:
     file = write(
         tmp_path,

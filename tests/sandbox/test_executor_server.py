@@ -135,6 +135,7 @@ def sleeper(seconds: float, n: int = 0) -> Execution:
     return Execution(program=program, tests=tests, limits=Limits(cpu_s=5.0, wall_s=20.0))
 
 
+@pytest.mark.slow
 def test_beyond_the_queue_the_answer_is_429_and_the_client_waits() -> None:
     with serving(workers=1, max_waiting=1) as (address, _):
         body = {"executions": [jsonl.encode(sleeper(1.0))]}
@@ -150,6 +151,7 @@ def test_beyond_the_queue_the_answer_is_429_and_the_client_waits() -> None:
             background.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_drains(number: signal.Signals) -> None:
     """What was accepted is answered; then the process ends by itself with exit code 0, its jails with it."""
