@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from ctrl_hpc.cluster import wandb_file
 from ctrl_hpc.config import Config
 from ctrl_hpc.wandb_run import WandbRun
 
@@ -42,6 +43,7 @@ class Tracker:
 
     def __init__(self, config: Config, run_dir: Path, role: str, element: int | None = None) -> None:
         self._run: WandbRun | None = None
+        self._earlier: tuple[Path, ...] = ()
         self._tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
         if config.wandb.mode == "disabled":
             return
@@ -49,13 +51,27 @@ class Tracker:
         self._data_dir = os.environ.get("WANDB_DATA_DIR")
         # tables wait there for the sync: not in the home of a node, which others may not see, nor the node write to
         os.environ["WANDB_DATA_DIR"] = str(run_dir.absolute() / "wandb" / "data")
-        self._run = WandbRun(lambda: _begin(config, run_dir, role, element))
+        id = os.environ.get("WANDB_RUN_ID") or run_id(run_dir, role, element)
+        online = config.wandb.mode == "online"
+        self._earlier = () if online else tuple(run_dir.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))
+        self._run = WandbRun(lambda: _begin(config, run_dir, id, role, element))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         self.close(exit_code=0 if kind is None else 1)
+
+    def logged(self) -> range | set[int] | None:
+        """The steps that earlier starts of this role logged; to be asked before this one logs.
+
+        None where there was no earlier start, or nothing tells of it: files that were sent may have been removed.
+        """
+        if self._run is None:
+            return None
+        if self._earlier:
+            return {step for file in self._earlier for step in wandb_file.rows(file) if step is not None}
+        return self._run.steps_sent()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one step; ``step`` is an axis of its own, so that a continued run stays monotonous."""
@@ -114,13 +130,12 @@ class Tracker:
                 os.environ["WANDB_DATA_DIR"] = self._data_dir
 
 
-def _begin(config: Config, run_dir: Path, role: str, element: int | None) -> Any:
+def _begin(config: Config, run_dir: Path, id: str, role: str, element: int | None) -> Any:
     """``wandb.init`` for a role."""
     import wandb  # a second of start-up that --help need not pay
 
     options = config.wandb
     trial = os.environ.get("WANDB_RUN_ID")
-    id = trial or run_id(run_dir, role, element)
     _await_free_folder(run_dir, id)
     settings = wandb.Settings(
         silent=True,

@@ -1,8 +1,8 @@
 """A wandb run that outlives wandb's own process (``wandb-core``), which writes the records and may be killed.
 
-That process keeps up to a block of records (32 KiB) in memory. When it is lost another one begins a new piece of the
-same run, as after a restart of the role, and is told what the old one had not written. (Online, what it had written
-but not yet sent is in the old piece's file only.)
+That process keeps up to a block of records (32 KiB) in memory, and online what it has not sent yet. When it is lost
+another one begins a new piece of the same run, as after a restart of the role, and is told what the old one had not
+written to its file, or online what the server does not have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ type Saying = Callable[[Any], None]
 """Something told to a run of the wandb library, which is its argument."""
 
 KEPT_ROWS = 512
-"""Rows of history that are kept to be told again: more than a block holds."""
+"""Rows of history that are kept to be told again: more than a block holds, or than are logged between two sendings."""
 ATTEMPTS = 3
 """wandb's processes that may be lost over one saying before the run goes on without."""
 
@@ -49,6 +49,7 @@ class WandbRun:
         self._facts: dict[str, Saying] = {}
         self._pending: list[Saying] = []
         self._run: Any = self._start()
+        self._begun_at = int(self._run.starting_step)
 
     def _start(self) -> Any:
         import wandb
@@ -63,6 +64,17 @@ class WandbRun:
             except wandb.Error as error:
                 raise RuntimeError(f"wandb: {_line(error)}; wandb.mode=offline needs no server") from None
         raise RuntimeError(f"wandb: its process does not live: {why}")
+
+    def steps_sent(self) -> range | None:
+        """Online: the values of ``step`` that the server has of earlier starts; None where it did not know the run."""
+        found: list[range] = []
+
+        def ask(run: Any) -> None:
+            if run.resumed:
+                found.append(range(int(run.summary.get("step", -1)) + 1))
+
+        self._tell(ask)
+        return found[0] if found else None
 
     def row(self, say: Saying) -> None:
         """Tell something that makes one row of the history."""
@@ -104,19 +116,25 @@ class WandbRun:
         self._run = None
 
     def _begin_again(self, why: str) -> None:
-        """A new piece of the run, and what it is to be told first: what the old piece lacks."""
+        """A new piece of the run, and what it is to be told first: what was lost."""
         print(f"wandb: its process is lost ({why}): starting another one", flush=True)
-        file = Path(self._run.dir).parent / f"run-{self._run.id}.wandb"
+        old = self._run
         _forget()
-        missing = self._n_rows - wandb_file.count_rows(file)
-        rows = list(self._rows)[-missing:] if missing > 0 else []
-        self._pending = [*self._facts.values(), *rows]
-        self._rows, self._n_rows = deque(rows, maxlen=KEPT_ROWS), len(rows)
         try:
             self._run = self._start()
         except RuntimeError as error:
             print(f"{error}; no longer logged", flush=True)
             self._run = None
+            return
+        if old.offline:
+            kept = len(wandb_file.rows(Path(old.dir).parent / f"run-{old.id}.wandb"))
+        else:
+            kept = int(self._run.starting_step) - self._begun_at
+        missing = self._n_rows - kept
+        rows = list(self._rows)[-missing:] if missing > 0 else []
+        self._pending = [*self._facts.values(), *rows]
+        self._rows, self._n_rows = deque(rows, maxlen=KEPT_ROWS), len(rows)
+        self._begun_at = int(self._run.starting_step)
 
 
 def _line(error: Exception) -> str:

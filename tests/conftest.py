@@ -1,6 +1,7 @@
 """What every test needs: few threads that do not spin, no network, no user settings of wandb, kernels interpreted."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +10,5 @@ if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton's first import, whichever test file causes it
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a shell: children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -108,13 +108,20 @@ def run_of(file: Path) -> tuple[str, str, str]:
     return "", "", ""
 
 
-def count_rows(file: Path) -> int:
-    """How many rows of history a record file holds, whole; 0 where there is none."""
+def rows(file: Path) -> list[int | None]:
+    """The ``step`` of every whole row of history that a record file holds, None for those that have none.
+
+    Empty where there is no file.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    written = file.read_bytes() if file.exists() else b""
-    kinds = [Record.FromString(data).WhichOneof("record_type") for _, data in records(written)]
-    return kinds.count("history")
+    found: list[int | None] = []
+    for _, data in records(file.read_bytes() if file.exists() else b""):
+        record = Record.FromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            found.append(int(values["step"]) if "step" in values else None)
+    return found
 
 
 def rest(file: Path, target: Path, rows: int, *, summary: bool) -> None:

@@ -51,7 +51,8 @@ class Journal:
     """The log of one stage, written by rank 0; on the other ranks it does nothing.
 
     ``start`` is the step that comes next: records of it and later, left by a run that died after its last checkpoint,
-    are removed, so that every step is there once.
+    are removed, so that every step is there once. So it is in wandb: what it has of them is not logged again, and what
+    it lacks of the steps before (its process was killed too) is.
     """
 
     def __init__(
@@ -72,10 +73,15 @@ class Journal:
         self._tracker: Tracker | None = None
         if main:
             self._folder.mkdir(parents=True, exist_ok=True)
-            truncate(self._folder / "metrics.jsonl", start)
-            metrics = self._folder / "metrics.jsonl"
-            self._metrics = self._exit.enter_context(metrics.open("a", encoding="utf-8"))
+            file = self._folder / "metrics.jsonl"
+            before, removed = truncate(file, start)
+            self._metrics = self._exit.enter_context(file.open("a", encoding="utf-8"))
             self._tracker = self._exit.enter_context(Tracker(config, run_dir, stage))
+            logged = self._tracker.logged()
+            self._repeated = {step for step in removed if logged is not None and step in logged}
+            for step, metrics in before.items():
+                if logged is not None and step not in logged and step > min(logged, default=-1):
+                    self._tracker.log(metrics, step)
             self._tracker.summary({f"trainer/{name}": word for name, word in self._engine.items()})
             told = ", ".join(f"{name} {word}" for name, word in self._engine.items())
             print(f"{stage}: from step {start} of {steps}; {told}", flush=True)
@@ -93,7 +99,8 @@ class Journal:
             return
         self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
         self._metrics.flush()
-        self._tracker.log(metrics, step)
+        if step not in self._repeated:
+            self._tracker.log(metrics, step)
         self._progress(step + 1, metrics)
 
     def keep(self, folder: Path, name: str) -> None:
@@ -114,18 +121,26 @@ class Journal:
         os.replace(part, self._folder / "progress.json")
 
 
-def truncate(file: Path, start: int) -> None:
-    """Keep of a metrics file the whole records of steps before ``start``."""
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+def truncate(file: Path, start: int) -> tuple[dict[int, dict[str, float]], set[int]]:
+    """Keep of a metrics file the whole records of steps before ``start``.
+
+    What is kept, as metrics by step, and the steps that are removed.
+    """
+    kept: dict[int, dict[str, float]] = {}
+    removed = set()
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the line that was being written when the run was killed
-        if record["step"] < start:
-            kept.append(line + "\n")
-    part = file.with_name(f".{file.name}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, file)
+        step = record.pop("step")
+        if step < start:
+            kept[step] = record
+        else:
+            removed.add(step)
+    if file.exists():
+        part = file.with_name(f".{file.name}.part")
+        lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in kept.items()]
+        part.write_text("".join(lines), encoding="utf-8")
+        os.replace(part, file)
+    return kept, removed

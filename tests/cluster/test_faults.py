@@ -21,6 +21,9 @@ from typing import Any
 import pytest
 from one_host_slurm import SlurmCluster
 
+from ctrl_hpc.cluster import wandb_file
+from ctrl_hpc.tracking import run_id
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "slurm" / "faults"))
 from striker import Striker  # noqa: E402
@@ -89,6 +92,13 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def in_wandb(run_dir: Path, stage: str) -> list[int]:
+    """The steps of a stage in its wandb run: every piece of it, in the order in which a sync sends them."""
+    id = run_id(run_dir, stage)
+    pieces = sorted(run_dir.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))
+    return [step for piece in pieces for step in wandb_file.rows(piece) if step is not None]
+
+
 def account(run_dir: Path) -> dict[str, Any]:
     """What was done: every sample and step of a run, in order."""
     steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
@@ -99,6 +109,7 @@ def account(run_dir: Path) -> dict[str, Any]:
         "critiques": [row["id"] for row in rows(run_dir / "synthesize" / "critiques.jsonl")],
         "sft steps": [row["step"] for row in rows(run_dir / "sft" / "metrics.jsonl")],
         "rl steps": [row["step"] for row in rows(run_dir / "rl" / "metrics.jsonl")],
+        "steps in wandb": {stage: in_wandb(run_dir, stage) for stage in ("sft", "rl")},
         "rollouts": {file.name: Counter(row["solution_id"] for row in rows(file)) for file in steps},
         "masked": sum(row["masked"] for file in steps for row in rows(file)),
         "staleness": {row["rl/staleness"] for row in rows(run_dir / "rl" / "metrics.jsonl")},

@@ -70,7 +70,7 @@ def node(store: Store, id: str, new: bool) -> dict[str, Any]:
         "summaryMetrics": json.dumps(run["summary"]),
         "config": json.dumps({key: {"value": value} for key, value in run["config"].items()}),
         "tags": [],
-        "wandbConfig": None if new else "{}",
+        "wandbConfig": None if new else json.dumps({"t": 1}),  # "t": it has begun
     }
 
 
