@@ -33,7 +33,7 @@ TRAIN: dict[str, str] = {"sft": "ctrl_hpc.train.sft", "rl": "ctrl_hpc.train.rl"}
 _TRIES_WITHOUT_PROGRESS = 2
 _PEER_LOST = re.compile(
     r"gloo|nccl|connection (reset|closed|refused)|broken pipe|socket|tcpstore|processgroup|distbackend|"
-    r"stopped before the end|timed.out|preempted|not checkpointable",
+    r"stopped before the end|told to stop|timed.out|preempted|not checkpointable",
     re.IGNORECASE,
 )
 """Errors that say that another rank went away, or that the job was told to stop: worth another start."""

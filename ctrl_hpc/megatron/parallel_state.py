@@ -73,12 +73,13 @@ class World:
             dist.broadcast_object_list(box, src=0)
             value, error = box[0]
             if error is not None:
-                raise RuntimeError(f"rank 0 failed: {error}")
+                raise RuntimeError(f"rank 0 {error}")
             return value
         try:
             made = make(*args, **options)
         except BaseException as error:
-            dist.broadcast_object_list([(None, f"{type(error).__name__}: {error}")], src=0)
+            what = "failed" if isinstance(error, Exception) else "was told to stop"  # by a signal: not its own mistake
+            dist.broadcast_object_list([(None, f"{what}: {type(error).__name__}: {error}")], src=0)
             raise
         dist.broadcast_object_list([(made, None)], src=0)
         return made

@@ -9,7 +9,10 @@ from typing import Any
 
 
 def run(config: Any, run_dir: Path) -> None:
-    """Behaves as ``run_dir/behaviour.json`` says: fail_rank, kill_rank_once, freeze_rank_once, hang, all_reduce."""
+    """Behaves as ``run_dir/behaviour.json`` says.
+
+    fail_rank, kill_rank_once, freeze_rank_once, hang, all_reduce, stop_main_once.
+    """
     wishes = json.loads((run_dir / "behaviour.json").read_text())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     (run_dir / f"rank-{rank}-of-{world}").write_text(
@@ -40,6 +43,17 @@ def run(config: Any, run_dir: Path) -> None:
         dist.destroy_process_group()
         node = os.environ.get("SLURMD_NODENAME")
         (run_dir / f"sum-{rank}").write_text(json.dumps({"sum": total.item(), "node": node}))
+    if wishes.get("stop_main_once"):
+        from ctrl_hpc.megatron import parallel_state
+
+        def read() -> str:
+            if not once.exists():
+                once.write_text("")
+                os.kill(os.getpid(), signal.SIGTERM)
+            return "records"
+
+        with parallel_state.job(config) as place:
+            assert place.from_main(read) == "records"
     if rank == 0:
         (run_dir / "sft").mkdir(exist_ok=True)
         record = {"stage": "sft", "step": 3, "steps": 3, "metrics": {"sft/loss": 0.5}, "time": time.time()}

@@ -63,6 +63,16 @@ def test_a_killed_rank_is_a_new_start_from_the_checkpoint(
     )
 
 
+def test_a_rank_that_is_told_to_stop_while_the_others_wait_for_it_is_a_new_start(
+    make_config: Callable[..., Config], run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    behave(run_dir, stop_main_once=True)
+    with Services(make_config(), run_dir):
+        trainer.run_trainer(make_config(), run_dir, "sft")
+    said = " ".join(capfd.readouterr().err.split())
+    assert "no result of rank 0); continuing from the last checkpoint" in said
+
+
 def test_results_that_come_with_the_end_of_the_job_are_a_success(
     make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
