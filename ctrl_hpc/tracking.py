@@ -43,7 +43,6 @@ class Tracker:
 
     def __init__(self, config: Config, run_dir: Path, role: str, element: int | None = None) -> None:
         self._run: WandbRun | None = None
-        self._earlier: tuple[Path, ...] = ()
         self._tables: dict[str, tuple[list[str], list[list[Any]]]] = {}
         if config.wandb.mode == "disabled":
             return
@@ -51,10 +50,8 @@ class Tracker:
         self._data_dir = os.environ.get("WANDB_DATA_DIR")
         # tables wait there for the sync: not in the home of a node, which others may not see, nor the node write to
         os.environ["WANDB_DATA_DIR"] = str(run_dir.absolute() / "wandb" / "data")
-        id = os.environ.get("WANDB_RUN_ID") or run_id(run_dir, role, element)
-        online = config.wandb.mode == "online"
-        self._earlier = () if online else tuple(run_dir.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))
-        self._run = WandbRun(lambda: _begin(config, run_dir, id, role, element))
+        self._run_dir, self._online = run_dir, config.wandb.mode == "online"
+        self._run = WandbRun(lambda: _begin(config, run_dir, role, element))
 
     def __enter__(self) -> Self:
         return self
@@ -69,9 +66,14 @@ class Tracker:
         """
         if self._run is None:
             return None
-        if self._earlier:
-            return {step for file in self._earlier for step in wandb_file.rows(file) if step is not None}
-        return self._run.steps_sent()
+        if self._online:
+            return self._run.steps_sent()
+        own = self._run.file
+        if own is None:
+            return None
+        id = own.stem.removeprefix("run-")
+        earlier = [file for file in wandb_file.of_run(self._run_dir, id) if file.parent.name != own.parent.name]
+        return {step for file in earlier for step in wandb_file.rows(file) if step is not None} if earlier else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Numbers of one step; ``step`` is an axis of its own, so that a continued run stays monotonous."""
@@ -130,12 +132,13 @@ class Tracker:
                 os.environ["WANDB_DATA_DIR"] = self._data_dir
 
 
-def _begin(config: Config, run_dir: Path, id: str, role: str, element: int | None) -> Any:
+def _begin(config: Config, run_dir: Path, role: str, element: int | None) -> Any:
     """``wandb.init`` for a role."""
     import wandb  # a second of start-up that --help need not pay
 
     options = config.wandb
     trial = os.environ.get("WANDB_RUN_ID")
+    id = trial or run_id(run_dir, role, element)
     _await_free_folder(run_dir, id)
     settings = wandb.Settings(
         silent=True,

@@ -65,6 +65,11 @@ class WandbRun:
                 raise RuntimeError(f"wandb: {_line(error)}; wandb.mode=offline needs no server") from None
         raise RuntimeError(f"wandb: its process does not live: {why}")
 
+    @property
+    def file(self) -> Path | None:
+        """The record file that is being written; None once nothing is logged any more."""
+        return None if self._run is None else _file(self._run)
+
     def steps_sent(self) -> range | None:
         """Online: the values of ``step`` that the server has of earlier starts; None where it did not know the run."""
         found: list[range] = []
@@ -126,15 +131,17 @@ class WandbRun:
             print(f"{error}; no longer logged", flush=True)
             self._run = None
             return
-        if old.offline:
-            kept = len(wandb_file.rows(Path(old.dir).parent / f"run-{old.id}.wandb"))
-        else:
-            kept = int(self._run.starting_step) - self._begun_at
+        kept = len(wandb_file.rows(_file(old))) if old.offline else int(self._run.starting_step) - self._begun_at
         missing = self._n_rows - kept
         rows = list(self._rows)[-missing:] if missing > 0 else []
         self._pending = [*self._facts.values(), *rows]
         self._rows, self._n_rows = deque(rows, maxlen=KEPT_ROWS), len(rows)
         self._begun_at = int(self._run.starting_step)
+
+
+def _file(run: Any) -> Path:
+    """The record file of a run of the library."""
+    return Path(run.dir).parent / f"run-{run.id}.wandb"
 
 
 def _line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 HEADER_BYTES, CHUNK_BYTES, BLOCK_BYTES = 7, 7, 32768
 MAGIC = b":W&B"
@@ -64,17 +65,27 @@ def whole_bytes(data: bytes) -> int:
     return whole
 
 
-def artifacts(file: Path) -> list[Artifact]:
-    """The artifacts that a record file names, in order; their files lie where they were when they were logged."""
+def of_run(run_dir: str | Path, id: str) -> list[Path]:
+    """The offline record files of one wandb run of a run directory, in the order of their starts."""
+    return sorted(Path(run_dir).glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))
+
+
+def _of_kind(file: Path, kind: str) -> Iterator[Any]:
+    """The whole records of one kind in a record file, in order; none where there is no file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    found = []
-    for _, data in records(file.read_bytes()):
+    for _, data in records(file.read_bytes() if file.exists() else b""):
         record = Record.FromString(data)
-        if record.WhichOneof("record_type") == "artifact":
-            entries = [entry.local_path for entry in record.artifact.manifest.contents]
-            files = tuple(Path(path) for path in entries if path)
-            found.append(Artifact(type=record.artifact.type, name=record.artifact.name, files=files))
+        if record.WhichOneof("record_type") == kind:
+            yield getattr(record, kind)
+
+
+def artifacts(file: Path) -> list[Artifact]:
+    """The artifacts that a record file names, in order; their files lie where they were when they were logged."""
+    found = []
+    for artifact in _of_kind(file, "artifact"):
+        files = tuple(Path(entry.local_path) for entry in artifact.manifest.contents if entry.local_path)
+        found.append(Artifact(type=artifact.type, name=artifact.name, files=files))
     return found
 
 
@@ -99,12 +110,8 @@ def write(target: Path, header: bytes, payloads: Iterable[bytes]) -> None:
 
 def run_of(file: Path) -> tuple[str, str, str]:
     """Entity ("" where the account's default is meant), project and id of the run that a record file is of."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    for _, data in records(file.read_bytes()):
-        record = Record.FromString(data)
-        if record.WhichOneof("record_type") == "run":
-            return record.run.entity, record.run.project, record.run.run_id
+    for run in _of_kind(file, "run"):
+        return run.entity, run.project, run.run_id
     return "", "", ""
 
 
@@ -113,14 +120,10 @@ def rows(file: Path) -> list[int | None]:
 
     Empty where there is no file.
     """
-    from wandb.proto.wandb_internal_pb2 import Record
-
     found: list[int | None] = []
-    for _, data in records(file.read_bytes() if file.exists() else b""):
-        record = Record.FromString(data)
-        if record.WhichOneof("record_type") == "history":
-            values = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            found.append(int(values["step"]) if "step" in values else None)
+    for row in _of_kind(file, "history"):
+        values = {".".join(item.nested_key) or item.key: item.value_json for item in row.item}
+        found.append(int(values["step"]) if "step" in values else None)
     return found
 
 

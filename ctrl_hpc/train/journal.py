@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.tracking import Tracker
 
@@ -71,6 +72,7 @@ class Journal:
         self._folder, self._stage, self._steps, self._main = run_dir / stage, stage, steps, main
         self._exit = ExitStack()
         self._tracker: Tracker | None = None
+        self._repeated: set[int] = set()
         if main:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = self._folder / "metrics.jsonl"
@@ -78,10 +80,12 @@ class Journal:
             self._metrics = self._exit.enter_context(file.open("a", encoding="utf-8"))
             self._tracker = self._exit.enter_context(Tracker(config, run_dir, stage))
             logged = self._tracker.logged()
-            self._repeated = {step for step in removed if logged is not None and step in logged}
-            for step, metrics in before.items():
-                if logged is not None and step not in logged and step > min(logged, default=-1):
-                    self._tracker.log(metrics, step)
+            if logged is not None:
+                self._repeated = removed.intersection(logged)
+                first = min(logged, default=-1)  # earlier steps are in files that were sent and are gone
+                for step, metrics in before.items():
+                    if step > first and step not in logged:
+                        self._tracker.log(metrics, step)
             self._tracker.summary({f"trainer/{name}": word for name, word in self._engine.items()})
             told = ", ".join(f"{name} {word}" for name, word in self._engine.items())
             print(f"{stage}: from step {start} of {steps}; {told}", flush=True)
@@ -97,7 +101,7 @@ class Journal:
         """Step ``step`` (from 0) is done."""
         if self._tracker is None:
             return
-        self._metrics.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._metrics.write(_line(step, metrics))
         self._metrics.flush()
         if step not in self._repeated:
             self._tracker.log(metrics, step)
@@ -139,8 +143,9 @@ def truncate(file: Path, start: int) -> tuple[dict[int, dict[str, float]], set[i
         else:
             removed.add(step)
     if file.exists():
-        part = file.with_name(f".{file.name}.part")
-        lines = [json.dumps({"step": step, **metrics}) + "\n" for step, metrics in kept.items()]
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, file)
+        jsonl.write_text(file, "".join(_line(step, metrics) for step, metrics in kept.items()))
     return kept, removed
+
+
+def _line(step: int, metrics: dict[str, float]) -> str:
+    return json.dumps({"step": step, **metrics}) + "\n"

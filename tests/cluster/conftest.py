@@ -9,7 +9,9 @@ from typing import Any
 import one_host_slurm
 import psutil
 import pytest
+import wandb_server
 from one_host_slurm import SlurmCluster
+from wandb_server import Store
 
 from ctrl_hpc.config import Config, LaunchConfig, RolloutConfig, TrainerConfig
 
@@ -33,6 +35,15 @@ def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A loopback W&B server, and the environment that has wandb send to it."""
+    with wandb_server.running() as (store, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield store
 
 
 @pytest.fixture(name="make_config")

@@ -94,9 +94,8 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def in_wandb(run_dir: Path, stage: str) -> list[int]:
     """The steps of a stage in its wandb run: every piece of it, in the order in which a sync sends them."""
-    id = run_id(run_dir, stage)
-    pieces = sorted(run_dir.glob(f"wandb/offline-run-*-{id}/run-{id}.wandb"))
-    return [step for piece in pieces for step in wandb_file.rows(piece) if step is not None]
+    files = wandb_file.of_run(run_dir, run_id(run_dir, stage))
+    return [step for file in files for step in wandb_file.rows(file) if step is not None]
 
 
 def account(run_dir: Path) -> dict[str, Any]:

@@ -8,13 +8,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb_server
 import yaml
 from one_host_slurm import SlurmCluster
 from wandb_server import Store
@@ -145,15 +143,12 @@ def test_a_local_sweep_runs_every_trial_once(tmp_path: Path, capfd: pytest.Captu
     assert ended == [(folder / f"trial-00{number}" / "report" / "done.json").stat().st_mtime_ns for number in (0, 1)]
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    with wandb_server.running() as (store, environment):
-        for name, item in environment.items():
-            monkeypatch.setenv(name, item)
-        monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
-        monkeypatch.delenv("WANDB_MODE", raising=False)
-        monkeypatch.delenv("WANDB_SILENT", raising=False)
-        yield store
+@pytest.fixture(name="server")
+def server_of_agents(server: Store, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("PATH", f"{BIN}:{os.environ['PATH']}")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_SILENT", raising=False)
+    return server
 
 
 def create(file: Path) -> str:

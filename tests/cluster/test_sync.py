@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,6 @@ from ctrl_hpc.config import ROOT, Config, load
 from ctrl_hpc.tracking import Tracker, run_id
 
 BLOCK = wandb_file.BLOCK_BYTES
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    with wandb_server.running() as (store, environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield store
 
 
 @pytest.fixture

@@ -7,27 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-import wandb_server
+from wandb_process import kill_wandb
 from wandb_server import Store
 
 from ctrl_hpc.cluster import wandb_file
 from ctrl_hpc.config import ROOT, Config, load
 from ctrl_hpc.tracking import Tracker, run_id
 from ctrl_hpc.train.journal import Journal
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    with wandb_server.running() as (store, environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield store
 
 
 def config(run_dir: Path, mode: str) -> Config:
@@ -39,24 +28,6 @@ def train(run_dir: Path, mode: str, start: int, stop: int) -> None:
     with Journal(config(run_dir, mode), run_dir, "rl", steps=9, start=start, main=True) as journal:
         for step in range(start, stop):
             journal.log(step, {"rl/reward": step / 8})
-
-
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def kill_wandb() -> None:
-    """SIGKILL for the wandb process of this one, and for those that it has started."""
-    for child in psutil.Process().children():
-        if child.name() == "wandb-core" and lives(child):
-            killed = [child, *child.children(recursive=True)]
-            for process in killed:
-                process.kill()
-            while any(lives(process) for process in killed):
-                time.sleep(0.01)
 
 
 def on_disk(run_dir: Path) -> list[int | None]:
@@ -85,7 +56,7 @@ def test_a_stage_that_is_begun_anew_is_logged_anew(run_dir: Path) -> None:
 def test_steps_that_were_lost_with_a_node_are_logged_by_the_next_start(run_dir: Path) -> None:
     code = f"""
 import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:] = {sys.path!r}
 import test_wandb_steps as steps
 from pathlib import Path
 run_dir = Path({str(run_dir)!r})

@@ -7,8 +7,8 @@ import struct
 import subprocess
 import sys
 
-import psutil
 import pytest
+from wandb_process import kill_wandb
 
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.tracking import Tracker, child_environment, run_id
@@ -94,22 +94,15 @@ def test_a_restarted_role_keeps_its_id(config, tmp_path):
 
 @pytest.mark.slow
 def test_what_wandbs_own_process_had_not_written_when_it_was_killed_is_logged_again(config, tmp_path, capfd):
-    def kill():
-        children = psutil.Process().children(recursive=True)
-        for child in children:
-            if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE:
-                child.kill()  # none where the loss of the last one has not been noticed yet
-                child.wait()
-
     expected = [(step, "x" * 40 * (step % 7)) for step in range(400)]
     with Tracker(config, tmp_path, "rl") as tracker:
         tracker.summary({"trainer/kernels": "torch"})
         for step, text in expected:  # about 150 kB: some blocks are written, the last ones are not
             if step in (0, 3, 222):
-                kill()
+                kill_wandb()
             tracker.log({"text": text}, step)
         tracker.table("rl/samples", ["id"], [["a"]])
-        kill()
+        kill_wandb()
     assert capfd.readouterr().out.count("starting another one") >= 2
     pieces = sorted(tmp_path.glob("wandb/offline-run-*/run-*-rl.wandb"))
     rows = [row for piece in pieces for row in history(records(piece))]
