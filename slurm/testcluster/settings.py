@@ -108,7 +108,10 @@ def programs() -> dict[str, str]:
 
 
 def free_ports(count: int, first: int | None) -> int:
-    """The first of ``count`` free consecutive loopback ports below the range that the kernel hands out itself."""
+    """The first of ``count`` free consecutive loopback ports.
+
+    Below those that the kernel hands out itself, and below those that a trainer listens on: 20000 and its job's id.
+    """
     if first is not None:
         taken = [port for port in range(first, first + count) if not _is_free(port)]
         if taken:
@@ -116,10 +119,10 @@ def free_ports(count: int, first: int | None) -> int:
         return first
     choose = random.SystemRandom()
     for _ in range(200):
-        first = choose.randrange(16000, 32000 - count)
+        first = choose.randrange(10000, 20000 - count)
         if all(_is_free(port) for port in range(first, first + count)):
             return first
-    raise ValueError(f"no {count} consecutive free ports between 16000 and 32000")
+    raise ValueError(f"no {count} consecutive free ports between 10000 and 20000")
 
 
 def _is_free(port: int) -> bool:
