@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc import bench_command, data_command, report_command
+from ctrl_hpc.commands import bench, data, report
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"ctrl-hpc: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        from ctrl_hpc.cluster import disk
+        from ctrl_hpc.run import disk
 
         if error.errno not in disk.FULL:
             raise
@@ -83,14 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         if name != "report":
             _configured(commands.add_parser(name, help=text), _stage(name))
-    report_command.add(commands.add_parser("report", help=STAGES["report"]), _stage("report"))
+    report.add(commands.add_parser("report", help=STAGES["report"]), _stage("report"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
     suite.add_argument("suite", metavar="SUITE.yaml")
     suite.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every run, after the suite's own")
     suite.add_argument("--only", action="append", default=[], metavar="NAME", help="run this variant (again: more)")
     suite.add_argument("--dry-run", action="store_true", help="check every configuration and list the runs")
     suite.set_defaults(command=_suite)
-    data_command.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
+    data.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
     for name, text, command in (
         ("status", "jobs, stages, steps and the last errors of a run", _status),
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    bench_command.add(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
+    bench.add(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
     return parser
 
 
@@ -134,11 +134,11 @@ def _sweep_parsers(commands: Any) -> None:
     sweep.add_argument("--count", type=int, default=None, help="trials (default: the whole grid)")
     sweep.add_argument("--seed", type=int, default=0, help="of a random search")
     sweep.set_defaults(command=_sweep)
-    trial = commands.add_parser("trial", help="one trial, as wandb's agent starts it")
-    trial.add_argument("config", nargs="?", metavar="CONFIG.yaml")
-    trial.add_argument("overrides", nargs="*", metavar="a.b.c=value")
-    trial.add_argument("--again", action="store_true", help="continue the trial that CTRL_HPC_TRIAL names")
-    trial.set_defaults(command=_trial)
+    agent = commands.add_parser("trial", help="one trial, as wandb's agent starts it")
+    agent.add_argument("config", nargs="?", metavar="CONFIG.yaml")
+    agent.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    agent.add_argument("--again", action="store_true", help="continue the trial that CTRL_HPC_TRIAL names")
+    agent.set_defaults(command=_trial)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -216,7 +216,7 @@ def _plan(config: Config) -> int:
     if not {"sft", "rl"} & set(config.stages):
         print("# plan: no stage of this configuration trains")
         return 0
-    from ctrl_hpc.train.plan import plan
+    from ctrl_hpc.plan.plan import plan
 
     found = plan(config)
     print("# plan:")
@@ -244,16 +244,15 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
 def _from_copy(config: Config, command: str, options: argparse.Namespace) -> None:
     """Go on from the copy of the code in the run directory, where this is a program of its own and keeps one."""
     if options.is_program:
-        from ctrl_hpc import run_directory
-        from ctrl_hpc.cluster import snapshot
+        from ctrl_hpc.run import directory, snapshot
 
         if config.launch.snapshot != "keep":
-            run_directory.check(config)
+            directory.check(config)
         snapshot.continue_from_copy(config, command, options.overrides)
 
 
 def _suite(options: argparse.Namespace) -> int:
-    from ctrl_hpc import suite
+    from ctrl_hpc.experiments import suite
 
     if options.dry_run:
         from rich.console import Console
@@ -309,7 +308,7 @@ def _token(variable: str | None) -> str | None:
 
 def _status(options: argparse.Namespace) -> int:
     from ctrl_hpc.cluster.status import status
-    from ctrl_hpc.status_table import show
+    from ctrl_hpc.commands.status import show
 
     show(status(options.run_dir))
     while options.watch:
@@ -335,7 +334,7 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from ctrl_hpc import sweep
+    from ctrl_hpc.experiments import sweep
 
     if options.local:
         print(f"trials: {sweep.run_here(options.file, options.overrides, count=options.count, seed=options.seed)}")
@@ -345,17 +344,17 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _trial(options: argparse.Namespace) -> int:
-    from ctrl_hpc import trial
+    from ctrl_hpc.experiments import agent
 
     try:
-        print(f"trial: {trial.run(options.config, options.overrides, options.again)}")
+        print(f"trial: {agent.run(options.config, options.overrides, options.again)}")
     except KeyboardInterrupt:
-        trial.end_by_signal()
+        agent.end_by_signal()
     return 0
 
 
 def _sync(options: argparse.Namespace) -> int:
-    from ctrl_hpc.cluster.sync import sync
+    from ctrl_hpc.tracking.sync import sync
 
     print(f"{sync(options.run_dir, again=options.again)} pieces sent")
     return 0

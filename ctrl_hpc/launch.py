@@ -78,13 +78,13 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
     anything starts, when the configuration is wrong or the run's folder belongs to another one.
     """
     from ctrl_hpc import config as configuration
-    from ctrl_hpc import run_directory
+    from ctrl_hpc.run import directory
 
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif overrides:
         raise ValueError("overrides go with the path of a YAML file, not with a configuration that is already built")
-    folder = run_directory.prepare(config)
+    folder = directory.prepare(config)
     log = folder / "logs" / "driver.log"
     log.parent.mkdir(exist_ok=True)
     with open(log, "ab") as out:

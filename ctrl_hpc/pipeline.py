@@ -17,25 +17,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-import ctrl_hpc.evaluate.report as reporting
 import ctrl_hpc.evaluate.run as evaluation
-from ctrl_hpc import jsonl, run_directory
-from ctrl_hpc.cluster import disk
+import ctrl_hpc.report.page as reporting
+from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
-from ctrl_hpc.data import datasets
+from ctrl_hpc.data import catalog
 from ctrl_hpc.evaluate.critics import served
 from ctrl_hpc.flow.adversarial import strengthen
-from ctrl_hpc.flow.critiquing import critique_with_hints
-from ctrl_hpc.flow.drafting import draft
-from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import select
-from ctrl_hpc.flow.hints import hint
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
 from ctrl_hpc.progress import in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
+from ctrl_hpc.run import directory, disk
 
 console = Console(stderr=True)
 
@@ -181,16 +179,16 @@ STAGES: dict[str, Stage] = {
 
 def run(config: Config, stages: Iterable[str] | None = None) -> Path:
     """Run the stages that are not done yet, in order; returns the run's folder."""
-    folder = run_directory.check(config)
+    folder = directory.check(config)
     wanted = config.stages if stages is None else tuple(stages)
     names = [name for name in STAGES if name in wanted]
-    todo = [name for name in names if not run_directory.is_done(folder, name)]
+    todo = [name for name in names if not directory.is_done(folder, name)]
     for name in names:
         if name not in todo:
             console.print(f"{name}: done before, skipped")
     if todo:
         check_inputs(config, folder, todo)
-        run_directory.prepare(config)
+        directory.prepare(config)
         this = prepare(config, folder, todo)
         needed = services_of(this.config, todo)
         with Services(this.config, folder) as services:
@@ -217,16 +215,16 @@ def run_stage(name: str, this: Run, connections: Connections | None) -> None:
     """One stage, timed; its ``done.json`` is written last."""
     console.rule(f"[bold]{name}")
     started = time.monotonic()
-    before = run_directory.spent_before(this.folder, name)
+    before = directory.spent_before(this.folder, name)
     try:
         if name == "rl":
             check_conditions(this, connections)
         facts = _unless_disk_is_full(name, this, connections)
     except BaseException:
-        run_directory.add_attempt(this.folder, name, time.monotonic() - started)
+        directory.add_attempt(this.folder, name, time.monotonic() - started)
         raise
     seconds = before + time.monotonic() - started
-    run_directory.mark_done(this.folder, name, seconds, **facts)
+    directory.mark_done(this.folder, name, seconds, **facts)
     told = ", ".join(
         f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
     )
@@ -248,13 +246,13 @@ def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
     """Stop before anything starts when a folder is missing or an earlier stage has not run."""
     for name in todo:
         for before in STAGES[name].after:
-            if before not in todo and not run_directory.is_done(folder, before):
+            if before not in todo and not directory.is_done(folder, before):
                 raise ValueError(
                     f"{name}: needs the records of {before}; run `ctrl-hpc {before}` with the same arguments first"
                 )
     if "eval" in todo:
         for critic in ("sft", "rl"):
-            if critic in config.eval.critics and critic not in todo and not run_directory.is_done(folder, critic):
+            if critic in config.eval.critics and critic not in todo and not directory.is_done(folder, critic):
                 raise ValueError(
                     f"eval.critics: {critic} has not been trained in {folder}; run `ctrl-hpc {critic}` first"
                 )
@@ -283,7 +281,7 @@ def check_conditions(this: Run, connections: Connections | None) -> None:
     """Before RL in the tiny world: the conditions under which the revision's reward is honest, printed."""
     if this.config.data.name != "tiny" or connections is None:
         return
-    from ctrl_hpc.data.tiny_probe import probe
+    from ctrl_hpc.tiny.probe import probe
 
     connections.critic.update_weights(this.config.critic.model, 0)
     conditions = probe(this.problems, connections.generator, connections.critic, connections.executor, this.prompts)
@@ -306,13 +304,13 @@ def check_conditions(this: Run, connections: Connections | None) -> None:
 def _models(config: Config, folder: Path) -> Config:
     if not config.tiny.rebuild:
         return config
-    from ctrl_hpc.data.tiny_models import rebuild
+    from ctrl_hpc.tiny.models import rebuild
 
     models = folder / "models"
-    if not run_directory.is_done(folder, "models"):
+    if not directory.is_done(folder, "models"):
         started = time.monotonic()
         rebuild(models, config.seed)
-        run_directory.mark_done(folder, "models", time.monotonic() - started)
+        directory.mark_done(folder, "models", time.monotonic() - started)
     critic = replace(config.critic, model=str(models / "critic"))
     return replace(config, generator=str(models / "generator"), critic=critic)
 
@@ -320,7 +318,7 @@ def _models(config: Config, folder: Path) -> Config:
 def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:
     file = folder / "problems" / "train.jsonl"
     if not file.exists():
-        problems, left_out = datasets.training(config.data, config.seed)
+        problems, left_out = catalog.training(config.data, config.seed)
         if left_out is not None:
             jsonl.write_text(file.with_name("decontamination.json"), json.dumps(left_out, indent=1) + "\n")
             console.print(left_out["text"], highlight=False)
@@ -331,8 +329,8 @@ def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:
 def _eval_problems(config: Config, folder: Path, name: str) -> tuple[Problem, ...]:
     file, data = folder / "problems" / f"eval-{name}.jsonl", config.data
     if not file.exists():
-        path = datasets.eval_path(data, name)
-        jsonl.write(file, datasets.load(name, path=path, split=data.eval_split, n=data.n_eval, seed=config.seed))
+        path = catalog.eval_path(data, name)
+        jsonl.write(file, catalog.load(name, path=path, split=data.eval_split, n=data.n_eval, seed=config.seed))
     return tuple(jsonl.read(Problem, file))
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import uvicorn
 from transformers import AutoTokenizer
 
-from ctrl_hpc.protocols import Engine
+from ctrl_hpc.records import Engine
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.server import Service, create_app
 from ctrl_hpc.rollout.worker import Worker
-from ctrl_hpc.service import listen
+from ctrl_hpc.service.http import listen
 
 
 @contextlib.contextmanager

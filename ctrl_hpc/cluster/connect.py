@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.cluster.elements import token
+from ctrl_hpc.cluster.element import token
 from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.config import Config
-from ctrl_hpc.protocols import Executor, Generator
-from ctrl_hpc.records import Problem
+from ctrl_hpc.records import Executor, Generator, Problem
 from ctrl_hpc.rollout.client import OpenAIGenerator, RolloutClient
 
 

@@ -23,10 +23,11 @@ from rich.console import Console
 from submitit.core.utils import JobPaths
 from submitit.slurm.slurm import SlurmExecutor
 
-from ctrl_hpc.cluster import disk, job_records, processes, snapshot
+from ctrl_hpc.cluster import job_records, processes
 from ctrl_hpc.cluster.job_records import JobRecord
-from ctrl_hpc.cluster.slurm_queue import WAITING, SlurmQueue
+from ctrl_hpc.cluster.slurm import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig, LaunchConfig
+from ctrl_hpc.run import disk, snapshot
 
 State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")

@@ -16,12 +16,12 @@ from typing import Any, Self
 import submitit
 from rich.console import Console
 
-from ctrl_hpc.cluster import disk, snapshot
-from ctrl_hpc.cluster.elements import SERVE, token
+from ctrl_hpc.cluster.element import SERVE, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
+from ctrl_hpc.run import disk, snapshot
 
 POLL_S = 0.2
 """Seconds between looks while arrays start."""

@@ -15,12 +15,13 @@ from typing import Literal
 import submitit
 from rich.console import Console
 
-from ctrl_hpc.cluster import disk, nodes
-from ctrl_hpc.cluster.elements import leave_with_driver
+from ctrl_hpc.cluster import element
+from ctrl_hpc.cluster.element import leave_with_driver
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registry, read_entry
 from ctrl_hpc.config import Config
 from ctrl_hpc.progress import Steps
+from ctrl_hpc.run import disk
 
 Stage = Literal["sft", "rl"]
 POLL_S = 0.2
@@ -181,13 +182,13 @@ def run_rank(config: Config, run_dir: str, module: str, session: str, port: int)
     """One rank of the trainer: sets torch.distributed's environment and runs the module's ``run``."""
     leave_with_driver(run_dir, session, config.launch.dead_after_s)
     environment = submitit.JobEnvironment()
-    node = nodes.first_node()
+    node = element.first_node()
     os.environ.update(
         RANK=str(environment.global_rank),
         WORLD_SIZE=str(environment.num_tasks),
         LOCAL_RANK=str(environment.local_rank),
         LOCAL_WORLD_SIZE=str(config.trainer.ranks_per_node),
-        MASTER_ADDR="127.0.0.1" if config.launch.engine == "local" else nodes.address(node),
+        MASTER_ADDR="127.0.0.1" if config.launch.engine == "local" else element.address(node),
         MASTER_PORT=str(port or 20000 + int(os.environ["SLURM_JOB_ID"]) % 40000),
     )
     registry = Registry(run_dir, heartbeat_s=config.launch.heartbeat_s)
@@ -195,7 +196,7 @@ def run_rank(config: Config, run_dir: str, module: str, session: str, port: int)
         "trainer",
         "",
         id=f"{environment.global_rank}-{environment.job_id}",
-        host=nodes.this_node(),
+        host=element.this_node(),
         job_id=environment.job_id,
         log=str(environment.paths.stdout),
         session=session,

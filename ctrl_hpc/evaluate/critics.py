@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.flow.feedback import execution_feedback
-from ctrl_hpc.flow.judgement import parse_judgement
+from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Critique, Judgement, Problem, Solution
 
 Feedback = Callable[[Problem, Solution], tuple[str, Judgement | None]]
@@ -39,9 +39,9 @@ def oracle(problem: Problem, solution: Solution) -> tuple[str, Judgement | None]
 
 
 def _tiny_oracle(problem: Problem, program: str) -> str:
-    from ctrl_hpc.data import tiny
+    from ctrl_hpc.tiny import world
 
-    return tiny.oracle_critique(problem, program)
+    return world.oracle_critique(problem, program)
 
 
 ORACLES: dict[str, Callable[[Problem, str], str]] = {"tiny": _tiny_oracle}

@@ -17,12 +17,12 @@ import numpy as np
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.evaluate import judging, metrics, tree
+from ctrl_hpc.evaluate import judgebench, metrics, tree
 from ctrl_hpc.evaluate.critics import critics
 from ctrl_hpc.evaluate.metrics import Outcomes
 from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
 from ctrl_hpc.evaluate.tree import Node
-from ctrl_hpc.flow.leaks import leaks_solution
+from ctrl_hpc.flow.reward import leaks_solution
 from ctrl_hpc.records import Problem, Solution, Verdict
 
 PAIRS = (("base", "none"), ("sft", "base"), ("sft", "none"), ("rl", "sft"), ("rl", "none"), ("exec_feedback", "none"))
@@ -50,7 +50,7 @@ def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, lis
     out = {"datasets": datasets, "wall_time_s": wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
     if config.judge.votes:
         models = [name for name, critic in critics(config).items() if critic.model is not None]
-        out["judgebench"] = judging.numbers(config, run_dir, models)
+        out["judgebench"] = judgebench.numbers(config, run_dir, models)
     return out
 
 

@@ -15,22 +15,17 @@ from pathlib import Path
 from typing import Protocol
 
 from ctrl_hpc.config import Config
-from ctrl_hpc.evaluate import judging
+from ctrl_hpc.evaluate import judgebench
 from ctrl_hpc.evaluate.critics import Critic, critics, feedback_critiques
-from ctrl_hpc.evaluate.journal import Journal, in_parts
-from ctrl_hpc.evaluate.memory import RememberingExecutor, RememberingGenerator
-from ctrl_hpc.evaluate.seed import derived_seed
 from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown, trimmed
-from ctrl_hpc.flow.critiquing import critique, critique_with_hints
-from ctrl_hpc.flow.drafting import draft
-from ctrl_hpc.flow.execution import execute
-from ctrl_hpc.flow.hints import hint
+from ctrl_hpc.evaluate.write_ahead import Journal, RememberingExecutor, RememberingGenerator, in_parts
+from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.voting import elect
+from ctrl_hpc.flow.steps import critique, critique_with_hints, draft, elect, execute
 from ctrl_hpc.progress import Steps
-from ctrl_hpc.protocols import EVALUATION, Executor, Generator
-from ctrl_hpc.records import Critique, Problem, Sampling, Solution
+from ctrl_hpc.records import EVALUATION, Critique, Executor, Generator, Problem, Sampling, Solution
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+from ctrl_hpc.seeds import derived_seed
 
 MODES = ("", "_greedy")
 """What is appended to a critic's name: sampled, and greedy."""
@@ -116,9 +111,9 @@ def run(
                 done += turns
                 steps.reach(done, f"{tree.dataset}: {tree.critic}{tree.mode}")
             if config.judge.votes and item.model is not None:
-                if critic is None and not judging.votes_file(run_dir, name).exists():
+                if critic is None and not judgebench.votes_file(run_dir, name).exists():
                     critic = _load(places[name], connections, version)
-                judging.judge(config, run_dir, name, critic, prompts)
+                judgebench.judge(config, run_dir, name, critic, prompts)
                 done += 1
                 steps.reach(done, f"judgebench: {name}")
 

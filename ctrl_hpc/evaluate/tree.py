@@ -13,13 +13,11 @@ from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import LimitsConfig
-from ctrl_hpc.evaluate.journal import Journal, in_parts
-from ctrl_hpc.evaluate.seed import derived_seed
-from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.revising import revise
-from ctrl_hpc.protocols import Executor, Generator
-from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Sampling, Solution, Verdict
+from ctrl_hpc.flow.steps import execute, revise
+from ctrl_hpc.records import Critique, Executor, Generator, Judgement, Problem, Revision, Sampling, Solution, Verdict
+from ctrl_hpc.seeds import derived_seed
 
 KEPT_BYTES = 2000
 """Bytes of a failed test's output that are kept in the records."""

@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ctrl_hpc.config_sections import LimitsConfig
-from ctrl_hpc.flow.execution import execution
-from ctrl_hpc.protocols import Executor
-from ctrl_hpc.records import Problem, Solution, StdinTest
+from ctrl_hpc.config.sections import LimitsConfig
+from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.records import Executor, Problem, Solution, StdinTest
 
 CANDIDATES = 4
 """Changed inputs tried for each test wanted."""

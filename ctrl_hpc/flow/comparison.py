@@ -8,7 +8,7 @@ from typing import Literal
 
 from jinja2 import Template
 
-from ctrl_hpc.flow import fences
+from ctrl_hpc.flow import text as fences
 from ctrl_hpc.flow.prompts import PACKAGED, load_template
 from ctrl_hpc.records import Chat, Judgement, Message
 

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 
-from ctrl_hpc.flow.hints import mentions_hint
+from ctrl_hpc.flow.feedback import mentions_hint
 from ctrl_hpc.records import Critique, Solution
 
 DROPPED: dict[str, str] = {

@@ -9,7 +9,7 @@ from ctrl_hpc.records import Chat, Generation, Problem, Sampling
 
 
 class OracleGenerator:
-    """A :class:`~ctrl_hpc.protocols.Generator` that knows the data set's solutions; the problem is told by the chat's
+    """A :class:`~ctrl_hpc.records.Generator` that knows the data set's solutions; the problem is told by the chat's
     first user turn.
 
     Raises ValueError when a problem has no canonical solution, or when a chat is about no problem that it knows.

@@ -21,7 +21,7 @@ from typing import Self
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
 
-from ctrl_hpc.flow.hints import Hint
+from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.records import Chat, Message, Problem, Solution
 
 PACKAGED = Path(__file__).parent / "templates"

@@ -1,12 +1,44 @@
-"""The reward of a critique: 1 when the revision that it led to passes all tests (paper, section 3), else 0; and why."""
+"""From a judged revision to the critic's reward, and the leaks that forfeit it."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
 
-from ctrl_hpc.flow.leaks import leaks_solution
+from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Critique, Revision, Reward, Solution, Verdict
+
+WHOLE_LINES = 5
+"""Lines of code in one block from which on a critique is taken to hold a program."""
+COPIED_SHARE = 0.5
+"""Share of the revision's new lines that stand in the critique word for word."""
+MIN_NEW_LINES = 3
+"""New lines that a revision must have for that share to mean anything."""
+MIN_LINE_CHARACTERS = 8
+"""Shorter lines (``else:``, ``return x``) are the same in many programs."""
+
+
+def leaks_solution(critique: str, draft: str | None, revision: str | None) -> bool:
+    """Whether a critique gives the solution away.
+
+    It does when it holds a block of code of at least :data:`WHOLE_LINES` lines that are not merely quoted from the
+    draft, or when at least half of the lines that the revision adds to the draft stand in it word for word.
+    """
+    old = _lines(draft or "")
+    block = _lines(extract_program(critique) or "")
+    if len(block) >= WHOLE_LINES and not block <= old:
+        return True
+    new = {line for line in _lines(revision or "") - old if len(line) >= MIN_LINE_CHARACTERS}
+    if len(new) < MIN_NEW_LINES:
+        return False
+    said = _lines(critique)
+    return len(new & said) >= COPIED_SHARE * len(new)
+
+
+def _lines(text: str) -> set[str]:
+    """The distinct lines that are not blank, without their indentation and Markdown's bullets and backticks."""
+    return {line.strip().removeprefix("- ").strip().strip("`").strip() for line in text.split("\n")} - {""}
+
 
 TRANSITIONS = ("fix", "keep", "break", "stuck")
 """What became of a draft: wrong to right, right to right, right to wrong, wrong to wrong."""
@@ -51,7 +83,7 @@ def score(
     ``(1 - verdict_coef) * [revision passes] + verdict_coef * [judgement agrees with the draft's verdict]``, in [0, 1];
     ``verdict_coef=0`` is the paper's reward (the other term: Critique-RL, arXiv 2510.24320). ``transitions``, a value
     for each of :data:`TRANSITIONS`, takes the place of [revision passes] (ReCrit, arXiv 2605.18799). ``leak_penalty``
-    is taken off when the critique gives the solution away (:func:`~ctrl_hpc.flow.leaks.leaks_solution`; it needs
+    is taken off when the critique gives the solution away (:func:`~ctrl_hpc.flow.reward.leaks_solution`; it needs
     ``draft_program``).
 
     Without an overall judgement the reward is 0, or the least of ``transitions`` when that is lower, so that silence

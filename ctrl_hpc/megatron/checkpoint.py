@@ -28,9 +28,9 @@ from megatron.core.models.gpt import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
-from ctrl_hpc.megatron.huggingface_weights import copy_side_files
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.megatron.weights import copy_side_files
 
 _NAME = re.compile(r"step-(\d{6,})")
 

@@ -126,7 +126,7 @@ def _check(direction: str, source: Path, target: Path, tensor: int, pipeline: in
 
 def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
     from ctrl_hpc.megatron import architecture as architectures
-    from ctrl_hpc.megatron import checkpoint, huggingface_weights, model, parallel_state
+    from ctrl_hpc.megatron import checkpoint, model, parallel_state, weights
 
     described = source if direction == "hf-to-megatron" else source / HUGGINGFACE
     architecture = architectures.read(described)
@@ -138,13 +138,13 @@ def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: 
     with parallel_state.job(config) as world:
         built = model.build(architecture, config.parallel, world)
         if direction == "hf-to-megatron":
-            huggingface_weights.load(built, source, architecture, world)
+            weights.load(built, source, architecture, world)
             checkpoint.save_weights(part_of(target), built, world, source=source)
             if world.main:
                 os.replace(part_of(target), target)
         else:
             checkpoint.load_weights(source, built)
-            huggingface_weights.export(built, architecture, world, target, source=described)
+            weights.export(built, architecture, world, target, source=described)
 
 
 def _dtype(folder: Path) -> str:

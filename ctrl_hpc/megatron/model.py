@@ -1,8 +1,4 @@
-"""The critic as a Megatron-core GPTModel, and its forward pass up to the hidden states that the losses read.
-
-Shapes: B sequences, T positions (padded on the right), D hidden size, N selected positions, V vocabulary rows of this
-rank.
-"""
+"""The critic as a Megatron-core GPTModel, with its attention and rotary embeddings."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from importlib import util
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -23,10 +20,90 @@ from torch import Tensor
 from torch.nn import functional
 
 from ctrl_hpc.config import ParallelConfig
-from ctrl_hpc.megatron import rotary
 from ctrl_hpc.megatron.architecture import Architecture, check_layout
-from ctrl_hpc.megatron.attention import RMSNorm, SDPAttention
 from ctrl_hpc.megatron.parallel_state import World
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation of the pairs (x[i], x[i + D/2]) by the angle of their position; its gradient rotates back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TBHD: Tensor, angles_T11D: Tensor) -> Tensor:
+        """Rotate by the angles."""
+        half = angles_T11D[..., : x_TBHD.shape[-1] // 2]
+        cos, sin = half.cos().to(x_TBHD.dtype), half.sin().to(x_TBHD.dtype)
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x_TBHD, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Rotate the gradient by the opposite angles."""
+        cos, sin = ctx.saved_tensors
+        return _rotate(gradients[0], cos, -sin), None
+
+
+def _rotate(x_TBHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out_TBHD = torch.empty_like(x_TBHD, memory_format=torch.contiguous_format)
+    (a, b), (rotated_a, rotated_b) = x_TBHD.chunk(2, -1), out_TBHD.chunk(2, -1)
+    torch.mul(a, cos, out=rotated_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=rotated_b).addcmul_(a, sin)
+    return out_TBHD
+
+
+def rotate(x_TBHD: Tensor, angles_T11D: Tensor, *, interleaved: bool = False, **_unused: Any) -> Tensor:
+    """What Megatron calls for ``apply_rope_fusion``: rotary embedding over the whole head dimension."""
+    assert not interleaved and angles_T11D.shape[-1] == x_TBHD.shape[-1]
+    return _Rotate.apply(x_TBHD, angles_T11D)
+
+
+def install() -> None:
+    """Make this Megatron's fused rotary embedding unless Transformer Engine has one."""
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = rotate
+
+
+class SDPAttention(torch.nn.Module):
+    """Causal attention by ``scaled_dot_product_attention``: memory linear in the length, on a CPU and on a GPU.
+
+    Takes the place of Megatron's ``DotProductAttention``, which holds all T x T scores. Sequences are padded on the
+    right, so that the causal mask alone keeps padding out of every real position.
+    """
+
+    def __init__(self, config: Any, *, softmax_scale: float | None = None, **_unused: Any) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1, "context parallelism is not offered"
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query_TBHD: Tensor,
+        key_TBGD: Tensor,
+        value_TBGD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """The context of each position, [T, B, H * D]."""
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        query_BHTD, key_BGTD, value_BGTD = (x.permute(1, 2, 0, 3) for x in (query_TBHD, key_TBGD, value_TBGD))
+        context_BHTD = functional.scaled_dot_product_attention(
+            query_BHTD,
+            key_BGTD,
+            value_BGTD,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
+        )
+        return context_BHTD.permute(2, 0, 1, 3).flatten(2)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm by torch; marks its weight so that sequence parallelism sums its gradient over the tensor group."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def has_transformer_engine() -> bool:
@@ -41,7 +118,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
     """
     check_layout(architecture, parallel)
     on_gpu = world.device.type == "cuda"
-    rotary.install()
+    install()
     scale = architecture.rope_amplitude**2 * architecture.head_dim**-0.5
     recompute: Any = {
         "none": {},

@@ -1,8 +1,4 @@
-"""The ranks of a training job: torch.distributed and Megatron's tensor, pipeline and data-parallel groups.
-
-Ranks are numbered as the launcher says in ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR``, ``MASTER_PORT``;
-without them a job of one rank starts by itself.
-"""
+"""Process groups of a trainer's ranks, and how the failure of one ends all."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import datetime
 import faulthandler
 import os
 import random
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +19,54 @@ import torch
 import torch.distributed as dist
 
 from ctrl_hpc.config import Config
-from ctrl_hpc.megatron import failure
+
+_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.IGNORECASE)
+_TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
+_LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|broken pipe|socket", re.IGNORECASE)
+
+
+@contextmanager
+def told(config: Config, rank: int) -> Iterator[None]:
+    """Raise RuntimeError with one line, what happened and what helps, for the faults of machines; others pass."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        line = explain(error, config, rank)
+        if line is None:
+            raise
+        raise RuntimeError(line) from error
+
+
+def explain(error: BaseException, config: Config, rank: int) -> str | None:
+    """The line for an error, or None when it is no such fault."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
+        return f"rank {rank} is out of memory: {memory_knobs(config)} ({_short(text or 'MemoryError')})"
+    if _LOST.search(text) and _TIMED_OUT.search(text):
+        return (
+            f"rank {rank}: a collective timed out after trainer.timeout_s={config.trainer.timeout_s:g} s, for another "
+            f"rank hangs; the stacks of all ranks are in their logs ({_short(text)})"
+        )
+    if _LOST.search(text):
+        return f"rank {rank}: connection closed by another rank, which died: its own log says of what ({_short(text)})"
+    return None
+
+
+def memory_knobs(config: Config) -> str:
+    """The keys that make a rank need less, with what they are now."""
+    parallel = config.parallel
+    knobs = [f"lower trainer.micro_batch_tokens (now {config.trainer.micro_batch_tokens})"]
+    if parallel.recompute != "full":
+        knobs.append(f"set parallel.recompute=full (now {parallel.recompute})")
+    knobs.append(f"raise parallel.tensor (now {parallel.tensor})")
+    if not parallel.distributed_optimizer:
+        knobs.append("set parallel.distributed_optimizer=true")
+    return ", ".join(knobs) + "; `ctrl-hpc run CONFIG --dry-run` tells what a layout needs"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else text[:157] + "..."
+
 
 type Group = dist.ProcessGroup
 
@@ -185,7 +229,7 @@ def job(config: Config) -> Iterator[World]:
     When it ends badly they are left: taking them down would wait for ranks that may hang. Raises RuntimeError with one
     line for memory that is out, a rank that is lost and a collective that hangs.
     """
-    with failure.told(config, int(os.environ.get("RANK", "0"))):
+    with told(config, int(os.environ.get("RANK", "0"))):
         world = initialize(config)
         watch(config.trainer.timeout_s)
         yield world

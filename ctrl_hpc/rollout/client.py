@@ -14,10 +14,9 @@ from typing import Any
 import httpx
 
 from ctrl_hpc.records import Chat, Generation, Sampling
-from ctrl_hpc.rollout.loop_thread import LoopThread
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
-from ctrl_hpc.rollout.pulse import Pulse
-from ctrl_hpc.rollout.seed import derive_seed
+from ctrl_hpc.seeds import derive_seed
+from ctrl_hpc.service.fleet import LoopThread, Pulse
 
 __all__ = ["OpenAIGenerator", "RolloutClient"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ctrl_hpc.records import Generation, Sampling
-from ctrl_hpc.rollout.request import check_prompts
-from ctrl_hpc.rollout.seed import derive_seed
 from ctrl_hpc.rollout.weights import copy_weights
+from ctrl_hpc.rollout.worker import check_prompts
+from ctrl_hpc.seeds import derive_seed
 
 
 class ContinuousEngine:

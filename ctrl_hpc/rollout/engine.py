@@ -1,27 +1,133 @@
-"""The model behind a rollout server.
-
-Two engines with one interface (``ctrl_hpc.protocols.Engine``): on a CPU, large padded batches sorted by length pay;
-on a GPU, continuous batching does (``ctrl_hpc.rollout.continuous``).
-
-Shapes: U distinct prompts, B requests (rows) of a batch, P prompt positions (padded), S positions so far, V vocabulary.
-"""
+"""A causal language model on one device: padded batches, their cache, and the sampler."""
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ctrl_hpc.protocols import Engine
-from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.records import Engine, Generation, Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
-from ctrl_hpc.rollout.kv_cache import KVCache
-from ctrl_hpc.rollout.request import check_prompts
-from ctrl_hpc.rollout.sampler import Sampler
 from ctrl_hpc.rollout.weights import copy_weights, weight_files
+from ctrl_hpc.rollout.worker import check_prompts
+
+GROWTH = 64
+"""Least room, in positions, made when a buffer is full; long ones grow by half."""
+
+
+class KVCache:
+    """What transformers' attention layers need of a cache: ``update``; plus ``expand`` and ``keep`` for the batch.
+
+    Prompts are computed once: ``expand`` copies each prompt's keys and values to the requests that share it.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.length = 0
+        """Positions filled in every row."""
+        self._keys: list[torch.Tensor | None] = [None] * layers
+        self._values: list[torch.Tensor | None] = [None] * layers
+
+    def update(
+        self, keys_BHSK: torch.Tensor, values_BHSK: torch.Tensor, layer: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append new positions of a layer and return all of its keys and values; ``advance`` ends the step."""
+        end = self.length + keys_BHSK.shape[2]
+        all_keys = self._store(self._keys, keys_BHSK, layer, end)
+        all_values = self._store(self._values, values_BHSK, layer, end)
+        return all_keys, all_values
+
+    def _store(self, store: list[torch.Tensor | None], new_BHSK: torch.Tensor, layer: int, end: int) -> torch.Tensor:
+        old = store[layer]
+        if old is None:
+            store[layer] = new_BHSK
+            return new_BHSK
+        if end > old.shape[2]:
+            grown = old.new_zeros(old.shape[0], old.shape[1], end + max(GROWTH, end // 2), old.shape[3])
+            grown[:, :, : self.length] = old[:, :, : self.length]
+            store[layer] = old = grown
+        old[:, :, self.length : end] = new_BHSK
+        return old[:, :, :end]
+
+    def advance(self, positions: int) -> None:
+        """Every layer has appended this many positions."""
+        self.length += positions
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Positions filled (transformers' name)."""
+        return self.length
+
+    def keep(self, rows_K: torch.Tensor) -> None:
+        """Keep these rows, in this order; a row may be named several times."""
+        for store in (self._keys, self._values):
+            for layer, tensor in enumerate(store):
+                assert tensor is not None
+                chosen = tensor.new_zeros(len(rows_K), tensor.shape[1], self.length + GROWTH, tensor.shape[3])
+                chosen[:, :, : self.length] = tensor[rows_K, :, : self.length]
+                store[layer] = chosen
+
+
+def uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
+    """``[B, T]`` float64 numbers in [0, 1): row b is a Philox stream keyed by seed b, whatever the other rows."""
+    out_BT = np.empty((len(seeds), steps))
+    for row, seed in enumerate(seeds):
+        key = secrets.randbits(62) if seed is None else seed
+        out_BT[row] = np.random.Generator(np.random.Philox(key=key)).random(steps)
+    return torch.from_numpy(out_BT)
+
+
+class Sampler:
+    """Draws the next token of every row of a batch by inverting the cumulative distribution.
+
+    Log-probabilities are those of the softmax at the row's temperature before the nucleus cut (at temperature 1 for
+    greedy rows): what a trainer recomputes from the logits.
+    """
+
+    def __init__(self, sampling: Sequence[Sampling], device: torch.device) -> None:
+        steps = max(item.max_tokens for item in sampling)
+        greedy = [item.temperature == 0.0 for item in sampling]
+        self._greedy_B = torch.tensor(greedy, device=device)
+        self._all_greedy, self._none_greedy = all(greedy), not any(greedy)
+        scale = [1.0 if item.temperature == 0.0 else 1.0 / item.temperature for item in sampling]
+        self._scale_B1 = torch.tensor(scale, dtype=torch.float32, device=device)[:, None]
+        self._top_p_B1 = torch.tensor([item.top_p for item in sampling], dtype=torch.float64, device=device)[:, None]
+        self._nucleus = any(item.top_p < 1.0 for item in sampling)
+        seeds = [0 if item.temperature == 0.0 else item.seed for item in sampling]
+        self._uniforms_BT = uniforms(seeds, 1 if self._all_greedy else steps).to(device)
+
+    def keep(self, rows_K: torch.Tensor) -> None:
+        """Forget all rows but these."""
+        self._greedy_B = self._greedy_B[rows_K]
+        self._scale_B1, self._top_p_B1 = self._scale_B1[rows_K], self._top_p_B1[rows_K]
+        self._uniforms_BT = self._uniforms_BT[rows_K]
+
+    def draw(self, logits_BV: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(tokens [B], logprobs [B])`` of step ``step``, counted from 0."""
+        logprobs_BV = torch.log_softmax(logits_BV.float() * self._scale_B1, dim=-1)
+        if self._all_greedy:
+            tokens_B = logits_BV.argmax(dim=-1)
+        else:
+            tokens_B = self._invert(logprobs_BV, step)
+            if not self._none_greedy:
+                tokens_B = torch.where(self._greedy_B, logits_BV.argmax(dim=-1), tokens_B)
+        return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
+
+    def _invert(self, logprobs_BV: torch.Tensor, step: int) -> torch.Tensor:
+        probs_BV = logprobs_BV.exp().double()
+        if self._nucleus:
+            sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+            above_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # mass of the strictly likelier tokens
+            kept_BV = torch.where(above_BV < self._top_p_B1, sorted_BV, 0.0)
+            probs_BV = torch.zeros_like(probs_BV).scatter_(1, order_BV, kept_BV)
+        cumulative_BV = probs_BV.cumsum(dim=-1)
+        target_B1 = self._uniforms_BT[:, step : step + 1] * cumulative_BV[:, -1:]
+        tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+        return tokens_B.clamp_(max=probs_BV.shape[1] - 1)
+
 
 COMPACT_BELOW = 0.75
 """Finished rows are dropped from a batch when fewer than this fraction of its rows is alive."""

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from ctrl_hpc.records import Chat, Generation, Sampling
-from ctrl_hpc.rollout.loop_thread import LoopThread
-from ctrl_hpc.rollout.seed import derive_seed
+from ctrl_hpc.seeds import derive_seed
+from ctrl_hpc.service.fleet import LoopThread
 
 _FINISH = {"stop": "stop", "length": "length", "eos": "stop"}
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})

@@ -11,8 +11,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from ctrl_hpc.records import Generation, Sampling
-from ctrl_hpc.rollout.completion import Service
-from ctrl_hpc.rollout.request import check_sampling
+from ctrl_hpc.rollout.worker import Service, check_sampling
 
 
 class _Common(BaseModel):

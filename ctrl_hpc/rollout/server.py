@@ -18,12 +18,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
-from ctrl_hpc import service as http_service
 from ctrl_hpc.records import Generation, Sampling
-from ctrl_hpc.rollout.completion import Service
 from ctrl_hpc.rollout.openai_routes import add_openai_routes
-from ctrl_hpc.rollout.request import check_sampling
-from ctrl_hpc.rollout.worker import Worker
+from ctrl_hpc.rollout.worker import Service, Worker, check_sampling
+from ctrl_hpc.service import http as http_service
 
 MAX_BODY_BYTES = 1 << 28
 """Largest request."""

@@ -1,7 +1,8 @@
-"""The one thread of a rollout server that touches the model: it gathers waiting requests into a batch."""
+"""The thread that owns a model: requests are checked, queued, batched and answered."""
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import time
@@ -10,8 +11,34 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ctrl_hpc.protocols import Engine
-from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.records import Engine, Generation, Sampling
+from ctrl_hpc.seeds import derive_seed
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int, vocabulary: int) -> None:
+    """Raise ValueError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty")
+        if len(prompt) >= max_positions:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {max_positions} positions")
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ValueError(f"prompt {number} holds a token id outside the vocabulary of {vocabulary}")
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raise ValueError for a value outside its range."""
+    if sampling.temperature < 0:
+        raise ValueError(f"temperature={sampling.temperature}: must be >= 0")
+    if not 0 < sampling.top_p <= 1:
+        raise ValueError(f"top_p={sampling.top_p}: must be in (0, 1]")
+    if sampling.max_tokens < 1:
+        raise ValueError(f"max_new_tokens={sampling.max_tokens}: must be >= 1")
+    if sampling.n < 1:
+        raise ValueError(f"n={sampling.n}: must be >= 1")
+    if sampling.seed is not None and sampling.seed < 0:
+        raise ValueError(f"seed={sampling.seed}: must be >= 0")
+
 
 GATHER_S = 0.002
 """How long the first waiting request waits for company."""
@@ -141,3 +168,28 @@ def _resolve(future: Future[Any], value: Any) -> None:
 def _reject(future: Future[Any], error: Exception) -> None:
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
+
+
+class Service:
+    """A worker with its tokenizer: expands ``n``, runs requests, decodes texts."""
+
+    def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:
+        self.worker, self.tokenizer, self.model = worker, tokenizer, model
+
+    async def complete(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[list[Generation]]:
+        """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones."""
+        flat_prompts, flat_sampling = [], []
+        for prompt, item in zip(prompts, sampling, strict=True):
+            for j in range(item.n):
+                seed = item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j)
+                flat_prompts.append(prompt)
+                flat_sampling.append(
+                    Sampling(temperature=item.temperature, top_p=item.top_p, max_tokens=item.max_tokens, seed=seed)
+                )
+        generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling))
+        flat = iter(generations)
+        return [[next(flat) for _ in range(item.n)] for item in sampling]
+
+    def texts(self, generations: Sequence[Generation]) -> list[str]:
+        """The completions' texts, special tokens left out."""
+        return self.tokenizer.batch_decode([list(item.token_ids) for item in generations], skip_special_tokens=True)

@@ -29,9 +29,9 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest, TestCase
 from ctrl_hpc.sandbox.client import ExecutorClient
-from ctrl_hpc.sandbox.pool import Sandbox
+from ctrl_hpc.sandbox.memory import descendants
+from ctrl_hpc.sandbox.sandbox import Sandbox
 from ctrl_hpc.sandbox.server import serve
-from ctrl_hpc.sandbox.watchdog import descendants
 
 ROUNDS = 5
 CLIENTS = 4

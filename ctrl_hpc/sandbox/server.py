@@ -1,8 +1,4 @@
-"""The executor over HTTP: our batch route, SandboxFusion's routes, health and Prometheus metrics.
-
-``POST /run_tests`` takes ``{"executions": [...]}`` and gives ``{"verdicts": [...]}``, records as in ``ctrl_hpc.jsonl``.
-Work that waits is bounded: beyond it the answer is 429, and 503 while the service drains.
-"""
+"""Prometheus metrics of the executor service."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,12 +14,67 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
-from ctrl_hpc import jsonl, service
+from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
-from ctrl_hpc.sandbox import fusion, special
-from ctrl_hpc.sandbox.metrics import Metrics
-from ctrl_hpc.sandbox.pool import Sandbox
+from ctrl_hpc.sandbox import fusion, judge
+from ctrl_hpc.sandbox.sandbox import Sandbox
+from ctrl_hpc.service import http
+
+_BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+class _Counts(Collector):
+    """The sandbox's own counts, read when they are asked for."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    def collect(self) -> list[CounterMetricFamily]:
+        """One family a count."""
+        counts = self._sandbox.counts
+        return [
+            CounterMetricFamily("executor_runs", "Executions run.", counts["executions"]),
+            CounterMetricFamily("executor_tests", "Tests run.", counts["tests"]),
+            CounterMetricFamily("executor_cache_hits", "Verdicts taken from the cache.", counts["cache_hits"]),
+            CounterMetricFamily("executor_joined", "Executions that joined one in flight.", counts["joined"]),
+        ]
+
+
+class Metrics:
+    """The registry of one service."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Counts(sandbox))
+        self._verdicts = Counter("executor_verdicts", "Verdicts given.", ["status"], registry=self._registry)
+        self._refused = Counter("executor_refused", "Requests refused, too much waiting.", registry=self._registry)
+        self._latency = Histogram(
+            "executor_request_seconds", "Time from a request's admission to its answer.", buckets=_BUCKETS,
+            registry=self._registry,
+        )  # fmt: skip
+        waiting = Gauge("executor_queue_length", "Executions that wait or run.", registry=self._registry)
+        waiting.set_function(lambda: sandbox.unfinished)
+        workers = Gauge("executor_workers", "Programs that run at once.", registry=self._registry)
+        workers.set(sandbox.workers)
+
+    def answered(self, statuses: Sequence[str], seconds: float) -> None:
+        """Count an answered request's verdicts."""
+        for status in statuses:
+            self._verdicts.labels(status).inc()
+        self._latency.observe(seconds)
+
+    def refused(self) -> None:
+        """Count a refused request."""
+        self._refused.inc()
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
 
 MAX_BODY_BYTES = 256 << 20
 MAX_WAITING = 1024
@@ -98,7 +149,7 @@ def create_app(
     app = FastAPI(title="ctrl-hpc executor", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = state
     app.add_middleware(
-        service.Gate,  # type: ignore[arg-type]
+        http.Gate,  # type: ignore[arg-type]
         token=token,
         max_body_bytes=max_body_bytes,
         open_paths=frozenset({"/health"}),
@@ -109,8 +160,8 @@ def create_app(
 
 
 def _add_error_handlers(app: FastAPI, state: Service) -> None:
-    @app.exception_handler(service.BodyTooLarge)
-    async def too_large(_: Request, error: service.BodyTooLarge) -> JSONResponse:
+    @app.exception_handler(http.BodyTooLarge)
+    async def too_large(_: Request, error: http.BodyTooLarge) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, status_code=413)
 
     @app.exception_handler(ValueError)
@@ -193,15 +244,15 @@ def serve(
     ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
-    sock = service.listen(host, port)
+    sock = http.listen(host, port)
     try:
-        with Sandbox(workers=workers, cache_dir=cache_dir, judges=special.load(judges or {})) as sandbox:
+        with Sandbox(workers=workers, cache_dir=cache_dir, judges=judge.load(judges or {})) as sandbox:
             failures: list[Exception] = []
 
             async def ready() -> None:
                 try:
                     if on_ready is not None:
-                        await asyncio.to_thread(on_ready, service.url(sock))
+                        await asyncio.to_thread(on_ready, http.url(sock))
                 except Exception as error:  # noqa: BLE001 (raised again once the server has ended)
                     failures.append(error)
                     server.should_exit = True
@@ -210,7 +261,7 @@ def serve(
                 sandbox, token=token, max_waiting=max_waiting, max_body_bytes=max_body_bytes, on_started=ready
             )
             config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_s)
-            server = service.DrainingServer(config)
+            server = http.DrainingServer(config)
             server.run(sockets=[sock])
             if failures:
                 raise failures[0]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest
-from ctrl_hpc.sandbox import cgroup
-from ctrl_hpc.sandbox.pool import Sandbox
-from ctrl_hpc.sandbox.watchdog import descendants
+from ctrl_hpc.sandbox import memory
+from ctrl_hpc.sandbox.memory import descendants
+from ctrl_hpc.sandbox.sandbox import Sandbox
 
 LIMITS = Limits(cpu_s=1.0, wall_s=20.0, memory_mb=128, output_bytes=1 << 16, processes=8)
 _BATCH = 256
@@ -118,8 +118,8 @@ def soak(runs: int, workers: int = 2, seed: int = 0) -> Report:
 def _surroundings() -> dict[str, set[str]]:
     """What could be left behind: this process's own, and what jails make on the machine."""
     own = Path("/proc/self")
-    hierarchy = cgroup.find()
-    groups = {str(path) for path in hierarchy.folder.glob(f"{cgroup.PREFIX}{os.getpid()}-*")} if hierarchy else set()
+    hierarchy = memory.find()
+    groups = {str(path) for path in hierarchy.folder.glob(f"{memory.PREFIX}{os.getpid()}-*")} if hierarchy else set()
     return {
         "processes": _children(),
         "descriptors": {f"{fd}" for fd in os.listdir(own / "fd")[:-1]},

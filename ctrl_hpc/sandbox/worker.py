@@ -21,10 +21,9 @@ from ctrl_hpc.records import (
     Verdict,
 )
 from ctrl_hpc.sandbox import judge
-from ctrl_hpc.sandbox.cgroup import Hierarchy, MemoryGroup
 from ctrl_hpc.sandbox.inside import plain
 from ctrl_hpc.sandbox.jail import Ended, Jail, JailFault, Kind, Reason, memory_file
-from ctrl_hpc.sandbox.watchdog import Watchdog
+from ctrl_hpc.sandbox.memory import Hierarchy, MemoryGroup, Watchdog
 
 _ATTEMPTS = 2
 """A test whose jail broke is run once more in a new one; a second fault is reported as ``sandbox_error``."""

@@ -13,7 +13,7 @@ from ctrl_kernels.backend import Backend
 from torch import Tensor
 
 from ctrl_hpc.config import RLConfig
-from ctrl_hpc.train.experience import Experience
+from ctrl_hpc.train.rollouts import Experience
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.tracking import Tracker
+from ctrl_hpc.tracking.tracker import Tracker
 
 
 class Clock:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ctrl_hpc.config import RLConfig
 from ctrl_hpc.train.batch import Batch, MicroBatch
-from ctrl_hpc.train.policy import Head
-from ctrl_hpc.train.value import ValueHead
+from ctrl_hpc.train.policy import Head, ValueHead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctrl_hpc.config import Config, OptimizerConfig
 from ctrl_hpc.megatron import architecture as architectures
-from ctrl_hpc.megatron import huggingface_weights, model
+from ctrl_hpc.megatron import model, weights
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.train.batch import Batch, MicroBatch, micro_batches
@@ -90,7 +90,7 @@ class Policy:
         self.config, self.world, self.folder = config, world, Path(folder)
         self.architecture = architectures.read(folder)
         self.model = model.build(self.architecture, config.parallel, world)
-        huggingface_weights.load(self.model, folder, self.architecture, world)
+        weights.load(self.model, folder, self.architecture, world)
         self._extend()
         self.optimizer: Optimizer | None = None
         if optimizer is not None:
@@ -141,7 +141,7 @@ class Policy:
 
         ``link`` shares those files with ``source`` where the file system can, for folders that live one step.
         """
-        huggingface_weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
+        weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
 
     @property
     def kernels(self) -> str:
@@ -283,3 +283,42 @@ def make_reference(policy: Policy, folder: Path, kind: str) -> Reference:
     if kind == "swap":
         return SwappedReference(policy)
     return Policy(policy.config, policy.world, folder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueHead:
+    """The linear map from a hidden state to a value."""
+
+    weight: Tensor
+    """[1, D]."""
+
+    def values(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 values [N]."""
+        return (hidden_ND.float() @ self.weight.float().T)[:, 0]
+
+
+class Value(Policy):
+    """Starts from the critic's weights and the value 0 everywhere."""
+
+    def _extend(self) -> None:
+        """Put the value head on the last pipeline stage; an output layer of its own is not trained there."""
+        if not self.world.last_stage:
+            return
+        head = torch.nn.Linear(self.architecture.hidden_size, 1, bias=False)
+        torch.nn.init.zeros_(head.weight)
+        self.model.value_head = head.to(device=self.world.device, dtype=self.world.dtype)
+        if not self.architecture.tied:
+            self.model.output_layer.weight.requires_grad_(False)
+
+    def head(self) -> ValueHead:
+        """The value head; on the last pipeline stage."""
+        return ValueHead(weight=self.model.value_head.weight)
+
+    def values(self, batch: Batch) -> Tensor:
+        """The value before each response token is written, fp32 [S, R] on the CPU; on every rank."""
+
+        def score(head: ValueHead, micro: MicroBatch, hidden_ND: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            values_N = head.values(hidden_ND)
+            return values_N.sum(), {"values": micro.grid(values_N)}
+
+        return self._score(batch, score, ["values"])[0]

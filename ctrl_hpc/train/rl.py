@@ -15,26 +15,21 @@ from pathlib import Path
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import spent
 from ctrl_hpc.config import Config, RLConfig
-from ctrl_hpc.flow.critiquing import critique
-from ctrl_hpc.flow.execution import execute
-from ctrl_hpc.flow.revising import revise
 from ctrl_hpc.flow.reward import score, score_verdict, verdict_only
+from ctrl_hpc.flow.steps import critique, execute, revise
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Problem, Sampling, Solution
+from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.advantages import Advantages, estimate
+from ctrl_hpc.train.ahead import Source, weights_folder
 from ctrl_hpc.train.batch import Batch
-from ctrl_hpc.train.chunks import side_by_side
-from ctrl_hpc.train.course import Course
-from ctrl_hpc.train.data_order import sampling_seed
-from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups, record_file, replay
+from ctrl_hpc.train.drafts import side_by_side
 from ctrl_hpc.train.journal import Clock
+from ctrl_hpc.train.loop import Course, learning_rate
 from ctrl_hpc.train.losses import RLLoss, ValueLoss
-from ctrl_hpc.train.policy import Policy, Reference, make_reference
-from ctrl_hpc.train.samples import COLUMNS
-from ctrl_hpc.train.schedule import learning_rate
-from ctrl_hpc.train.source import Source, weights_folder
-from ctrl_hpc.train.value import Value
+from ctrl_hpc.train.policy import Policy, Reference, Value, make_reference
+from ctrl_hpc.train.rollouts import COLUMNS, Experience, Rollout, learnable_groups, record_file, replay
 
 
 def run(config: Config, run_dir: str | Path) -> None:
@@ -66,7 +61,7 @@ def check(options: RLConfig) -> None:
 def train(config: Config, run_dir: Path, world: World) -> None:
     """The loop: rollout, revise, execute and reward; advantages, update, publish, log and save. Then export.
 
-    With ``rl.max_staleness`` the rollouts are made ahead, beside the rest (``ctrl_hpc.train.producer``).
+    With ``rl.max_staleness`` the rollouts are made ahead, beside the rest (``ctrl_hpc.train.ahead``).
     """
     options, sft = config.rl, run_dir / "sft" / "hf"
     policy = Policy(config, world, sft, optimizer=options.optimizer)

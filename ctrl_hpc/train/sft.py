@@ -11,13 +11,12 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Critique, Problem, Solution
+from ctrl_hpc.seeds import take
 from ctrl_hpc.train.batch import collate
-from ctrl_hpc.train.chat import prompt_ids, response_ids
-from ctrl_hpc.train.course import Course
-from ctrl_hpc.train.data_order import take
+from ctrl_hpc.train.drafts import prompt_ids, response_ids
+from ctrl_hpc.train.loop import Course, learning_rate
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
-from ctrl_hpc.train.schedule import learning_rate
 
 Sequences = list[tuple[Sequence[int], Sequence[int]]]
 """(prompt, response) token ids."""

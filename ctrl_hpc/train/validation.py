@@ -13,13 +13,10 @@ from pathlib import Path
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections
 from ctrl_hpc.config import Config
-from ctrl_hpc.flow.critiquing import critique
-from ctrl_hpc.flow.drafting import draft
-from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.revising import revise
+from ctrl_hpc.flow.steps import critique, draft, execute, revise
 from ctrl_hpc.records import Problem, Revision, Sampling, Solution
-from ctrl_hpc.train.data_order import sampling_seed
+from ctrl_hpc.seeds import sampling_seed
 
 METRIC = "eval/pass_at_1"
 """The objective of sweeps."""

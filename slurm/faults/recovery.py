@@ -14,9 +14,10 @@ from pathlib import Path
 from strikes import Site, Strike
 
 from ctrl_hpc import config as configuration
-from ctrl_hpc import pipeline, run_directory
+from ctrl_hpc import pipeline
 from ctrl_hpc.cluster.status import status
 from ctrl_hpc.config import Config
+from ctrl_hpc.run import directory
 
 SETTLE_S = 3.0
 """The run is as before when it was found so for this long."""
@@ -53,7 +54,7 @@ def look(site: Site) -> Before:
     """What a run is like now."""
     services = Counter(service.role for service in site.services("executor", "critic", "generator"))
     under_way = [name for name in TRAINING if (site.run_dir / name / "progress.json").exists()]
-    stage = next((name for name in under_way if not run_directory.is_done(site.run_dir, name)), None)
+    stage = next((name for name in under_way if not directory.is_done(site.run_dir, name)), None)
     return Before(services=services, stage=stage, step=_step(site, stage))
 
 
@@ -61,7 +62,7 @@ def is_restored(site: Site, before: Before, config: Config) -> bool:
     """Whether a run works as before."""
     if site.ended():
         return True
-    todo = [name for name in config.stages if not run_directory.is_done(site.run_dir, name)]
+    todo = [name for name in config.stages if not directory.is_done(site.run_dir, name)]
     needed = pipeline.services_of(config, todo)
     living = site.services("driver", *before.services)
     now = Counter(service.role for service in living if service.pid not in before.victims)

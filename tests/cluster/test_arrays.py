@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_hpc.cluster import slurm_queue
+from ctrl_hpc.cluster import slurm
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.config import Config, load
 
@@ -61,8 +61,8 @@ def test_256_elements_are_one_submission_and_one_question_at_a_time(
     assert [job.result() for job in array] == [("success", divmod(number, 7)) for number in range(256)]
     assert all(jobs.reason(job) == "" for job in array)
     counted = calls()
-    assert counted["sbatch"] == 1 and counted["sacct"] <= 1 + took / slurm_queue.SACCT_EVERY_S
-    assert counted["squeue"] <= 1 + took / slurm_queue.SQUEUE_EVERY_S
+    assert counted["sbatch"] == 1 and counted["sacct"] <= 1 + took / slurm.SACCT_EVERY_S
+    assert counted["squeue"] <= 1 + took / slurm.SQUEUE_EVERY_S
     jobs.end(array)
 
 
@@ -70,7 +70,7 @@ def test_an_array_larger_than_slurm_allows_is_several(
     on_slurm: Config, run_dir: Path, calls: Callable[[], Counter[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(on_slurm, run_dir, "test")
-    assert jobs._slurm.largest_array() == slurm_queue.DEFAULT_MAX_ARRAY  # what scontrol tells of the test cluster
+    assert jobs._slurm.largest_array() == slurm.DEFAULT_MAX_ARRAY  # what scontrol tells of the test cluster
     monkeypatch.setattr(jobs._slurm, "largest_array", lambda: 2)
     array = jobs.submit("executor", divmod, [(number, 2) for number in range(5)], on_slurm.launch.executor)
     assert [job.element for job in array] == [0, 1, 2, 3, 4]

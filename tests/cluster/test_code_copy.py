@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from test_services_local import until
 
-from ctrl_hpc.cluster import snapshot, status
+from ctrl_hpc.cluster import status
 from ctrl_hpc.cluster.registry import Registry
+from ctrl_hpc.run import snapshot
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]

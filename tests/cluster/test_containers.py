@@ -15,10 +15,11 @@ from one_host_slurm import SlurmCluster
 from test_services_local import until
 from test_slurm import behave, executors, queue
 
-from ctrl_hpc.cluster import connect, snapshot, trainer
+from ctrl_hpc.cluster import connect, trainer
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, TrainerConfig, load
 from ctrl_hpc.records import Execution, Limits, StdinTest
+from ctrl_hpc.run import snapshot
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("slurm_conf")]
 ROOT = Path(__file__).parents[2]

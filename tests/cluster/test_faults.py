@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from one_host_slurm import SlurmCluster
 
-from ctrl_hpc.cluster import wandb_file
-from ctrl_hpc.tracking import run_id
+from ctrl_hpc.tracking import wandb_file
+from ctrl_hpc.tracking.tracker import run_id
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "slurm" / "faults"))

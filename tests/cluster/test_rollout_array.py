@@ -17,7 +17,7 @@ from ctrl_hpc.config import Config, CriticConfig, RolloutConfig
 from ctrl_hpc.records import Message, Sampling
 from ctrl_hpc.rollout.client import RolloutClient
 from ctrl_hpc.rollout.engine import load_engine
-from ctrl_hpc.rollout.seed import derive_seed
+from ctrl_hpc.seeds import derive_seed
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def stub(config: Config, run_dir: str, element: int, session: str) -> None:
     import signal
     from pathlib import Path
 
-    from ctrl_hpc.cluster.elements import _Element
+    from ctrl_hpc.cluster.element import _Element
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

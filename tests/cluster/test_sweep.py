@@ -17,9 +17,9 @@ import yaml
 from one_host_slurm import SlurmCluster
 from wandb_server import Store
 
-from ctrl_hpc import sweep
 from ctrl_hpc.cli import main
 from ctrl_hpc.config import ROOT, load, value
+from ctrl_hpc.experiments import sweep
 
 BIN = Path(sys.executable).parent
 FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))

@@ -15,9 +15,9 @@ import wandb_server
 from wandb_server import Store
 
 from ctrl_hpc.cli import main
-from ctrl_hpc.cluster import service_log, sync, wandb_file
 from ctrl_hpc.config import ROOT, Config, load
-from ctrl_hpc.tracking import Tracker, run_id
+from ctrl_hpc.tracking import service_log, sync, wandb_file
+from ctrl_hpc.tracking.tracker import Tracker, run_id
 
 BLOCK = wandb_file.BLOCK_BYTES
 

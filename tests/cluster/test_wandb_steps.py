@@ -13,9 +13,9 @@ import pytest
 from wandb_process import kill_wandb
 from wandb_server import Store
 
-from ctrl_hpc.cluster import wandb_file
 from ctrl_hpc.config import ROOT, Config, load
-from ctrl_hpc.tracking import Tracker, run_id
+from ctrl_hpc.tracking import wandb_file
+from ctrl_hpc.tracking.tracker import Tracker, run_id
 from ctrl_hpc.train.journal import Journal
 
 

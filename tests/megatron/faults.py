@@ -24,7 +24,7 @@ from torch import Tensor
 from ctrl_hpc.config import Config, OptimizerConfig, ParallelConfig, TrainerConfig, WandbConfig
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.train.batch import collate
-from ctrl_hpc.train.course import Course
+from ctrl_hpc.train.loop import Course
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
 

@@ -22,10 +22,9 @@ from ctrl_hpc.config import OptimizerConfig, ParallelConfig, RLConfig
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.train.advantages import advantages_and_returns
 from ctrl_hpc.train.batch import Batch, collate
-from ctrl_hpc.train.experience import Experience
 from ctrl_hpc.train.losses import RLLoss, SFTLoss, ValueLoss
-from ctrl_hpc.train.policy import Policy
-from ctrl_hpc.train.value import Value
+from ctrl_hpc.train.policy import Policy, Value
+from ctrl_hpc.train.rollouts import Experience
 
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.25, 1.0])
@@ -116,7 +115,7 @@ def _value(config: Any, world: Any, model: Path, batch: Batch, old_SR: Tensor) -
 
 
 def _steps(policy: Policy, batch: Batch) -> dict[str, Any]:
-    from ctrl_hpc.megatron.huggingface_weights import gather
+    from ctrl_hpc.megatron.weights import gather
 
     norms = [policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), ADAMW.lr)["grad_norm"] for _ in range(STEPS)]
     weights = gather(policy.model, policy.architecture, policy.world)

@@ -97,7 +97,7 @@ class _MainGradients:
 
 def gradients_of(policy: Any) -> dict[str, Tensor]:
     """Gradients by Hugging Face name, whole, on every rank."""
-    from ctrl_hpc.megatron.huggingface_weights import gather
+    from ctrl_hpc.megatron.weights import gather
 
     mine = dict(gather(_MainGradients(policy.model), policy.architecture, policy.world))  # type: ignore[arg-type]
     everyone: list[Any] = [None] * policy.world.size
@@ -317,7 +317,7 @@ def _learns_values(config: Config, world: World, folder: Path) -> dict[str, Any]
     from ctrl_hpc.megatron import checkpoint
     from ctrl_hpc.train.batch import collate
     from ctrl_hpc.train.losses import ValueLoss
-    from ctrl_hpc.train.value import Value
+    from ctrl_hpc.train.policy import Value
 
     facts: dict[str, Any] = {}
     for name in ("qwen2-tied", "qwen2-untied"):

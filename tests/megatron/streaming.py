@@ -18,7 +18,7 @@ from ranks import CONFIG
 
 from ctrl_hpc.config import ParallelConfig
 from ctrl_hpc.megatron import architecture as architectures
-from ctrl_hpc.megatron import huggingface_weights, model, parallel_state
+from ctrl_hpc.megatron import model, parallel_state, weights
 
 SLACK = 4 << 20
 FILE_BYTES = 20 << 20
@@ -40,13 +40,13 @@ def loads_within(folder: Path, extra: int) -> bool:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (held_bytes() + extra, before[1]))
     try:
-        huggingface_weights.load(built, source, architecture, world)
+        weights.load(built, source, architecture, world)
     except (RuntimeError, MemoryError):
         return False
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-    huggingface_weights.FILE_BYTES = FILE_BYTES
-    huggingface_weights.export(built, architecture, world, folder / "sharded-export", source=source)
+    weights.FILE_BYTES = FILE_BYTES
+    weights.export(built, architecture, world, folder / "sharded-export", source=source)
     return True
 
 

@@ -17,14 +17,13 @@ from ctrl_kernels.backend import Backend
 
 from ctrl_hpc.config import Config, OptimizerConfig, RLConfig, WandbConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
+from ctrl_hpc.seeds import sampling_seed, take
 from ctrl_hpc.train.advantages import advantages_and_returns
 from ctrl_hpc.train.batch import collate, micro_batches
-from ctrl_hpc.train.data_order import sampling_seed, take
-from ctrl_hpc.train.experience import Experience, Rollout, learnable_groups
-from ctrl_hpc.train.interruption import Interruption
 from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.train.loop import Interruption, learning_rate
 from ctrl_hpc.train.losses import RLLoss
-from ctrl_hpc.train.schedule import learning_rate
+from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups
 
 
 def test_the_order_of_data_depends_on_seed_and_position_alone() -> None:

@@ -10,8 +10,8 @@ import pytest
 from ctrl_hpc import cli
 from ctrl_hpc.config import ROOT, Config, CriticConfig, ParallelConfig, PlanConfig, RLConfig, TrainerConfig, load
 from ctrl_hpc.megatron import architecture as architectures
-from ctrl_hpc.megatron.memory import Workload, estimate, parameters_of_rank
-from ctrl_hpc.train.plan import count, plan
+from ctrl_hpc.plan.memory import Workload, estimate, parameters_of_rank
+from ctrl_hpc.plan.plan import count, plan
 
 GIB = 1 << 30
 H200 = PlanConfig(memory_gb=139.0)

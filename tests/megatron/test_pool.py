@@ -9,8 +9,7 @@ import random_qwen
 
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem, Solution, StdinTest, Verdict
-from ctrl_hpc.train.chat import prompt_ids
-from ctrl_hpc.train.pool import DraftPool
+from ctrl_hpc.train.drafts import DraftPool, prompt_ids
 
 
 def pool_of(sizes: list[int]) -> DraftPool:

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc.config import Config, RLConfig
-from ctrl_hpc.rollout.loop_thread import LoopThread
+from ctrl_hpc.service.fleet import LoopThread
+from ctrl_hpc.train.ahead import Producer, Source, weights_folder
 from ctrl_hpc.train.batch import collate
-from ctrl_hpc.train.chunks import side_by_side
-from ctrl_hpc.train.experience import Experience
+from ctrl_hpc.train.drafts import side_by_side
 from ctrl_hpc.train.journal import Clock
-from ctrl_hpc.train.producer import Producer
-from ctrl_hpc.train.source import Source, weights_folder
+from ctrl_hpc.train.rollouts import Experience
 
 DRAFTS = 4
 """Drawn for a step."""

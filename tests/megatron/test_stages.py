@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, Verdict
-from ctrl_hpc.train.data_order import take
+from ctrl_hpc.seeds import take
 
 pytestmark = pytest.mark.slow
 STEPS = 8

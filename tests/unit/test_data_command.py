@@ -10,7 +10,7 @@ import pytest
 
 from ctrl_hpc import cli, jsonl, pipeline
 from ctrl_hpc.config import ROOT, DataConfig, load
-from ctrl_hpc.data import datasets, inventory
+from ctrl_hpc.data import catalog, inventory
 from ctrl_hpc.records import Problem, StdinTest
 
 STATEMENT = (
@@ -117,12 +117,12 @@ def test_further_benchmarks_and_places_of_their_own(places):
         eval_names=(),
         benchmarks={"jsonl": str(places / "benchmark.jsonl")},
     )
-    problems, left_out = datasets.training(data, 0)
+    problems, left_out = catalog.training(data, 0)
     assert [item.id for item in problems] == ["taco/train/1"]
     assert (left_out["n_before"], left_out["n_after"]) == (2, 1)
     data = DataConfig(eval_path="/everywhere", eval_paths={"humaneval": "/here"})
-    assert datasets.eval_path(data, "humaneval") == "/here"
-    assert datasets.eval_path(data, "mbppplus") == "/everywhere"
+    assert catalog.eval_path(data, "humaneval") == "/here"
+    assert catalog.eval_path(data, "mbppplus") == "/everywhere"
 
 
 def test_a_run_keeps_what_went(places, tmp_path):
@@ -136,7 +136,7 @@ def test_a_run_keeps_what_went(places, tmp_path):
 
 
 def test_the_tiny_world_is_not_compared_with_itself():
-    assert datasets.benchmarks(DataConfig()) == {}
+    assert catalog.benchmarks(DataConfig()) == {}
 
 
 def test_nothing_left_is_one_line(places):
@@ -148,11 +148,11 @@ def test_nothing_left_is_one_line(places):
         eval_path=str(places / "benchmark.jsonl"),
     )
     with pytest.raises(ValueError, match=r"^data\.decontaminate: every problem of jsonl is like one of jsonl$"):
-        datasets.training(data, 0)
+        catalog.training(data, 0)
 
 
 def test_every_expected_size_belongs_to_a_data_set():
-    assert {name for name, _ in inventory.PAPER} <= {*datasets.DATASETS, "judgebench"}
+    assert {name for name, _ in inventory.PAPER} <= {*catalog.DATASETS, "judgebench"}
     assert inventory.expected("codecontests", "test")[0] == 165
     assert inventory.expected("jsonl", "train") is None
 

@@ -11,7 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from ctrl_hpc.data import datasets, livecodebench, table, taco
+from ctrl_hpc.data import catalog, livecodebench, table, taco
 from ctrl_hpc.records import FunctionTest, StdinTest
 
 
@@ -21,7 +21,7 @@ def jsonl_file(path, *rows):
 
 
 def load(name, path, split="test"):
-    return datasets.load(name, path=path, split=split, n=1000, seed=0)
+    return catalog.load(name, path=path, split=split, n=1000, seed=0)
 
 
 TACO = {
@@ -335,7 +335,7 @@ def test_what_the_hub_is_asked_for(monkeypatch, name, split, asked):
     """Data sets that come with a program of their own are read by their files: no foreign program is run."""
     import datasets as hub
 
-    from ctrl_hpc.data import datasets
+    from ctrl_hpc.data import catalog
 
     seen = []
 
@@ -344,5 +344,5 @@ def test_what_the_hub_is_asked_for(monkeypatch, name, split, asked):
         return []
 
     monkeypatch.setattr(hub, "load_dataset", load_dataset)
-    assert datasets.whole(name, None, split) == []
+    assert catalog.whole(name, None, split) == []
     assert seen == asked

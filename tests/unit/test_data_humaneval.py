@@ -5,18 +5,17 @@ import ast
 import pytest
 
 from ctrl_hpc.config import ROOT, LimitsConfig, load
-from ctrl_hpc.data import datasets, evalplus, humaneval
-from ctrl_hpc.flow.drafting import draft
-from ctrl_hpc.flow.execution import execute
+from ctrl_hpc.data import catalog, evalplus, humaneval
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import draft, execute
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.sandbox import Sandbox
 
 
 @pytest.fixture(scope="module")
 def problems():
-    return datasets.load("humaneval", path=None, split="test", n=1000, seed=0)
+    return catalog.load("humaneval", path=None, split="test", n=1000, seed=0)
 
 
 def test_the_whole_data_set(problems):

@@ -9,12 +9,14 @@ import toy_world
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.data import judgebench
-from ctrl_hpc.evaluate import judging, report, results
-from ctrl_hpc.evaluate.judging import Votes, winners
+from ctrl_hpc.evaluate import judgebench as judging
+from ctrl_hpc.evaluate import results
+from ctrl_hpc.evaluate.judgebench import Votes, winners
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.comparison import compared, comparison_chat, comparison_template, judged_apart, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Generation
+from ctrl_hpc.report import page
 
 SOURCES = ("mmlu-pro-law", "livebench-reasoning", "livebench-math", "livecodebench", "mmlu-pro-math")
 
@@ -170,5 +172,5 @@ def test_a_habit_of_places_is_found_out_by_swapping(tmp_path, file):
 
 def test_the_report_of_judgebench_alone(tmp_path, file):
     config, run_dir = evaluated(tmp_path, file, "judge.votes=[1,2,3]")
-    written = report.write(config, run_dir)
-    assert report.metrics(written) == {"eval/judgebench/base/accuracy": 1.0}
+    written = page.write(config, run_dir)
+    assert page.metrics(written) == {"eval/judgebench/base/accuracy": 1.0}

@@ -7,8 +7,9 @@ import pytest
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump, load
-from ctrl_hpc.evaluate import combined, metrics, paper, runs, tables
-from ctrl_hpc.evaluate.runs import FinishedRun
+from ctrl_hpc.evaluate import metrics
+from ctrl_hpc.report import combined, paper, runs, tables
+from ctrl_hpc.report.runs import FinishedRun
 
 
 def row(correct, judged=None):

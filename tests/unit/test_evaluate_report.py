@@ -9,10 +9,11 @@ import toy_world
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
-from ctrl_hpc.evaluate import plots, report, samples, tables
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Verdict
+from ctrl_hpc.report import page as report
+from ctrl_hpc.report import plots, samples, tables
 
 TURNS, COUNT = 3, 40
 NAMES = ("none", "base", "sft", "rl", "exec_feedback")

@@ -11,12 +11,12 @@ import toy_world
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.evaluate import results, tree
-from ctrl_hpc.evaluate.journal import Journal, in_parts
 from ctrl_hpc.evaluate.run import run
-from ctrl_hpc.evaluate.seed import derived_seed
+from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.voting import elect, majority
+from ctrl_hpc.flow.steps import elect, majority
 from ctrl_hpc.records import Critique, Message, Solution, Verdict
+from ctrl_hpc.seeds import derived_seed
 
 PROBLEMS = toy_world.problems(20)
 

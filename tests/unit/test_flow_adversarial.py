@@ -10,8 +10,8 @@ import pytest
 from ctrl_hpc import jsonl, pipeline
 from ctrl_hpc.config import ROOT, LimitsConfig, load
 from ctrl_hpc.flow.adversarial import mutations, strengthen
-from ctrl_hpc.flow.execution import execute
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import execute
 from ctrl_hpc.records import Generation, Problem, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox
 

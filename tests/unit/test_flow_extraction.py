@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrl_hpc.flow import fences
-from ctrl_hpc.flow.extraction import NOT_PROGRAMS, extract_program
+from ctrl_hpc.flow import text as fences
+from ctrl_hpc.flow.text import NOT_PROGRAMS, extract_program
 
 CASES = {
     "one block": ("Sure.\n```python\nprint(1)\n```\nDone.", "print(1)"),

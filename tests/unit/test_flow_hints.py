@@ -5,17 +5,8 @@ import sys
 
 import pytest
 
-from ctrl_hpc.flow.feedback import execution_feedback
-from ctrl_hpc.flow.hints import error_line, hint, mentions_hint
-from ctrl_hpc.records import (
-    AssertTest,
-    FunctionTest,
-    Problem,
-    Solution,
-    StdinTest,
-    TestResult,
-    Verdict,
-)
+from ctrl_hpc.flow.feedback import error_line, execution_feedback, hint, mentions_hint
+from ctrl_hpc.records import AssertTest, FunctionTest, Problem, Solution, StdinTest, TestResult, Verdict
 
 PROGRAM = "n = int(input())\nx = [1]\nprint(x[n])"
 TESTS = (StdinTest(stdin="0\n", expected_stdout="1\n"), StdinTest(stdin="5\n", expected_stdout="6\n"))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrl_hpc.flow.judgement import parse_judgement
+from ctrl_hpc.flow.text import parse_judgement
 
 CASES = {
     "Overall judgment: Correct": "correct",

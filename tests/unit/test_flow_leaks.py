@@ -2,7 +2,7 @@
 
 import pytest
 
-from ctrl_hpc.flow.leaks import leaks_solution
+from ctrl_hpc.flow.reward import leaks_solution
 
 DRAFT = "n = int(input())\ntotal = 0\nfor i in range(n):\n    total += i\nprint(total)"
 FIXED = "n = int(input())\nprint(sum(value * value for value in range(1, n + 1)))"

@@ -7,9 +7,9 @@ import random_qwen
 from transformers import AutoTokenizer
 
 from ctrl_hpc.config import ROOT
-from ctrl_hpc.flow.hints import Hint
-from ctrl_hpc.flow.judgement import parse_judgement
+from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.prompts import PACKAGED, Prompts
+from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Problem, Solution
 from ctrl_hpc.rollout.client import RolloutClient
 

@@ -2,25 +2,12 @@
 
 import pytest
 
-from ctrl_hpc.config_sections import LimitsConfig
-from ctrl_hpc.flow.critiquing import critique, critique_with_hints
-from ctrl_hpc.flow.drafting import draft
-from ctrl_hpc.flow.execution import execute, limits
-from ctrl_hpc.flow.hints import Hint
+from ctrl_hpc.config.sections import LimitsConfig
+from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.revising import revise
-from ctrl_hpc.records import (
-    Critique,
-    Generation,
-    Limits,
-    Problem,
-    Sampling,
-    Solution,
-    StdinTest,
-    TestResult,
-    Verdict,
-)
+from ctrl_hpc.flow.steps import critique, critique_with_hints, draft, execute, limits, revise
+from ctrl_hpc.records import Critique, Generation, Limits, Problem, Sampling, Solution, StdinTest, TestResult, Verdict
 
 TESTS = (StdinTest(stdin="", expected_stdout="1"), StdinTest(stdin="", expected_stdout="2"))
 P, Q = (

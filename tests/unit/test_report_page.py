@@ -8,9 +8,9 @@ from browser import Browser
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump, load
-from ctrl_hpc.evaluate import report
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.report import page
 
 pytestmark = pytest.mark.slow
 COUNT = 30
@@ -42,7 +42,7 @@ def pages(tmp_path_factory):
         run(config, run_dir, toy_world.Connections(), {"toy": problems}, Prompts.load("default"))
         lines = [{"step": step, "rl/reward": (step + seed) / 10, "rl/kl": 0.01 * step} for step in range(6)]
         jsonl.write_text(run_dir / "rl" / "metrics.jsonl", "".join(jsonl.line(line) for line in lines))
-        report.write(config, run_dir)
+        page.write(config, run_dir)
     both = folder / "both"
     assert cli.main(["report", str(folder / "grpo-seed0"), str(folder / "grpo-seed1"), "--out", str(both)]) == 0
     return folder / "grpo-seed0" / "report" / "index.html", both / "index.html"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
-from ctrl_hpc.rollout.seed import derive_seed
+from ctrl_hpc.seeds import derive_seed
 
 PROMPTS = [[5, 9, 200], [7], [30, 31, 32, 33, 34, 35, 36], [5, 9, 200], [100, 101]]
 

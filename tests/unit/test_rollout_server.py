@@ -15,7 +15,7 @@ import torch
 
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.server import serve
-from ctrl_hpc.service import listen
+from ctrl_hpc.service.http import listen
 
 PROMPT = [5, 9, 200]
 

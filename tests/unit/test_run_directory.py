@@ -5,22 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_hpc import fingerprint as fingerprints
-from ctrl_hpc import run_directory
 from ctrl_hpc.config import ROOT, Config, load
+from ctrl_hpc.run import directory
+from ctrl_hpc.run import directory as fingerprints
 
 TINY = ROOT / "configs" / "tiny.yaml"
 
 
 def test_the_same_configuration_comes_back_and_another_is_refused(tmp_path: Path) -> None:
     config = load(TINY, [f"run_dir={tmp_path / 'run'}"])
-    folder = run_directory.prepare(config)
+    folder = directory.prepare(config)
     assert load(folder / "config.yaml") == config
-    assert run_directory.prepare(config) == folder
+    assert directory.prepare(config) == folder
     before = (folder / "config.yaml").read_bytes()
     other = load(TINY, [f"run_dir={tmp_path / 'run'}", "rl.steps=3"])
     with pytest.raises(ValueError, match=r"belongs to another configuration: rl.steps is 100 there and 3 now"):
-        run_directory.prepare(other)
+        directory.prepare(other)
     assert (folder / "config.yaml").read_bytes() == before
 
 
@@ -34,17 +34,17 @@ def test_models_and_the_run_itself_may_move_but_not_change(tmp_path: Path) -> No
         judges = f"executor.judges={{mine: {checkout / 'judge.py'}:{function}}}"
         return load(TINY, [f"run_dir={run}", f"generator={checkout / 'models'}", judges])
 
-    run_directory.prepare(asked(tmp_path / "checkout", tmp_path / "run"))
+    directory.prepare(asked(tmp_path / "checkout", tmp_path / "run"))
     (tmp_path / "checkout").rename(tmp_path / "moved")
     (tmp_path / "run").rename(tmp_path / "moved-run")
     moved = asked(tmp_path / "moved", tmp_path / "moved-run")
-    assert load(run_directory.prepare(moved) / "config.yaml") == moved
+    assert load(directory.prepare(moved) / "config.yaml") == moved
     with pytest.raises(ValueError, match=r"executor\.judges\.mine is .*close' there and .*exact' now"):
-        run_directory.check(asked(tmp_path / "moved", tmp_path / "moved-run", "exact"))
+        directory.check(asked(tmp_path / "moved", tmp_path / "moved-run", "exact"))
     (tmp_path / "moved").rename(tmp_path / "again")
     (tmp_path / "again" / "models" / "model.safetensors").write_bytes(b"others!")
     with pytest.raises(ValueError, match=r"generator is .*moved/models' there and .*again/models' now"):
-        run_directory.check(asked(tmp_path / "again", tmp_path / "moved-run"))
+        directory.check(asked(tmp_path / "again", tmp_path / "moved-run"))
 
 
 def test_large_files_are_told_by_size_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,34 +74,34 @@ def test_large_files_are_told_by_size_and_ends(tmp_path: Path, monkeypatch: pyte
 
 def test_where_a_run_runs_may_change(tmp_path: Path) -> None:
     config = load(TINY, [f"run_dir={tmp_path / 'run'}"])
-    run_directory.prepare(config)
+    directory.prepare(config)
     moved = replace(config, launch=replace(config.launch, account="physics"), stages=("report",))
-    assert load(run_directory.prepare(moved) / "config.yaml") == moved
+    assert load(directory.prepare(moved) / "config.yaml") == moved
     kept = replace(moved, launch=replace(moved.launch, snapshot="keep"))
-    assert load(run_directory.prepare(kept) / "config.yaml") == moved  # keep is said of one start
+    assert load(directory.prepare(kept) / "config.yaml") == moved  # keep is said of one start
 
 
 def test_the_trainers_layout_may_change_but_not_the_format_of_its_optimizer(tmp_path: Path) -> None:
     base = [f"run_dir={tmp_path / 'run'}"]
-    run_directory.prepare(load(TINY, base))
+    directory.prepare(load(TINY, base))
     wider = [*base, "trainer.nodes=2", "parallel.tensor=4", "parallel.sequence=true", "trainer.micro_batch_tokens=512"]
-    folder = run_directory.prepare(load(TINY, wider))
+    folder = directory.prepare(load(TINY, wider))
     assert load(folder / "config.yaml").parallel.tensor == 4
     with pytest.raises(ValueError, match=r"parallel\.distributed_optimizer is False there and True now"):
-        run_directory.check(load(TINY, [*wider, "parallel.distributed_optimizer=true"]))
+        directory.check(load(TINY, [*wider, "parallel.distributed_optimizer=true"]))
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not a run directory and not empty"):
-        run_directory.prepare(load(TINY, [f"run_dir={tmp_path}"]))
+        directory.prepare(load(TINY, [f"run_dir={tmp_path}"]))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_stages_are_done_only_when_marked_and_attempts_add_up(tmp_path: Path) -> None:
-    assert not run_directory.is_done(tmp_path, "rl")
-    run_directory.add_attempt(tmp_path, "rl", 1.5)
-    run_directory.add_attempt(tmp_path, "rl", 2.0)
-    assert run_directory.spent_before(tmp_path, "rl") == 3.5
-    run_directory.mark_done(tmp_path, "rl", 4.0)
-    assert run_directory.is_done(tmp_path, "rl")
+    assert not directory.is_done(tmp_path, "rl")
+    directory.add_attempt(tmp_path, "rl", 1.5)
+    directory.add_attempt(tmp_path, "rl", 2.0)
+    assert directory.spent_before(tmp_path, "rl") == 3.5
+    directory.mark_done(tmp_path, "rl", 4.0)
+    assert directory.is_done(tmp_path, "rl")

@@ -7,14 +7,14 @@ import socket
 
 import pytest
 
-from ctrl_hpc import service
+from ctrl_hpc.service import http
 
 
 def test_answers_are_not_held_back() -> None:
     """asyncio turns Nagle's algorithm off on what the socket accepts."""
 
     async def no_delay() -> int:
-        sock = service.listen("127.0.0.1", 0)
+        sock = http.listen("127.0.0.1", 0)
         accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
         def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -33,10 +33,10 @@ def test_answers_are_not_held_back() -> None:
 
 
 def test_a_port_in_use_and_an_unknown_host_are_one_clear_line() -> None:
-    with service.listen("127.0.0.1", 0) as sock:
+    with http.listen("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
-        assert service.url(sock) == f"http://127.0.0.1:{port}"
+        assert http.url(sock) == f"http://127.0.0.1:{port}"
         with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
-            service.listen("127.0.0.1", port)
+            http.listen("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:99999"):
-        service.listen("127.0.0.1", 99999)
+        http.listen("127.0.0.1", 99999)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_hpc import cli, run_directory
-from ctrl_hpc.cluster import snapshot
+from ctrl_hpc import cli
 from ctrl_hpc.config import ROOT, dump, load
+from ctrl_hpc.run import directory, snapshot
 
 TINY = str(ROOT / "configs" / "tiny_ci.yaml")
 WHERE = """
@@ -27,7 +27,7 @@ print(json.dumps([ctrl_hpc.__file__, kernels, str(ctrl_hpc.flow.prompts.PACKAGED
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two packages of a file each, in place of ours."""
     folder = tmp_path / "checkout"
-    files = ("ctrl_hpc/cluster/copied_main.py", "ctrl_kernels/__init__.py")
+    files = ("ctrl_hpc/run/copied_main.py", "ctrl_kernels/__init__.py")
     for name in files:
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(f"# {name}\n")
@@ -77,7 +77,7 @@ def test_changed_code_is_told_and_copies_are_kept_as_long_as_they_are_used(tmp_p
     assert snapshot.begin(run, "new") is None
     first = snapshot.latest(run)
     assert first is not None and snapshot.begin(run, "new") is None
-    run_directory.mark_done(run, "sample", 1.0)
+    directory.mark_done(run, "sample", 1.0)
     assert json.loads((run / "sample" / "done.json").read_text())["code"] == first.name
 
     edit(sources, "second = 2\n")
@@ -131,7 +131,7 @@ def test_a_program_goes_on_from_the_copy(tmp_path: Path, monkeypatch: pytest.Mon
     asked = run / "code" / "config.yaml"
     assert calls == [[sys.executable, str(copy), "-m", "ctrl_hpc.cli", "run", str(asked)]]
     config = load(TINY, [f"run_dir={run}", "cluster=slurm"])
-    assert load(asked) == config and run_directory.check(config) == run  # a run that has not begun
+    assert load(asked) == config and directory.check(config) == run  # a run that has not begun
 
     monkeypatch.setattr(sys, "argv", ["ctrl-hpc", "eval", TINY, f"run_dir={run}", "launch.snapshot=none", "rl.steps=x"])
     assert cli.main() == 2 and len(calls) == 1

@@ -12,20 +12,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ctrl_hpc.config import ROOT
-from ctrl_hpc.data import tiny, tiny_grammar, tiny_lessons, tiny_models, tiny_text, tiny_tokenizer
-from ctrl_hpc.data.tiny_lessons import Lesson, School
-from ctrl_hpc.data.tiny_training import Course, answer_loss, rate, rendered, train
-from ctrl_hpc.flow.extraction import extract_program
-from ctrl_hpc.flow.hints import mentions_hint
-from ctrl_hpc.flow.judgement import parse_judgement
+from ctrl_hpc.flow.feedback import mentions_hint
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.text import extract_program, parse_judgement
+from ctrl_hpc.tiny import grammar, models, world
+from ctrl_hpc.tiny import lessons as tiny_lessons
+from ctrl_hpc.tiny import text as tiny_text
+from ctrl_hpc.tiny.lessons import Lesson, School
+from ctrl_hpc.tiny.models import Course, answer_loss, rate, rendered, train
 
 SHIPPED = ROOT / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")
 def school() -> School:
-    return tiny_models.new_school(0, 0)
+    return models.new_school(0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -54,23 +55,23 @@ def test_critique_has_three_parts_and_parses() -> None:
 
 
 def test_oracle_names_the_first_mistake() -> None:
-    problem = next(problem for problem in tiny.world().splits["dev"])
-    wanted = tiny.composition_of(problem)
-    assert wanted == tiny.world().compositions[problem.id]
-    right = tiny.oracle_critique(problem, tiny_grammar.program(wanted))
+    problem = next(problem for problem in world.world().splits["dev"])
+    wanted = world.composition_of(problem)
+    assert wanted == world.world().compositions[problem.id]
+    right = world.oracle_critique(problem, grammar.program(wanted))
     assert parse_judgement(right) == "correct"
     draft = tiny_text.replaced(tiny_text.replaced(wanted, 1, wanted[1] ^ 1), 3, wanted[3] ^ 1)
-    wrong = tiny.oracle_critique(problem, tiny_grammar.program(draft))
+    wrong = world.oracle_critique(problem, grammar.program(draft))
     assert parse_judgement(wrong) == "incorrect"
-    assert wrong.split("\n")[1] == f"Improvement suggestions: {tiny_grammar.MAPS[wanted[1]].phrase};"
-    assert parse_judgement(tiny.oracle_critique(problem, "print(1)")) == "incorrect"
+    assert wrong.split("\n")[1] == f"Improvement suggestions: {grammar.MAPS[wanted[1]].phrase};"
+    assert parse_judgement(world.oracle_critique(problem, "print(1)")) == "incorrect"
 
 
 def test_generator_errs_in_the_same_places() -> None:
     """Mistakes are tied to pairs of steps: a fifth of them, at which most attempts fail in the same way."""
     weaknesses = tiny_text.Weaknesses(0, tiny_text.Habits(hard_share=0.2, hard_error=1.0, easy_error=0.0))
-    assert len(weaknesses.mistakes) == 2 * sum(tiny_grammar.SIZES)
-    compositions = list(tiny.world().compositions.values())[::7]
+    assert len(weaknesses.mistakes) == 2 * sum(grammar.SIZES)
+    compositions = list(world.world().compositions.values())[::7]
     first = [weaknesses.attempt(composition, random.Random(1)) for composition in compositions]
     assert first == [weaknesses.attempt(composition, random.Random(2)) for composition in compositions]
     right = sum(draft == wanted for draft, wanted in zip(first, compositions, strict=True)) / len(compositions)
@@ -83,7 +84,7 @@ def test_advice_is_taken_at_its_word() -> None:
     assert tiny_text.follow(draft, 1, 5) == (0, 5, 4, 6)
     assert tiny_text.follow(draft, 1, 2) == (0, 3, 4, 6)  # told to do what it did, it does the partner
     weaknesses = tiny_text.Weaknesses(0, tiny_text.Habits())
-    for operation in range(tiny_grammar.SIZES[0]):
+    for operation in range(grammar.SIZES[0]):
         wanted = (operation, 2, 4, 6)
         changed = weaknesses.flounder(wanted, wanted)
         assert sum(a != b for a, b in zip(changed, wanted, strict=True)) == 1
@@ -95,7 +96,7 @@ def test_lessons_speak_the_format(school: School) -> None:
         if lesson.answer.startswith("```python\n"):
             program = extract_program(lesson.answer)
             assert program is not None
-            assert tiny_grammar.parse(program) is not None
+            assert grammar.parse(program) is not None
         elif lesson.answer.startswith("Comparison:"):
             assert lesson.chat[0].content.endswith(tiny_lessons.COMPARE)
         else:
@@ -122,15 +123,15 @@ def test_executed_agrees_with_the_tests(school: School) -> None:
     right = tiny_lessons.executed(problem, wanted).verdict
     assert right is not None
     assert right.accepted
-    wrong = tiny_lessons.executed(problem, tiny_text.replaced(wanted, 2, tiny_grammar.partner(wanted[2]))).verdict
+    wrong = tiny_lessons.executed(problem, tiny_text.replaced(wanted, 2, grammar.partner(wanted[2]))).verdict
     assert wrong is not None
     assert wrong.status == "wrong_answer"
 
 
 def test_templates_are_short() -> None:
     prompts = Prompts.load("tiny")
-    problem = tiny.world().splits["dev"][0]
-    solution = tiny_lessons.executed(problem, tiny.composition_of(problem))
+    problem = world.world().splits["dev"][0]
+    solution = tiny_lessons.executed(problem, world.composition_of(problem))
     assert prompts.solution(problem)[0].content == problem.prompt
     assert prompts.critique(problem, solution)[0].content == (
         f"{problem.prompt}\n```python\n{problem.canonical_solution}\n```\nReview."
@@ -159,15 +160,15 @@ def test_tokenizer_round_trip(school: School, tokenizer: PreTrainedTokenizerBase
 
 
 def test_tokenizer_is_the_shipped_one(tokenizer: PreTrainedTokenizerBase) -> None:
-    fresh = tiny_models.new_tokenizer(0)
-    assert len(fresh) == len(tokenizer) == tiny_tokenizer.VOCABULARY
+    fresh = models.new_tokenizer(0)
+    assert len(fresh) == len(tokenizer) == models.VOCABULARY
     assert fresh.get_vocab() == tokenizer.get_vocab()
     text = "For each line of integers: halve each; print it. 17"
     assert fresh(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_answer_loss_is_the_answers_cross_entropy(tokenizer: PreTrainedTokenizerBase) -> None:
-    model = tiny_models.new_model(tokenizer, 0)
+    model = models.new_model(tokenizer, 0)
     pairs = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13])]
     expected = []
     for prompt, answer in pairs:
@@ -188,7 +189,7 @@ def test_a_few_steps_lower_the_loss_and_repeat(school: School, tokenizer: PreTra
     course = Course(steps=12, batch_size=16, warmup_steps=4)
     runs = []
     for _ in range(2):
-        model = tiny_models.new_model(tokenizer, 1)
+        model = models.new_model(tokenizer, 1)
         runs.append(train(model, tokenizer, tiny_lessons.generator_lesson, school, course, 7, "smoke"))
     assert runs[0] == runs[1]
     assert sum(runs[0][-3:]) < 0.7 * sum(runs[0][:3])
@@ -197,8 +198,8 @@ def test_a_few_steps_lower_the_loss_and_repeat(school: School, tokenizer: PreTra
 def test_rebuild_writes_folders_and_manifest(tmp_path: Path) -> None:
     short = Course(steps=2, batch_size=4, warmup_steps=1)
     for _ in range(2):  # the second time over the first
-        tiny_models.rebuild(tmp_path / "models", 5, generator_course=short, critic_course=short)
-    tiny_models.verify(tmp_path / "models")
+        models.rebuild(tmp_path / "models", 5, generator_course=short, critic_course=short)
+    models.verify(tmp_path / "models")
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["MANIFEST.json", "critic", "generator"]
     manifest = json.loads((tmp_path / "models" / "MANIFEST.json").read_text())
     assert manifest["seed"] == 5
@@ -206,11 +207,11 @@ def test_rebuild_writes_folders_and_manifest(tmp_path: Path) -> None:
     with open(tmp_path / "models" / "critic" / "config.json", "a") as config:
         config.write("\n")
     with pytest.raises(ValueError, match=r"critic/config\.json: changed"):
-        tiny_models.verify(tmp_path / "models")
+        models.verify(tmp_path / "models")
 
 
 def test_shipped_models_match_their_manifest() -> None:
-    tiny_models.verify(SHIPPED)
+    models.verify(SHIPPED)
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 8 << 20
 
 
@@ -227,17 +228,17 @@ def test_shipped_models_fit_two_tensor_parallel_ranks(name: str) -> None:
 def test_shipped_models_speak(tokenizer: PreTrainedTokenizerBase) -> None:
     """Greedily, the generator writes programs of the grammar and the critic critiques that have a judgement."""
     prompts = Prompts.load("tiny")
-    problems = tiny.world().splits["dev"][:8]
+    problems = world.world().splits["dev"][:8]
     chats = [prompts.solution(problem) for problem in problems]
     programs = [extract_program(text) for text in _greedy("generator", tokenizer, chats)]
-    assert all(tiny_grammar.parse(program or "") is not None for program in programs)
+    assert all(grammar.parse(program or "") is not None for program in programs)
     right = sum(program == problem.canonical_solution for program, problem in zip(programs, problems, strict=True))
     assert 0 < right < len(problems)
-    drafts = [tiny_lessons.executed(problem, tiny.composition_of(problem)) for problem in problems]
+    drafts = [tiny_lessons.executed(problem, world.composition_of(problem)) for problem in problems]
     chats = [prompts.critique(problem, draft) for problem, draft in zip(problems, drafts, strict=True)]
     for text, problem in zip(_greedy("critic", tokenizer, chats), problems, strict=True):
         assert parse_judgement(text) is not None
-        phrases = tiny_grammar.phrases(tiny.composition_of(problem))
+        phrases = grammar.phrases(world.composition_of(problem))
         assert [part.split(";")[0] for part in text.split("\n")[0].removeprefix("Analysis: ").split(". ")] == phrases
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ctrl_hpc.data import tiny, tiny_grammar
-from ctrl_hpc.data import tiny_text as text
-from ctrl_hpc.data.tiny_probe import TOLD, Condition, probe
-from ctrl_hpc.flow.extraction import extract_program
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Chat, Execution, Generation, Sampling, StdinTest, TestResult, Verdict
+from ctrl_hpc.tiny import grammar, text, world
+from ctrl_hpc.tiny.probe import TOLD, Condition, probe
 
-PROBLEMS = tiny.world().splits["dev"][:60]
-COMPOSITIONS = {problem.prompt: tiny.composition_of(problem) for problem in PROBLEMS}
+PROBLEMS = world.world().splits["dev"][:60]
+COMPOSITIONS = {problem.prompt: world.composition_of(problem) for problem in PROBLEMS}
 ORDER = {problem.prompt: number for number, problem in enumerate(PROBLEMS)}
 
 
@@ -28,9 +27,9 @@ class ScriptedGenerator:
     def write(self, chat: Chat) -> tuple[int, int, int, int]:
         wanted = COMPOSITIONS[chat[0].content]
         if len(chat) == 1:
-            slip = text.replaced(wanted, 2, tiny_grammar.partner(wanted[2]))
+            slip = text.replaced(wanted, 2, grammar.partner(wanted[2]))
             return wanted if ORDER[chat[0].content] % 2 else slip
-        draft = tiny_grammar.parse(extract_program(chat[1].content) or "")
+        draft = grammar.parse(extract_program(chat[1].content) or "")
         assert draft is not None
         advice = chat[2].content.split("\n")[1].removeprefix("Improvement suggestions:")
         if "Overall judgment: Correct" in chat[2].content or (draft == wanted and not self.obedient):
@@ -55,10 +54,10 @@ class GrammarExecutor:
         return [self.judge(execution) for execution in executions]
 
     def judge(self, execution: Execution) -> Verdict:
-        composition = tiny_grammar.parse(execution.program)
+        composition = grammar.parse(execution.program)
         assert composition is not None
         tests = [test for test in execution.tests if isinstance(test, StdinTest)]
-        right = all(tiny_grammar.run(composition, test.stdin) == test.expected_stdout for test in tests)
+        right = all(grammar.run(composition, test.stdin) == test.expected_stdout for test in tests)
         status = "accepted" if right else "wrong_answer"
         return Verdict(status=status, tests=tuple(TestResult(status=status) for _ in tests))
 

@@ -8,8 +8,9 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 
-from ctrl_hpc.data import tiny, tiny_grammar
 from ctrl_hpc.records import Problem, StdinTest
+from ctrl_hpc.tiny import grammar
+from ctrl_hpc.tiny import world as tiny
 
 
 def output(program: str, stdin: str) -> str:
@@ -30,7 +31,7 @@ def passes(program: str, problem: Problem) -> bool:
 
 
 def operation(slot: int, phrase: str) -> int:
-    return [each.phrase for each in tiny_grammar.SLOTS[slot]].index(phrase)
+    return [each.phrase for each in grammar.SLOTS[slot]].index(phrase)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def operation(slot: int, phrase: str) -> int:
     ],
 )
 def test_operation_means_what_it_says(slot: int, phrase: str, value: object, count: int, result: object) -> None:
-    chosen = tiny_grammar.SLOTS[slot][operation(slot, phrase)]
+    chosen = grammar.SLOTS[slot][operation(slot, phrase)]
     assert chosen.apply(value, count) == result
     names = {"x": value, "r": value, "line": "7 " * count}
     exec(chosen.code, names)
@@ -66,39 +67,39 @@ def test_operation_means_what_it_says(slot: int, phrase: str, value: object, cou
 
 def test_hand_worked_problem() -> None:
     composition = (operation(0, "keep the odd ones"), operation(1, "square each"), 0, operation(3, "negate it"))
-    assert tiny_grammar.prompt(composition) == (
+    assert grammar.prompt(composition) == (
         "For each line of integers: keep the odd ones; square each; sum up; negate it; print it."
     )
     # 3, -5 and 1 are odd: 9 + 25 + 1
-    assert output(tiny_grammar.program(composition), "3 4 -5 1\n2 4\n") == "-35\n0\n"
+    assert output(grammar.program(composition), "3 4 -5 1\n2 4\n") == "-35\n0\n"
 
 
 def test_operations_agree_with_their_programs() -> None:
     lines = tiny.input_lines(np.random.default_rng(5), 12)
     stdin = "".join(" ".join(map(str, line)) + "\n" for line in lines)
-    answers_FMTEL = tiny_grammar.answers(lines)
+    answers_FMTEL = grammar.answers(lines)
     rng = np.random.default_rng(6)
     for _ in range(300):
-        composition = tuple(int(rng.integers(size)) for size in tiny_grammar.SIZES)
-        printed = output(tiny_grammar.program(composition), stdin)
+        composition = tuple(int(rng.integers(size)) for size in grammar.SIZES)
+        printed = output(grammar.program(composition), stdin)
         assert [int(text) for text in printed.split()] == answers_FMTEL[composition].tolist()
 
 
 def test_programs_parse_to_their_compositions() -> None:
     composition = (3, 1, 4, 9)
-    text = tiny_grammar.program(composition)
-    assert tiny_grammar.parse(text) == composition
-    assert tiny_grammar.parse(text + "\n") == composition
-    assert tiny_grammar.parse(text.replace("print", "return")) is None
-    assert tiny_grammar.parse("") is None
+    text = grammar.program(composition)
+    assert grammar.parse(text) == composition
+    assert grammar.parse(text + "\n") == composition
+    assert grammar.parse(text.replace("print", "return")) is None
+    assert grammar.parse("") is None
 
 
 def test_partners_are_mutual_and_of_the_same_slot() -> None:
-    for slot in tiny_grammar.SLOTS:
+    for slot in grammar.SLOTS:
         assert len(slot) % 2 == 0
-        assert [tiny_grammar.partner(tiny_grammar.partner(i)) for i in range(len(slot))] == list(range(len(slot)))
-    phrases = [each.phrase for slot in tiny_grammar.SLOTS for each in slot]
-    codes = [each.code for slot in tiny_grammar.SLOTS for each in slot]
+        assert [grammar.partner(grammar.partner(i)) for i in range(len(slot))] == list(range(len(slot)))
+    phrases = [each.phrase for slot in grammar.SLOTS for each in slot]
+    codes = [each.code for slot in grammar.SLOTS for each in slot]
     assert len(set(phrases)) == len(set(codes)) == len(phrases)
 
 
@@ -123,7 +124,7 @@ def test_load_is_deterministic_and_seeded() -> None:
 def test_splits_are_disjoint_in_meaning() -> None:
     """Compared on inputs the generation never saw: programs that agree there lie in one split."""
     lines = tiny.input_lines(np.random.default_rng(99), 150)
-    answers_FMTEL = tiny_grammar.answers(lines)
+    answers_FMTEL = grammar.answers(lines)
     world = tiny.world()
     split_of: dict[bytes, str] = {}
     for split, problems in world.splits.items():
@@ -140,4 +141,4 @@ def test_canonical_solutions_pass_and_confusions_fail() -> None:
         assert problem.canonical_solution is not None
         assert passes(problem.canonical_solution, problem), problem.id
         for mutant in tiny.confusions(world.compositions[problem.id]):
-            assert not passes(tiny_grammar.program(mutant), problem), (problem.id, mutant)
+            assert not passes(grammar.program(mutant), problem), (problem.id, mutant)

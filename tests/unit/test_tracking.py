@@ -11,7 +11,7 @@ import pytest
 from wandb_process import kill_wandb
 
 from ctrl_hpc.config import ROOT, load
-from ctrl_hpc.tracking import Tracker, child_environment, run_id
+from ctrl_hpc.tracking.tracker import Tracker, child_environment, run_id
 
 HEADER_BYTES, BLOCK_BYTES = 7, 32768
 
@@ -134,7 +134,7 @@ def test_disabled_writes_nothing_and_does_not_import_wandb(tmp_path):
 import sys
 from pathlib import Path
 from ctrl_hpc.config import ROOT, load
-from ctrl_hpc.tracking import Tracker
+from ctrl_hpc.tracking.tracker import Tracker
 config = load(ROOT / "configs" / "tiny.yaml", ["run_dir={tmp_path}", "wandb.mode=disabled"])
 with Tracker(config, Path("{tmp_path}"), "rl") as tracker:
     tracker.log({{"rl/reward": 1.0}}, 0)

@@ -11,8 +11,8 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Generation, Revision, Solution, Verdict
-from ctrl_hpc.train import samples
-from ctrl_hpc.train.experience import Rollout
+from ctrl_hpc.train import rollouts
+from ctrl_hpc.train.rollouts import Rollout
 from ctrl_hpc.train.validation import METRIC, Validation, pass_rate, problems_of
 
 
@@ -151,9 +151,9 @@ def test_rows_show_a_sample_from_the_problem_to_the_reward():
     text = toy_world.fenced(4)
     after = ["use 4", "incorrect", text, False, "accepted", "", 1.0, "passed", 3]
     lost = ["use 4", "correct", text, True, "wrong_answer", "test 1 of 1", 0.0, "kept_failed", 3]
-    assert samples.rows(7, made, drafts) == [
+    assert rollouts.rows(7, made, drafts) == [
         [7, "a", "say 4", "print(5)", "wrong_answer: test 1 of 1", *after],
         [7, "b", "say 4", "no program", "accepted", *after],
         [7, "gone", None, None, "not accepted", *lost],
     ]
-    assert [len(samples.COLUMNS)] * 3 == [len(row) for row in samples.rows(7, made, drafts)]
+    assert [len(rollouts.COLUMNS)] * 3 == [len(row) for row in rollouts.rows(7, made, drafts)]

@@ -1,0 +1,49 @@
+"""``ctrl-hpc report``: of a configuration's run, of a run directory, or of many runs beside each other."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+
+def add(parser: argparse.ArgumentParser, stage: Callable[[argparse.Namespace], int]) -> None:
+    """The command's arguments; ``stage`` runs the stage ``report`` of a configuration."""
+    parser.add_argument("targets", nargs="+", metavar="CONFIG.yaml|RUN", help="a configuration, or run directories")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the report of several runs")
+    parser.add_argument("--title", default="Several runs", help="title of that report")
+    parser.set_defaults(command=lambda options: run(options, stage), overrides=[])
+
+
+def run(options: argparse.Namespace, stage: Callable[[argparse.Namespace], int]) -> int:
+    """Tell the forms apart: folders are runs, a YAML file is a configuration with its overrides."""
+    targets = [text for text in options.targets if "=" not in text or Path(text).exists()]
+    overrides = [text for text in options.targets if text not in targets] + options.overrides
+    if not targets:
+        raise ValueError(f"report: {overrides[0]!r} is an override; name a configuration or a run directory first")
+    if targets[0].endswith((".yaml", ".yml")):
+        if len(targets) > 1 or options.out is not None:
+            raise ValueError("report: one configuration at a time, without --out; several runs by their directories")
+        options.config, options.overrides = targets[0], overrides
+        return stage(options)
+    if overrides:
+        raise ValueError(f"report: {overrides[0]!r}: overrides go with a configuration, not with run directories")
+    return _runs(targets, options.out, options.title)
+
+
+def _runs(folders: list[str], out: Path | None, title: str) -> int:
+    if out is not None:
+        from ctrl_hpc.report import combined
+
+        combined.write(folders, out, title)
+        return 0
+    if len(folders) > 1:
+        raise ValueError("report: --out: missing; the report of several runs needs a folder of its own")
+    from ctrl_hpc.config import load
+    from ctrl_hpc.report import page
+
+    folder = Path(folders[0])
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder}: is not a run directory (it holds no config.yaml)")
+    page.write(load(folder / "config.yaml"), folder)
+    return 0

@@ -1,0 +1,197 @@
+"""The steps of the method, records in, records out: draft, execute, critique, revise, elect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ctrl_hpc.config.sections import LimitsConfig
+from ctrl_hpc.flow.feedback import Hint
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.text import extract_program, parse_judgement
+from ctrl_hpc.records import (
+    Chat,
+    Critique,
+    Execution,
+    Executor,
+    Generator,
+    Judgement,
+    Limits,
+    Problem,
+    Revision,
+    Sampling,
+    Solution,
+    TestResult,
+    Verdict,
+)
+
+
+def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, sampling: Sampling) -> list[Solution]:
+    """``sampling.n`` solutions for each problem, flat and in order, not yet executed; ids are ``PROBLEM/k``."""
+    answers = generator.complete([prompts.solution(problem) for problem in problems], sampling)
+    return [
+        Solution(
+            id=f"{problem.id}/{k}",
+            problem_id=problem.id,
+            text=generation.text,
+            program=extract_program(generation.text),
+        )
+        for problem, generations in zip(problems, answers, strict=True)
+        for k, generation in enumerate(generations)
+    ]
+
+
+def limits(problem: Problem, default: LimitsConfig) -> Limits:
+    """The limits of one test: the problem's where it has some, else the default.
+
+    Wall-clock time grows and shrinks with the CPU time, in the proportion of the default.
+    """
+    cpu_s = default.cpu_s if problem.cpu_s is None else problem.cpu_s
+    return Limits(
+        cpu_s=cpu_s,
+        wall_s=default.wall_s * cpu_s / default.cpu_s,
+        memory_mb=default.memory_mb if problem.memory_mb is None else problem.memory_mb,
+        output_bytes=default.output_bytes,
+        processes=default.processes,
+    )
+
+
+def execution(problem: Problem, program: str, default: LimitsConfig) -> Execution:
+    """What the executor takes: a program with its problem's tests, limits and comparison."""
+    return Execution(
+        program=program,
+        tests=problem.tests,
+        limits=limits(problem, default),
+        comparison=problem.comparison or "exact",
+    )
+
+
+def no_program(problem: Problem) -> Verdict:
+    """The verdict of an answer that holds no program."""
+    tests = tuple(TestResult(status="not_run") for _ in problem.tests)
+    return Verdict(status="wrong_answer", tests=tests, detail="no program in the answer")
+
+
+def execute[R: (Solution, Revision)](
+    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, default: LimitsConfig
+) -> list[R]:
+    """The same records with their verdicts, in order.
+
+    Records that have a verdict (kept drafts) keep it; identical programs of one problem are executed once, all in one
+    call of the executor.
+    """
+    keys = [(problem.id, record.program) for problem, record in problems_and_records]
+    todo: dict[tuple[str, str | None], Execution] = {}
+    for key, (problem, record) in zip(keys, problems_and_records, strict=True):
+        if record.verdict is None and record.program is not None and key not in todo:
+            todo[key] = execution(problem, record.program, default)
+    verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
+    return [
+        record
+        if record.verdict is not None
+        else replace(record, verdict=no_program(problem) if record.program is None else verdicts[key])
+        for key, (problem, record) in zip(keys, problems_and_records, strict=True)
+    ]
+
+
+def critique(
+    pairs: Sequence[tuple[Problem, Solution]], critic: Generator, prompts: Prompts, sampling: Sampling
+) -> list[Critique]:
+    """``sampling.n`` critiques of each solution, flat and in order; ids are ``SOLUTION#j``."""
+    chats = [prompts.critique(problem, solution) for problem, solution in pairs]
+    return _ask(chats, [solution for _, solution in pairs], critic, sampling)
+
+
+def critique_with_hints(
+    triples: Sequence[tuple[Problem, Solution, Hint]], critic: Generator, prompts: Prompts, sampling: Sampling
+) -> list[Critique]:
+    """As :func:`critique`, by a critic that is shown what the execution found (stage I)."""
+    chats = [prompts.hinted_critique(problem, solution, hint) for problem, solution, hint in triples]
+    return _ask(chats, [solution for _, solution, _ in triples], critic, sampling)
+
+
+def _ask(chats: Sequence[Chat], solutions: Sequence[Solution], critic: Generator, sampling: Sampling) -> list[Critique]:
+    return [
+        Critique(
+            id=f"{solution.id}#{j}",
+            solution_id=solution.id,
+            text=generation.text,
+            judgement=parse_judgement(generation.text),
+            generation=generation,
+        )
+        for solution, generations in zip(solutions, critic.complete(chats, sampling), strict=True)
+        for j, generation in enumerate(generations)
+    ]
+
+
+def revise(
+    triples: Sequence[tuple[Problem, Solution, Critique]],
+    generator: Generator,
+    prompts: Prompts,
+    sampling: Sampling,
+    *,
+    gate: bool = True,
+    skip: frozenset[str] = frozenset(),
+) -> list[Revision]:
+    """One revision for each critique, in order, not yet executed.
+
+    With ``gate`` a critique that judges the draft correct keeps it, verdict and all, without asking the generator
+    (the paper stops there; its released code asks all the same: ``gate=False``). So do all critiques of the solutions
+    ``skip``, by id. Greedy revisions (``sampling.temperature == 0``) of identical chats are asked for once.
+    """
+    assert sampling.n == 1, "one revision a critique"
+    asked = [
+        index
+        for index, (_, solution, critique) in enumerate(triples)
+        if not (gate and critique.judgement == "correct") and solution.id not in skip
+    ]
+    chats = {
+        index: prompts.revision(problem, solution, critique.text)
+        for index in asked
+        for problem, solution, critique in [triples[index]]
+    }
+    distinct = list(dict.fromkeys(chats.values())) if sampling.temperature == 0 else list(chats.values())
+    answers = [generations[0].text for generations in generator.complete(distinct, sampling)] if distinct else []
+    if sampling.temperature == 0:
+        text_of_chat = dict(zip(distinct, answers, strict=True))
+        texts = {index: text_of_chat[chat] for index, chat in chats.items()}
+    else:
+        texts = dict(zip(chats, answers, strict=True))
+    return [
+        _revision(critique, texts[index]) if index in texts else _kept(critique, solution)
+        for index, (_, solution, critique) in enumerate(triples)
+    ]
+
+
+def _revision(critique: Critique, text: str) -> Revision:
+    return Revision(critique_id=critique.id, text=text, program=extract_program(text), kept=False)
+
+
+def _kept(critique: Critique, solution: Solution) -> Revision:
+    return Revision(
+        critique_id=critique.id, text=solution.text, program=solution.program, kept=True, verdict=solution.verdict
+    )
+
+
+def majority(judgements: Sequence[Judgement | None]) -> Judgement | None:
+    """The judgement that more than half of those that judge at all agree on; None for a tie or when none judges."""
+    surplus = sum((judgement == "correct") - (judgement == "incorrect") for judgement in judgements)
+    if surplus == 0:
+        return None
+    return "correct" if surplus > 0 else "incorrect"
+
+
+def elect(critiques: Sequence[Critique]) -> Critique:
+    """The critique that speaks for several of one program: the first whose judgement is the majority's.
+
+    In a tie the first, without a judgement: the votes are several that disagree.
+    """
+    assert critiques, "no critique to choose from"
+    verdict = majority([critique.judgement for critique in critiques])
+    for critique in critiques:
+        if critique.judgement == verdict and verdict is not None:
+            return critique
+    first = critiques[0]
+    return Critique(
+        id=first.id, solution_id=first.solution_id, text=first.text, judgement=None, generation=first.generation
+    )

@@ -1,0 +1,136 @@
+"""The report of a run: ``report/`` with results.json, index.html, tables, and plots as PNG."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate.metrics import check_identity
+from ctrl_hpc.evaluate.results import collect, read_histories
+from ctrl_hpc.report import figures, paper, samples, tables
+from ctrl_hpc.report.runs import FOCUS, FinishedRun
+from ctrl_hpc.tracking.tracker import Tracker
+
+TABLE_WIDTH = 92
+"""Columns of the results' table: wider than a classical terminal, so that no figure is cut."""
+
+
+def write(config: Config, run_dir: Path) -> dict[str, Any]:
+    """Write the report of an evaluated run, print its table, log it to wandb; returns ``results.json``.
+
+    Raises ValueError when the run's evaluation is not there.
+    """
+    histories = {name: read_histories(config, run_dir, name) for name in config.data.eval_names}
+    results = collect(config, run_dir, histories)
+    for entry in results["datasets"].values():
+        for row in entry["critics"].values():
+            check_identity(row)
+    folder = run_dir / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    jsonl.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    made = tables_of(results)
+    this = FinishedRun(folder=run_dir, variant=config.name, config=config, results=results)
+    made += paper.tables([this])
+    pictures = figures.draw_all(results, folder)
+    shown = samples.rows(histories, config.eval.report_samples)
+    about = (
+        f"Seed {config.seed}, generator {config.generator}, base critic {config.critic.model}, sampling temperature "
+        f"{config.eval.temperature}."
+    )
+    write_files(folder, made, page(config.name, [about], made, pictures, shown, results["wall_time_s"]))
+    with Tracker(config, run_dir, "report") as tracker:
+        tracker.log(metrics(results), 0)
+        tracker.summary(metrics(results))
+        tracker.table("eval/samples", samples.COLUMNS, samples.cells(shown))
+        for picture in pictures:
+            tracker.image(picture)
+        tracker.artifact(folder, "report", f"{config.name}-report")
+        for stage in ("sft", "rl"):
+            trained = run_dir / stage / "hf"
+            if config.wandb.checkpoints != "none" and trained.is_dir():
+                tracker.artifact(trained, "model", f"{config.name}-{stage}")
+    console = Console(width=max(Console().width, TABLE_WIDTH))
+    for name, entry in results["datasets"].items():
+        console.print(tables.rich_table(tables.terminal_table(name, entry)))
+    if "judgebench" in results:
+        console.print(tables.rich_table(tables.judgebench_table(results["judgebench"])))
+    console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
+    return results
+
+
+def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
+    """The tables of one run's results."""
+    datasets = results["datasets"].items()
+    made = [tables.results_table(name, entry) for name, entry in datasets]
+    made += [tables.differences_table(name, entry) for name, entry in datasets if entry["differences"]]
+    made += [tables.seeds_table(name, entry) for name, entry in datasets if entry["n_samples"] > 1]
+    if results.get("judgebench", {}).get("critics"):
+        made.append(tables.judgebench_table(results["judgebench"]))
+    return made
+
+
+def write_files(folder: Path, made: Sequence[tables.Table], index: str) -> None:
+    """The tables as Markdown and LaTeX, and the page."""
+    jsonl.write_text(folder / "results.md", "\n".join(map(tables.markdown, made)))
+    jsonl.write_text(folder / "results.tex", "\n".join(map(tables.latex, made)))
+    jsonl.write_text(folder / "index.html", index)
+
+
+def metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers logged to wandb: ``eval/DATASET/CRITIC/...``, and ``eval/pass_at_1``, the objective of sweeps.
+
+    pass@1 is that after one turn; the objective is its mean over the data sets, of the first critic of ``FOCUS`` that
+    was evaluated. JudgeBench's accuracy is that with the most votes.
+    """
+    out: dict[str, float] = {}
+    objective = []
+    for dataset, entry in results["datasets"].items():
+        critics = entry["critics"]
+        for name, row in critics.items():
+            prefix = f"eval/{dataset}/{name}"
+            out[f"{prefix}/pass_at_1"] = row["pass_at_1"][1]
+            out[f"{prefix}/pass_at_1_last"] = row["pass_at_1"][-1]
+            out[f"{prefix}/delta_up"], out[f"{prefix}/delta_down"] = row["delta_up"], row["delta_down"]
+            if row["judgement"]["f1_macro"] is not None:
+                out[f"{prefix}/f1_macro"] = row["judgement"]["f1_macro"]
+        best = next(name for name in (*FOCUS, *critics) if name in critics)
+        objective.append(critics[best]["pass_at_1"][1])
+    if objective:
+        out["eval/pass_at_1"] = sum(objective) / len(objective)
+    for name, rows in results.get("judgebench", {}).get("critics", {}).items():
+        accuracy = rows["overall"]["accuracy"]
+        out[f"eval/judgebench/{name}/accuracy"] = accuracy[max(accuracy, key=int)]
+    return out
+
+
+def page(
+    title: str,
+    about: Sequence[str],
+    made: Sequence[tables.Table],
+    pictures: Sequence[Path],
+    shown: Sequence[Mapping[str, Any]],
+    wall_time_s: Mapping[str, float],
+) -> str:
+    """``index.html``: one file that needs nothing else, pictures and samples inside."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    # a "<" inside a script element could end it
+    data = json.dumps(shown, separators=(",", ":")).replace("<", "\\u003c")
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        about=about,
+        tables=made,
+        pictures=[(picture.stem, base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures],
+        wall_time_s=wall_time_s,
+        samples=data,
+        transitions=samples.TRANSITIONS,
+    )

@@ -1,0 +1,200 @@
+"""The table of results, for the terminal, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as RichTable
+
+from ctrl_hpc.report.plots import label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Cells as text; columns of words are left-aligned, the others right-aligned. ``strong`` rows stand out."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    strong: frozenset[int] = frozenset()
+    note: str = ""
+    """What to know of it, below it."""
+    text_columns: int = 1
+    """Columns of words, which are left-aligned."""
+
+
+def results_table(dataset: str, entry: Mapping[str, Any]) -> Table:
+    """A data set's critics: pass@1 by turn, the gain of the first with its interval, Δ↑, Δ↓, judgement; in per cent."""
+    critics: Mapping[str, Any] = entry["critics"]
+    turns = max(len(row["pass_at_1"]) for row in critics.values())
+    columns = ("critic", "drafts", *(f"turn {turn}" for turn in range(1, turns)))
+    columns += ("gain [95 %]", "Δ↑", "Δ↓", "accuracy", "F1 pass", "F1 fail", "F1 macro")
+    return Table(
+        title=f"{dataset}: {entry['n_problems']} problems, {entry['n_samples']} draft(s) each; pass@1 in %",
+        columns=columns,
+        rows=tuple(_row(name, row) for name, row in critics.items()),
+        strong=frozenset(index for index, name in enumerate(critics) if name in ("rl", "rl_greedy")),
+    )
+
+
+def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = row["ci95"]["gain"]
+    judgement = row["judgement"]
+    gain = "–" if judgement["accuracy"] is None else f"{100 * row['gain']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return (
+        label(name),
+        *(percent(value) for value in row["pass_at_1"]),
+        gain,
+        percent(row["delta_up"]),
+        percent(row["delta_down"]),
+        *(percent(judgement[key]) for key in ("accuracy", "f1_pass", "f1_fail", "f1_macro")),
+    )
+
+
+def differences_table(dataset: str, entry: Mapping[str, Any]) -> Table:
+    """How much pass@1 after one turn differs between critics, paired by problem; in points."""
+    rows = []
+    for name, value in entry["differences"].items():
+        one, other = name.split(" - ")
+        low, high = value["ci95"]
+        points = f"{100 * value['pass_at_1']:+.1f}"
+        rows.append((f"{label(one)} − {label(other)}", points, f"[{100 * low:+.1f}, {100 * high:+.1f}]"))
+    return Table(title=f"{dataset}: differences after one turn", columns=("", "points", "95 %"), rows=tuple(rows))
+
+
+def percent(value: float | None) -> str:
+    """A fraction in per cent with one decimal; a dash for None."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def terminal_table(dataset: str, entry: Mapping[str, Any]) -> Table:
+    """What of :func:`results_table` fits into 80 columns, critics by the names that ``results.json`` uses."""
+    critics: Mapping[str, Any] = entry["critics"]
+    turns = max(len(row["pass_at_1"]) for row in critics.values())
+    rows = []
+    for name, row in critics.items():
+        shares = [*row["pass_at_1"], row["delta_up"], row["delta_down"]]
+        shares += [row["judgement"]["f1_pass"], row["judgement"]["f1_fail"]]
+        rows.append((name, *map(percent, shares)))
+    return Table(
+        title=f"{dataset}: {entry['n_problems']} problems, pass@1 in % of drafts and after each turn; Δ of turn 1; F1",
+        columns=("critic", "draft", *(f"t{turn}" for turn in range(1, turns)), "Δ↑", "Δ↓", "right", "wrong"),
+        rows=tuple(rows),
+        strong=frozenset(index for index, name in enumerate(critics) if name in ("rl", "rl_greedy")),
+    )
+
+
+def rich_table(table: Table) -> RichTable:
+    """For the terminal."""
+    out = RichTable(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, column in enumerate(table.columns):
+        out.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for number, row in enumerate(table.rows):
+        out.add_row(*row, style="bold green" if number in table.strong else None)
+    return out
+
+
+def markdown(table: Table) -> str:
+    """For a README or an issue."""
+    rule = ["---"] * table.text_columns + ["---:"] * (len(table.columns) - table.text_columns)
+    lines = [table.columns, rule, *table.rows]
+    note = f"\n{table.note}\n" if table.note else ""
+    return f"**{table.title}**\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines) + note
+
+
+_LATEX = {"%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "Δ": r"$\Delta$"}
+_LATEX |= {"–": "--", "−": "$-$", "×": r"$\times$", "±": r"$\pm$"}
+
+
+def latex(table: Table) -> str:
+    """A ``tabular`` with booktabs' rules; the title and the note as comments."""
+    columns = "l" * table.text_columns + "r" * (len(table.columns) - table.text_columns)
+    lines = [f"% {text}" for text in (table.title, table.note) if text]
+    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule"]
+    lines.append(_latex_row(table.columns))
+    lines.append(r"\midrule")
+    for number, row in enumerate(table.rows):
+        cells = [rf"\textbf{{{cell}}}" for cell in map(_escaped, row)] if number in table.strong else map(_escaped, row)
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_escaped, cells)) + r" \\"
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def seeds_table(dataset: str, entry: Mapping[str, Any]) -> Table:
+    """pass@1 after one and after all turns, with the standard deviation over seeds, pass@k, time-outs."""
+    rows = []
+    for name, row in entry["critics"].items():
+        deviations, ks = row["seeds"]["std"], row["pass_at_k"]
+        shares = [f"{100 * row['pass_at_1'][turn]:.1f} ± {100 * deviations[turn]:.1f}" for turn in (0, 1, -1)]
+        most = max(ks, key=int)
+        timeouts = row["timeout_rate"]
+        rows.append((label(name), *shares, percent(ks[most][-1]), percent(timeouts[-1] if timeouts else None)))
+    most = max(next(iter(entry["critics"].values()))["pass_at_k"], key=int)
+    columns = ("critic", "drafts", "turn 1", "last turn", f"pass@{most}, last turn", "time-outs, last turn")
+    title = f"{dataset}: over {entry['n_samples']} seeds, mean ± standard deviation; in %"
+    return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def judgebench_table(entry: Mapping[str, Any]) -> Table:
+    """JudgeBench: accuracy by category with the most votes, overall by number of votes; in per cent."""
+    critics: Mapping[str, Any] = entry["critics"]
+    first = next(iter(critics.values()))
+    votes = list(first["overall"]["accuracy"])
+    most = max(votes, key=int)
+    categories = [name for name in first if name != "overall"]
+    rows = []
+    for name, found in critics.items():
+        low, high = found["overall"]["ci95"][most]
+        cells = [percent(found[category]["accuracy"][most]) for category in categories]
+        cells += [percent(found["overall"]["accuracy"][n]) for n in votes]
+        rows.append((label(name), *cells, f"[{100 * low:.1f}, {100 * high:.1f}]"))
+    columns = ("critic", *(f"{name}, {most} votes" for name in categories), *(f"overall, {n}" for n in votes), "95 %")
+    title = f"JudgeBench: {entry['n_pairs']} pairs, {entry['mode']}; accuracy in %, no decision counts as wrong"
+    return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def variants_table(dataset: str, variants: Mapping[str, Any], critic: str | None = None) -> Table:
+    """Several runs by variant: mean ± standard deviation over their seeds, of one critic or of all; in per cent."""
+    rows = []
+    for variant, entry in variants.items():
+        critics = entry["datasets"].get(dataset, {"critics": {}})["critics"]
+        for name, row in critics.items():
+            if critic in (None, name):
+                rows.append((variant, label(name), str(row["n_runs"]), *_variant_cells(row)))
+    columns = ("variant", "critic", "runs", "drafts", "turn 1", "last turn", "Δ↑", "Δ↓", "F1 pass", "F1 fail")
+    told = "all critics" if critic is None else label(critic)
+    title = f"{dataset}: variants, {told}; pass@1 in %, mean ± standard deviation over seeds"
+    return Table(title=title, columns=columns, rows=tuple(rows), text_columns=2)
+
+
+def _variant_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    shares = [percent(row["pass_at_1"][turn]) for turn in (0, 1, -1)]
+    if row["n_runs"] > 1:
+        deviations = [row["pass_at_1_sd"][turn] for turn in (0, 1, -1)]
+        shares = [f"{share} ± {percent(deviation)}" for share, deviation in zip(shares, deviations, strict=True)]
+    return (*shares, *(percent(row[name]) for name in ("delta_up", "delta_down", "f1_pass", "f1_fail")))
+
+
+def variant_differences_table(
+    dataset: str, critic: str, baseline: str, found: Mapping[str, Mapping[str, Any]]
+) -> Table:
+    """How much pass@1 after one turn differs from the first variant's, paired by seed and problem; in points."""
+    rows = []
+    for variant, value in found.items():
+        low, high = value["ci95"]
+        points = f"{100 * value['pass_at_1']:+.1f}"
+        rows.append(
+            (f"{variant} − {baseline}", str(len(value["seeds"])), points, f"[{100 * low:+.1f}, {100 * high:+.1f}]")
+        )
+    title = f"{dataset}: differences between variants after one turn, {label(critic)}, paired by seed and problem"
+    return Table(title=title, columns=("", "seeds", "points", "95 %"), rows=tuple(rows))

@@ -1,0 +1,234 @@
+"""Rollouts of a step: recorded, read back, batched, and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ctrl_kernels
+import torch
+from ctrl_kernels.backend import Backend
+from torch import Tensor
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.records import Critique, Problem, Revision, Reward, Solution, Verdict
+from ctrl_hpc.train.batch import Batch, collate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One critique, what came of it and what it earned: a line of ``rl/rollouts/step-NNNNNN.jsonl``."""
+
+    solution_id: str
+    critique: str
+    judgement: str | None
+    draft_accepted: bool
+    revision: str
+    kept: bool
+    status: str
+    reward: float
+    reason: str
+    masked: bool
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    version: int
+    leaked: bool = False
+    detail: str = ""
+    """One line on what went wrong in the revision."""
+
+    @classmethod
+    def of(cls, critique: Critique, revision: Revision, draft: Verdict, reward: Reward) -> Rollout:
+        """The parts of a finished sample that training and people need.
+
+        Raises ValueError when the critic's server gave no token ids or log-probabilities.
+        """
+        generation = critique.generation
+        if generation is None or not generation.token_ids or len(generation.logprobs) != len(generation.token_ids):
+            raise ValueError(f"critique {critique.id}: the critic's server gave no token ids with log-probabilities")
+        assert revision.verdict is not None
+        return cls(
+            solution_id=critique.solution_id,
+            critique=critique.text,
+            judgement=critique.judgement,
+            draft_accepted=draft.accepted,
+            revision=revision.text,
+            kept=revision.kept,
+            status=revision.verdict.status,
+            reward=reward.value,
+            reason=reward.reason,
+            masked=reward.masked,
+            prompt_ids=generation.prompt_ids,
+            token_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            finish_reason=generation.finish_reason,
+            version=generation.version,
+            leaked=reward.leaked,
+            detail=revision.verdict.detail,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience:
+    """The rollouts of a step as tensors; the same on every rank."""
+
+    batch: Batch
+    rewards_S: Tensor
+    groups_S: Tensor
+    """Number of the draft that a critique is about; int64."""
+    valid_S: Tensor
+    """False where the environment failed: the critique leaves its group."""
+    rollout_SR: Tensor
+    """Log-probabilities by the engine that sampled."""
+    position: int
+    """Drafts drawn from the pool so far."""
+    metrics: dict[str, float]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout], *, version: int, position: int, metrics: dict[str, float]) -> Experience:
+        """From the rollouts of a step that updates version ``version`` of the weights; adds to ``metrics``."""
+        batch = collate([(item.prompt_ids, item.token_ids) for item in rollouts])
+        rollout_SR = torch.zeros(batch.mask_SR.shape)
+        for row, item in enumerate(rollouts):
+            rollout_SR[row, : len(item.logprobs)] = torch.tensor(item.logprobs)
+        numbers = {solution: number for number, solution in enumerate(dict.fromkeys(r.solution_id for r in rollouts))}
+        return cls(
+            batch=batch,
+            rewards_S=torch.tensor([item.reward for item in rollouts]),
+            groups_S=torch.tensor([numbers[item.solution_id] for item in rollouts]),
+            valid_S=torch.tensor([not item.masked for item in rollouts]),
+            rollout_SR=rollout_SR,
+            position=position,
+            metrics=summary(rollouts, version) | metrics,
+        )
+
+    def advantages(self, estimator: str, *, device: torch.device | str = "cpu", backend: Backend = "auto") -> Tensor:
+        """Group-normalised advantages, fp32 [S] on the CPU; zero for critiques that left their group.
+
+        ``device`` and ``backend``: where and how the kernel computes them.
+        """
+        advantages_S = torch.zeros(len(self.rewards_S))
+        valid = self.valid_S.nonzero()[:, 0]
+        if len(valid):
+            found = ctrl_kernels.group_advantages(
+                self.rewards_S[valid].to(device),
+                self.groups_S[valid].to(device),
+                estimator=estimator,  # type: ignore[arg-type]
+                backend=backend,
+            )
+            advantages_S[valid] = found.cpu()
+        return advantages_S
+
+    @property
+    def n_groups(self) -> int:
+        """Drafts critiqued."""
+        return int(self.groups_S.max()) + 1
+
+    def learnable_groups(self) -> list[int]:
+        """The groups whose valid rewards are not all the same: the others have no advantage to learn from."""
+        rewards = [self.rewards_S[(self.groups_S == group) & self.valid_S].tolist() for group in range(self.n_groups)]
+        return [group for group, values in enumerate(rewards) if has_spread(values)]
+
+    def valid_groups(self) -> list[int]:
+        """The groups that the environment left a critique of."""
+        return sorted(set(self.groups_S[self.valid_S].tolist()))
+
+    def rows(self, groups: Sequence[int]) -> list[int]:
+        """The valid critiques of some groups."""
+        wanted = torch.isin(self.groups_S, torch.tensor(groups, dtype=torch.int64)) & self.valid_S
+        return wanted.nonzero()[:, 0].tolist()
+
+
+def has_spread(rewards: Sequence[float]) -> bool:
+    """Whether rewards differ."""
+    return len(rewards) > 1 and max(rewards) > min(rewards)
+
+
+def learnable_groups(rollouts: Sequence[Rollout]) -> list[str]:
+    """The drafts whose critiques did not all earn the same."""
+    rewards: dict[str, list[float]] = {}
+    for item in rollouts:
+        if not item.masked:
+            rewards.setdefault(item.solution_id, []).append(item.reward)
+    return [solution for solution, values in rewards.items() if has_spread(values)]
+
+
+def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """What a step's rollouts look like, as metrics; means over the critiques that count."""
+    counted = [item for item in rollouts if not item.masked]
+    n = max(1, len(counted))
+    judged = [item for item in counted if item.judgement is not None]
+    right = sum((item.judgement == "correct") == item.draft_accepted for item in judged)
+    staleness = [version - item.version for item in rollouts]
+    reasons = {f"rl/reason/{reason}": 0 for reason in sorted({item.reason for item in rollouts})}
+    for item in rollouts:
+        reasons[f"rl/reason/{item.reason}"] += 1
+    revised = [item for item in counted if item.reason not in ("verdict_right", "verdict_wrong")]
+    return {
+        "rl/reward": sum(item.reward for item in counted) / n,
+        "rl/pass_rate": sum(item.status == "accepted" for item in revised) / max(1, len(revised)),
+        "rl/leaked": sum(item.leaked for item in counted) / n,
+        "rl/draft_pass_rate": sum(item.draft_accepted for item in counted) / n,
+        "rl/judgement_accuracy": right / n,
+        "rl/judged_correct": sum(item.judgement == "correct" for item in counted) / n,
+        "rl/critique_tokens": sum(len(item.token_ids) for item in rollouts) / len(rollouts),
+        "rl/truncated": sum(item.finish_reason == "length" for item in rollouts) / len(rollouts),
+        "rl/masked": float(len(rollouts) - len(counted)),
+        "rl/staleness": float(max(staleness)),
+        "rl/staleness_mean": sum(staleness) / len(staleness),
+        **{name: count / len(rollouts) for name, count in reasons.items()},
+    }
+
+
+def record_file(folder: Path, step: int) -> Path:
+    """Where the rollouts of a step are written."""
+    return folder / f"step-{step:06d}.jsonl"
+
+
+def replay(folder: Path, step: int) -> list[Rollout]:
+    """The recorded rollouts of a step.
+
+    Raises ValueError when the step was not recorded.
+    """
+    file = record_file(folder, step)
+    if not file.exists():
+        raise ValueError(f"rl.replay: {file} does not exist")
+    return jsonl.read(Rollout, file)
+
+
+COLUMNS = [
+    *("step", "solution_id", "problem", "draft", "draft_verdict", "critique", "judgement", "revision", "kept"),
+    *("verdict", "detail", "reward", "reason", "weight_version"),
+]
+"""``draft`` is the program that was critiqued (the whole answer where it holds none), ``detail`` what went wrong in the
+revision, ``kept`` whether the draft was kept because the critique judged it correct."""
+Cell = str | float | bool | None
+
+
+def rows(step: int, rollouts: Sequence[Rollout], drafts: Mapping[str, tuple[Problem, Solution]]) -> list[list[Cell]]:
+    """Rows of ``COLUMNS``; ``drafts`` are problems and solutions by the solution's id."""
+    return [_row(step, item, *drafts.get(item.solution_id, (None, None))) for item in rollouts]
+
+
+def _row(step: int, item: Rollout, problem: Problem | None, draft: Solution | None) -> list[Cell]:
+    verdict = draft.verdict if draft is not None else None
+    known = "accepted" if item.draft_accepted else "not accepted"
+    told = verdict.status + (f": {verdict.detail}" if verdict.detail else "") if verdict is not None else known
+    return [
+        step,
+        item.solution_id,
+        problem.prompt if problem is not None else None,
+        (draft.program or draft.text) if draft is not None else None,
+        told,
+        item.critique,
+        item.judgement,
+        item.revision,
+        item.kept,
+        item.status,
+        item.detail,
+        item.reward,
+        item.reason,
+        item.version,
+    ]
