@@ -25,7 +25,7 @@ from ctrl_hpc.tracking import wandb_file
 from ctrl_hpc.tracking.tracker import run_id
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "slurm" / "faults"))
+sys.path.insert(0, str(ROOT / "tests" / "faults"))
 from striker import Striker  # noqa: E402
 from strikes import Site, is_over  # noqa: E402
 

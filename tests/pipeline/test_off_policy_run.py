@@ -8,10 +8,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import overlap
 import pytest
 from process_table import processes_of
 
-from ctrl_hpc.cluster import simulation
 from ctrl_hpc.config import ROOT
 
 STEPS, STALE, DRAFTS, GROUP = 8, 2, 8, 8
@@ -43,8 +43,8 @@ def test_two_versions_off_policy_in_chunks(tmp_path: Path) -> None:
         assert 0 <= record.get("rl/rollout_kl", 0.0) < 0.5
         assert record["time/rollout_s"] > 0 and record["time/wait_s"] >= 0
     assert sum(drafts.values()) == STEPS * DRAFTS and set(drafts.values()) == {1}, "64 of 96 drafts, each once"
-    trace = simulation.record(run_dir, "a test")
+    trace = overlap.record(run_dir, "a test")
     recorded = [sum(step["runs"]) for step in trace["steps"]]
     assert all(0 < runs <= record["executor/runs"] for runs, record in zip(recorded, records, strict=True))
-    waits = simulation.simulate(trace, simulation.Layout(), max_staleness=STALE, steps=20)
+    waits = overlap.simulate(trace, overlap.Layout(), max_staleness=STALE, steps=20)
     assert max(step - version for step, version in enumerate(waits.versions)) <= STALE

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from ctrl_hpc.sandbox.soak import MISBEHAVING, executions, soak
+from soak import MISBEHAVING, executions, soak
 
 
 def test_one_in_seven_misbehaves_in_every_way() -> None:

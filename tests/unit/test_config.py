@@ -82,7 +82,7 @@ def test_relative_model_folders_are_found_from_the_project_root(
 
 
 def test_every_field_is_documented() -> None:
-    for name in ("config.py", "config_sections.py", "config_experiment.py"):
+    for name in ("config/__init__.py", "config/sections.py", "config/experiment.py"):
         tree = ast.parse((ROOT / "ctrl_hpc" / name).read_text())
         for section in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
             for index, node in enumerate(section.body):

@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,8 @@ def test_a_command(
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert arguments[0] in targets
+    elif program == "python":
+        subprocess.run([sys.executable, ROOT / arguments[0], "--help"], check=True, capture_output=True)
     elif program in ("sbatch", "export") or "/" in program:
         paths = re.findall(r"[\w.-]+(?:/[\w.-]+)+", command)
         assert paths, f"{page}: {command}: names no file"

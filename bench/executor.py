@@ -7,6 +7,7 @@ CPU time a run costs, of all processes that take part: it says the same where ot
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import itertools
 import json
@@ -301,3 +302,17 @@ def bench(workers: int = 2, seconds: float = 10.0, beside: str | None = None) ->
         f"wall limit: ended {late[len(late) // 2]:.1f} ms after it (median), {late[-1]:.1f} ms (worst of {len(late)})"
     )
     print(f"peak memory: at most {found.memory_mb:.1f} MB from what the program measures itself")
+
+
+def main() -> None:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description="speed of the executor against bare Python")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds a row (default: 10)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--beside", metavar="URL", help="another server of SandboxFusion's routes, measured too")
+    options = parser.parse_args()
+    bench(options.workers, options.seconds, options.beside)
+
+
+if __name__ == "__main__":
+    main()

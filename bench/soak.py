@@ -1,11 +1,12 @@
 """A long run of the executor with one program in seven misbehaving; nothing may be wrong, left over, or growing.
 
-``ctrl-hpc bench soak``. Every verdict is checked against the one known for its program; at
+``python bench/soak.py``. Every verdict is checked against the one known for its program; at
 the end the processes, descriptors, threads, mounts, cgroups and files of the machine are compared with those before.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import tempfile
@@ -139,9 +140,14 @@ def _resident_mb() -> float:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def bench(runs: int = 100_000, workers: int = 2, seed: int = 0) -> bool:
-    """Soak and print what was found; whether it was clean."""
-    report = soak(runs, workers, seed)
+def main() -> None:
+    """Soak and print what was found; exit status 1 where it was not clean."""
+    parser = argparse.ArgumentParser(description="many runs of the executor, one in seven misbehaving")
+    parser.add_argument("--runs", type=int, default=100_000, help="runs (default: 100000)")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    report = soak(options.runs, options.workers, options.seed)
     print(f"{report.runs} runs, {sum(report.wrong.values())} wrong, memory grew by {report.growth_mb:.1f} MB")
     for what, count in report.wrong.most_common(20):
         print(f"wrong, {count} times: {what}")
@@ -149,4 +155,8 @@ def bench(runs: int = 100_000, workers: int = 2, seed: int = 0) -> bool:
         if left:
             print(f"left: {kind}: {', '.join(sorted(left)[:10])}")
     print("clean" if report.clean else "NOT clean")
-    return report.clean
+    raise SystemExit(0 if report.clean else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,7 +23,7 @@ from strikes import JOB_FAULTS, Site, is_over
 
 from ctrl_hpc import config as configuration
 
-SCRIPT = Path(__file__).resolve().parent.parent / "run.sbatch"
+SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "run.sbatch"
 ON_CLUSTER = ("cluster=testcluster", "launch.executor.partition=low", "launch.executor.constraint=cpu")
 """Executors where they may be preempted."""
 POLL_S = 2.0

@@ -22,7 +22,7 @@ import psutil
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.registry import Registry, Service
 
-TESTCLUSTER = Path(__file__).resolve().parent.parent / "testcluster"
+TESTCLUSTER = Path(__file__).resolve().parents[2] / "slurm" / "testcluster"
 ELEMENTS = ("executor", "critic", "generator")
 HUNG = "hung-"
 """Start of the ids of executors that hang."""

@@ -10,6 +10,7 @@ step s - 1 are made and version s - K is published; the trainer publishes withou
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import heapq
 import json
@@ -256,3 +257,45 @@ def _first_of(keys: Iterable[tuple[str, str] | None]) -> list[bool]:
 
 def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Simulate, print and plot; with ``--record`` from the service times of a run of one's own."""
+    parser = argparse.ArgumentParser(description="how long the trainer of a simulated 8-node run waits for rollouts")
+    parser.add_argument("--trace", type=Path, default=None, help="recorded service times (default: the shipped ones)")
+    parser.add_argument("--record", type=Path, default=None, metavar="RUN", help="write --trace from this run first")
+    parser.add_argument("--note", default="", help="with --record: under which load the run was made, say")
+    parser.add_argument("--steps", type=int, default=100, help="steps simulated (default: 100)")
+    parser.add_argument("--max-staleness", type=int, nargs="+", default=[0, 1, 2], metavar="K", help="(default: 0 1 2)")
+    parser.add_argument("--executors", type=int, default=512, help="programs that run at once (default: 512)")
+    parser.add_argument("--servers", type=int, default=24, help="of the critic, and as many of the generator (24)")
+    parser.add_argument("--chunk", type=int, default=0, help="drafts of a chunk, as rl.chunk (default: 0, a step's)")
+    parser.add_argument("--chunks-in-flight", type=int, default=8, help="as rl.chunks_in_flight (default: 8)")
+    parser.add_argument("--out", type=Path, default=Path("overlap.png"), help="the plot (default: overlap.png)")
+    options = parser.parse_args()
+    if options.record is not None:
+        if options.trace is None:
+            parser.error("--record: --trace names the file to write")
+        options.trace.write_text(json.dumps(record(options.record, options.note), separators=(",", ":")))
+    trace = load(options.trace or TRACE)
+    layout = Layout(
+        executors=options.executors,
+        critic_servers=options.servers,
+        generator_servers=options.servers,
+        chunk=options.chunk,
+        chunks_in_flight=options.chunks_in_flight,
+    )
+    stales = dict.fromkeys(options.max_staleness)
+    results = [simulate(trace, layout, max_staleness=stale, steps=options.steps) for stale in stales]
+    print(f"service times of {trace['provenance']}; {layout}")
+    for result in results:
+        work = f"the trainer works {result.trainer_s:.3f} s, writes weights {result.publish_s:.3f} s"
+        waits = f"waits for rollouts {100 * result.fraction:.1f} % of the time"
+        rollouts = f"rollouts take {result.rollouts_s:.3f} s and are {result.staleness:.2f} versions old"
+        print(f"max_staleness={result.max_staleness}: a step takes {result.step_s:.3f} s; {work}, {waits}; {rollouts}")
+    plot(results, options.out, trace["provenance"])
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
