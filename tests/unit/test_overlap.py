@@ -1,13 +1,12 @@
 """The simulated overlap of rollouts and training: hand-worked waits and versions, and the shipped trace."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import overlap
 import pytest
 from overlap import Layout
-
-from ctrl_hpc.cli import main
 
 # a draft's two critiques of 10 tokens at 0.1 s a token, each revised in 4 tokens at 0.25 s and run in 0.5 s
 STEP: dict[str, Any] = {
@@ -85,8 +84,11 @@ def test_chunks_go_their_way_beside_each_other(chunk: int, in_flight: int, wait_
 
 
 @pytest.mark.slow
-def test_the_command_meets_its_target_with_the_shipped_trace(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "overlap", "--out", str(tmp_path / "overlap.png")]) == 0
+def test_the_command_meets_its_target_with_the_shipped_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["overlap.py", "--out", str(tmp_path / "overlap.png")])
+    overlap.main()
     said = capsys.readouterr().out
     assert "git_commit" in said and (tmp_path / "overlap.png").stat().st_size > 10_000
     assert [line.partition(":")[0] for line in said.splitlines()[1:4]] == [f"max_staleness={k}" for k in range(3)]
