@@ -7,7 +7,7 @@ import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.service.fleet import LoopThread
-from ctrl_hpc.train.ahead import Producer, Source, weights_folder
+from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import collate
+from ctrl_hpc.train.collect import Collector
 from ctrl_hpc.train.drafts import side_by_side
 from ctrl_hpc.train.journal import Clock
 from ctrl_hpc.train.rollouts import Experience
@@ -58,17 +59,22 @@ class Trainer:
         """The versions of all steps' rollouts."""
         steps = range(self.start, self.start + len(self.after))
         self.published[self.start].set()
-        producer = Producer(
-            self.make, start=self.start, steps=steps.stop, position=position, max_staleness=self.max_staleness
+        ahead = Ahead(
+            self.make,
+            Path("unused"),
+            start=self.start,
+            steps=steps.stop,
+            position=position,
+            max_staleness=self.max_staleness,
         )
         for step in steps:
-            assert producer.take(step).metrics["step"] == step
-            for number, made in producer._made:
+            assert ahead.take(step).metrics["step"] == step
+            for number, made in ahead._made:
                 if self._can_end(number - self.start, step):
                     made.result(timeout=60)
-            producer.publish(step + 1)
+            ahead.publish(step + 1)
             self.published[step + 1].set()
-        producer.close()
+        ahead.close()
         return self.versions
 
     def _can_end(self, index: int, newest: int) -> bool:
@@ -123,13 +129,13 @@ def test_what_went_wrong_ahead_is_told_at_once() -> None:
             raise ValueError("no critic server has been alive for 600 s")
         return experience(step, version, position)
 
-    producer = Producer(make, start=0, steps=9, position=0, max_staleness=2)
-    producer.take(0)
+    ahead = Ahead(make, Path("unused"), start=0, steps=9, position=0, max_staleness=2)
+    ahead.take(0)
     assert begun.wait(timeout=60)
-    producer._made[-1][1].exception(timeout=60)
+    ahead._made[-1][1].exception(timeout=60)
     with pytest.raises(ValueError, match="alive for 600 s"):
-        producer.take(1)  # which is made
-    producer.close()
+        ahead.take(1)  # which is made
+    ahead.close()
 
 
 def test_a_trainer_that_ends_does_not_wait_for_rollouts_in_flight() -> None:
@@ -143,15 +149,15 @@ def test_a_trainer_that_ends_does_not_wait_for_rollouts_in_flight() -> None:
         client.run(silent())
         raise AssertionError("it does not answer")
 
-    producer = Producer(make, start=0, steps=9, position=0, max_staleness=3)
-    in_hand, later = producer._made[0][1], producer._made[1][1]
+    ahead = Ahead(make, Path("unused"), start=0, steps=9, position=0, max_staleness=3)
+    in_hand, later = ahead._made[0][1], ahead._made[1][1]
     assert asked.wait(timeout=60)
-    producer.close()
+    ahead.close()
     client.close()
     with pytest.raises(CancelledError):
         in_hand.result(timeout=60)
     assert later.cancelled()
-    for thread in producer._thread._threads:
+    for thread in ahead._thread._threads:
         thread.join(timeout=60)
         assert not thread.is_alive(), "the interpreter waits for it at its end"
     with pytest.raises(RuntimeError, match="services is closed"):
@@ -169,26 +175,25 @@ def test_weights_are_kept_as_long_as_a_server_may_load_them(tmp_path: Path, max_
         return 1
 
     services: Any = SimpleNamespace(critic=SimpleNamespace(update_weights=update_weights), close=lambda: None)
-    config = Config(name="test", rl=RLConfig(steps=12, max_staleness=max_staleness))
-    prompts: Any = None
-    source = Source(config=config, folder=stage / "rollouts", pool=None, connections=services, prompts=prompts)
+    config, prompts = Config(name="test", rl=RLConfig(steps=12, max_staleness=max_staleness)), cast(Any, None)
+    collector = Collector(config=config, stage=stage, prompts=prompts, connections=services)
 
-    def make(source: Source, step: int, position: int, version: int) -> Experience:
-        source.load(version)
+    def make(step: int, position: int, version: int) -> Experience:
+        collector.load(version)
         return experience(step, version, position + DRAFTS)
 
-    def published(version: int) -> list[int]:
-        weights_folder(stage, version).mkdir(parents=True, exist_ok=True)
-        source.publish(weights_folder(stage, version), version)
+    def published() -> list[int]:
         return sorted(int(folder.name[1:]) for folder in (stage / "weights").iterdir())
 
-    for version in (6, 7, 8):  # an earlier start got further than the checkpoint at 5, and was killed
+    for version in (4, 5, 6, 7, 8):  # an earlier start got further than the checkpoint at 5, and was killed
         weights_folder(stage, version).mkdir(parents=True)
-    assert published(5) == [5]
-    with source:
+    with Ahead(make, stage, start=5, steps=12, position=20, max_staleness=max_staleness) as ahead:
+        assert published() == [5]
         for step in range(5, 12):
-            source.experience(make, step, DRAFTS * step)
-            kept = published(step + 1)
+            ahead.take(step)
+            weights_folder(stage, step + 1).mkdir()
+            ahead.publish(step + 1)
+            kept = published()
             assert kept[-1] == step + 1 and kept == list(range(kept[0], step + 2))
             assert len(kept) <= max_staleness + 2 and kept[0] <= loaded[-1]
     assert loaded[0] == 5 and len(loaded) == 7 and all(0 <= 5 + i - v <= max_staleness for i, v in enumerate(loaded))
