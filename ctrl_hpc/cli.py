@@ -194,7 +194,7 @@ def _run(options: argparse.Namespace) -> int:
         print(dump(config), end="")
         _print_scripts(config)
         return _plan(config)
-    _from_copy(config, "run", options)
+    _keep_code(config, "run", options)
     from ctrl_hpc import pipeline
 
     folder = pipeline.run(config)
@@ -232,7 +232,7 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
-        _from_copy(config, name, options)
+        _keep_code(config, name, options)
         from ctrl_hpc import pipeline
 
         pipeline.run(config, stages=(name,))
@@ -241,14 +241,17 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
     return command
 
 
-def _from_copy(config: Config, command: str, options: argparse.Namespace) -> None:
-    """Go on from the copy of the code in the run directory, where this is a program of its own and keeps one."""
+def _keep_code(config: Config, command: str, options: argparse.Namespace) -> None:
+    """Where this is a program of its own: what it imports later is the code as it is now (or was, with ``keep``)."""
     if options.is_program:
         from ctrl_hpc.run import directory, snapshot
 
-        if config.launch.snapshot != "keep":
-            directory.check(config)
-        snapshot.continue_from_copy(config, command, options.overrides)
+        if config.launch.snapshot == "keep":
+            snapshot.continue_kept(config, command, options.overrides)
+        directory.check(config)
+        copy = snapshot.take(config.run_dir or "", config.launch.snapshot)
+        if copy is not None and snapshot.own(config.run_dir or "") is None:
+            snapshot.import_from(copy)
 
 
 def _suite(options: argparse.Namespace) -> int:

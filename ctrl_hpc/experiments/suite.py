@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,17 +144,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     suite = read(file)
     every = members(suite, file, overrides)
     wanted = _chosen(every, only)
-    failed = []
-    started = time.monotonic()
-    todo = [member for member in wanted if not member.done]
-    for number, member in enumerate(todo):
-        left = _time_left(time.monotonic() - started, number, len(todo))
-        console.rule(f"[bold]{suite.name} {number + 1}/{len(todo)}: {member.folder.name}{left}")
-        try:
-            _run_member(member, every if suite.share else [])
-        except (ValueError, RuntimeError, OSError) as error:
-            console.print(f"{member.folder.name}: {error}", style="red", highlight=False)
-            failed.append(member.folder.name)
+    failed = [member.folder.name for member, error in run_members(suite.name, wanted, every, suite.share) if error]
     finished = [member for member in every if member.done and "report" in member.config.stages]
     out = Path(suite.folder or Path("runs") / suite.name).absolute() / "report"
     if finished:
@@ -164,6 +154,26 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed: {', '.join(failed)}; the same command goes on")
     return out
+
+
+def run_members(
+    name: str, wanted: Sequence[Member], every: Sequence[Member], share: bool
+) -> Iterator[tuple[Member, str | None]]:
+    """Run the wanted members that are not done, in order; yields each member when it is done, or why it failed."""
+    started = time.monotonic()
+    n_todo, n_run = sum(not member.done for member in wanted), 0
+    for member in wanted:
+        failure = None
+        if not member.done:
+            left = _time_left(time.monotonic() - started, n_run, n_todo)
+            n_run += 1
+            console.rule(f"[bold]{name} {n_run}/{n_todo}: {member.folder.name}{left}")
+            try:
+                _run_member(member, every if share else [])
+            except (ValueError, RuntimeError, OSError) as error:
+                failure = str(error)
+                console.print(f"{member.folder.name}: {error}", style="red", highlight=False)
+        yield member, failure
 
 
 def _chosen(every: Sequence[Member], only: Sequence[str]) -> list[Member]:

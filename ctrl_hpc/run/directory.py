@@ -79,16 +79,11 @@ def check(config: Config) -> Path:
                 f"{folder}: belongs to another configuration: {difference}; "
                 "choose another run_dir (run_dir=PATH) or remove the folder"
             )
-    elif folder.is_dir() and any(not _is_asked(entry) for entry in folder.iterdir()):
+    elif folder.is_dir() and any(entry.name != "code" for entry in folder.iterdir()):  # ended before the run began
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
     return folder
-
-
-def _is_asked(entry: Path) -> bool:
-    """Whether this is what a command leaves in a run's folder that ended before the run began."""
-    return entry.name == "code" and (entry / snapshot.ASKED).is_file()
 
 
 def prepare(config: Config) -> Path:
