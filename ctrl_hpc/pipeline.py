@@ -24,8 +24,9 @@ from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
-from ctrl_hpc.data import catalog
-from ctrl_hpc.evaluate.critics import served
+from ctrl_hpc.data import catalog, judgebench
+from ctrl_hpc.evaluate.critics import check_oracles, served
+from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import select
@@ -148,7 +149,7 @@ def rl(run: Run, connections: Connections | None) -> dict[str, Any]:
 def evaluate(run: Run, connections: Connections) -> dict[str, Any]:
     """Critique-revision turns of every critic on the evaluation problems."""
     problems = {name: list(items) for name, items in run.eval_problems.items()}
-    evaluation.run(run.config, run.folder, connections, problems, run.prompts)
+    evaluation.run(run.config, run.folder, connections, problems, run.prompts, catalog.ORACLES)
     return {}
 
 
@@ -207,6 +208,8 @@ def prepare(config: Config, folder: Path, stages: Iterable[str]) -> Run:
     training = {"sample", "synthesize", "sft", "rl"} & set(stages)
     problems = _training_problems(config, folder) if training else ()
     evaluated = {name: _eval_problems(config, folder, name) for name in config.data.eval_names}
+    if "eval" in stages:
+        _pairs(config, folder)
     prompts = Prompts.load(config.prompts.folder, config.prompts.system)
     return Run(config=config, folder=folder, problems=problems, eval_problems=evaluated, prompts=prompts)
 
@@ -251,6 +254,7 @@ def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
                     f"{name}: needs the records of {before}; run `ctrl-hpc {before}` with the same arguments first"
                 )
     if "eval" in todo:
+        check_oracles(config, catalog.ORACLES)
         for critic in ("sft", "rl"):
             if critic in config.eval.critics and critic not in todo and not directory.is_done(folder, critic):
                 raise ValueError(
@@ -332,6 +336,12 @@ def _eval_problems(config: Config, folder: Path, name: str) -> tuple[Problem, ..
         path = catalog.eval_path(data, name)
         jsonl.write(file, catalog.load(name, path=path, split=data.eval_split, n=data.n_eval, seed=config.seed))
     return tuple(jsonl.read(Problem, file))
+
+
+def _pairs(config: Config, folder: Path) -> None:
+    file = pairs_file(folder)
+    if config.judge.votes and not file.exists():
+        jsonl.write(file, judgebench.load(config.judge.path, config.judge.split))
 
 
 def _solutions(run: Run) -> list[Solution]:

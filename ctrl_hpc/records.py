@@ -234,6 +234,22 @@ class Reward:
     """True when the critique gave the solution away and paid for it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one question, of which one is right (JudgeBench)."""
+
+    id: str
+    category: str
+    """knowledge, reasoning, math or coding."""
+    source: str
+    question: str
+    answer_a: str
+    answer_b: str
+    right: Literal["A", "B"]
+    provenance: str | None = None
+    """File and line, or row of the hub's data set."""
+
+
 EVALUATION = 10**12
 """Weight versions from here on are evaluation's, milliseconds since 1970: newer than whatever a server holds."""
 

@@ -57,6 +57,16 @@ DATASETS: dict[str, Loader] = {
 """Every data set, by the name that configurations use."""
 
 
+def _tiny_oracle(problem: Problem, program: str) -> str:
+    from ctrl_hpc.tiny import world
+
+    return world.oracle_critique(problem, program)
+
+
+ORACLES: dict[str, Callable[[Problem, str], str]] = {"tiny": _tiny_oracle}
+"""``(problem, program) -> critique`` of the data sets that know what is wrong with a program."""
+
+
 def load(name: str, *, path: str | None, split: str, n: int, seed: int) -> list[Problem]:
     """At most ``n`` problems of a split: training problems drawn by ``seed``, others the first in the data set's order.
 

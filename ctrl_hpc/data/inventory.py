@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.data import codecontests, humaneval, judgebench, livecodebench, mbppplus, taco
-from ctrl_hpc.data.judgebench import Pair
-from ctrl_hpc.records import Problem
+from ctrl_hpc.records import Pair, Problem
 
 PAPER: dict[tuple[str, str], tuple[int, str]] = {
     ("taco", "train"): (taco.SIZES["train"], "published; the paper trains on 18820 of train and test together"),

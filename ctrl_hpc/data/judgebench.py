@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 from ctrl_hpc.data import table
+from ctrl_hpc.records import Pair
 
 SIZES = {"gpt": 350, "claude": 270}
 """Pairs of each split as published: of answers by GPT-4o, and by Claude 3.5 Sonnet; the paper judges the 350."""
@@ -18,22 +18,6 @@ CATEGORIES = {
     "livecodebench": "coding",
 }
 """Category by the beginning of the source's name."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two answers to one question, of which one is right."""
-
-    id: str
-    category: str
-    """knowledge, reasoning, math or coding."""
-    source: str
-    question: str
-    answer_a: str
-    answer_b: str
-    right: Literal["A", "B"]
-    provenance: str | None = None
-    """File and line, or row of the hub's data set."""
 
 
 def load(path: str | None, split: str) -> list[Pair]:
