@@ -55,7 +55,7 @@ def bench(options: Options, out: Path | None = None) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="ctrl-hpc-bench-") as folder:
         for work in ("write", "measure"):
-            command = [sys.executable, "-m", "ctrl_hpc.plan.measure", work, folder, json.dumps(asdict(options))]
+            command = [sys.executable, "-m", "ctrl_hpc.train.measure", work, folder, json.dumps(asdict(options))]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
