@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread, Pulse
@@ -102,7 +103,7 @@ class RolloutClient:
         if not chats:
             return []
         with self._tokenizing:
-            prompts: list[list[int]] = [self._prompt_ids(chat) for chat in chats]
+            prompts: list[list[int]] = [chat_ids(self._tokenizer, chat) for chat in chats]
         requests = [
             (prompt, self._parameters(sampling, i, j))
             for i, prompt in enumerate(prompts, sampling.first)
@@ -123,10 +124,6 @@ class RolloutClient:
     def close(self) -> None:
         """Close the connections; calls in flight in other threads are cancelled."""
         self._thread.close(self._http.aclose())
-
-    def _prompt_ids(self, chat: Chat) -> list[int]:
-        messages = [{"role": message.role, "content": message.content} for message in chat]
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def _parameters(self, sampling: Sampling, i: int, j: int) -> dict[str, Any]:
         out: dict[str, Any] = {
