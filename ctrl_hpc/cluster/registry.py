@@ -24,8 +24,6 @@ from typing import Any, Self
 
 from ctrl_hpc.cluster import processes
 
-ROLES = ("executor", "generator", "critic")
-"""Roles of the arrays."""
 SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2

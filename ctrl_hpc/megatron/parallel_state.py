@@ -85,10 +85,8 @@ class World:
     tensor_group: Group
     pipeline_rank: int
     pipeline_size: int
-    pipeline_group: Group
     data_rank: int
     data_size: int
-    data_group: Group
 
     @property
     def main(self) -> bool:
@@ -215,10 +213,8 @@ def initialize(config: Config) -> World:
         tensor_group=mpu.get_tensor_model_parallel_group(),
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
         pipeline_size=mpu.get_pipeline_model_parallel_world_size(),
-        pipeline_group=mpu.get_pipeline_model_parallel_group(),
         data_rank=mpu.get_data_parallel_rank(),
         data_size=mpu.get_data_parallel_world_size(),
-        data_group=mpu.get_data_parallel_group(),
     )
 
 
