@@ -11,7 +11,8 @@ from ctrl_hpc.cluster.element import token
 from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.config import Config
 from ctrl_hpc.records import Executor, Generator, Problem
-from ctrl_hpc.rollout.client import OpenAIGenerator, RolloutClient
+from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.openai_client import OpenAIGenerator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,7 +116,7 @@ class Registry:
         self.folder = folder_of(run_dir)
         self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
         self._seen: dict[Path, tuple[Beat, float]] = {}
-        self._cache: tuple[float, list[Service]] = (-1.0, [])
+        self._cache: dict[str, tuple[float, list[Service]]] = {}
         self._lock = threading.Lock()
 
     def register(
@@ -149,16 +149,16 @@ class Registry:
 
     def endpoints(self, role: str) -> list[str]:
         """URLs of the services of a role that are alive, in a stable order."""
-        return [service.url for service in self.services() if service.role == role and service.url]
+        return [service.url for service in self.services(role) if service.url]
 
-    def services(self) -> list[Service]:
-        """Every service that is alive."""
+    def services(self, role: str = "*") -> list[Service]:
+        """Every service that is alive, of one role or of all."""
         with self._lock:
-            when, cached = self._cache
+            when, cached = self._cache.get(role, (-1.0, []))
             if time.monotonic() - when < _CACHE_S:
                 return cached
-            alive = [service for file, service in self._read() if self._is_alive(file, service)]
-            self._cache = (time.monotonic(), alive)
+            alive = [service for file, service in self._read(role) if self._is_alive(file, service)]
+            self._cache[role] = (time.monotonic(), alive)
             return alive
 
     def census(self, role: str = "*") -> tuple[list[Service], list[Service]]:
@@ -178,7 +178,7 @@ class Registry:
         for file, service in self._read():
             if not keep(service):
                 file.unlink(missing_ok=True)
-        self._cache = (-1.0, [])
+        self._cache.clear()
 
     def _read(self, role: str = "*") -> list[tuple[Path, Service]]:
         began, out = time.monotonic(), []
