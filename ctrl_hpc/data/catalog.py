@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config.experiment import DataConfig
+from ctrl_hpc.config import DataConfig
 from ctrl_hpc.data import codecontests, humaneval, livecodebench, mbppplus, taco
 from ctrl_hpc.data.decontamination import decontaminate, report
 from ctrl_hpc.records import Problem
@@ -96,7 +96,7 @@ def training(data: DataConfig, seed: int) -> tuple[list[Problem], dict[str, Any]
     problems = whole(data.name, data.path, data.split)
     told = None
     against = benchmarks(data)
-    if data.decontaminate and against:
+    if against:
         problems, told = without_benchmarks(problems, against)
         if not problems:
             raise ValueError(f"data.decontaminate: every problem of {data.name} is like one of {', '.join(against)}")
@@ -104,11 +104,10 @@ def training(data: DataConfig, seed: int) -> tuple[list[Problem], dict[str, Any]
 
 
 def benchmarks(data: DataConfig) -> dict[str, list[Problem]]:
-    """The problems that training problems are compared with, by data set; the tiny world only with others."""
+    """The problems that training problems are compared with, by data set."""
     places: dict[str, str | None] = {name: eval_path(data, name) for name in data.eval_names}
     places |= {name: place or None for name, place in data.benchmarks.items()}
-    compared = {name: place for name, place in places.items() if not name == data.name == "tiny"}
-    return {name: whole(name, place, data.eval_split) for name, place in compared.items()}
+    return {name: whole(name, places[name], data.eval_split) for name in data.compared_names}
 
 
 def eval_path(data: DataConfig, name: str) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ctrl_hpc.config.sections import LimitsConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.text import extract_program, parse_judgement
@@ -41,7 +40,7 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
     ]
 
 
-def limits(problem: Problem, default: LimitsConfig) -> Limits:
+def limits(problem: Problem, default: Limits) -> Limits:
     """The limits of one test: the problem's where it has some, else the default.
 
     Wall-clock time grows and shrinks with the CPU time, in the proportion of the default.
@@ -56,7 +55,7 @@ def limits(problem: Problem, default: LimitsConfig) -> Limits:
     )
 
 
-def execution(problem: Problem, program: str, default: LimitsConfig) -> Execution:
+def execution(problem: Problem, program: str, default: Limits) -> Execution:
     """What the executor takes: a program with its problem's tests, limits and comparison."""
     return Execution(
         program=program,
@@ -73,7 +72,7 @@ def no_program(problem: Problem) -> Verdict:
 
 
 def execute[R: (Solution, Revision)](
-    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, default: LimitsConfig
+    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, default: Limits
 ) -> list[R]:
     """The same records with their verdicts, in order.
 

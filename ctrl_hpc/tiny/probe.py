@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ctrl_hpc.config.sections import LimitsConfig
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, draft, execute, revise
 from ctrl_hpc.flow.text import parse_judgement
-from ctrl_hpc.records import Critique, Executor, Generator, Problem, Sampling, Solution
+from ctrl_hpc.records import Critique, Executor, Generator, Limits, Problem, Sampling, Solution
 from ctrl_hpc.tiny import grammar, text, world
 
 DRAFTED = 320
@@ -111,13 +110,13 @@ def probe(
     critic: Generator,
     executor: Executor,
     prompts: Prompts,
-    limits: LimitsConfig | None = None,
+    limits: Limits | None = None,
 ) -> list[Condition]:
     """Measure every condition with the real generator, base critic and executor.
 
     ``problems`` are problems of the tiny world; the first ones are used. ``limits`` holds where the problems name none.
     """
-    limits = limits or LimitsConfig()
+    limits = limits or Limits()
     conditions = _drafting(problems[:DRAFTED], generator, critic, executor, prompts, limits)
     return conditions + _revising(problems[:REVISED], generator, executor, prompts, limits)
 
@@ -132,7 +131,7 @@ def _drafting(
     critic: Generator,
     executor: Executor,
     prompts: Prompts,
-    limits: LimitsConfig,
+    limits: Limits,
 ) -> list[Condition]:
     sampled = draft(problems, generator, prompts, Sampling(temperature=1.0, max_tokens=MAX_TOKENS, seed=1))
     greedy = draft(problems, generator, prompts, Sampling(temperature=0.0, max_tokens=MAX_TOKENS))
@@ -156,7 +155,7 @@ def _drafting(
 
 
 def _revising(
-    problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, limits: LimitsConfig
+    problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, limits: Limits
 ) -> list[Condition]:
     triples = [_put(told, number, problem) for told in TOLD for number, problem in enumerate(problems)]
     sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
