@@ -15,6 +15,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.metrics import check_identity
 from ctrl_hpc.evaluate.results import collect, read_histories
+from ctrl_hpc.flow.reward import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
 from ctrl_hpc.report.runs import FOCUS, FinishedRun
 from ctrl_hpc.tracking.tracker import Tracker
@@ -132,5 +133,5 @@ def page(
         pictures=[(picture.stem, base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures],
         wall_time_s=wall_time_s,
         samples=data,
-        transitions=samples.TRANSITIONS,
+        transitions=TRANSITIONS,
     )

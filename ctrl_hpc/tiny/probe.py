@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.reward import agrees
 from ctrl_hpc.flow.steps import critique, draft, execute, revise
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Critique, Executor, Generator, Limits, Problem, Sampling, Solution
@@ -143,10 +144,7 @@ def _drafting(
     )
     sampling = Sampling(temperature=1.0, max_tokens=MAX_TOKENS, n=CRITIQUES, seed=2)
     critiques = critique(list(zip(problems, sampled, strict=True)), critic, prompts, sampling)
-    agreed = [
-        one.judgement is not None and (one.judgement == "correct") == passed[index // CRITIQUES]
-        for index, one in enumerate(critiques)
-    ]
+    agreed = [agrees(one.judgement, passed[index // CRITIQUES]) for index, one in enumerate(critiques)]
     return [
         _condition("zero-shot pass@1, sampled", sampled_rate, 0.38, 0.58),
         _condition("zero-shot pass@1, greedy less sampled", greedy_rate - sampled_rate, -0.10, 0.10),
