@@ -6,9 +6,14 @@ JSON line with :mod:`ctrl_hpc.jsonl`.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BeforeValidator, Field, PlainSerializer, WrapSerializer
+
+from ctrl_hpc.plain import decode_plain, encode_plain
 
 Status = Literal[
     "accepted",
@@ -25,18 +30,36 @@ Judgement = Literal["correct", "incorrect"]
 Split = Literal["train", "dev", "test"]
 
 
+def _from_base64(data: Any) -> Any:
+    if not (isinstance(data, dict) and data.keys() == {"base64"} and isinstance(data["base64"], str)):
+        raise ValueError("expected base64 bytes")
+    return base64.b64decode(data["base64"])
+
+
+Bytes = Annotated[
+    bytes,
+    BeforeValidator(_from_base64),
+    PlainSerializer(lambda value: {"base64": base64.b64encode(value).decode("ascii")}),
+]
+"""Bytes, which JSON holds as ``{"base64": ...}``."""
+Plain = Annotated[Any, BeforeValidator(decode_plain), PlainSerializer(encode_plain)]
+"""Plain data of Python, in the form of :mod:`ctrl_hpc.plain`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StdinTest:
     """The program reads ``stdin`` and must print ``expected_stdout`` (compared by the problem's comparison mode)."""
 
+    kind: Literal["stdin"] = "stdin"
     stdin: str
-    expected_stdout: str
+    expected_stdout: Annotated[str, Field(alias="stdout")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssertTest:
     """Test code that calls the program's functions and raises when they are wrong (MBPP+, HumanEval)."""
 
+    kind: Literal["assert"] = "assert"
     code: str
 
 
@@ -44,12 +67,20 @@ class AssertTest:
 class FunctionTest:
     """Calling ``name(*args)`` must return ``expected``; all of it plain data (JSON, tuples, sets)."""
 
+    kind: Literal["function"] = "function"
     name: str
-    args: tuple[Any, ...]
-    expected: Any
+    args: tuple[Plain, ...]
+    expected: Plain
 
 
-TestCase = StdinTest | AssertTest | FunctionTest
+def _with_expected(test: Any, encode: Any) -> Any:
+    """An expected None is written, unlike a None that says unknown."""
+    return {**encode(test), "expected": None} if test.expected is None else encode(test)
+
+
+TestCase = Annotated[
+    StdinTest | AssertTest | Annotated[FunctionTest, WrapSerializer(_with_expected)], Field(discriminator="kind")
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +106,8 @@ class TestResult:
     __test__ = False  # not a pytest class
 
     status: TestStatus
-    stdout: bytes = b""
-    stderr: bytes = b""
+    stdout: Bytes = b""
+    stderr: Bytes = b""
     exit_code: int | None = None
     """None when the process ended by a signal or never ran."""
     signal: int | None = None
