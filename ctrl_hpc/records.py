@@ -13,8 +13,6 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WrapSerializer
 
-from ctrl_hpc.plain import decode_plain, encode_plain
-
 Status = Literal[
     "accepted",
     "wrong_answer",
@@ -42,8 +40,52 @@ Bytes = Annotated[
     PlainSerializer(lambda value: {"base64": base64.b64encode(value).decode("ascii")}),
 ]
 """Bytes, which JSON holds as ``{"base64": ...}``."""
+_COLLECTIONS = {"__tuple__": tuple, "__set__": set, "__frozenset__": frozenset}
+
+
+def encode_plain(value: Any) -> Any:
+    """As JSON data: tuples, sets, complex, bytes and non-string keys tagged; raises ValueError for anything else."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, list):
+        return [encode_plain(item) for item in value]
+    if isinstance(value, (tuple, set, frozenset)):
+        items = value if isinstance(value, tuple) else sorted(value, key=repr)
+        return {"__" + type(value).__name__ + "__": [encode_plain(item) for item in items]}
+    if isinstance(value, bytes):
+        return {"__bytes__": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, complex):
+        return {"__complex__": [value.real, value.imag]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("__") for key in value):
+            return {key: encode_plain(item) for key, item in value.items()}
+        return {"__dict__": [[encode_plain(key), encode_plain(item)] for key, item in value.items()]}
+    raise ValueError(f"a {type(value).__name__} cannot be an argument or result of a function test")
+
+
+def decode_plain(value: Any) -> Any:
+    """The inverse of :func:`encode_plain`."""
+    if isinstance(value, list):
+        return [decode_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((tag, items),) = value.items()
+        if tag == "__bytes__":
+            return base64.b64decode(items)
+        if tag == "__complex__":
+            return complex(*items)
+        if tag == "__dict__":
+            return {decode_plain(key): decode_plain(item) for key, item in items}
+        if tag in _COLLECTIONS:
+            return _COLLECTIONS[tag](decode_plain(item) for item in items)
+    return {key: decode_plain(item) for key, item in value.items()}
+
+
 Plain = Annotated[Any, BeforeValidator(decode_plain), PlainSerializer(encode_plain)]
-"""Plain data of Python, in the form of :mod:`ctrl_hpc.plain`."""
+"""Plain data of Python as JSON that people read and write: what JSON lacks is tagged, all else is as it is.
+
+What crosses between a hostile program and its judge has a stricter form, in which every dictionary is tagged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

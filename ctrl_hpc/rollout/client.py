@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Busy, Fault, Lost
@@ -65,7 +66,7 @@ class RolloutClient:
         if not chats:
             return []
         with self._tokenizing:
-            prompts = [_prompt_ids(self._tokenizer, chat) for chat in chats]
+            prompts: list[list[int]] = [chat_ids(self._tokenizer, chat) for chat in chats]
         requests = [
             (prompt, _parameters(sampling, i, j))
             for i, prompt in enumerate(prompts, sampling.first)
@@ -134,11 +135,6 @@ class RolloutClient:
             body = {"model_path": folder, "weight_version": str(version)}
             await self._fleet.post(url, "/update_weights_from_disk", json.dumps(body))
             self._held[url] = version
-
-
-def _prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
-    messages = [{"role": message.role, "content": message.content} for message in chat]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def _parameters(sampling: Sampling, i: int, j: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.evaluate.tree import Node
-from ctrl_hpc.plain import decode_plain, encode_plain
 from ctrl_hpc.records import (
     AssertTest,
     Critique,
@@ -21,6 +20,8 @@ from ctrl_hpc.records import (
     StdinTest,
     TestResult,
     Verdict,
+    decode_plain,
+    encode_plain,
 )
 from ctrl_hpc.train.rollouts import Rollout
 
