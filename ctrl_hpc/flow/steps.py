@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ctrl_hpc.flow.feedback import Hint
+from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.text import extract_program, parse_judgement
+from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
 from ctrl_hpc.records import (
     Chat,
     Critique,
@@ -32,11 +33,13 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
         Solution(
             id=f"{problem.id}/{k}",
             problem_id=problem.id,
-            text=generation.text,
-            program=extract_program(generation.text),
+            text=text,
+            program=extract_program(text, names),
         )
         for problem, generations in zip(problems, answers, strict=True)
+        for names in [asked_for(problem)]
         for k, generation in enumerate(generations)
+        for text in [well_formed(generation.text)]
     ]
 
 
@@ -114,12 +117,13 @@ def _ask(chats: Sequence[Chat], solutions: Sequence[Solution], critic: Generator
         Critique(
             id=f"{solution.id}#{j}",
             solution_id=solution.id,
-            text=generation.text,
-            judgement=parse_judgement(generation.text),
+            text=text,
+            judgement=parse_judgement(text),
             generation=generation,
         )
         for solution, generations in zip(solutions, critic.complete(chats, sampling), strict=True)
         for j, generation in enumerate(generations)
+        for text in [well_formed(generation.text)]
     ]
 
 
@@ -150,20 +154,22 @@ def revise(
         for problem, solution, critique in [triples[index]]
     }
     distinct = list(dict.fromkeys(chats.values())) if sampling.temperature == 0 else list(chats.values())
-    answers = [generations[0].text for generations in generator.complete(distinct, sampling)] if distinct else []
+    generations = generator.complete(distinct, sampling) if distinct else []
+    answers = [well_formed(completions[0].text) for completions in generations]
     if sampling.temperature == 0:
         text_of_chat = dict(zip(distinct, answers, strict=True))
         texts = {index: text_of_chat[chat] for index, chat in chats.items()}
     else:
         texts = dict(zip(chats, answers, strict=True))
+    names = {problem.id: asked_for(problem) for index in texts for problem in [triples[index][0]]}
     return [
-        _revision(critique, texts[index]) if index in texts else _kept(critique, solution)
-        for index, (_, solution, critique) in enumerate(triples)
+        _revision(critique, texts[index], names[problem.id]) if index in texts else _kept(critique, solution)
+        for index, (problem, solution, critique) in enumerate(triples)
     ]
 
 
-def _revision(critique: Critique, text: str) -> Revision:
-    return Revision(critique_id=critique.id, text=text, program=extract_program(text), kept=False)
+def _revision(critique: Critique, text: str, names: Collection[str]) -> Revision:
+    return Revision(critique_id=critique.id, text=text, program=extract_program(text, names), kept=False)
 
 
 def _kept(critique: Critique, solution: Solution) -> Revision:
