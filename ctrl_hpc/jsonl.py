@@ -12,24 +12,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import SchemaValidator
+from pydantic_core import SchemaSerializer, SchemaValidator
 
 _EXPECTED = {"string_type": "str", "bool_type": "bool", "int_type": "int", "int_from_float": "int",
              "float_type": "float", "tuple_type": "a list", "dataclass_type": "an object"}  # fmt: skip
 
 
 @functools.cache
-def _form(cls: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(cls)
+def _schema(cls: Any) -> Any:
+    return _as_written(TypeAdapter(cls).core_schema)
+
+
+@functools.cache
+def _writer(cls: Any) -> SchemaSerializer:
+    return SchemaSerializer(_schema(cls))
 
 
 @functools.cache
 def _reader(cls: Any) -> SchemaValidator:
-    return SchemaValidator(_as_written(_form(cls).core_schema))
+    return SchemaValidator(_schema(cls))
 
 
 def _as_written(schema: Any) -> Any:
-    """The schema of what :func:`encode` writes: types are exact, fields known, lists are tuples and None is absent."""
+    """The schema of a record in JSON: types are exact, fields known, lists are tuples, None of "X | None" is absent."""
     if isinstance(schema, list):
         return [_as_written(item) for item in schema]
     if not isinstance(schema, dict):
@@ -39,17 +44,24 @@ def _as_written(schema: Any) -> Any:
         out |= {"strict": False, "config": {"strict": True, "extra_fields_behavior": "forbid"}}
     elif out.get("type") == "tuple":
         out["strict"] = False
-    elif out.get("type") == "dataclass-field" and out["schema"]["type"] == "nullable":
-        out["schema"] = {"type": "default", "schema": out["schema"], "default": None}
+    elif out.get("type") == "dataclass-field":
+        inner = out["schema"]["schema"] if out["schema"]["type"] == "default" else out["schema"]
+        if inner["type"] == "nullable":
+            out["schema"] = {"type": "default", "schema": inner, "default": None}
+            out["serialization_exclude_if"] = _is_none
     return out
 
 
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
 def encode(value: Any) -> Any:
-    """A record, or a list of them, as JSON-ready data; None fields are left out."""
+    """A record, or a list of them, as JSON-ready data; a None that says unknown is left out."""
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     cls: Any = type(value)
-    return _form(cls).dump_python(value, exclude_none=True, by_alias=True, warnings=False)
+    return _writer(cls).to_python(value, by_alias=True, warnings=False)
 
 
 def decode(cls: Any, data: Any, where: str = "") -> Any:

@@ -79,6 +79,12 @@ def test_none_survives_where_the_field_has_no_default() -> None:
     assert jsonl.decode(Critique, json.loads(jsonl.line(critique))) == critique
 
 
+def test_none_is_written_where_it_is_a_value() -> None:
+    test = FunctionTest(name="f", args=(None,), expected=None)
+    assert jsonl.encode(test) == {"kind": "function", "name": "f", "args": (None,), "expected": None}
+    assert jsonl.decode(FunctionTest, jsonl.encode(test)) == test
+
+
 def test_bytes_survive(tmp_path: Path) -> None:
     verdict = Verdict(status="wrong_answer", tests=(TestResult(status="wrong_answer", stdout=b"\xff\x00"),))
     jsonl.write(tmp_path / "v.jsonl", [verdict])
