@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ctrl_kernels
 import torch
-from ctrl_kernels.backend import Backend
+from ctrl_kernels import Backend
 from torch import Tensor
 
 from ctrl_hpc import jsonl

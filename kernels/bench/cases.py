@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ctrl_kernels
 import torch
+
+import ctrl_kernels
 
 Family = Literal["logits", "linear", "one pass", "group advantages", "gae", "policy loss"]
 Results = Literal["logprobs", "logprobs and entropy", "sum", "loss", "values"]
