@@ -31,7 +31,8 @@ from triton.compiler import ASTSource
 
 from ctrl_kernels import advantages, projection, softmax_gradient, softmax_statistics
 
-policy_loss = importlib.import_module("ctrl_kernels.policy_loss")  # as an attribute the name is the function
+policy_loss = importlib.import_module("ctrl_kernels.policy_loss")  # as attributes the names are the functions
+value_loss = importlib.import_module("ctrl_kernels.value_loss")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -204,6 +205,16 @@ def losses() -> Iterator[Configuration]:
         constants={"SUMS": policy_loss.SUMS, "USED": policy_loss.USED, "BLOCK": policy_loss.FINISH_ROWS},
         warps=8,
         odd=frozenset({"rows"}),
+    )
+    shape = {"LANES": policy_loss.LANES, "VECTOR": policy_loss.VECTOR, "EVEN": True}
+    yield Configuration(
+        name="value",
+        kernel=value_loss._value_kernel,
+        types=dict.fromkeys(("values_ptr", "old_ptr", "returns_ptr", "d_values_ptr", "sums_ptr"), FP32)
+        | {"mask_ptr": U8, "denominator_ptr": I64, "constant": "fp32", "clip": "fp32"},
+        constants=shape | {"BY_LENGTH": False},
+        warps=value_loss.VALUE_WARPS,
+        elements=tile,
     )
     for dtype in (BF16, FP32):
         yield Configuration(

@@ -24,8 +24,9 @@ from ctrl_kernels.options import (
     SoftmaxOptions,
     resolve_backend,
 )
-from ctrl_kernels.policy_loss import policy_loss
+from ctrl_kernels.policy_loss import covariance_tokens, policy_loss
 from ctrl_kernels.token_logprobs import token_logprobs
+from ctrl_kernels.value_loss import value_loss
 
 __version__ = "0.2.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "PolicyOptions",
     "Ratio",
     "SoftmaxOptions",
+    "covariance_tokens",
     "gae",
     "group_advantages",
     "linear_policy_loss",
@@ -51,4 +53,5 @@ __all__ = [
     "policy_loss",
     "resolve_backend",
     "token_logprobs",
+    "value_loss",
 ]

@@ -18,10 +18,9 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ctrl_kernels import reference
-from ctrl_kernels.operators import operator
+from ctrl_kernels.operators import first_order, operator
 from ctrl_kernels.options import (
     Backend,
     Shard,
@@ -170,7 +169,7 @@ FILLS = (0.0, 0.0, float("inf"))
 def combine(statistics: torch.Tensor, targets: torch.Tensor, options: Shard) -> tuple[torch.Tensor, ...]:
     """``combine_segments`` over the group's ranks; nothing, on every rank, for no tokens."""
     if len(targets) == 0:
-        return tuple(statistics.new_empty((3, 0)).unbind(0))
+        return tuple(statistics.new_empty(0) for _ in range(3))
     return combine_segments(gather_statistics(statistics, options), targets, options)
 
 
@@ -391,7 +390,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None) -> Any:
         if d_logprob is None and d_entropy is None:
             return (None,) * 10

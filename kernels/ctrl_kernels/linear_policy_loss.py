@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ctrl_kernels import reference
 from ctrl_kernels.linear_logprobs import (
@@ -32,7 +31,7 @@ from ctrl_kernels.linear_logprobs import (
     spread,
     take,
 )
-from ctrl_kernels.operators import operator
+from ctrl_kernels.operators import first_order, operator
 from ctrl_kernels.options import (
     Backend,
     PolicyOptions,
@@ -348,7 +347,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: torch.Tensor, d_metrics: torch.Tensor) -> Any:
         if torch.compiler.is_compiling():
             *gradients, unit = ctx.saved_tensors

@@ -29,6 +29,36 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     return function(*arguments)
 
 
+class _Refusal(torch.autograd.Function):
+    """Hands gradients on as they are, and refuses to be differentiated against what they depend on."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError("ctrl_kernels: cannot differentiate twice; these functions have first derivatives only")
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a second derivative through this backward pass an error: its results do not know what they depend on.
+
+    Unlike PyTorch's ``once_differentiable`` also where the upstream gradient is a constant.
+    """
+
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # it is for create_graph=True
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        causes = [x for x in (*ctx.saved_tensors, *gradients) if x is not None and x.requires_grad]
+        outputs = iter(_Refusal.apply(len(causes), *causes, *(x for x in found if x is not None)))
+        return tuple(None if x is None else next(outputs) for x in found)
+
+    return checked
+
+
 def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below as the operator with this ``signature``; ``fake`` makes results without values."""
     name = signature.split("(")[0]

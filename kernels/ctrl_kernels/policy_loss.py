@@ -42,10 +42,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from ctrl_kernels import reference
-from ctrl_kernels.operators import operator
+from ctrl_kernels.operators import first_order, operator
 from ctrl_kernels.options import (
     K3_LIMIT,
     LOG_RATIO_LIMIT,
@@ -633,7 +632,7 @@ class _PolicyLoss(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: torch.Tensor, d_metrics: torch.Tensor) -> Any:
         if torch.compiler.is_compiling():
             scaled = [(d_loss * x).to(x.dtype) for x in ctx.saved_tensors]
@@ -714,3 +713,39 @@ def policy_loss(
         )
         return loss, named_metrics(vector)
     return reference.policy_loss(logprobs, mask=mask, options=chosen, denominator=denominator, **tensors)
+
+
+def covariance_tokens(
+    logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    fraction: float,
+    bounds: tuple[float, float] | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Tokens [B, T], as bool, whose log-prob and advantage vary together the most (Cui et al. 2025, arXiv 2505.22617).
+
+    A token's covariance is (A - mean A) (log pi - mean log pi), means over the tokens where ``mask`` is not 0. KL-Cov
+    takes the largest ``fraction`` of them, at least one; pass ``coefficient * tokens`` as ``drift_weights`` with
+    ``clip_low=1, clip_high=inf``. Clip-Cov takes as many at random of those strictly within ``bounds``; leave tokens
+    that clipping stops anyway out of ``mask``, and pass ``~tokens`` as ``importance_weights``. Waits for the device.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} must lie between 0 and 1")
+    check_shapes(logprobs.shape, logprobs.device, advantages=advantages, mask=mask)
+    kept = (mask != 0).flatten().nonzero().squeeze(1)
+    chosen = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    if len(kept) == 0:
+        return chosen.view(mask.shape)
+    logp, advantage = logprobs.detach().float().flatten()[kept], advantages.detach().float().flatten()[kept]
+    covariance = (advantage - advantage.mean()) * (logp - logp.mean())
+    wanted = max(1, int(fraction * len(kept)))
+    if bounds is None:
+        picked = covariance.topk(wanted).indices
+    else:
+        picked = ((covariance > bounds[0]) & (covariance < bounds[1])).nonzero().squeeze(1)
+        order = torch.randperm(len(picked), generator=generator, device=None if generator is None else generator.device)
+        picked = picked[order[:wanted].to(picked.device)]
+    chosen[kept[picked]] = True
+    return chosen.view(mask.shape)

@@ -42,6 +42,8 @@ def _card(device: torch.device) -> tuple[int, int]:
 
 def default_workspace_mb(device: torch.device) -> int:
     """What the linear functions may take unless told otherwise: a fortieth of the card, 2 GiB at most."""
+    if torch.compiler.is_compiling():
+        return 0  # asked by the operator: what a card has is no business of a trace
     return max(64, min(WORKSPACE_MB, _card(device)[1] // 40))
 
 
@@ -51,7 +53,7 @@ class Projection:
 
     weight: torch.Tensor
     options: Shard
-    workspace_mb: int
+    workspace_mb: int  # 0: by the card
     bias: torch.Tensor | None = None
 
     @property
@@ -85,7 +87,7 @@ class Projection:
         """
         if tokens == 0:
             return []
-        space = self.workspace_mb << 20
+        space = (self.workspace_mb or default_workspace_mb(self.weight.device)) << 20
         if whole_waves:
             space -= space // LOGITS_PART
         most = max(1, space // bytes_per_token // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
@@ -226,6 +228,8 @@ def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
 
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``x *= factor`` for a dense ``x`` and a scalar tensor, without a wait for the device; idle if the factor is 1."""
+    if type(x) is not torch.Tensor:  # fake: nothing to launch for
+        return x.mul_(factor)
     if x.numel():
         programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
         _scale_kernel[(programs,)](x, factor.float(), x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ctrl_kernels.options import FLOOR, K3_LIMIT, LOG_RATIO_LIMIT, PolicyOptions, Shard, compute_dtype
+from ctrl_kernels.options import FLOOR, K3_LIMIT, LOG_RATIO_LIMIT, Aggregation, PolicyOptions, Shard, compute_dtype
 from ctrl_kernels.softmax_statistics import gather_statistics
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: small models take one chunk, large ones stay in the cache's reach
@@ -395,6 +395,34 @@ def policy_loss(
         names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "ratio", "kl", "entropy")
         metrics = {name: total / tokens.clamp_min(1) for name, total in zip(names, sums, strict=True)}
     return loss, {"policy_loss": policy_term.detach(), "tokens": tokens} | metrics
+
+
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip: float | None,
+    aggregation: Aggregation,
+    denominator: float | torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and its metrics, as ``ctrl_kernels.value_loss`` defines them: autograd differentiates it."""
+    dtype = compute_dtype(values, old_values, returns)
+    active_BT = mask != 0
+    values_BT, old_BT, returns_BT = (torch.where(active_BT, x.to(dtype), 0.0) for x in (values, old_values, returns))
+    square_BT = (values_BT - returns_BT.detach()).square()
+    worse_BT = square_BT
+    if clip is not None:
+        bounded_BT = values_BT.clamp(old_BT.detach() - clip, old_BT.detach() + clip)
+        bounded_square_BT = (bounded_BT - returns_BT.detach()).square()
+        worse_BT = torch.where(bounded_square_BT > square_BT, bounded_square_BT, square_BT)
+    count_B1 = active_BT.sum(1, keepdim=True).to(dtype)
+    weights_BT = _token_weights(active_BT, count_B1, denominator, PolicyOptions(aggregation=aggregation))
+    loss = 0.5 * (worse_BT * weights_BT).sum()
+    tokens = count_B1.sum()
+    means = [x.detach().to(dtype).sum() / tokens.clamp_min(1) for x in (worse_BT > square_BT, square_BT)]
+    return loss, {"tokens": tokens, "clip_fraction": means[0], "error": means[1]}
 
 
 def group_advantages(

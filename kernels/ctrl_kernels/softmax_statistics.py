@@ -315,7 +315,7 @@ def combine_segments(
     At ignored targets the first two are 0 and the third is +inf, which makes every probability 0.
     """
     parts, tokens, _ = statistics_PN4.shape
-    logprob_N, entropy_N, lse_N = statistics_PN4.new_empty((3, tokens)).unbind(0)
+    logprob_N, entropy_N, lse_N = (statistics_PN4.new_empty(tokens) for _ in range(3))
     _combine_kernel[(triton.cdiv(tokens, COMBINE_ROWS),)](
         statistics_PN4,
         targets_N,

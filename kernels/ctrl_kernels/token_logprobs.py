@@ -8,10 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ctrl_kernels import reference
-from ctrl_kernels.operators import operator
+from ctrl_kernels.operators import first_order, operator
 from ctrl_kernels.options import (
     Backend,
     Shard,
@@ -94,7 +93,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None) -> Any:
         if d_logprob is None and d_entropy is None:
             return (None,) * 4
