@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from ctrl_hpc.records import AssertTest, FunctionTest, StdinTest
 
+sys.set_int_max_str_digits(100_000)  # benchmarks hold integers of more than the interpreter's 4300 digits
 KINDS: dict[str, type] = {"stdin": StdinTest, "assert": AssertTest, "function": FunctionTest}
 """The ``kind`` of a test case in a problem file."""
 _RENAMED: dict[tuple[type, str], str] = {(StdinTest, "expected_stdout"): "stdout"}

@@ -124,10 +124,12 @@ class Problem:
     memory_mb: int | None = None
     difficulty: str | None = None
     canonical_solution: str | None = None
+    wrong_solutions: tuple[str, ...] = ()
+    """Programs that the data set says are wrong."""
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
     harness: str = ""
-    """What the data set's own grader puts around a program: the name of a harness, as ``livecodebench``; empty: none."""
+    """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; empty: none."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
