@@ -126,6 +126,8 @@ class Problem:
     canonical_solution: str | None = None
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
+    harness: str = ""
+    """What the data set's own grader puts around a program: the name of a harness, as ``livecodebench``; empty: none."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
