@@ -64,7 +64,7 @@ class Limits:
     """Peak memory in MiB."""
     output_bytes: int = 1 << 20
     """Bytes of stdout and, apart, of stderr."""
-    processes: int = 16
+    processes: int = 128
     """Processes and threads alive at once."""
 
 
@@ -141,6 +141,8 @@ class Execution:
     program: str
     tests: tuple[TestCase, ...]
     limits: Limits
+    preamble: str = ""
+    """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
 

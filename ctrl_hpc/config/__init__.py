@@ -131,6 +131,7 @@ _POSITIVE = (
     "eval.bootstrap eval.chunk eval.chunks_in_flight eval.votes rl.chunks_in_flight "
     "parallel.tensor parallel.pipeline executor.elements executor.workers executor.limits.cpu_s "
     "executor.limits.wall_s executor.limits.memory_mb executor.limits.output_bytes executor.limits.processes "
+    "executor.time_factor "
     "rollout.critic_elements rollout.threads rollout.max_batch_tokens launch.heartbeat_s launch.dead_after_s "
     "launch.start_timeout_s launch.array_parallelism wandb.services_every_s endpoint.max_in_flight endpoint.max_tries "
     "endpoint.timeout_s"
@@ -330,6 +331,11 @@ def _validate(config: Config) -> None:
             raise ValueError(
                 f"executor.judges.{name}: {place!r} is not allowed; it must be FILE.py:FUNCTION of a file that exists"
             )
+    for name, override in config.executor.overrides.items():
+        for key in ("cpu_s", "memory_mb"):
+            given = getattr(override, key)
+            if given is not None and not given > 0:
+                raise ValueError(f"executor.overrides.{name}.{key}: {given} is not allowed; it must be greater than 0")
     given = config.rl.transition_reward
     if given and set(given) != {"fix", "keep", "break", "stuck"}:
         raise ValueError(

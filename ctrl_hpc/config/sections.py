@@ -258,9 +258,21 @@ class LimitsConfig:
     memory_mb: int = 512
     """Peak memory in MiB."""
     output_bytes: int = 1 << 20
-    """Bytes of stdout and, apart, of stderr."""
-    processes: int = 16
+    """Bytes of stdout and, apart, of stderr; at least twice what a test expects, whatever is said here."""
+    processes: int = 128
     """Processes and threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverrideConfig:
+    """What holds for the programs of one data set, whatever its problems say; None leaves a thing as it is."""
+
+    cpu_s: float | None = None
+    """CPU seconds of a test, > 0; not multiplied by ``time_factor``. Wall-clock time follows in proportion."""
+    memory_mb: int | None = None
+    """Peak memory in MiB, > 0."""
+    comparison: str | None = None
+    """How outputs are compared: a name of ``ctrl_hpc.sandbox.judge``, with options, or of a special judge."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +289,14 @@ class ExecutorConfig:
     """Special judges by name, each FILE.py:FUNCTION; problems ask for one by ``comparison``."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Default limits of a test."""
+    time_factor: float = 1.0
+    """Multiplies the time limits, those that problems state for faster languages among them; > 0."""
+    overrides: dict[str, OverrideConfig] = field(default_factory=dict)
+    """Limits and comparison by data set, as ``overrides.livecodebench.cpu_s=6``."""
+    python: str = ""
+    """Interpreter that programs run with, on every node: CPython 3.11 or newer by path or name; empty: this one."""
+    packages: tuple[str, ...] = ("numpy",)
+    """Packages of that interpreter that programs may import, with what they require; read-only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,6 +159,15 @@ def prepared(data: DataConfig, seed: int, *, critic: str | None = None) -> Train
     return Training(problems=problems, left_out=loaded.left_out, filtered=taken, decontamination=told)
 
 
+def facts(found: Training) -> dict[str, Any]:
+    """What was left out, as JSON: ``left_out``, ``filtered``, ``decontamination``."""
+    return {
+        "left_out": list(map(jsonl.encode, found.left_out)),
+        "filtered": found.filtered,
+        "decontamination": found.decontamination,
+    }
+
+
 def _counter(rules: FilterConfig, critic: str | None) -> Callable[[str], int] | None:
     if rules.min_tokens is None and rules.max_tokens is None:
         return None

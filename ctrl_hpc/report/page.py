@@ -36,6 +36,7 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     jsonl.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    results["data"] = data_of(run_dir)
     made = tables_of(results)
     this = FinishedRun(folder=run_dir, variant=config.name, config=config, results=results)
     made += paper.tables([this])
@@ -66,6 +67,20 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
     return results
 
 
+def data_of(run_dir: Path) -> dict[str, Any]:
+    """What became of the run's data: the ledger of verification, and the rows left out, as their files have them."""
+    folder = run_dir / "problems"
+    out: dict[str, Any] = {}
+    for key, name in (("ledger", "ledger.json"), ("training", "left-out.json")):
+        if (folder / name).is_file():
+            out[key] = json.loads((folder / name).read_text())
+    out["evaluation"] = {
+        file.stem.removeprefix("left-out-"): json.loads(file.read_text())["left_out"]
+        for file in sorted(folder.glob("left-out-*.json"))
+    }
+    return out
+
+
 def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     """The tables of one run's results."""
     datasets = results["datasets"].items()
@@ -74,6 +89,8 @@ def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     made += [tables.seeds_table(name, entry) for name, entry in datasets if entry["n_samples"] > 1]
     if results.get("judgebench", {}).get("critics"):
         made.append(tables.judgebench_table(results["judgebench"]))
+    if "data" in results:
+        made += tables.data_tables(results["data"])
     return made
 
 
