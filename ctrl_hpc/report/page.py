@@ -30,13 +30,14 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
     """
     histories = {name: read_histories(config, run_dir, name) for name in config.data.eval_names}
     results = collect(config, run_dir, histories)
+    if data := data_of(run_dir):
+        results["data"] = data
     for entry in results["datasets"].values():
         for row in entry["critics"].values():
             check_identity(row)
     folder = run_dir / "report"
     folder.mkdir(parents=True, exist_ok=True)
     jsonl.write_text(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    results["data"] = data_of(run_dir)
     made = tables_of(results)
     this = FinishedRun(folder=run_dir, variant=config.name, config=config, results=results)
     made += paper.tables([this])
@@ -74,11 +75,11 @@ def data_of(run_dir: Path) -> dict[str, Any]:
     for key, name in (("ledger", "ledger.json"), ("training", "left-out.json")):
         if (folder / name).is_file():
             out[key] = json.loads((folder / name).read_text())
-    out["evaluation"] = {
+    left_out = {
         file.stem.removeprefix("left-out-"): json.loads(file.read_text())["left_out"]
         for file in sorted(folder.glob("left-out-*.json"))
     }
-    return out
+    return out | ({"evaluation": left_out} if left_out else {})
 
 
 def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
