@@ -158,6 +158,8 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor.add_argument(
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
+    executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
+    executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
@@ -279,6 +281,8 @@ def _serve_executor(options: argparse.Namespace) -> int:
         token=_token(options.token_env),
         on_ready=_say,
         judges=dict(options.judge),
+        python=options.python,
+        packages=[name for name in options.packages.split(",") if name],
         max_waiting=options.max_waiting,
         max_body_bytes=options.max_body_mb << 20,
     )

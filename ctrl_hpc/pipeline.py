@@ -25,6 +25,7 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.data import catalog, judgebench
+from ctrl_hpc.data.verification import proven, verify
 from ctrl_hpc.evaluate.critics import check_oracles, served
 from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
@@ -65,7 +66,7 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         n=config.sample.n_samples,
         seed=config.seed,
     )
-    facts: dict[str, Any] = {}
+    facts = _prove(run, connections)
     problems_all = _before_strengthening(run)
     solutions: list[Solution] = []
     for start, problems in in_chunks(problems_all, 512, "sample: drafts, executed"):
@@ -73,7 +74,7 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         drafts = draft(problems, connections.generator, run.prompts, seeded)
         by_id = {problem.id: problem for problem in problems}
         pairs = [(by_id[solution.problem_id], solution) for solution in drafts]
-        solutions += execute(pairs, connections.executor, config.executor.limits)
+        solutions += execute(pairs, connections.executor, config.executor)
     if config.sample.adversarial_tests:
         solutions, added = _strengthen(run, problems_all, solutions, connections)
         facts["adversarial_tests"] = added
@@ -82,10 +83,29 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
     return {"solutions": len(solutions), "pass_at_1": right / len(solutions), **facts, **spent(connections.generator)}
 
 
+def _prove(run: Run, connections: Connections) -> dict[str, Any]:
+    """Leave out training problems whose canonical solution fails (``data.verified_only``): ``problems/ledger.json``."""
+    folder, strictly = run.folder / "problems", run.config.data.verified_only
+    file = folder / "ledger.json"
+    if strictly is False or not (strictly or any(problem.canonical_solution for problem in run.problems)):
+        return {}
+    if not file.exists():
+        ledger = verify(run.problems, connections.executor, run.config.executor, folder / "ledger.json.part")
+        kept = proven(run.problems, ledger, strictly=bool(strictly))
+        console.print("\n".join(ledger.lines()), highlight=False)
+        if not kept:
+            reason = ledger.failed[0]
+            raise ValueError(f"data.verified_only: no problem is left; {reason.id}: {reason.reason}")
+        jsonl.write(folder / "train.jsonl", kept)
+        jsonl.write_text(file, json.dumps(ledger.encode(), indent=1) + "\n")
+    told = json.loads(file.read_text())
+    return {"verified": told["verified"], "unverified": len(told["failed"])}
+
+
 def _before_strengthening(run: Run) -> Sequence[Problem]:
     """The training problems as they came; ``sample`` may have been killed after it had added tests."""
-    file = run.folder / "problems" / "train-original.jsonl"
-    return jsonl.read(Problem, file) if file.exists() else run.problems
+    original = run.folder / "problems" / "train-original.jsonl"
+    return jsonl.read(Problem, original if original.exists() else original.with_name("train.jsonl"))
 
 
 def _strengthen(
@@ -97,7 +117,7 @@ def _strengthen(
         problems,
         drafts,
         connections.executor,
-        config.executor.limits,
+        config.executor,
         n=config.sample.adversarial_tests,
         seed=config.seed,
     )
@@ -105,7 +125,7 @@ def _strengthen(
     jsonl.write(folder / "train.jsonl", stronger)
     changed = {new.id: new for old, new in zip(problems, stronger, strict=True) if new is not old}
     todo = [(changed[item.problem_id], replace(item, verdict=None)) for item in drafts if item.problem_id in changed]
-    again = {item.id: item for item in execute(todo, connections.executor, config.executor.limits)}
+    again = {item.id: item for item in execute(todo, connections.executor, config.executor)}
     return [again.get(item.id, item) for item in drafts], sum(len(new.tests) for new in stronger) - sum(
         len(old.tests) for old in problems
     )
@@ -322,19 +342,25 @@ def _models(config: Config, folder: Path) -> Config:
 def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:
     file = folder / "problems" / "train.jsonl"
     if not file.exists():
-        problems, left_out = catalog.training(config.data, config.seed)
-        if left_out is not None:
-            jsonl.write_text(file.with_name("decontamination.json"), json.dumps(left_out, indent=1) + "\n")
-            console.print(left_out["text"], highlight=False)
-        jsonl.write(file, problems)
+        found = catalog.prepared(config.data, config.seed, critic=config.critic.model)
+        if found.decontamination is not None:
+            told = json.dumps(found.decontamination, indent=1)
+            jsonl.write_text(file.with_name("decontamination.json"), told + "\n")
+            console.print(found.decontamination["text"], highlight=False)
+        jsonl.write_text(file.with_name("left-out.json"), json.dumps(catalog.facts(found), indent=1) + "\n")
+        jsonl.write(file, found.problems)
     return tuple(jsonl.read(Problem, file))
 
 
 def _eval_problems(config: Config, folder: Path, name: str) -> tuple[Problem, ...]:
     file, data = folder / "problems" / f"eval-{name}.jsonl", config.data
     if not file.exists():
-        path = catalog.eval_path(data, name)
-        jsonl.write(file, catalog.load(name, path=path, split=data.eval_split, n=data.n_eval, seed=config.seed))
+        loaded = catalog.read(name, catalog.eval_path(data, name), data.eval_split)
+        catalog.tell(name, loaded.left_out)
+        left_out = {"left_out": list(map(jsonl.encode, loaded.left_out))}
+        jsonl.write_text(file.with_name(f"left-out-{name}.json"), json.dumps(left_out, indent=1) + "\n")
+        taken = catalog.drawn(loaded.items, data.n_eval, config.seed) if data.eval_split == "train" else loaded.items
+        jsonl.write(file, taken[: data.n_eval])
     return tuple(jsonl.read(Problem, file))
 
 

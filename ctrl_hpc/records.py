@@ -130,7 +130,7 @@ class Limits:
     """Peak memory in MiB."""
     output_bytes: int = 1 << 20
     """Bytes of stdout and, apart, of stderr."""
-    processes: int = 16
+    processes: int = 128
     """Processes and threads alive at once."""
 
 
@@ -190,10 +190,12 @@ class Problem:
     memory_mb: int | None = None
     difficulty: str | None = None
     canonical_solution: str | None = None
+    wrong_solutions: tuple[str, ...] = ()
+    """Programs that the data set says are wrong."""
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
     harness: str = ""
-    """Name of what the data set's own grader puts around a program, as ``livecodebench``; empty: nothing."""
+    """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; empty: none."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
@@ -205,6 +207,8 @@ class Execution:
     program: str
     tests: tuple[TestCase, ...]
     limits: Limits
+    preamble: str = ""
+    """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
 

@@ -107,7 +107,7 @@ class Fact:
     def type_name(self) -> str:
         """Its type in words, null among them where that is allowed."""
         element = _element(self.kind)
-        name = "word" if self.choices else "section" if self.is_section else TYPE_NAMES[element]
+        name = "word" if self.choices else "section" if is_dataclass(element) else TYPE_NAMES[element]
         form = {tuple: f"list of {name}", dict: f"{name} by name"}.get(get_origin(self.kind), name)
         return form + " or null" * self.optional
 

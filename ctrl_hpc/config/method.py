@@ -33,6 +33,26 @@ class TinyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FilterConfig:
+    """Training problems left out by what they are; in brackets CTRL's rules, which take TACO from 26443 to 18820."""
+
+    without: tuple[str, ...] = ()
+    """Texts that a statement must not hold (["<image>", "<span "])."""
+    min_tokens: NotNegative[int] | None = None
+    """A problem of a ``train`` split has a statement of more tokens than this (64); None: any."""
+    max_tokens: Positive[int] | None = None
+    """... and of fewer tokens than this (2048); None: any."""
+    tokenizer: PathName | None = None
+    """Folder of the tokenizer that counts them; None: the critic's."""
+    unique: bool = False
+    """Leave out a statement that came before in its split (true)."""
+    stdin_without: tuple[str, ...] = ()
+    """Texts that the input of a stdin test must not hold, or the test is left out ([" = ", "[]"])."""
+    list_streams: bool = True
+    """TACO: keep stdin tests whose input or output is a list of lines (false)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Which problems the run trains on and which it reports on."""
 
@@ -51,6 +71,17 @@ class DataConfig:
     decontaminate: bool = True
     """Leave out training problems that are like a problem of ``eval_names`` or ``benchmarks``; what went and why is
     written to problems/decontamination.json. The tiny world's splits are apart by their making and are not compared."""
+    overlap: Annotated[float, Interval(gt=0, le=1)] = 0.5
+    """Share of the shorter statement's n-grams that makes two alike."""
+    ngram: Positive[int] = 10
+    """Words of an n-gram."""
+    exact: bool = False
+    """Only the very same statement is a duplicate (CTRL's own rule), whatever ``overlap``."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Rules by which training problems are left out before all else."""
+    verified_only: bool | None = None
+    """Leave out training problems whose canonical solution does not pass its own tests, as the run's executors judge.
+    None: of those that have one; true: also those without; false: none, and nothing is run."""
     benchmarks: dict[str, PathName] = field(default_factory=dict)
     """Further benchmarks that training problems must not be like: a path by name of the data set, or "" for the hub."""
     eval_split: str = "test"

@@ -14,7 +14,19 @@ if TYPE_CHECKING:
 _GENERATOR = ("generator", "generator_model", "endpoint", "tiny")
 _CRITIC = ("critic", "tiny", "trainer", "parallel")
 _COMPARED = ("data.eval_names", "data.eval_path", "data.eval_paths", "data.eval_split")
-_TRAINING = ("data.name", "data.path", "data.split", "data.n_train", "data.decontaminate", "data.benchmarks")
+_TRAINING = (
+    "data.name",
+    "data.path",
+    "data.split",
+    "data.n_train",
+    "data.decontaminate",
+    "data.benchmarks",
+    "data.overlap",
+    "data.ngram",
+    "data.exact",
+    "data.filters",
+    "data.verified_only",
+)
 _EVALUATION = (*_COMPARED, "data.n_eval")
 _QUICK_EVALUATION = (*_EVALUATION, "eval.temperature", "eval.max_tokens", "eval.stop_when_correct")
 

@@ -91,7 +91,7 @@ def run(
         generator=RememberingGenerator(connections.generator),
         executor=RememberingExecutor(connections.executor),
         prompts=prompts,
-        limits=config.executor.limits,
+        limits=config.executor,
         revision=Sampling(temperature=0.0, max_tokens=config.eval.max_tokens),
         stop_when_correct=config.eval.stop_when_correct,
     )

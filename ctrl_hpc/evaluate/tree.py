@@ -14,19 +14,8 @@ from pathlib import Path
 from ctrl_hpc import jsonl
 from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.steps import execute, revise
-from ctrl_hpc.records import (
-    Critique,
-    Executor,
-    Generator,
-    Judgement,
-    Limits,
-    Problem,
-    Revision,
-    Sampling,
-    Solution,
-    Verdict,
-)
+from ctrl_hpc.flow.steps import Settings, execute, revise
+from ctrl_hpc.records import Critique, Executor, Generator, Judgement, Problem, Revision, Sampling, Solution, Verdict
 from ctrl_hpc.seeds import derived_seed
 
 KEPT_BYTES = 2000
@@ -65,7 +54,7 @@ class Environment:
     generator: Generator
     executor: Executor
     prompts: Prompts
-    limits: Limits
+    limits: Settings
     revision: Sampling
     """How revisions are decoded."""
     stop_when_correct: bool = True

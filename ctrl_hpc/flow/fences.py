@@ -24,13 +24,10 @@ _LAST_CONTROL = re.compile(rf"{_CONTROL}$", re.IGNORECASE)
 _LONGEST_CONTROL = 64
 _NEXT_TURN = re.compile(rf"{_CONTROL}\s*{_TURN}", re.IGNORECASE)
 _THOUGHT = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|seed:think|scratchpad)"
-_NOT_QUOTED = "(?<![\"'`\\\\])"
-_NOT_QUOTED_AFTER = "(?![\"'`\\\\])"
 _THINK = re.compile(
-    rf"{_NOT_QUOTED}(?:<(?P<close>/?)\s*{_THOUGHT}\s*>|\[(?P<close2>/?)THINK\]|<\|(?P<mark>begin|end)_of_thought\|>)"
-    rf"{_NOT_QUOTED_AFTER}",
-    re.IGNORECASE,
+    rf"<(?P<close>/?)\s*{_THOUGHT}\s*>|\[(?P<close2>/?)THINK\]|<\|(?P<mark>begin|end)_of_thought\|>", re.IGNORECASE
 )
+_QUOTES = frozenset("\"'`\\")
 _FINAL_CHANNEL = "<|channel|>final<|message|>"
 _CHANNEL = re.compile(r"\s*(?:<\|start\|>assistant)?<\|channel\|>", re.IGNORECASE)
 
@@ -69,6 +66,8 @@ def _without_thoughts(text: str) -> str:
         if thinking:
             if closes:
                 thinking, position = False, tag.end()
+        elif _is_quoted(text, tag):
+            continue
         elif closes:  # the template opened the thought: all so far was one
             kept, scanner, position = [], _Scanner(), tag.end()
         else:
@@ -106,6 +105,11 @@ PUNCTUATION = {
     for character in characters
 }
 """Other scripts' punctuation as ASCII."""
+
+
+def _is_quoted(text: str, tag: re.Match[str]) -> bool:
+    return text[tag.start() - 1 : tag.start()] in _QUOTES and text[tag.end() : tag.end() + 1] in _QUOTES
+
 
 # --- fenced blocks
 

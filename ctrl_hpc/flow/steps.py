@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from ctrl_hpc.config.machine import ExecutorConfig, OverrideConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
+from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import (
     Chat,
     Critique,
@@ -43,28 +45,42 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
     ]
 
 
-def limits(problem: Problem, default: Limits) -> Limits:
-    """The limits of one test: the problem's where it has some, else the default.
+Settings = ExecutorConfig | Limits
+"""How programs are executed; default limits alone stand for an executor's other defaults."""
 
-    Wall-clock time grows and shrinks with the CPU time, in the proportion of the default.
+
+def limits(problem: Problem, settings: Settings) -> Limits:
+    """The limits of one test: those of the data set's override, else the problem's, else the default.
+
+    Times are multiplied by ``time_factor``, but for an override's. Wall-clock time grows and shrinks with the CPU time,
+    in the proportion of the default.
     """
-    cpu_s = default.cpu_s if problem.cpu_s is None else problem.cpu_s
+    executor, override = _executor(settings, problem)
+    default = executor.limits
+    cpu_s = override.cpu_s or (problem.cpu_s or default.cpu_s) * executor.time_factor
     return Limits(
         cpu_s=cpu_s,
         wall_s=default.wall_s * cpu_s / default.cpu_s,
-        memory_mb=default.memory_mb if problem.memory_mb is None else problem.memory_mb,
+        memory_mb=override.memory_mb or problem.memory_mb or default.memory_mb,
         output_bytes=default.output_bytes,
         processes=default.processes,
     )
 
 
-def execution(problem: Problem, program: str, default: Limits) -> Execution:
-    """What the executor takes: a program with its problem's tests, limits and comparison."""
+def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, OverrideConfig]:
+    executor = settings if isinstance(settings, ExecutorConfig) else ExecutorConfig(limits=settings)
+    return executor, executor.overrides.get(problem.source, OverrideConfig())
+
+
+def execution(problem: Problem, program: str, settings: Settings) -> Execution:
+    """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
+    preamble, program = prepared(problem.harness, problem.starter_code, program)
     return Execution(
         program=program,
+        preamble=preamble,
         tests=problem.tests,
-        limits=limits(problem, default),
-        comparison=problem.comparison or "exact",
+        limits=limits(problem, settings),
+        comparison=_executor(settings, problem)[1].comparison or problem.comparison or "exact",
     )
 
 
@@ -75,7 +91,7 @@ def no_program(problem: Problem) -> Verdict:
 
 
 def execute[R: (Solution, Revision)](
-    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, default: Limits
+    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, settings: Settings
 ) -> list[R]:
     """The same records with their verdicts, in order.
 
@@ -86,7 +102,7 @@ def execute[R: (Solution, Revision)](
     todo: dict[tuple[str, str | None], Execution] = {}
     for key, (problem, record) in zip(keys, problems_and_records, strict=True):
         if record.verdict is None and record.program is not None and key not in todo:
-            todo[key] = execution(problem, record.program, default)
+            todo[key] = execution(problem, record.program, settings)
     verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
     return [
         record

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, LaunchConfig, dump, load
 from ctrl_hpc.run import snapshot
+from ctrl_hpc.sandbox import rootfs
 
 _WHOLE = 64 << 20
 """Larger files are told by their size and their ends: weights of many GB are not read through."""
@@ -94,7 +95,7 @@ def prepare(config: Config) -> Path:
     if config.launch.snapshot == "keep":  # is said of one start, not of those that follow
         config = replace(config, launch=replace(config.launch, snapshot="new"))
     jsonl.write_text(folder / "config.yaml", dump(config))
-    jsonl.write_text(folder / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+    jsonl.write_text(folder / "versions.json", json.dumps(_versions(config), indent=1) + "\n")
     return folder
 
 
@@ -167,12 +168,14 @@ def _flat(config: Config) -> dict[str, Any]:
     return out
 
 
-def _versions() -> dict[str, Any]:
+def _versions(config: Config) -> dict[str, Any]:
+    """What the run runs with, and, under ``jail``, what its programs do."""
     return {
         **asdict(snapshot.identity()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in _PACKAGES},
+        "jail": rootfs.contents(config.executor.python, config.executor.packages).named(),
     }
 
 

@@ -3,8 +3,9 @@
 This side is untrusted, as the solution can replace anything in its process: the receiver believes nothing but data.
 
 Requests: ``{"name"}`` asks what a global is, with ``"args"`` and ``"kwargs"`` calls it; ``"object"`` beside them means
-an attribute of an instance made before. Replies: one of ``value``, ``callable``, ``class``, ``object`` (the number of a
-new instance), ``missing``, ``raise``, ``unsupported``.
+an attribute of an instance made before, ``"method"`` one of the class ``Solution`` where there is such a method.
+Replies: one of ``value``, ``callable``, ``class``, ``object`` (the number of a new instance), ``missing``, ``raise``,
+``unsupported``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import plain
 _REQUEST_FD, _REPLY_FD = 3, 4
 
 
-def serve(namespace: dict[str, Any]) -> None:
-    """Answer requests, one JSON line each, until the other side closes."""
+def serve(namespace: dict[str, Any], given: dict[str, Any]) -> None:
+    """Answer requests, one JSON line each, until the other side closes.
+
+    ``given`` is what the namespace held before the program ran: a name that still means the same is not the solution's.
+    """
     instances: list[Any] = []
+    own = {name: value for name, value in namespace.items() if name not in given or given[name] is not value}
     with open(_REQUEST_FD, "rb") as requests, open(_REPLY_FD, "wb") as replies:
         for line in requests:
-            reply = _answer(namespace, instances, json.loads(line))
+            reply = _answer(own, instances, json.loads(line))
             replies.write(json.dumps(reply, separators=(",", ":")).encode() + b"\n")
             replies.flush()
 
@@ -63,14 +68,18 @@ def _raised(error: Exception) -> dict[str, Any]:
 
 
 def _lookup(namespace: dict[str, Any], instances: list[Any], request: dict[str, Any]) -> tuple[bool, Any]:
-    """A global of the solution, or a method of its ``Solution`` class (the convention of function-style problems)."""
+    """A global of the solution, or a method of its ``Solution`` class (the convention of function-style problems).
+
+    Where the problem asks for a method, the class comes first: a helper may have the method's name.
+    """
     name = request["name"]
     if "object" in request:
         instance = instances[request["object"]]
         return hasattr(instance, name), getattr(instance, name, None)
-    if name in namespace:
+    solution_class: Any = namespace.get("Solution")
+    has_method = isinstance(solution_class, type) and hasattr(solution_class, name)
+    if name in namespace and not (has_method and request.get("method")):
         return True, namespace[name]
-    solution_class = namespace.get("Solution")
-    if isinstance(solution_class, type) and hasattr(solution_class, name):
+    if has_method:
         return True, getattr(solution_class(), name)
     return False, None
