@@ -131,7 +131,8 @@ def test_values_and_gradients(name: str, aggregation: str, backend: str) -> None
     (wanted,) = torch.autograd.grad(expected, logp)
     leaf = single["logprobs"].requires_grad_()
     inputs = given(
-        name, {key: x if key == "mask" else x.masked_fill(~x_mask(single), math.nan) for key, x in single.items()}
+        name,
+        {key: x if key == "mask" else x.masked_fill(~single["mask"].bool(), math.nan) for key, x in single.items()},
     )
     loss, metrics = ctrl_kernels.policy_loss(**inputs, aggregation=aggregation, backend=backend, **options)
     (found,) = torch.autograd.grad(3 * loss, leaf)
