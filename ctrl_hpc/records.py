@@ -194,8 +194,8 @@ class Problem:
     """Programs that the data set says are wrong."""
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
-    harness: str = ""
-    """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; empty: none."""
+    harness: str | None = None
+    """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; None: none."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 

@@ -74,7 +74,7 @@ def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, Ove
 
 def execution(problem: Problem, program: str, settings: Settings) -> Execution:
     """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
-    preamble, program = prepared(problem.harness, problem.starter_code, program)
+    preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
         preamble=preamble,
