@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_hpc.commands import bench, data, report
+from ctrl_hpc.stages import STAGES
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
-
-STAGES = {
-    "sample": "drafts of the fixed generator, executed",
-    "synthesize": "critiques from execution hints, for SFT",
-    "sft": "stage I: supervised fine-tuning of the critic",
-    "rl": "stage II: GRPO on the reward of the revised program",
-    "eval": "critique-revision turns on held-out problems",
-    "report": "tables, plots and results.json",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
-    for name, text in STAGES.items():
+    for name, stage in STAGES.items():
         if name != "report":
-            _configured(commands.add_parser(name, help=text), _stage(name))
-    report.add(commands.add_parser("report", help=STAGES["report"]), _stage("report"))
+            _configured(commands.add_parser(name, help=stage.about), _stage(name))
+    report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
     suite.add_argument("suite", metavar="SUITE.yaml")
     suite.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every run, after the suite's own")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.table import Table
 
 import ctrl_hpc.evaluate.run as evaluation
 import ctrl_hpc.report.page as reporting
+from ctrl_hpc import config as configuration
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
@@ -36,6 +38,7 @@ from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
 from ctrl_hpc.progress import in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
+from ctrl_hpc.stages import STAGES
 
 console = Console(stderr=True)
 
@@ -179,27 +182,23 @@ def report(run: Run, connections: Connections | None) -> dict[str, Any]:
     return {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A stage, the services it calls, and the stages whose records it reads."""
-
-    run: Callable[[Run, Any], dict[str, Any]]
-    services: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-
-
-STAGES: dict[str, Stage] = {
-    "sample": Stage(run=sample, services=("executor", "generator")),
-    "synthesize": Stage(run=synthesize, services=("critic",), after=("sample",)),
-    "sft": Stage(run=sft, after=("sample", "synthesize")),
-    "rl": Stage(run=rl, services=("executor", "generator", "critic"), after=("sample", "sft")),
-    "eval": Stage(run=evaluate, services=("executor", "generator", "critic")),
-    "report": Stage(run=report, after=("eval",)),
+FUNCTIONS: dict[str, Callable[[Run, Any], dict[str, Any]]] = {
+    "sample": sample,
+    "synthesize": synthesize,
+    "sft": sft,
+    "rl": rl,
+    "eval": evaluate,
+    "report": report,
 }
+"""What each of :data:`ctrl_hpc.stages.STAGES` does."""
 
 
 def run(config: Config, stages: Iterable[str] | None = None) -> Path:
-    """Run the stages that are not done yet, in order; returns the run's folder."""
+    """Run those of the stages (None: ``config.stages``) that are not done yet, in order; returns the run's folder.
+
+    Raises ValueError, before anything starts, when the configuration is wrong or the folder belongs to another one.
+    """
+    configuration.check(config)
     folder = directory.check(config)
     wanted = config.stages if stages is None else tuple(stages)
     names = [name for name in STAGES if name in wanted]
@@ -209,26 +208,31 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
             console.print(f"{name}: done before, skipped")
     if todo:
         check_inputs(config, folder, todo)
-        directory.prepare(config)
-        this = prepare(config, folder, todo)
-        needed = services_of(this.config, todo)
-        with Services(this.config, folder) as services:
+        here = with_models(config, folder)
+        with ExitStack() as stack:
+            services = stack.enter_context(Services(here, folder))  # the only driver of the run from here on
+            directory.prepare(config)
+            this = prepare(here, folder, todo)
+            needed = services_of(here, todo)
             services.submit(needed)
-            connections = connect(this.config, folder, this.every_problem()) if needed else None
+            connections = connect(here, folder, this.every_problem()) if needed else None
+            if connections is not None:
+                stack.callback(connections.close)
             for index, name in enumerate(todo):
-                services.keep(services_of(this.config, todo[index:]))
-                services.await_first(services_of(this.config, [name]))
+                services.keep(services_of(here, todo[index:]))
+                services.await_first(services_of(here, [name]))
                 run_stage(name, this, connections)
     return folder
 
 
-def prepare(config: Config, folder: Path, stages: Iterable[str]) -> Run:
+def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     """The run's models, prompts and those problems that the stages use, made or read back."""
-    config = _models(config, folder)
-    training = {"sample", "synthesize", "sft", "rl"} & set(stages)
+    config = with_models(config, folder)
+    _make_models(config, folder)
+    training = {"sample", "synthesize", "sft", "rl"} & set(names)
     problems = _training_problems(config, folder) if training else ()
     evaluated = {name: _eval_problems(config, folder, name) for name in config.data.eval_names}
-    if "eval" in stages:
+    if "eval" in set(names):
         _pairs(config, folder)
     prompts = Prompts.load(config.prompts.folder, config.prompts.system)
     return Run(config=config, folder=folder, problems=problems, eval_problems=evaluated, prompts=prompts)
@@ -258,7 +262,7 @@ def _unless_disk_is_full(name: str, this: Run, connections: Connections | None) 
     """A stage, continued when there is space again where the disk was full."""
     while True:
         try:
-            return STAGES[name].run(this, connections)
+            return FUNCTIONS[name](this, connections)
         except OSError as error:
             if error.errno not in disk.FULL:
                 raise
@@ -291,12 +295,12 @@ def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
             raise ValueError(f"{key}: {path} is not a Hugging Face model folder (it holds no config.json)")
 
 
-def services_of(config: Config, stages: Iterable[str]) -> set[str]:
+def services_of(config: Config, names: Iterable[str]) -> set[str]:
     """The roles of the services that these stages call under this configuration."""
-    needed = {role for name in stages for role in STAGES[name].services}
-    if not {"synthesize", "rl"} & set(stages) and not ("eval" in stages and served(config)):
+    needed = {role for name in names for role in STAGES[name].services}
+    if not {"synthesize", "rl"} & set(names) and not ("eval" in names and served(config)):
         needed.discard("critic")
-    if config.generator == "oracle" or "://" in config.generator:
+    if not config.generator_is_served:
         needed.discard("generator")
     return needed
 
@@ -325,18 +329,22 @@ def check_conditions(this: Run, connections: Connections | None) -> None:
         )
 
 
-def _models(config: Config, folder: Path) -> Config:
+def with_models(config: Config, folder: Path) -> Config:
+    """The configuration with the places of those models that the run trains for itself, if it does."""
     if not config.tiny.rebuild:
         return config
+    critic = replace(config.critic, model=str(folder / "models" / "critic"))
+    return replace(config, generator=str(folder / "models" / "generator"), critic=critic)
+
+
+def _make_models(config: Config, folder: Path) -> None:
+    if not config.tiny.rebuild or directory.is_done(folder, "models"):
+        return
     from ctrl_hpc.tiny.models import rebuild
 
-    models = folder / "models"
-    if not directory.is_done(folder, "models"):
-        started = time.monotonic()
-        rebuild(models, config.seed)
-        directory.mark_done(folder, "models", time.monotonic() - started)
-    critic = replace(config.critic, model=str(models / "critic"))
-    return replace(config, generator=str(models / "generator"), critic=critic)
+    started = time.monotonic()
+    rebuild(folder / "models", config.seed)
+    directory.mark_done(folder, "models", time.monotonic() - started)
 
 
 def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:

@@ -190,7 +190,7 @@ class Problem:
     memory_mb: int | None = None
     difficulty: str | None = None
     canonical_solution: str | None = None
-    wrong_solutions: tuple[str, ...] = ()
+    wrong_solutions: tuple[str, ...] | None = None
     """Programs that the data set says are wrong."""
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
@@ -207,7 +207,7 @@ class Execution:
     program: str
     tests: tuple[TestCase, ...]
     limits: Limits
-    preamble: str = ""
+    preamble: str | None = None
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False

@@ -72,7 +72,7 @@ def load_with_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[C
     # a run's own config.yaml says all that its profile, which may be gone, had said
     profile = _profile(str(given.cluster), path) if chosen or not whole else None
     layers = [file, extra] if profile is None else [_file(profile), file, extra]
-    merged = _merged(schema, layers)
+    merged = given if profile is None else _merged(schema, layers)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ValueError(f"{path}: {missing[0]}: missing; every configuration names it")

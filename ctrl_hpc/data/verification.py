@@ -97,7 +97,7 @@ def _all(problems: Sequence[Problem]) -> Iterator[tuple[bool, str, Problem]]:
     for problem in problems:
         if problem.canonical_solution is not None:
             yield True, problem.canonical_solution, problem
-        for program in problem.wrong_solutions:
+        for program in problem.wrong_solutions or ():
             yield False, program, problem
 
 

@@ -77,7 +77,7 @@ def execution(problem: Problem, program: str, settings: Settings) -> Execution:
     preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
-        preamble=preamble,
+        preamble=preamble or None,
         tests=problem.tests,
         limits=limits(problem, settings),
         comparison=_executor(settings, problem)[1].comparison or problem.comparison or "exact",

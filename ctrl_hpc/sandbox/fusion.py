@@ -136,7 +136,7 @@ def submission(body: SubmitBody) -> tuple[Execution, str]:
     preamble, program = prepared(_HARNESS[kind], None, code)
     execution = Execution(
         program=program,
-        preamble=preamble,
+        preamble=preamble or None,
         tests=tests,
         limits=limits(config.run_timeout or _RUN_TIMEOUT_S[kind]),
         comparison=str(config.extra.get("comparison", _COMPARISON[kind])),

@@ -94,7 +94,7 @@ class Worker:
         """Run and judge all tests, or those up to the first failure."""
         if not execution.tests:
             return Verdict(status="unsupported", detail="there are no tests")
-        source = _source(execution.program, execution.preamble)
+        source = _source(execution.program, execution.preamble or "")
         self._tests = len(execution.tests)
         results: list[TestResult] = []
         first_failure = -1

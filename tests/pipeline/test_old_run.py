@@ -29,7 +29,7 @@ def old(tmp_path: Path) -> Path:
 
 def again(old: Path, *overrides: str) -> list[str]:
     """The command that made it, in another place."""
-    same = ["name=old", "data.n_train=12", "data.n_eval=6", "rl.steps=4"]
+    same = ["name=old", "data.n_train=12", "data.n_eval=6", "rl.steps=4", "executor.limits.processes=16"]
     return ["run", str(ROOT / "configs" / "tiny_faults.yaml"), f"run_dir={old}", *same, *overrides]
 
 

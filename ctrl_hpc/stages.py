@@ -5,11 +5,12 @@ What may change between two starts of a run follows: keys that are free, and tho
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ctrl_hpc.config.tree import Config
+    from ctrl_hpc.config import Config
 
 _GENERATOR = ("generator", "generator_model", "endpoint", "tiny")
 _CRITIC = ("critic", "tiny", "trainer", "parallel")
@@ -33,7 +34,7 @@ _QUICK_EVALUATION = (*_EVALUATION, "eval.temperature", "eval.max_tokens", "eval.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A stage, but for its function, which is in :data:`ctrl_hpc.pipeline.STAGES`."""
+    """A stage; its function is in :data:`ctrl_hpc.pipeline.FUNCTIONS`."""
 
     about: str
     """What it makes, in a line."""
@@ -111,6 +112,6 @@ def prepared(pattern: str, config: Config) -> set[str]:
     return set(PREPARED[pattern]) | (set(_COMPARED) if compared else set())
 
 
-def concerns(key: str, names: set[str]) -> bool:
+def concerns(key: str, names: Collection[str]) -> bool:
     """Whether a key is one of these, or stands in one of these sections."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
