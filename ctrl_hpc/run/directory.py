@@ -67,7 +67,7 @@ def check(config: Config) -> Path:
     old = _last(folder)
     if old is not None:
         _check_changes(folder, old, config)
-    elif folder.is_dir() and any(entry.name != "code" for entry in folder.iterdir()):  # ended before the run began
+    elif folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
@@ -100,6 +100,12 @@ def _state(folder: Path, stage: str) -> str:
     place = folder / stage
     made = place.is_dir() and any(entry.name not in _NO_RECORDS for entry in place.iterdir())
     return "has begun" if made else ""
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a command of ours has begun here, and not yet written the configuration."""
+    begun = any((snapshot.folder_of(folder) / name).is_file() for name in (snapshot.ASKED, snapshot.STARTS))
+    return begun or all(entry.name == "code" for entry in folder.iterdir())
 
 
 def prepare(config: Config) -> Path:
