@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    bench.add(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
+    bench.add(commands.add_parser("bench", help="measure: executor, trainer"))
     return parser
 
 

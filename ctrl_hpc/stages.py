@@ -80,9 +80,13 @@ STAGES: dict[str, Stage] = {
 
 PREPARED = {
     "models": ("seed", "tiny.rebuild"),
-    "problems/train*.jsonl": ("seed", *_TRAINING),
+    "problems/train*.jsonl": ("seed", *_TRAINING, "executor"),
+    "problems/ledger.json*": ("seed", *_TRAINING, "executor"),
+    "problems/left-out.json": ("seed", *_TRAINING),
     "problems/decontamination.json": ("seed", *_TRAINING),
     "problems/eval-*.jsonl": ("seed", *_EVALUATION),
+    "problems/left-out-*.json": ("seed", *_EVALUATION),
+    "problems/judgebench.jsonl": ("judge",),
 }
 """What is made in a run's folder before the stages, and what it depends on: made anew when that has changed."""
 

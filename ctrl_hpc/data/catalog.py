@@ -142,12 +142,6 @@ class Training:
     """What was like a benchmark's problem (None: not asked)."""
 
 
-def training(data: DataConfig, seed: int, *, critic: str | None = None) -> tuple[list[Problem], dict[str, Any] | None]:
-    """As :func:`prepared`: the problems, and what decontamination took."""
-    found = prepared(data, seed, critic=critic)
-    return found.problems, found.decontamination
-
-
 def prepared(data: DataConfig, seed: int, *, critic: str | None = None) -> Training:
     """A run's training problems: those that the filters keep and that are unlike the benchmarks', then drawn.
 

@@ -71,6 +71,25 @@ def test_problems_of_another_configuration_are_made_anew(tmp_path: Path) -> None
     assert list(problems.iterdir()) == []
 
 
+def test_what_is_told_of_the_problems_goes_with_them(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}"]
+    problems = directory.prepare(load(TINY, base)) / "problems"
+    problems.mkdir()
+    told = ("judgebench.jsonl", "ledger.json", "ledger.json.part", "left-out-tiny.json", "left-out.json")
+    kept = {
+        "data.n_train=7": ("judgebench.jsonl", "left-out-tiny.json"),
+        "data.n_eval=7": ("judgebench.jsonl", "ledger.json", "ledger.json.part", "left-out.json"),
+        "judge.split=claude": told[1:],
+        "executor.limits.cpu_s=3": ("judgebench.jsonl", "left-out-tiny.json", "left-out.json"),
+    }
+    for change, names in kept.items():
+        for name in told:
+            (problems / name).touch()
+        directory.prepare(load(TINY, [*base, change]))
+        assert tuple(sorted(file.name for file in problems.iterdir())) == names, change
+        directory.prepare(load(TINY, base))
+
+
 def test_models_and_the_run_itself_may_move_but_not_change(tmp_path: Path) -> None:
     models, judge = tmp_path / "checkout" / "models", tmp_path / "checkout" / "judge.py"
     models.mkdir(parents=True)
