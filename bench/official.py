@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -46,6 +47,7 @@ def livecodebench(checkout: Path) -> Grader:
 def taco(checkout: Path) -> Grader:
     """``run_test`` of TACO's ``testing_util.py``."""
     sys.path.insert(0, str(checkout))
+    inspect.getargspec = inspect.getfullargspec  # type: ignore[attr-defined]  # as in the Python it is for
     util = importlib.import_module("metrics.testing_util")
     return lambda row, program: all(result is True for result in util.run_test(row, test=program))
 

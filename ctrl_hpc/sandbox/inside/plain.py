@@ -1,8 +1,8 @@
 """Plain data as JSON lines between a solution and its judge, inside the jail and outside; standard library only.
 
 What crosses: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, deque, Decimal,
-Fraction and finite iterators. Subclasses cross as their plain base, so no method of the sender ever runs at the
-receiver. Everything else raises :class:`Unsupported`.
+Fraction, numpy's scalars and finite iterators. Subclasses cross as their plain base, so no method of the sender ever
+runs at the receiver. Everything else raises :class:`Unsupported`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def _encode_collection(value: Any, depth: int) -> object:
         return {name: str(value)}
     if name in ("dict_keys", "dict_values", "dict_items"):
         return {name: [encode(item, depth + 1) for item in value]}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return encode(value.item(), depth + 1)
     if hasattr(type(value), "__next__"):
         return {"iterator": [encode(item, depth + 1) for item in _bounded(value)]}
     raise Unsupported(f"a value of type {name} cannot cross")
