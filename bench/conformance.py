@@ -36,6 +36,7 @@ SETTINGS = ExecutorConfig(
         "livecodebench": OverrideConfig(cpu_s=6.0, memory_mb=4096),
         "taco": OverrideConfig(cpu_s=4.0, comparison="taco"),
         "humaneval": OverrideConfig(cpu_s=3.0),
+        "mbppplus": OverrideConfig(cpu_s=6.0),
     }
 )
 """The limits of the official graders, and for TACO its own comparison."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 Grader = Callable[[dict[str, Any], str], bool]
@@ -67,6 +68,25 @@ def humaneval(checkout: Path) -> Grader:
     return passes
 
 
+def mbppplus(checkout: Path) -> Grader:
+    """``unsafe_execute`` of EvalPlus's evaluator."""
+    sys.path.insert(0, str(checkout))
+    evaluator = importlib.import_module("evalplus.eval")
+
+    def passes(row: dict[str, Any], program: str) -> bool:
+        names = {"inf": float("inf"), "nan": float("nan")}
+        inputs, results = (eval(row[f"official_{name}"], names) for name in ("inputs", "results"))
+        status, progress = SimpleNamespace(value=None), SimpleNamespace(value=0)
+        limits, details = [float(TIMEOUT_S)] * len(inputs), [False] * len(inputs)
+        evaluator.unsafe_execute(
+            "mbpp", row["official_function"], program, inputs, results, limits, row["official_atol"], True,
+            status, details, progress,
+        )  # fmt: skip
+        return status.value == 0 and all(details)
+
+    return passes
+
+
 def _module(name: str, file: Path) -> Any:
     found = importlib.util.spec_from_file_location(name, file)
     assert found is not None and found.loader is not None
@@ -75,9 +95,18 @@ def _module(name: str, file: Path) -> Any:
     return module
 
 
-GRADERS: dict[str, Callable[[Path], Grader]] = {"livecodebench": livecodebench, "taco": taco, "humaneval": humaneval}
+GRADERS: dict[str, Callable[[Path], Grader]] = {
+    "livecodebench": livecodebench,
+    "taco": taco,
+    "humaneval": humaneval,
+    "mbppplus": mbppplus,
+}
 """Makes a data set's grader from a checkout."""
-NEEDED = {"livecodebench": "lcb_runner/evaluation/testing_util.py", "taco": "metrics/testing_util.py"}
+NEEDED = {
+    "livecodebench": "lcb_runner/evaluation/testing_util.py",
+    "taco": "metrics/testing_util.py",
+    "mbppplus": "evalplus/eval/__init__.py",
+}
 """The file that a checkout must have."""
 
 

@@ -206,5 +206,57 @@ def humaneval() -> list[Pair]:
     return pairs
 
 
-PAIRS = {"livecodebench": livecodebench, "taco": taco, "humaneval": humaneval}
+def mbppplus() -> list[Pair]:
+    """Rows of MBPP+ as on the hub; the columns that begin with ``official`` are what EvalPlus's evaluator takes."""
+    return [*_plus_values(), *_plus_special(), *_plus_tasks()]
+
+
+def _plus(number: int, name: str, inputs: str, results: str, atol: float, oracle: str) -> dict[str, Any]:
+    second = f"_second(*inp), {atol}" if "exp_1" in _GIVEN["oracles"][oracle] else f"{atol}"
+    test = (
+        f"import numpy as np\nfrom math import inf, nan\n{_GIVEN['oracles'][oracle]}\n"
+        f"inputs = {inputs}\nresults = {results}\n"
+        f"for i, (inp, exp) in enumerate(zip(inputs, results)):\n    assertion({name}(*inp), exp, {second})\n"
+    )
+    return {
+        "task_id": number,
+        "prompt": "Do it.",
+        "code": "",
+        "test_imports": [],
+        "test_list": [f"assert {name}"],
+        "test": test,
+        "official_function": name,
+        "official_inputs": inputs,
+        "official_results": results,
+        "official_atol": atol,
+    }
+
+
+def _plus_values() -> Iterator[Pair]:
+    known = {repr(json.loads(expected)): values for expected, values in VALUES.items()} | _GIVEN["floats"]
+    number = 1000
+    for expected, values in known.items():
+        for atol in (0, 1e-6, 0.01) if expected in _GIVEN["floats"] else (0, 0.01):
+            number += 1
+            row = _plus(number, "f", "[[0]]", f"[{expected}]", atol, "plain")
+            for value in values:
+                program = f"from math import inf, nan\ndef f(x):\n    return {value}"
+                yield Pair(id=f"value {expected} {value} {atol}", row=row, program=program)
+
+
+def _plus_special() -> Iterator[Pair]:
+    for number, (name, (oracle, arguments, result, values)) in enumerate(_GIVEN["special"].items(), start=2000):
+        row = _plus(number, name, f"[{arguments}]", f"[{result}]", 0, oracle)
+        for value in values:
+            yield Pair(id=f"special {name} {value}", row=row, program=f"def {name}(*args):\n    return {value}")
+
+
+def _plus_tasks() -> Iterator[Pair]:
+    for seed, task in enumerate(TASKS):
+        row = _plus(3000 + seed, task.name, repr(task.calls), repr(_results(task)), 0, "plain")
+        for index, variant in enumerate(_variants(task, seed)):
+            yield Pair(id=f"call {task.name} {index}", row=row, program=variant)
+
+
+PAIRS = {"livecodebench": livecodebench, "taco": taco, "humaneval": humaneval, "mbppplus": mbppplus}
 """The pairs of a data set, by its name."""

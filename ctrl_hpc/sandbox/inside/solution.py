@@ -4,8 +4,8 @@ This side is untrusted, as the solution can replace anything in its process: the
 
 Requests: ``{"name"}`` asks what a global is, with ``"args"`` and ``"kwargs"`` calls it; ``"object"`` beside them means
 an attribute of an instance made before, ``"method"`` one of the class ``Solution`` where there is such a method.
-Replies: one of ``value``, ``callable``, ``class``, ``object`` (the number of a new instance), ``missing``, ``raise``,
-``unsupported``.
+Replies: one of ``value``, ``callable``, ``class``, ``object`` (the number of what cannot cross and stays here, and
+why), ``missing``, ``raise``, ``unsupported``.
 """
 
 from __future__ import annotations
@@ -47,11 +47,9 @@ def _answer(namespace: dict[str, Any], instances: list[Any], request: dict[str, 
         result = value(*arguments, **keywords)
         try:
             return {"value": plain.encode(result)}
-        except plain.Unsupported:
-            if not isinstance(value, type):
-                raise
+        except plain.Unsupported as error:
             instances.append(result)
-            return {"object": len(instances) - 1}
+            return {"object": len(instances) - 1, "unsupported": str(error)}
     except plain.Unsupported as error:
         return {"unsupported": str(error)}
     except MemoryError:
