@@ -175,8 +175,10 @@ def _close_characters(text: str, lines: list[str]) -> bool:
         values, targets = list(map(float, text)), list(map(float, lines))
     except ValueError:
         return False
-    close = (abs(value - target) <= 1e-8 + 1e-5 * abs(target) for value, target in zip(values, targets, strict=False))
-    return len(values) == len(targets) and all(close)
+    return len(values) == len(targets) and all(
+        abs(value - target) <= 1e-8 + 1e-5 * abs(target) < math.inf or value == target
+        for value, target in zip(values, targets, strict=True)
+    )
 
 
 def _same_sets(ours: list[set[str]], theirs: list[set[str]], read: Callable[[str], Any]) -> bool:
@@ -298,7 +300,8 @@ def same_result(data: Any, expected: Any, rule: Rule) -> bool:
         return same_value(_as_list(data), expected, tuples_are_lists=False)
     if rule.values == "taco":
         data = _as_list(data)
-        again = list(map(_as_list, data)) if isinstance(data, list) else data
+        rows = isinstance(data, list) and bool(data) and _as_list(data[0]) is not data[0]
+        again = list(map(_as_list, data)) if rows else data
         return (
             same_value(data, expected, tuples_are_lists=False)
             or same_value(data, [expected], tuples_are_lists=False)
