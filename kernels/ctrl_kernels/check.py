@@ -65,16 +65,15 @@ def _calls(x: dict[str, Any], backend: Any) -> dict[str, Callable[[], Any]]:
         "value_loss": lambda: k.value_loss(x["logprobs"], *constants, backend=backend)[:1],
         "gae": lambda: k.gae(x["advantages"], x["old"], x["mask"], gamma=0.99, lam=0.95, backend=backend),
     }
-    for objective in k.OBJECTIVES:
-        options = {"objective": objective, "backend": backend}
-        calls[f"policy_loss, {objective}"] = lambda options=options: k.policy_loss(
-            x["logprobs"], *constants, **options
-        )[:1]
-    for name in k.ESTIMATORS:
-        estimator: Any = name
-        calls[f"group_advantages, {name}"] = lambda estimator=estimator: (
-            k.group_advantages(x["rewards"], x["groups"], estimator=estimator, backend=backend),
-        )
+
+    def policy(objective: Any) -> Callable[[], Any]:
+        return lambda: k.policy_loss(x["logprobs"], *constants, objective=objective, backend=backend)[:1]
+
+    def group(estimator: Any) -> Callable[[], Any]:
+        return lambda: (k.group_advantages(x["rewards"], x["groups"], estimator=estimator, backend=backend),)
+
+    calls |= {f"policy_loss, {name}": policy(name) for name in k.OBJECTIVES}
+    calls |= {f"group_advantages, {name}": group(name) for name in k.ESTIMATORS}
     return calls
 
 

@@ -202,6 +202,8 @@ class PolicyOptions:
     """Weight of the KL estimate against ``ref_logprobs``."""
     kl_estimator: KlEstimator = "k3"
     """Which estimate."""
+    kl_correction: bool = False
+    """Whether the estimate is multiplied by the ratio, whose gradient then is that of the true KL (not for ``gmpo``)."""
     aggregation: Aggregation = "token-mean"
     """How tokens' terms become one number."""
     entropy_coef: float = 0.0
@@ -228,6 +230,8 @@ class PolicyOptions:
             raise ValueError(
                 f"ratio_cap={self.ratio_cap} must be positive, and goes with objective='dppo_tv' or 'dppo_kl'"
             )
+        if self.kl_correction and self.objective == "gmpo":
+            raise ValueError("kl_correction does not go with objective='gmpo'")
         if not (self.tau_positive > 0 and self.tau_negative > 0):
             raise ValueError(f"tau_positive={self.tau_positive} and tau_negative={self.tau_negative} must be positive")
 
@@ -297,7 +301,7 @@ def flat(options: Any) -> list[Any]:
 
 
 _ORDER = {kind: tuple(f.name for f in dataclasses.fields(kind)) for kind in (Shard, PolicyOptions)}
-_TYPES = {"int": "int", "float": "float", "str": "str", "float | None": "float?"}
+_TYPES = {"int": "int", "bool": "bool", "float": "float", "str": "str", "float | None": "float?"}
 
 
 def schema(kind: type) -> str:

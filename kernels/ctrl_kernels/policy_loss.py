@@ -21,7 +21,9 @@ arXiv 1912.09729; GSPO: arXiv 2507.18071; CISPO: MiniMax-M1, arXiv 2506.13585; D
 
 With D = clamp(log pi - log ref, -20, 20) a token's KL estimate (Schulman 2020) is
 
-    k1: D        k2: D^2 / 2        k3: clamp(exp(-D) + D - 1, -10, 10).
+    k1: D        k2: D^2 / 2        k3: clamp(exp(-D) + D - 1, -10, 10),
+
+times r with ``kl_correction`` (DeepSeek-V3.2, arXiv 2512.02556).
 
 The loss sums (policy + kl_coef KL - entropy_coef entropy) over tokens, each with weight 1 / denominator
 (``token-mean`` and ``seq-mean-token-sum``) or 1 / (length denominator) (``seq-mean-token-mean``, length: the
@@ -271,6 +273,7 @@ def _policy_kernel(
     HAS_DUAL: tl.constexpr,
     BY_LENGTH: tl.constexpr,
     KL: tl.constexpr,
+    KL_CORRECTION: tl.constexpr,
     SUMS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -354,7 +357,14 @@ def _policy_kernel(
             if KL == "k1":
                 kl_slope = tl.where(active, kl_slope, 0.0)
             kls += tl.sum(kl, 1)
-            if weights_ptr is not None:
+            if KL_CORRECTION:
+                kl_loss += tl.sum(kl * (r * weight), 1)
+                if SHARED:
+                    d_sequence += tl.sum(kl * (kl_coef * weight), 1)
+                else:
+                    kl_slope += tl.where(outside, 0.0, kl)
+                kl_slope *= r
+            elif weights_ptr is not None:
                 kl_loss += tl.sum(kl * weight, 1)
             gradient += kl_slope * (kl_coef * weight)
         if entropy_ptr is not None:
@@ -394,8 +404,9 @@ def _policy_kernel(
             logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, d_logprobs_ptr, share, begin, end, row_length, low, high,
             GEOMETRIC, ref_ptr is not None or drift_ptr is not None, LANES, VECTOR, EVEN,
         )  # fmt: skip
-    if weights_ptr is None:
+    if weights_ptr is None and not KL_CORRECTION:
         s1 = s8 * row_weight
+    if weights_ptr is None:
         s2 = s9 * row_weight
     out_ptr = sums_ptr + tl.program_id(0) * SUMS
     tl.store(out_ptr, s0)
@@ -509,6 +520,7 @@ def policy_terms(
         HAS_DUAL=options.dual_clip is not None,
         BY_LENGTH=by_length,
         KL=options.kl_estimator,
+        KL_CORRECTION=options.kl_correction,
         SUMS=SUMS,
         LANES=min(LANES, max(16, triton.next_power_of_2(triton.cdiv(min(row_length, total), VECTOR)))),
         VECTOR=VECTOR,
