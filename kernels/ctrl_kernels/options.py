@@ -203,7 +203,7 @@ class PolicyOptions:
     kl_estimator: KlEstimator = "k3"
     """Which estimate."""
     kl_correction: bool = False
-    """Whether the estimate is multiplied by the ratio, whose gradient then is that of the true KL (not for ``gmpo``)."""
+    """Whether the estimate is multiplied by the ratio, so that its gradient is the true KL's; not for ``gmpo``."""
     aggregation: Aggregation = "token-mean"
     """How tokens' terms become one number."""
     entropy_coef: float = 0.0

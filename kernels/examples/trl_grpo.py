@@ -43,7 +43,8 @@ class KernelGRPOTrainer(GRPOTrainer):
         loss, metrics = ctrl_kernels.policy_loss(
             logprobs, logprobs.detach() if old is None else old, inputs["advantages"], mask, entropy=entropy.detach(),
             clip_low=self.epsilon_low, clip_high=self.epsilon_high, ratio=self.importance_sampling_level,
-            ref_logprobs=inputs.get("ref_per_token_logps"), kl_coef=self.beta, kl_correction=self.args.use_bias_correction_kl, aggregation=AGGREGATIONS[self.loss_type],
+            ref_logprobs=inputs.get("ref_per_token_logps"), kl_coef=self.beta,
+            kl_correction=self.args.use_bias_correction_kl, aggregation=AGGREGATIONS[self.loss_type],
             denominator=None if self.loss_type == "bnpo" else float(denominator),
         )  # fmt: skip
         for name in ("clip_fraction", "entropy", "kl"):
