@@ -41,9 +41,11 @@ from ctrl_kernels.options import (
     ESTIMATORS,
     Backend,
     Estimator,
+    ceil_div,
     check_kernel_dtype,
     check_shapes,
     choose,
+    next_power_of_2,
     resolve_backend,
 )
 
@@ -146,7 +148,7 @@ def _group_advantages(
         groups_B, order_B = groups_B.sort(stable=True)
         block_j = SORTED_BLOCK_J
     out_B = torch.empty_like(rewards_B, dtype=torch.float32)
-    _group_advantages_kernel[(triton.cdiv(len(rewards_B), BLOCK_I),)](
+    _group_advantages_kernel[(ceil_div(len(rewards_B), BLOCK_I),)](
         rewards_B,
         groups_B,
         order_B,
@@ -353,7 +355,7 @@ def _gae(
         steps,
         gamma,
         gamma * lam,
-        LANES=min(BLOCK_T, max(16, triton.next_power_of_2(steps))) // 4,
+        LANES=min(BLOCK_T, max(16, next_power_of_2(steps))) // 4,
         EVEN=steps % 4 == 0,
         num_warps=GAE_WARPS,
     )

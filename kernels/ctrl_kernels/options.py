@@ -40,6 +40,16 @@ INTERPRETED = isinstance(tl.max, InterpretedFunction)
 """Whether Triton's kernels run in its interpreter: ``TRITON_INTERPRET=1`` before triton's first import."""
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up; triton's own of that name costs 10 microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n`` >= 1; likewise."""
+    return 1 << (n - 1).bit_length()
+
+
 def choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError, listing what is allowed, unless ``value`` is."""
     if value not in allowed:

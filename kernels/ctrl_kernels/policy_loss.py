@@ -52,10 +52,12 @@ from ctrl_kernels.options import (
     LOG_RATIO_LIMIT,
     Backend,
     PolicyOptions,
+    ceil_div,
     check_denominator,
     check_kernel_dtype,
     check_shapes,
     flat,
+    next_power_of_2,
     policy_options,
     refuse,
     resolve_backend,
@@ -483,10 +485,10 @@ def policy_terms(
     """
     by_length = options.aggregation == "seq-mean-token-mean" and token_weights is None
     total, tile = logprobs.numel(), LANES * VECTOR
-    row_length = max(1, triton.cdiv(triton.cdiv(total, tile), RUNS)) * tile
+    row_length = max(1, ceil_div(ceil_div(total, tile), RUNS)) * tile
     if by_length or options.by_sequence:
         row_length = logprobs.shape[-1]
-    programs = triton.cdiv(total, row_length) if total else 0
+    programs = ceil_div(total, row_length) if total else 0
     sums = logprobs.new_empty((programs, SUMS), dtype=torch.float32)
     if programs == 0:
         return sums
@@ -522,7 +524,7 @@ def policy_terms(
         KL=options.kl_estimator,
         KL_CORRECTION=options.kl_correction,
         SUMS=SUMS,
-        LANES=min(LANES, max(16, triton.next_power_of_2(triton.cdiv(min(row_length, total), VECTOR)))),
+        LANES=min(LANES, max(16, next_power_of_2(ceil_div(min(row_length, total), VECTOR)))),
         VECTOR=VECTOR,
         EVEN=total % VECTOR == 0 and row_length % VECTOR == 0,
         num_warps=POLICY_WARPS,
@@ -659,7 +661,10 @@ class _PolicyLoss(torch.autograd.Function):
 
 
 def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().contiguous()
+    if tensor is None:
+        return None
+    constant = tensor.detach() if tensor.requires_grad else tensor
+    return constant if constant.is_contiguous() else constant.contiguous()
 
 
 @with_options(PolicyOptions)

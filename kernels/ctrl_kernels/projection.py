@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctrl_kernels.options import Shard
+from ctrl_kernels.options import Shard, ceil_div
 from ctrl_kernels.softmax_statistics import segment_columns, segment_count, softmax_statistics, tile_shape
 
 CHUNK_MULTIPLE = 128  # tokens of a chunk: whole tiles of a matrix product
@@ -64,7 +64,7 @@ class Projection:
     @property
     def segment_tiles(self) -> int:
         """Tiles of a segment."""
-        return triton.cdiv(self.segment, tile_shape(self.segment)[1])
+        return ceil_div(self.segment, tile_shape(self.segment)[1])
 
     @property
     def segment_count(self) -> int:
@@ -95,7 +95,7 @@ class Projection:
         if whole_waves and step < tokens:
             # Up to the largest chunk that fits: uneven ones may fill whole waves where even ones do not.
             sizes = range(CHUNK_MULTIPLE, min(most, tokens) + 1, CHUNK_MULTIPLE)
-            step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + triton.cdiv(tokens, n), -n))
+            step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + ceil_div(tokens, n), -n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
     def parts(self, chunk: slice, bytes_per_token: int) -> list[slice]:
@@ -114,8 +114,8 @@ class Projection:
         """Waves of tiles that the products [n, D] take for all chunks of ``step`` tokens."""
         processors, _ = _card(self.weight.device)
         whole, rest = divmod(tokens, step)
-        across = triton.cdiv(self.weight.shape[1], TILE_COLUMNS)
-        waves = [triton.cdiv(triton.cdiv(n, CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
+        across = ceil_div(self.weight.shape[1], TILE_COLUMNS)
+        waves = [ceil_div(ceil_div(n, CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
         return whole * waves[0] + waves[1]
 
     def workspace(self, chunks: list[slice], columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -168,7 +168,7 @@ class Projection:
 
 def _even(tokens: int, most: int) -> int:
     """The size of the fewest even chunks of at most so many tokens, rounded up to whole tiles."""
-    return triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    return ceil_div(ceil_div(tokens, ceil_div(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
 def matrix(workspace: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -244,6 +244,6 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if type(x) is not torch.Tensor:  # fake: nothing to launch for
         return x.mul_(factor)
     if x.numel():
-        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        programs = min(ceil_div(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
         _scale_kernel[(programs,)](x, factor.float(), x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
     return x
