@@ -56,6 +56,7 @@ SORT_FROM = 4097
 ADVANTAGE_WARPS = 4
 BLOCK_T = 512  # few enough registers that a sequence a program keeps the whole GPU busy
 GAE_WARPS = 4
+HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
 
 
 @triton.jit
@@ -197,6 +198,14 @@ def group_advantages(
 
 
 @triton.jit
+def _taken(x, index, lane):
+    """x[index]; before triton 3.3, which has an instruction for it, by comparison of all with all."""
+    if HAS_GATHER:
+        return tl.gather(x, index, 0)
+    return tl.sum(tl.where(index[:, None] == lane[None, :], x[None, :], 0.0), 1)
+
+
+@triton.jit
 def _compose(a1, b1, c1, e1, f1, a2, b2, c2, e2, f2):
     """The second map after the first."""
     return a2 * a1, a2 * b1 + b2 * e1, a2 * c1 + b2 * f1 + c2, e2 * e1, e2 * f1 + f2
@@ -309,10 +318,10 @@ def _gae_kernel(
         # The state before each lane's steps is that after the steps of the lane to the right.
         advantage_left = a * advantage_carry + b * value_carry + c
         value_left = e * value_carry + f
-        advantage = tl.where(lane == LANES - 1, advantage_carry, tl.gather(advantage_left, right, 0))
-        next_value = tl.where(lane == LANES - 1, value_carry, tl.gather(value_left, right, 0))
-        advantage_carry = tl.gather(advantage_left, lane * 0, 0)
-        value_carry = tl.gather(value_left, lane * 0, 0)
+        advantage = tl.where(lane == LANES - 1, advantage_carry, _taken(advantage_left, right, lane))
+        next_value = tl.where(lane == LANES - 1, value_carry, _taken(value_left, right, lane))
+        advantage_carry = _taken(advantage_left, lane * 0, lane)
+        value_carry = _taken(value_left, lane * 0, lane)
         r0, r1, r2, r3 = _quarters(reward, LANES)
         v0, v1, v2, v3 = _quarters(value, LANES)
         m0, m1, m2, m3 = _quarters(active, LANES)

@@ -366,7 +366,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             scaled = [scale_(x, d_loss * unit) for x in gradients]
         d_hidden, d_weight, d_bias = (
             x.to(dtype) if needed else None
-            for x, dtype, needed in zip(scaled, ctx.types, ctx.needs_input_grad, strict=False)
+            for x, dtype, needed in zip(scaled, ctx.types, ctx.needs_input_grad[:3], strict=True)
         )
         if ctx.main_grad is not None and ctx.needs_input_grad[1]:
             if not ctx.at_once:

@@ -321,7 +321,7 @@ def _policy_kernel(
         r = tl.zeros([LANES, VECTOR], tl.float32) + sequence_ratio
         if RATIO == "token" and not GEOMETRIC:
             r = tl.exp2(log_ratio * LOG2E)
-        never = tl.zeros([LANES, VECTOR], tl.int1)
+        never = inside & (counted > 1.0)
         clipped, dual = never, never
         gradient = tl.zeros([LANES, VECTOR], tl.float32)
         if OBJECTIVE == "clip":
@@ -656,7 +656,7 @@ class _PolicyLoss(torch.autograd.Function):
             gradients = ctx.gradients or _policy_loss(*ctx.arguments)[2:]
             ctx.gradients = None
             scaled = [scale_(x, d_loss) for x in gradients]
-        returned = (x if needed else None for x, needed in zip(scaled, ctx.needs_input_grad, strict=False))
+        returned = (x if needed else None for x, needed in zip(scaled, ctx.needs_input_grad[:2], strict=True))
         return *returned, None, None, None
 
 

@@ -395,7 +395,7 @@ def policy_loss(
         ]
         names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "ratio", "kl", "entropy")
         metrics = {name: total / tokens.clamp_min(1) for name, total in zip(names, sums, strict=True)}
-    return loss, {"policy_loss": policy_term.detach(), "tokens": tokens} | metrics
+    return loss, {"policy_loss": policy_term.detach(), "tokens": tokens, **metrics}
 
 
 def value_loss(

@@ -228,7 +228,7 @@ def _combine_kernel(
     s = tl.zeros([BLOCK_N], tl.float32)
     w = tl.zeros([BLOCK_N], tl.float32)
     t = tl.zeros([BLOCK_N], tl.float32)
-    held = tl.zeros([BLOCK_N], tl.int1)
+    held = t != t  # of no part yet
     part_ptr = statistics_ptr + row * 4
     for _ in range(parts):
         shift = tl.maximum((tl.load(part_ptr, mask=inside, other=0.0) - m_safe) * LOG2E, LOG2_FLOOR)
