@@ -176,7 +176,14 @@ def losses() -> Iterator[Configuration]:
     types |= {"mask_ptr": U8, "denominator_ptr": I64}
     types |= dict.fromkeys(("constant", "low", "high", "extra_0", "extra_1", "kl_coef", "entropy_coef"), "fp32")
     tile = policy_loss.LANES * policy_loss.VECTOR
-    plain = {"OBJECTIVE": "clip", "RATIO": "token", "HAS_DUAL": False, "BY_LENGTH": False, "KL": "k3"}
+    plain = {
+        "OBJECTIVE": "clip",
+        "RATIO": "token",
+        "HAS_DUAL": False,
+        "BY_LENGTH": False,
+        "KL": "k3",
+        "KL_CORRECTION": False,
+    }
     plain |= {"SUMS": policy_loss.SUMS, "LANES": policy_loss.LANES, "VECTOR": policy_loss.VECTOR, "EVEN": True}
     everything = ("ref", "importance", "entropy", "denominator", "d_logprobs", "d_entropy")
     for name, given, changed in (
@@ -186,6 +193,7 @@ def losses() -> Iterator[Configuration]:
         ("sequence mean all options", everything, {"HAS_DUAL": True, "BY_LENGTH": True}),
         ("sequence ratio all options", everything, {"HAS_DUAL": True, "BY_LENGTH": True, "RATIO": "sequence"}),
         ("one pass", (*everything, "weights"), {"HAS_DUAL": True}),
+        ("corrected KL", ("ref", "d_logprobs"), {"KL_CORRECTION": True}),
         ("KL-Cov", ("drift", "d_logprobs"), {}),
         *((kind, ("d_logprobs",), {"OBJECTIVE": kind}) for kind in ("cispo", "dppo_tv", "dppo_kl", "sapo", "gmpo")),
     ):

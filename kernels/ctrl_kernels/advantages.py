@@ -41,9 +41,11 @@ from ctrl_kernels.options import (
     ESTIMATORS,
     Backend,
     Estimator,
+    ceil_div,
     check_kernel_dtype,
     check_shapes,
     choose,
+    next_power_of_2,
     resolve_backend,
 )
 
@@ -54,6 +56,7 @@ SORT_FROM = 4097
 ADVANTAGE_WARPS = 4
 BLOCK_T = 512  # few enough registers that a sequence a program keeps the whole GPU busy
 GAE_WARPS = 4
+HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
 
 
 @triton.jit
@@ -146,7 +149,7 @@ def _group_advantages(
         groups_B, order_B = groups_B.sort(stable=True)
         block_j = SORTED_BLOCK_J
     out_B = torch.empty_like(rewards_B, dtype=torch.float32)
-    _group_advantages_kernel[(triton.cdiv(len(rewards_B), BLOCK_I),)](
+    _group_advantages_kernel[(ceil_div(len(rewards_B), BLOCK_I),)](
         rewards_B,
         groups_B,
         order_B,
@@ -192,6 +195,14 @@ def group_advantages(
     if chosen == "triton":
         check_kernel_dtype(rewards=rewards)
     return _group_advantages(rewards.detach().contiguous(), group_ids.contiguous(), estimator, eps, chosen)
+
+
+@triton.jit
+def _taken(x, index, lane):
+    """x[index]; before triton 3.3, which has an instruction for it, by comparison of all with all."""
+    if HAS_GATHER:
+        return tl.gather(x, index, 0)
+    return tl.sum(tl.where(index[:, None] == lane[None, :], x[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -307,10 +318,10 @@ def _gae_kernel(
         # The state before each lane's steps is that after the steps of the lane to the right.
         advantage_left = a * advantage_carry + b * value_carry + c
         value_left = e * value_carry + f
-        advantage = tl.where(lane == LANES - 1, advantage_carry, tl.gather(advantage_left, right, 0))
-        next_value = tl.where(lane == LANES - 1, value_carry, tl.gather(value_left, right, 0))
-        advantage_carry = tl.gather(advantage_left, lane * 0, 0)
-        value_carry = tl.gather(value_left, lane * 0, 0)
+        advantage = tl.where(lane == LANES - 1, advantage_carry, _taken(advantage_left, right, lane))
+        next_value = tl.where(lane == LANES - 1, value_carry, _taken(value_left, right, lane))
+        advantage_carry = _taken(advantage_left, lane * 0, lane)
+        value_carry = _taken(value_left, lane * 0, lane)
         r0, r1, r2, r3 = _quarters(reward, LANES)
         v0, v1, v2, v3 = _quarters(value, LANES)
         m0, m1, m2, m3 = _quarters(active, LANES)
@@ -353,7 +364,7 @@ def _gae(
         steps,
         gamma,
         gamma * lam,
-        LANES=min(BLOCK_T, max(16, triton.next_power_of_2(steps))) // 4,
+        LANES=min(BLOCK_T, max(16, next_power_of_2(steps))) // 4,
         EVEN=steps % 4 == 0,
         num_warps=GAE_WARPS,
     )

@@ -274,9 +274,10 @@ def _propagate(
     That of the weight is added to ``main_grad``, if given; in one product it comes in the weight's type, else in fp32.
     """
     segment, valid, width = projection.segment, projection.options.valid, hidden.element_size()
-    chunks = projection.chunks(count(rows, hidden), width * (segment + hidden.shape[1]), whole_waves=True)
+    a_token = width * (segment + hidden.shape[1])
+    chunks = projection.chunks(count(rows, hidden), a_token, whole_waves=True)
     space = projection.workspace(chunks, segment, hidden.dtype)
-    parts = projection.parts(chunks[0]) if chunks and saved is None else []
+    parts = [p for c in chunks for p in projection.parts(c, a_token)] if saved is None else []
     logits_space = projection.workspace(parts, segment, torch.float32)
     d_hidden = hidden.new_empty((count(rows, hidden), hidden.shape[1]), dtype=torch.float32) if asked[0] else None
     d_weight = main_grad
@@ -292,7 +293,8 @@ def _propagate(
         for index, columns in projection.segments():
             d_logits = matrix(space, len(hidden_n), columns.stop - columns.start)
             if saved is None:
-                _from_products(projection, hidden_n, columns, logits_space, d_logits, scores_n, slopes_n)
+                parts = projection.parts(chunk, a_token)
+                _from_products(projection, parts, hidden_n, columns, logits_space, d_logits, scores_n, slopes_n)
             else:
                 _from_weights(projection, saved, chunk, index, columns, d_logits, scores_n, slopes_n)
             to_hidden = None if d_hidden is None else d_hidden[chunk]
@@ -309,6 +311,7 @@ def _propagate(
 
 def _from_products(
     projection: Projection,
+    parts: list[slice],
     hidden_nD: torch.Tensor,
     columns: slice,
     logits_space: torch.Tensor,
@@ -317,7 +320,7 @@ def _from_products(
     slopes: list[torch.Tensor | None],
 ) -> None:
     """Fill a segment's gradient from logits that are formed again, part by part."""
-    for part in projection.parts(slice(0, len(hidden_nD))):
+    for part in parts:
         targets, _, lse, entropy = (x[part] for x in scores)
         d_logprob, d_entropy = (None if g is None else g[part] for g in slopes)
         logits_gradient(

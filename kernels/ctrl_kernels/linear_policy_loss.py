@@ -241,10 +241,12 @@ def _sweep(
     """Fill log-probs and entropies [M]; from the first n tokens the gradients [n, D], [V, D] and [V]."""
     valid, width, segment = projection.options.valid, hidden.element_size(), projection.segment
     tiles = projection.segment_count * projection.segment_tiles
-    chunks = projection.chunks(n, width * (valid + hidden.shape[1]) + 4 * tiles, whole_waves=True)
+    a_token = width * (valid + hidden.shape[1]) + 4 * tiles
+    chunks = projection.chunks(n, a_token, whole_waves=True)
     left = len(tokens.targets) - n
     rest = [slice(n + c.start, n + c.stop) for c in projection.chunks(left, 4 * segment + width * hidden.shape[1])]
-    lengths = [c.stop - c.start for c in rest] + [p.stop - p.start for c in chunks for p in projection.parts(c)]
+    all_parts = [p for c in chunks for p in projection.parts(c, a_token)]
+    lengths = [x.stop - x.start for x in (*rest, *all_parts)]
     logits_space = hidden.new_empty(max(lengths, default=0) * segment, dtype=torch.float32)
     spaces = (projection.workspace(chunks, valid, hidden.dtype), projection.workspace(chunks, tiles, torch.float32))
     d_hidden = hidden.new_empty((n, hidden.shape[1]), dtype=torch.float32) if asked[0] else None
@@ -256,7 +258,9 @@ def _sweep(
     d_bias = torch.zeros_like(projection.weight[:, 0], dtype=torch.float32) if asked[2] else None
     for chunk in (*chunks, *rest):
         hidden_n = take(hidden, tokens.rows, chunk)
-        d_logits = _chunk(projection, tokens, chunk, hidden_n, options, logits_space, spaces, logprobs, entropy, n)
+        parts = projection.parts(chunk, a_token) if chunk.start < n else [slice(0, len(hidden_n))]
+        outputs = (logprobs[chunk], entropy[chunk])
+        d_logits = _chunk(projection, tokens, chunk, parts, hidden_n, options, logits_space, spaces, outputs, n)
         if d_logits is None:
             continue
         propagate(None if d_hidden is None else d_hidden[chunk], d_logits, projection.weight[:valid], first=True)
@@ -272,12 +276,12 @@ def _chunk(
     projection: Projection,
     tokens: _Tokens,
     chunk: slice,
+    parts: list[slice],
     hidden_nD: torch.Tensor,
     options: PolicyOptions,
     logits_space: torch.Tensor,
     spaces: tuple[torch.Tensor, torch.Tensor],
-    logprobs: torch.Tensor,
-    entropy: torch.Tensor,
+    outputs: tuple[torch.Tensor, torch.Tensor],
     with_gradient: int,
 ) -> torch.Tensor | None:
     """Fill a chunk's log-probs and entropies; the gradient of its logits [n, V], if it has one."""
@@ -288,7 +292,7 @@ def _chunk(
         tile_max = matrix(spaces[1], n, projection.segment_count * projection.segment_tiles)
     statistics = hidden_nD.new_empty((projection.segment_count, n, 4), dtype=torch.float32)
     targets = tokens.targets[chunk]
-    for part in projection.parts(slice(0, n)) if weights is not None else [slice(0, n)]:
+    for part in parts:
         projection.statistics(
             hidden_nD[part],
             targets[part],
@@ -298,19 +302,21 @@ def _chunk(
             None if tile_max is None else tile_max[part],
         )
     gathered = gather_statistics(statistics, projection.options)
-    logprobs[chunk], entropy[chunk], lse = combine_segments(gathered, targets, projection.options)
+    logprob, entropy, lse = combine_segments(gathered, targets, projection.options)
+    outputs[0].copy_(logprob)
+    outputs[1].copy_(entropy)
     if weights is None or tile_max is None:
         return None
     d_logprob, d_entropy = torch.empty_like(lse), torch.empty_like(lse)
-    tokens.terms(chunk, logprobs[chunk], entropy[chunk], options, d_logprobs=d_logprob, d_entropy=d_entropy)
+    tokens.terms(chunk, logprob, entropy, options, d_logprobs=d_logprob, d_entropy=d_entropy)
     weights_gradient(
         weights,
         weights,
         tile_max,
         targets,
-        logprobs[chunk],
+        logprob,
         lse,
-        entropy[chunk],
+        entropy,
         d_logprob,
         d_entropy if options.entropy_coef != 0 else None,
         projection.options,
@@ -360,7 +366,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             scaled = [scale_(x, d_loss * unit) for x in gradients]
         d_hidden, d_weight, d_bias = (
             x.to(dtype) if needed else None
-            for x, dtype, needed in zip(scaled, ctx.types, ctx.needs_input_grad, strict=False)
+            for x, dtype, needed in zip(scaled, ctx.types, ctx.needs_input_grad[:3], strict=True)
         )
         if ctx.main_grad is not None and ctx.needs_input_grad[1]:
             if not ctx.at_once:

@@ -20,7 +20,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call without autocast and on the first argument's device."""
     device = arguments[0].device
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             return _run(function, arguments)
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -21,7 +21,9 @@ arXiv 1912.09729; GSPO: arXiv 2507.18071; CISPO: MiniMax-M1, arXiv 2506.13585; D
 
 With D = clamp(log pi - log ref, -20, 20) a token's KL estimate (Schulman 2020) is
 
-    k1: D        k2: D^2 / 2        k3: clamp(exp(-D) + D - 1, -10, 10).
+    k1: D        k2: D^2 / 2        k3: clamp(exp(-D) + D - 1, -10, 10),
+
+times r with ``kl_correction`` (DeepSeek-V3.2, arXiv 2512.02556).
 
 The loss sums (policy + kl_coef KL - entropy_coef entropy) over tokens, each with weight 1 / denominator
 (``token-mean`` and ``seq-mean-token-sum``) or 1 / (length denominator) (``seq-mean-token-mean``, length: the
@@ -50,10 +52,12 @@ from ctrl_kernels.options import (
     LOG_RATIO_LIMIT,
     Backend,
     PolicyOptions,
+    ceil_div,
     check_denominator,
     check_kernel_dtype,
     check_shapes,
     flat,
+    next_power_of_2,
     policy_options,
     refuse,
     resolve_backend,
@@ -271,6 +275,7 @@ def _policy_kernel(
     HAS_DUAL: tl.constexpr,
     BY_LENGTH: tl.constexpr,
     KL: tl.constexpr,
+    KL_CORRECTION: tl.constexpr,
     SUMS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -316,7 +321,7 @@ def _policy_kernel(
         r = tl.zeros([LANES, VECTOR], tl.float32) + sequence_ratio
         if RATIO == "token" and not GEOMETRIC:
             r = tl.exp2(log_ratio * LOG2E)
-        never = tl.zeros([LANES, VECTOR], tl.int1)
+        never = inside & (counted > 1.0)
         clipped, dual = never, never
         gradient = tl.zeros([LANES, VECTOR], tl.float32)
         if OBJECTIVE == "clip":
@@ -354,7 +359,14 @@ def _policy_kernel(
             if KL == "k1":
                 kl_slope = tl.where(active, kl_slope, 0.0)
             kls += tl.sum(kl, 1)
-            if weights_ptr is not None:
+            if KL_CORRECTION:
+                kl_loss += tl.sum(kl * (r * weight), 1)
+                if SHARED:
+                    d_sequence += tl.sum(kl * (kl_coef * weight), 1)
+                else:
+                    kl_slope += tl.where(outside, 0.0, kl)
+                kl_slope *= r
+            elif weights_ptr is not None:
                 kl_loss += tl.sum(kl * weight, 1)
             gradient += kl_slope * (kl_coef * weight)
         if entropy_ptr is not None:
@@ -394,8 +406,9 @@ def _policy_kernel(
             logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, d_logprobs_ptr, share, begin, end, row_length, low, high,
             GEOMETRIC, ref_ptr is not None or drift_ptr is not None, LANES, VECTOR, EVEN,
         )  # fmt: skip
-    if weights_ptr is None:
+    if weights_ptr is None and not KL_CORRECTION:
         s1 = s8 * row_weight
+    if weights_ptr is None:
         s2 = s9 * row_weight
     out_ptr = sums_ptr + tl.program_id(0) * SUMS
     tl.store(out_ptr, s0)
@@ -472,10 +485,10 @@ def policy_terms(
     """
     by_length = options.aggregation == "seq-mean-token-mean" and token_weights is None
     total, tile = logprobs.numel(), LANES * VECTOR
-    row_length = max(1, triton.cdiv(triton.cdiv(total, tile), RUNS)) * tile
+    row_length = max(1, ceil_div(ceil_div(total, tile), RUNS)) * tile
     if by_length or options.by_sequence:
         row_length = logprobs.shape[-1]
-    programs = triton.cdiv(total, row_length) if total else 0
+    programs = ceil_div(total, row_length) if total else 0
     sums = logprobs.new_empty((programs, SUMS), dtype=torch.float32)
     if programs == 0:
         return sums
@@ -509,8 +522,9 @@ def policy_terms(
         HAS_DUAL=options.dual_clip is not None,
         BY_LENGTH=by_length,
         KL=options.kl_estimator,
+        KL_CORRECTION=options.kl_correction,
         SUMS=SUMS,
-        LANES=min(LANES, max(16, triton.next_power_of_2(triton.cdiv(min(row_length, total), VECTOR)))),
+        LANES=min(LANES, max(16, next_power_of_2(ceil_div(min(row_length, total), VECTOR)))),
         VECTOR=VECTOR,
         EVEN=total % VECTOR == 0 and row_length % VECTOR == 0,
         num_warps=POLICY_WARPS,
@@ -642,12 +656,15 @@ class _PolicyLoss(torch.autograd.Function):
             gradients = ctx.gradients or _policy_loss(*ctx.arguments)[2:]
             ctx.gradients = None
             scaled = [scale_(x, d_loss) for x in gradients]
-        returned = (x if needed else None for x, needed in zip(scaled, ctx.needs_input_grad, strict=False))
+        returned = (x if needed else None for x, needed in zip(scaled, ctx.needs_input_grad[:2], strict=True))
         return *returned, None, None, None
 
 
 def _dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach().contiguous()
+    if tensor is None:
+        return None
+    constant = tensor.detach() if tensor.requires_grad else tensor
+    return constant if constant.is_contiguous() else constant.contiguous()
 
 
 @with_options(PolicyOptions)

@@ -19,14 +19,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ctrl_kernels.options import Shard
+from ctrl_kernels.options import Shard, ceil_div
 from ctrl_kernels.softmax_statistics import segment_columns, segment_count, softmax_statistics, tile_shape
 
 CHUNK_MULTIPLE = 128  # tokens of a chunk: whole tiles of a matrix product
 TILE_COLUMNS = 256
 PROCESSORS = 132  # of an H100 or H200, where there is no GPU to ask
 WORKSPACE_MB = 2048  # where a fortieth of the card's memory allows it
-LOGITS_PART = 4  # of the workspace, what fp32 logits may take beside what stays of a chunk
+LOGITS_PART = 4  # of the workspace, what is left to fp32 logits beside what stays of a chunk, at least
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 528  # a few a processor: idle ones end at once
 
@@ -64,7 +64,7 @@ class Projection:
     @property
     def segment_tiles(self) -> int:
         """Tiles of a segment."""
-        return triton.cdiv(self.segment, tile_shape(self.segment)[1])
+        return ceil_div(self.segment, tile_shape(self.segment)[1])
 
     @property
     def segment_count(self) -> int:
@@ -87,27 +87,35 @@ class Projection:
         """
         if tokens == 0:
             return []
-        space = (self.workspace_mb or default_workspace_mb(self.weight.device)) << 20
+        space = self._workspace_bytes
         if whole_waves:
             space -= space // LOGITS_PART
         most = max(1, space // bytes_per_token // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-        step = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        step = _even(tokens, most)
         if whole_waves and step < tokens:
             # Up to the largest chunk that fits: uneven ones may fill whole waves where even ones do not.
             sizes = range(CHUNK_MULTIPLE, min(most, tokens) + 1, CHUNK_MULTIPLE)
-            step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + triton.cdiv(tokens, n), -n))
+            step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + ceil_div(tokens, n), -n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
-    def parts(self, chunk: slice) -> list[slice]:
-        """A chunk in even parts whose fp32 logits of a segment fit beside it: slices of the chunk."""
-        return self.chunks(chunk.stop - chunk.start, LOGITS_PART * 4 * self.segment)
+    def parts(self, chunk: slice, bytes_per_token: int) -> list[slice]:
+        """A chunk, of which each token takes so much, in even parts whose fp32 logits of a segment fit beside it."""
+        tokens, space = chunk.stop - chunk.start, self._workspace_bytes
+        left = max(space - bytes_per_token * tokens, space // LOGITS_PART)
+        most = max(1, left // (4 * self.segment) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        step = _even(tokens, most)
+        return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
+
+    @property
+    def _workspace_bytes(self) -> int:
+        return (self.workspace_mb or default_workspace_mb(self.weight.device)) << 20
 
     def _waves(self, tokens: int, step: int) -> int:
         """Waves of tiles that the products [n, D] take for all chunks of ``step`` tokens."""
         processors, _ = _card(self.weight.device)
         whole, rest = divmod(tokens, step)
-        across = triton.cdiv(self.weight.shape[1], TILE_COLUMNS)
-        waves = [triton.cdiv(triton.cdiv(n, CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
+        across = ceil_div(self.weight.shape[1], TILE_COLUMNS)
+        waves = [ceil_div(ceil_div(n, CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
         return whole * waves[0] + waves[1]
 
     def workspace(self, chunks: list[slice], columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -156,6 +164,11 @@ class Projection:
                 weights_NV=None if weights_nV is None else weights_nV[:, columns],
                 tile_max_NK=None if tile_max_nK is None else tile_max_nK[:, index * self.segment_tiles :],
             )
+
+
+def _even(tokens: int, most: int) -> int:
+    """The size of the fewest even chunks of at most so many tokens, rounded up to whole tiles."""
+    return ceil_div(ceil_div(tokens, ceil_div(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
 def matrix(workspace: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -231,6 +244,6 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if type(x) is not torch.Tensor:  # fake: nothing to launch for
         return x.mul_(factor)
     if x.numel():
-        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        programs = min(ceil_div(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
         _scale_kernel[(programs,)](x, factor.float(), x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
     return x

@@ -381,7 +381,8 @@ def policy_loss(
     if ref_logprobs is not None:
         kl_BT = _kl(logprobs_BT, active(ref_logprobs), options.kl_estimator) * active_BT
         if options.kl_coef != 0:
-            loss = loss + options.kl_coef * (kl_BT * weights_BT).sum()
+            corrected_BT = kl_BT * ratio_BT if options.kl_correction else kl_BT
+            loss = loss + options.kl_coef * (corrected_BT * weights_BT).sum()
     if entropy is not None:
         entropy_BT = active(entropy, constant=False)
         if options.entropy_coef != 0:
@@ -394,7 +395,7 @@ def policy_loss(
         ]
         names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "ratio", "kl", "entropy")
         metrics = {name: total / tokens.clamp_min(1) for name, total in zip(names, sums, strict=True)}
-    return loss, {"policy_loss": policy_term.detach(), "tokens": tokens} | metrics
+    return loss, {"policy_loss": policy_term.detach(), "tokens": tokens, **metrics}
 
 
 def value_loss(

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctrl_kernels.options import Shard
+from ctrl_kernels.options import Shard, ceil_div, next_power_of_2
 from ctrl_kernels.softmax_statistics import LN2, LOG2_FLOOR, LOG2E, TILE_ELEMENTS, softcapped, tile_shape
 
 GRADIENT_WARPS = 4
@@ -165,9 +165,9 @@ def logits_gradient(
     tokens, columns = logits_NV.shape
     if columns == 0:
         return
-    block_v = min(triton.next_power_of_2(columns), TILE_ELEMENTS)
+    block_v = min(next_power_of_2(columns), TILE_ELEMENTS)
     block_n = TILE_ELEMENTS // block_v
-    _logits_gradient_kernel[(triton.cdiv(tokens, block_n) * triton.cdiv(columns, block_v),)](
+    _logits_gradient_kernel[(ceil_div(tokens, block_n) * ceil_div(columns, block_v),)](
         logits_NV,
         logits_NV.stride(0),
         bias_V,
@@ -218,7 +218,7 @@ def weights_gradient(
     """
     tokens, tiles = tile_max_NK.shape
     rows, columns = tile_shape(segment)
-    _weights_gradient_kernel[(triton.cdiv(tokens, rows) * tiles,)](
+    _weights_gradient_kernel[(ceil_div(tokens, rows) * tiles,)](
         weights_NV,
         weights_NV.stride(0),
         out_NV,

@@ -34,7 +34,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from ctrl_kernels.options import Shard
+from ctrl_kernels.options import Shard, ceil_div, next_power_of_2
 
 SEGMENTS = 8
 TILE_ELEMENTS = 2048
@@ -49,7 +49,7 @@ LOG2_FLOOR = tl.constexpr(-200.0)  # exp2(-200) is 0 in fp32: stands in for -inf
 def segment_columns(columns: int, ranks: int) -> int:
     """The width of a segment of a shard with ``columns`` columns."""
     segments = max(1, SEGMENTS // ranks)
-    return max(16, triton.cdiv(triton.cdiv(columns, segments), 16) * 16)
+    return max(16, ceil_div(ceil_div(columns, segments), 16) * 16)
 
 
 def segment_count(ranks: int) -> int:
@@ -59,7 +59,7 @@ def segment_count(ranks: int) -> int:
 
 def tile_shape(segment: int) -> tuple[int, int]:
     """Rows and columns of a tile for segments of this width: both depend on nothing else."""
-    columns = min(triton.next_power_of_2(segment), TILE_ELEMENTS)
+    columns = min(next_power_of_2(segment), TILE_ELEMENTS)
     return TILE_ELEMENTS // columns, columns
 
 
@@ -228,7 +228,7 @@ def _combine_kernel(
     s = tl.zeros([BLOCK_N], tl.float32)
     w = tl.zeros([BLOCK_N], tl.float32)
     t = tl.zeros([BLOCK_N], tl.float32)
-    held = tl.zeros([BLOCK_N], tl.int1)
+    held = t != t  # of no part yet
     part_ptr = statistics_ptr + row * 4
     for _ in range(parts):
         shift = tl.maximum((tl.load(part_ptr, mask=inside, other=0.0) - m_safe) * LOG2E, LOG2_FLOOR)
@@ -281,7 +281,7 @@ def softmax_statistics(
     """
     segments, tokens, _ = statistics_SN4.shape
     rows, columns = tile_shape(segment)
-    _statistics_kernel[(triton.cdiv(tokens, rows) * segments,)](
+    _statistics_kernel[(ceil_div(tokens, rows) * segments,)](
         logits_NV,
         logits_NV.stride(0),
         bias_V,
@@ -316,7 +316,7 @@ def combine_segments(
     """
     parts, tokens, _ = statistics_PN4.shape
     logprob_N, entropy_N, lse_N = (statistics_PN4.new_empty(tokens) for _ in range(3))
-    _combine_kernel[(triton.cdiv(tokens, COMBINE_ROWS),)](
+    _combine_kernel[(ceil_div(tokens, COMBINE_ROWS),)](
         statistics_PN4,
         targets_N,
         logprob_N,

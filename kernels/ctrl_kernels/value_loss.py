@@ -24,10 +24,12 @@ from ctrl_kernels.options import (
     Aggregation,
     Backend,
     PolicyOptions,
+    ceil_div,
     check_denominator,
     check_kernel_dtype,
     check_shapes,
     choose,
+    next_power_of_2,
     resolve_backend,
 )
 from ctrl_kernels.policy_loss import LANES, RUNS, VECTOR, _clamped, _dense, _read, _tile, policy_denominator
@@ -122,10 +124,10 @@ def _value_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sums of all tokens [COLUMNS], and the gradient of ``values`` if it is asked for."""
     total, tile = values.numel(), LANES * VECTOR
-    row_length = max(1, triton.cdiv(triton.cdiv(total, tile), RUNS)) * tile
+    row_length = max(1, ceil_div(ceil_div(total, tile), RUNS)) * tile
     if by_length:
         row_length = values.shape[1]
-    programs = triton.cdiv(total, row_length)
+    programs = ceil_div(total, row_length)
     sums = values.new_empty((programs, COLUMNS), dtype=torch.float32)
     d_values = torch.empty_like(values) if train else None
     _value_kernel[(programs,)](
@@ -141,7 +143,7 @@ def _value_loss(
         1.0 / constant,
         clip,
         BY_LENGTH=by_length,
-        LANES=min(LANES, max(16, triton.next_power_of_2(triton.cdiv(min(row_length, total), VECTOR)))),
+        LANES=min(LANES, max(16, next_power_of_2(ceil_div(min(row_length, total), VECTOR)))),
         VECTOR=VECTOR,
         EVEN=total % VECTOR == 0 and row_length % VECTOR == 0,
         num_warps=VALUE_WARPS,

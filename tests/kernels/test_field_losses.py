@@ -130,15 +130,34 @@ def test_values_and_gradients(name: str, aggregation: str, backend: str) -> None
     expected = aggregated(term(logp, exact) * exact["importance_weights"], exact, aggregation)
     (wanted,) = torch.autograd.grad(expected, logp)
     leaf = single["logprobs"].requires_grad_()
-    inputs = given(
-        name,
-        {key: x if key == "mask" else x.masked_fill(~single["mask"].bool(), math.nan) for key, x in single.items()},
-    )
+    masked = {key: x if key == "mask" else x.masked_fill(~single["mask"], math.nan) for key, x in single.items()}
+    inputs = given(name, masked)
     loss, metrics = ctrl_kernels.policy_loss(**inputs, aggregation=aggregation, backend=backend, **options)
     (found,) = torch.autograd.grad(3 * loss, leaf)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-7)
     assert relative_error(found / 3, wanted) < 1e-6
     assert all(value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ratio_name", ctrl_kernels.RATIOS)
+@pytest.mark.parametrize("estimator", ctrl_kernels.KL_ESTIMATORS)
+def test_corrected_kl(estimator: str, ratio_name: str, backend: str) -> None:
+    exact, single = batch(seed=4), batch(seed=4, dtype=torch.float32)
+    leaf, logp = single["logprobs"].requires_grad_(), exact["logprobs"].requires_grad_()
+    ref = exact["old_logprobs"].roll(1, 1).masked_fill(~exact["mask"], 0.0)
+    d = logp - ref
+    kl = {"k1": d, "k2": d.square() / 2, "k3": ((-d).exp() + d - 1).clamp(-10, 10)}[estimator]
+    mean = sequence_mean(logp - exact["old_logprobs"], exact)
+    r = {"token": ratio(logp, exact), "sequence": mean.exp()}
+    r["sequence-token"] = (logp - logp.detach() + mean.detach()).exp()
+    expected = aggregated(ppo(r[ratio_name], exact, 0.2, 0.2) + 0.3 * r[ratio_name] * kl, exact, "token-mean")
+    loss, _ = ctrl_kernels.policy_loss(
+        leaf, single["old_logprobs"], single["advantages"], single["mask"], ref_logprobs=ref.float(), kl_coef=0.3,
+        kl_estimator=estimator, kl_correction=True, ratio=ratio_name, backend=backend,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-6)
+    assert relative_error(*(torch.autograd.grad(x, y)[0] for x, y in ((loss, leaf), (expected, logp)))) < 2e-6
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
