@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
 from ctrl_hpc.data import table
+from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.records import Pair
 
 SIZES = {"gpt": 350, "claude": 270}
@@ -21,9 +23,12 @@ CATEGORIES = {
 
 
 def load(path: str | None, split: str) -> list[Pair]:
-    """The pairs of a split, ``gpt`` or ``claude``."""
+    """The pairs of a split, ``gpt`` or ``claude``; those that cannot be read are left out and named on stderr."""
     table.require_split("judgebench", split, *SIZES)
-    return [_pair(row) for row in table.rows(path, hub="ScalerLab/JudgeBench", split=split)]
+    loaded = table.collect(table.rows(path, hub="ScalerLab/JudgeBench", split=split), _pair)
+    for line in table.lines(loaded.left_out):
+        print(f"judgebench: {line}", file=sys.stderr)
+    return loaded.items
 
 
 def _pair(row: table.Row) -> Pair:
@@ -38,9 +43,9 @@ def _pair(row: table.Row) -> Pair:
         id=row.text("pair_id"),
         category=category,
         source=source,
-        question=row.text("question"),
-        answer_a=row.text("response_A"),
-        answer_b=row.text("response_B"),
+        question=well_formed(row.text("question")),
+        answer_a=well_formed(row.text("response_A")),
+        answer_b=well_formed(row.text("response_B")),
         right=right[label],
         provenance=row.where,
     )

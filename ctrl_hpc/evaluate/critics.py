@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.flow.feedback import execution_feedback
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Critique, Judgement, Problem, Solution
@@ -86,7 +87,7 @@ def feedback_of(critic: Critic, oracles: Oracles) -> Feedback | None:
 def served(config: Config) -> bool:
     """Whether a critic of ``eval.critics`` is a folder, which the critic's array serves."""
     models = {name: item.model for name, item in critics(config).items() if item.model is not None}
-    return any("://" not in config.eval.models.get(name, "") for name in models)
+    return any(not is_url(config.eval.models.get(name, "")) for name in models)
 
 
 def _at(place: str) -> Callable[[Config, Path], str]:

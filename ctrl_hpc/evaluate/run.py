@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate import judgebench
 from ctrl_hpc.evaluate.critics import Critic, Feedback, Oracles, check_oracles, critics, feedback_critiques, feedback_of
 from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown, trimmed
@@ -84,13 +85,13 @@ def run(
     check_oracles(config, oracles)
     places = {name: item.model(config, run_dir) for name, item in chosen.items() if item.model is not None}
     for name, place in places.items():
-        if "://" not in place and not (Path(place) / "config.json").is_file():
+        if not is_url(place) and not (Path(place) / "config.json").is_file():
             raise ValueError(f"eval.critics: {name}: {place} is not a Hugging Face model folder (no config.json)")
     environment = Environment(
         generator=RememberingGenerator(connections.generator),
         executor=RememberingExecutor(connections.executor),
         prompts=prompts,
-        limits=config.executor.limits,
+        limits=config.executor,
         revision=Sampling(temperature=0.0, max_tokens=config.eval.max_tokens),
         stop_when_correct=config.eval.stop_when_correct,
     )
@@ -208,7 +209,7 @@ def _drafts(
 
 
 def _load(place: str, connections: Services, version: int) -> Generator:
-    if "://" in place:
+    if is_url(place):
         url, _, model = place.partition("#")
         if not model:
             raise ValueError(f"eval.models: {place!r} names no model; expected URL#MODEL")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.table import Table
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
 from ctrl_hpc.run import directory
+from ctrl_hpc.stages import depends, reads
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -32,16 +33,8 @@ def read_yaml(path: Path, what: str) -> Any:
 
 console = Console(stderr=True)
 
-_LATER = ("name", "eval", "judge", "data.eval_names", "data.eval_path", "data.eval_paths", "data.eval_split")
-_TRAINED = ("trainer", "parallel", "rl")
-_FREE: dict[str, tuple[str, ...]] = {
-    "sample": (*_LATER, *_TRAINED, "synthesize", "sft"),
-    "synthesize": (*_LATER, *_TRAINED, "sft"),
-    "sft": (*_LATER, "rl"),
-}
-"""Sections and keys that a stage does not depend on. (Which benchmarks there are matters when training data are kept
-apart from them, and then they must agree.)"""
-_EVAL_FREE = ("name", "rl")
+SHARED = ("sample", "synthesize", "sft")
+"""Stages that a member takes over from another which agrees in all that they depend on."""
 _UNTRAINED = ("base", "sft", "exec_feedback", "self_exec_feedback", "oracle")
 """Critics whose evaluation does not depend on stage II."""
 
@@ -192,7 +185,7 @@ def _run_member(member: Member, others: Sequence[Member]) -> None:
     from ctrl_hpc import pipeline
 
     directory.prepare(member.config)
-    for stage in _FREE:
+    for stage in SHARED:
         donor = _donor(member, others, stage)
         if donor is not None and stage in member.config.stages:
             take_over(donor.folder, member.folder, stage)
@@ -205,12 +198,13 @@ def _donor(member: Member, others: Sequence[Member], stage: str) -> Member | Non
     """A member that has done a stage which this one has not, and agrees in all that the stage depends on."""
     if directory.is_done(member.folder, stage):
         return None
-    free = _FREE[stage]
-    if member.config.data.decontaminate and member.config.data.name != "tiny":
-        free = tuple(key for key in free if not key.startswith("data."))
     others = [other for other in others if other.folder != member.folder and directory.is_done(other.folder, stage)]
-    agreeing = (other for other in others if not directory.differences(other.config, member.config, free))
-    return next(agreeing, None)
+    return next((other for other in others if _agree(other, member, lambda config: depends(stage, config))), None)
+
+
+def _agree(one: Member, other: Member, keys: Callable[[Config], set[str]]) -> bool:
+    """Whether two members have the same values under keys that depend on their configurations."""
+    return not directory.differences(one.config, other.config, keys(one.config) | keys(other.config))
 
 
 def take_over(source: Path, target: Path, stage: str) -> None:
@@ -239,7 +233,7 @@ def _share_evaluation(member: Member, others: Sequence[Member]) -> None:
     if directory.is_done(member.folder, "eval") or not directory.is_done(member.folder, "sft"):
         return
     for other in others:
-        agree = not directory.differences(other.config, member.config, _EVAL_FREE)
+        agree = _agree(other, member, lambda config: reads("eval", config) | depends("sft", config))
         if other.folder != member.folder and agree and directory.is_done(other.folder, "eval"):
             for dataset in member.config.data.eval_names:
                 _share_dataset(other.folder / "eval" / dataset, member.folder / "eval" / dataset)

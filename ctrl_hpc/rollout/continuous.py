@@ -26,6 +26,7 @@ class ContinuousEngine:
         self.model, self.stop_ids, self.options = model, stop_ids, options
         self.version = 0
         self.max_positions = int(model.config.max_position_embeddings)
+        self.vocabulary = int(model.config.vocab_size)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
@@ -43,15 +44,15 @@ class ContinuousEngine:
         Followers are told of a completion when it is done: what they end is cut there. Raises ValueError for
         parameters that this scheduler does not know.
         """
-        check_prompts(prompts, self.max_positions, self.model.config.vocab_size)
+        check_prompts(prompts, self.max_positions, self.vocabulary)
         decodings = [
             replace(item, max_tokens=min(item.max_tokens, self.max_positions - len(prompt)))
             for item, prompt in zip(map(Decoding.of, sampling), prompts, strict=True)
         ]
         groups: dict[Decoding, list[int]] = {}
-        for row, item in enumerate(decodings):
-            _check_known(item)
-            groups.setdefault(replace(item, seed=None, n=1, first=0, prompt_logprobs=False), []).append(row)
+        for row, decoding in enumerate(decodings):
+            _check_known(decoding)
+            groups.setdefault(replace(decoding, seed=None, n=1, first=0, prompt_logprobs=False), []).append(row)
         out: dict[int, Completion] = {}
         for alike, rows in groups.items():
             seeds = [item.seed for row in rows if (item := sampling[row]).seed is not None]
@@ -64,9 +65,7 @@ class ContinuousEngine:
         for row, score in enumerate(scored):
             if score is not None:
                 out[row] = replace(out[row], prompt_logprobs=score[0])
-        return [
-            out[row] if followers is None else _followed(out[row], followers[row]) for row in range(len(prompts))
-        ]
+        return [out[row] if followers is None else _followed(out[row], followers[row]) for row in range(len(prompts))]
 
     def _decode(self, prompts: list[list[int]], decoding: Decoding, seed: int | None) -> list[Completion]:
         from transformers import ContinuousBatchingConfig, GenerationConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from ctrl_hpc.records import Generation, Sampling
 
@@ -102,6 +103,32 @@ class Follower:
     def token(self, token: int, logprob: float, top: TopLogprobs) -> bool:
         """Called for each token as it comes; True ends the completion."""
         return False
+
+    def restart(self) -> None:
+        """The tokens come anew, the same ones: a batch mate's fault ended the decoding."""
+
+
+class Engine(Protocol):
+    """A model behind the rollout server: token ids in, token ids and log-probs out."""
+
+    version: int
+    max_positions: int
+    """Longest prompt and completion together, in tokens."""
+    vocabulary: int
+    """Token ids are below it."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        followers: Sequence[Follower] | None = None,
+    ) -> list[Completion]:
+        """One completion for each prompt (``n`` and per-request seeds are resolved by the caller)."""
+        ...
+
+    def load_weights(self, folder: str, version: int) -> None:
+        """Replace the weights by those of a Hugging Face folder of the same architecture."""
+        ...
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int, vocabulary: int) -> None:

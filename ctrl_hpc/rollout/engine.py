@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from ctrl_hpc.records import Engine, Sampling
+from ctrl_hpc.config.machine import resolve_device
+from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
-from ctrl_hpc.rollout.decoding import Completion, Decoding, Follower, TopLogprobs, check_prompts
+from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.weights import copy_weights, weight_files
 
@@ -91,6 +92,7 @@ class PaddedEngine:
         self.model, self.stop_ids, self.max_batch_tokens = model, stop_ids, max_batch_tokens
         self.version = 0
         self.max_positions = int(model.config.max_position_embeddings)
+        self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
 
     def load_weights(self, folder: str, version: int) -> None:
@@ -109,8 +111,7 @@ class PaddedEngine:
         A completion ends at a stop token, after ``max_tokens``, where the model's positions end ("length"), or when
         its follower says so. Raises ValueError for a prompt that is empty or leaves no position for a completion.
         """
-        vocabulary = self.model.config.vocab_size
-        check_prompts(prompts, self.max_positions, vocabulary)
+        check_prompts(prompts, self.max_positions, self.vocabulary)
         decodings = [
             replace(item, max_tokens=min(item.max_tokens, self.max_positions - len(prompt)))
             for item, prompt in zip(map(Decoding.of, sampling), prompts, strict=True)
@@ -319,9 +320,7 @@ Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
 """Log-probs of a prompt's tokens but the first, and the likeliest tokens there."""
 
 
-def score_prompts(
-    model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]
-) -> list[Score | None]:
+def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[Score | None]:
     """The prompts' own log-probs at temperature 1, where they are asked for; equal prompts are computed once."""
     known: dict[tuple[tuple[int, ...], int], Score] = {}
     out: list[Score | None] = []
@@ -391,10 +390,7 @@ def load_engine(
     from transformers import AutoModelForCausalLM
 
     weight_files(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("rollout.device=cuda, but this machine has no usable CUDA device; allowed: auto, cpu, cuda")
+    device = resolve_device("rollout.device", device)
     if batching == "auto":
         batching = "continuous" if device == "cuda" else "padded"
     if batching not in BATCHING:

@@ -27,7 +27,9 @@ PACKAGES = ("ctrl_hpc", "ctrl_kernels")
 _DATA = ("configs/models.json",)
 """Files of the project's folder that the packages read."""
 _ORIGIN = "origin.json"
-_STARTS = "starts.jsonl"
+ASKED = "config.yaml"
+"""Beside the copies: the whole configuration that was asked for from Python, paths made absolute."""
+STARTS = "starts.jsonl"
 _LEFT_OVER_S = 3600.0
 """A copy that has not been finished for so long belongs to a process that was killed."""
 
@@ -112,7 +114,7 @@ def begin(run_dir: str | Path, mode: Mode) -> str | None:
     before = _code(starts[-1]) if starts else None
     if not starts or before != now or starts[-1]["copied"] != (copy is not None):
         starts.append({"time": round(time.time(), 3), "copied": copy is not None, **asdict(now)})
-        jsonl.write_text(folder / _STARTS, "".join(json.dumps(start) + "\n" for start in starts))
+        jsonl.write_text(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
     made = _made_by(run_dir)
     _prune(folder, {now.code, *made.values()})
     if before is None or before.code == now.code:
@@ -164,7 +166,7 @@ def last_code(run_dir: str | Path) -> str | None:
 
 
 def _starts(run_dir: str | Path) -> list[dict[str, Any]]:
-    file = folder_of(run_dir) / _STARTS
+    file = folder_of(run_dir) / STARTS
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

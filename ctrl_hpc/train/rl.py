@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from ctrl_hpc.config import Config, RLConfig
+from ctrl_hpc.config import Config
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.seeds import sampling_seed
@@ -32,25 +32,8 @@ def run(config: Config, run_dir: str | Path) -> None:
 
     Continues from the last checkpoint in ``run_dir/rl/checkpoints``. Raises ValueError for what the user can mend.
     """
-    check(config.rl)
     with parallel_state.job(config) as world:
         train(config, Path(run_dir), world)
-
-
-def check(options: RLConfig) -> None:
-    """Refuse, in one line naming the key, settings that cannot work.
-
-    Raises ValueError.
-    """
-    if options.max_staleness < 0:
-        raise ValueError(
-            f"rl.max_staleness={options.max_staleness} is not allowed; allowed: 0 (rollouts by the newest weights), "
-            "or a number of versions that rollouts may be old"
-        )
-    if options.group_size < 2 and options.estimator != "gae":
-        raise ValueError(f"rl.group_size={options.group_size} is not allowed; critiques are compared in groups of >= 2")
-    if not options.temperature > 0:
-        raise ValueError(f"rl.temperature={options.temperature} is not allowed; it must be > 0")
 
 
 def train(config: Config, run_dir: Path, world: World) -> None:

@@ -95,6 +95,11 @@ def test_what_votes_decide():
         ("```\nBetter answer: A\n```", None),
         ("Overall judgment: answer b", "B"),
         ("The better answer is (A)", "A"),
+        ("**Better answer：** \\boxed{B}<|im_end|>", "B"),
+        ("So: $\\boxed{\\text{A}}$", "A"),
+        ("My choice: [[B]]", "B"),
+        ("<think>Better answer: A</think>\nBetter answer: B.", "B"),
+        ("<think>Better answer: A", None),
         ("", None),
     ],
 )
