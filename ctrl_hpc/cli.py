@@ -74,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, stage in STAGES.items():
         if name != "report":
-            _configured(commands.add_parser(name, help=stage.about), _stage(name))
+            one = commands.add_parser(name, help=stage.about)
+            _configured(one, _stage(name))
+            one.add_argument("--redo", action="store_true", help="put the records aside and make them again")
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
     suite.add_argument("suite", metavar="SUITE.yaml")
@@ -227,6 +229,10 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
+        if options.redo:
+            from ctrl_hpc.pipeline import redo
+
+            redo(config, name)
         _keep_code(config, name, options)
         from ctrl_hpc import pipeline
 

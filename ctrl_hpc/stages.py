@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _GENERATOR = ("generator", "generator_model", "endpoint", "tiny")
 _CRITIC = ("critic", "tiny", "trainer", "parallel")
+_ASKING = ("prompts.folder", "prompts.system")
+"""What of ``prompts`` the generator is asked with."""
 _COMPARED = ("data.eval_names", "data.eval_path", "data.eval_paths", "data.eval_split")
 _TRAINING = (
     "data.name",
@@ -49,7 +51,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "sample": Stage(
         about="drafts of the fixed generator, executed",
-        reads=("seed", *_TRAINING, *_GENERATOR, "prompts", "sample", "executor", "rollout"),
+        reads=("seed", *_TRAINING, *_GENERATOR, *_ASKING, "sample", "executor", "rollout"),
         services=("executor", "generator"),
     ),
     "synthesize": Stage(

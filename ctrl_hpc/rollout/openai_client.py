@@ -8,12 +8,12 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
-from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.records import Chat, Generation, Message, Sampling
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
 
@@ -75,7 +75,24 @@ class OpenAIGenerator:
 
         Raises ValueError when the endpoint refuses a request, RuntimeError when it keeps failing.
         """
-        return self._thread.run(self._all(chats, sampling))
+        seeds = [
+            None if sampling.seed is None else derive_seed(sampling.seed, i)
+            for i in range(sampling.first, sampling.first + len(chats))
+        ]
+        bodies = [self._body(seed, chat, sampling) for seed, chat in zip(seeds, chats, strict=True)]
+        return self._thread.run(self._every(bodies))
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows, as one; for endpoints that continue a message (vLLM, SGLang).
+
+        One completion each, by its sampling's own seed. Errors as :meth:`complete`.
+        """
+        longer = [_with_answer(chat, item.text + text) for chat, item in zip(chats, begun, strict=True)]
+        bodies = [self._body(how.seed, chat, replace(how, n=1)) for chat, how in zip(longer, sampling, strict=True)]
+        rests = [generations[0] for generations in self._thread.run(self._every(bodies))]
+        return [replace(rest, text=item.text + text + rest.text) for item, rest in zip(begun, rests, strict=True)]
 
     def close(self) -> None:
         """Close the connections; calls in flight in other threads are cancelled."""
@@ -93,19 +110,19 @@ class OpenAIGenerator:
                 "generator/cost": usage.cost,
             }
 
-    async def _all(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        async def one(i: int, chat: Chat) -> list[Generation]:
+    async def _every(self, bodies: Sequence[dict[str, Any]]) -> list[list[Generation]]:
+        async def one(body: dict[str, Any]) -> list[Generation]:
             async with self._slots:
-                return await self._one(self._body(i, chat, sampling))
+                return await self._one(body)
 
-        tasks = [asyncio.create_task(one(i, chat)) for i, chat in enumerate(chats, sampling.first)]
+        tasks = [asyncio.create_task(one(body)) for body in bodies]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    def _body(self, i: int, chat: Chat, sampling: Sampling) -> dict[str, Any]:
+    def _body(self, seed: int | None, chat: Chat, sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": message.role, "content": message.content} for message in chat],
@@ -114,8 +131,10 @@ class OpenAIGenerator:
             "max_tokens": sampling.max_tokens,
             "n": sampling.n,
         }
-        if sampling.seed is not None:
-            body["seed"] = derive_seed(sampling.seed, i)
+        if seed is not None:
+            body["seed"] = seed
+        if chat[-1].role == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
 
     async def _one(self, body: dict[str, Any]) -> list[Generation]:
@@ -165,6 +184,13 @@ class OpenAIGenerator:
             )
             for choice in choices
         ]
+
+
+def _with_answer(chat: Chat, text: str) -> Chat:
+    """The chat with an answer that is open; one that it ends with already is longer then."""
+    if chat[-1].role == "assistant":
+        return (*chat[:-1], Message(role="assistant", content=chat[-1].content + text))
+    return (*chat, Message(role="assistant", content=text))
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -23,7 +23,13 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{gguf_hint(folder)}")
+
+
+def gguf_hint(folder: str | Path) -> str:
+    """What to do with a folder that holds GGUF files instead, to be put behind a message; empty for others."""
+    files = sorted(path.name for path in Path(folder).glob("*.gguf"))
+    return f"; {files[0]} is converted as docs/your-models.md says (GGUF)" if files else ""
 
 
 def copy_weights(model: torch.nn.Module, folder: str | Path) -> None:
