@@ -160,6 +160,9 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
     rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
     rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    rollout.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the weights' own where it pays"
+    )
     rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
     rollout.add_argument("--max-batch-tokens", type=int, default=65536, help="largest padded batch (default: 65536)")
     rollout.set_defaults(command=_serve_rollout)
@@ -297,6 +300,7 @@ def _serve_rollout(options: argparse.Namespace) -> int:
         port=options.port,
         threads=options.threads,
         device=options.device,
+        dtype=options.dtype,
         batching=options.batching,
         max_batch_tokens=options.max_batch_tokens,
         token=_token(options.token_env),

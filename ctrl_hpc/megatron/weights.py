@@ -183,8 +183,9 @@ class Folder:
         names = {found: DTYPES.get(found) for found in known}
         for found, named in names.items():
             if named is None:
+                allowed = ", ".join(DTYPES)
                 raise ValueError(
-                    f"{self.path}: tensor {known[found]} is {found}, which is not supported; allowed: {', '.join(DTYPES)}"
+                    f"{self.path}: tensor {known[found]} is {found}, which is not supported; allowed: {allowed}"
                 )
         if len(known) != 1:
             told = ", ".join(f"{name} is {found}" for found, name in sorted(known.items()))

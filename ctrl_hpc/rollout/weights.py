@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 INDEX = "model.safetensors.index.json"
@@ -24,6 +24,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{gguf_hint(folder)}")
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The precision of a folder's first tensor, as safetensors names it: F32, BF16, F16, ..."""
+    file = weight_files(folder)[0]
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            return str(tensors.get_slice(next(iter(tensors.keys()))).get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def gguf_hint(folder: str | Path) -> str:
