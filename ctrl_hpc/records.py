@@ -211,6 +211,9 @@ class Execution:
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
+    """Leave out the tests after the first that is not accepted: the status is known."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests together, a test beyond which is a ``time_limit``; None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,6 +124,9 @@ class ExecutorConfig:
     """Special judges by name, each FILE.py:FUNCTION; problems ask for one by ``comparison``."""
     limits: Positive[Limits] = field(default_factory=Limits)
     """Limits of a test where the problem names none."""
+    time_budget_s: Positive[float] | None = None
+    """Wall-clock seconds of all tests of a program together, beyond which it is a time_limit; None: each test's limit
+    alone. SandboxFusion gives LiveCodeBench's 160."""
     time_factor: Positive[float] = 1.0
     """Multiplies the time limits, those that problems state for faster languages among them."""
     overrides: Annotated[dict[str, Override], Example("{livecodebench: {cpu_s: 6}}")] = field(default_factory=dict)

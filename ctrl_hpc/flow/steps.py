@@ -72,15 +72,18 @@ def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, Ove
     return executor, executor.overrides.get(problem.source, OverrideConfig())
 
 
-def execution(problem: Problem, program: str, settings: Settings) -> Execution:
+def execution(problem: Problem, program: str, settings: Settings, *, stop_at_first_failure: bool = False) -> Execution:
     """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
+    executor, override = _executor(settings, problem)
     preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
         preamble=preamble or None,
         tests=problem.tests,
         limits=limits(problem, settings),
-        comparison=_executor(settings, problem)[1].comparison or problem.comparison or "exact",
+        comparison=override.comparison or problem.comparison or "exact",
+        stop_at_first_failure=stop_at_first_failure,
+        time_budget_s=executor.time_budget_s,
     )
 
 
@@ -91,9 +94,13 @@ def no_program(problem: Problem) -> Verdict:
 
 
 def execute[R: (Solution, Revision)](
-    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, settings: Settings
+    problems_and_records: Sequence[tuple[Problem, R]],
+    executor: Executor,
+    settings: Settings,
+    *,
+    stop_at_first_failure: bool = False,
 ) -> list[R]:
-    """The same records with their verdicts, in order.
+    """The same records with their verdicts, in order; ``stop_at_first_failure`` where only the status matters.
 
     Records that have a verdict (kept drafts) keep it; identical programs of one problem are executed once, all in one
     call of the executor.
@@ -102,7 +109,7 @@ def execute[R: (Solution, Revision)](
     todo: dict[tuple[str, str | None], Execution] = {}
     for key, (problem, record) in zip(keys, problems_and_records, strict=True):
         if record.verdict is None and record.program is not None and key not in todo:
-            todo[key] = execution(problem, record.program, settings)
+            todo[key] = execution(problem, record.program, settings, stop_at_first_failure=stop_at_first_failure)
     verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
     return [
         record
