@@ -100,20 +100,24 @@ def _reap(main_pid: int) -> tuple[int, int, int]:
 
 def _clean() -> bool:
     """Remove plain files from /tmp; whether nothing else was there. If not, the executor replaces the jail."""
-    for name in os.listdir(child.SCRATCH):
-        try:
+    try:
+        for name in os.listdir(child.SCRATCH):
             os.unlink(f"{child.SCRATCH}/{name}")
-        except OSError:
-            return False
-    info = os.stat(child.SCRATCH)
-    return info.st_mode == 0o41777 and info.st_nlink == 2 and not os.listxattr(child.SCRATCH)
+        os.utime(child.SCRATCH, ns=(0, 0))  # no program leaves the next one a time
+        info = os.stat(child.SCRATCH)
+        return info.st_mode == 0o41777 and info.st_nlink == 2 and not os.listxattr(child.SCRATCH)
+    except OSError:
+        return False
 
 
 def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple[int, ...], fds: list[int]) -> bytes:
     kind, cpu_ns, wall_ns, *limits, keep = job
     pending[0], note[:] = 1, _BLANK
     start = time.monotonic_ns()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        return REPLY.pack(0, FAULT, 0, 0, 0, DIRTY, 0, 0)
     if pid == 0:
         try:
             child.main(kind, fds, pending, note, (cpu_ns, *limits))
@@ -121,7 +125,10 @@ def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple
             sys.__excepthook__(*sys.exc_info())
         finally:
             os._exit(1)
-    reason = _watch(control, pid, cpu_ns, wall_ns, start)
+    try:
+        reason = _watch(control, pid, cpu_ns, wall_ns, start)
+    except (OSError, MemoryError):  # the kernel has no memory left for this jail
+        reason, note[0] = FINISHED, 1
     wall = time.monotonic_ns() - start
     status, cpu, peak_kb = _reap(pid)
     if reason == FINISHED and cpu > cpu_ns:
