@@ -280,11 +280,10 @@ def slurm_parameters(
 def scripts(config: Config) -> dict[str, str]:
     """The batch scripts of a run on Slurm, by role, as submitit would hand them to sbatch; needs no Slurm here."""
     launch, rollout, trainer = config.launch, config.rollout, config.trainer
-    served = "://" not in config.generator and config.generator != "oracle"
     jobs = (
         ("executor", config.executor.elements, launch.executor, 1, 1),
         ("critic", 0 if rollout.critic_urls else rollout.critic_elements, launch.rollout, 1, 1),
-        ("generator", rollout.generator_elements if served else 0, launch.rollout, 1, 1),
+        ("generator", rollout.generator_elements if config.generator_is_served else 0, launch.rollout, 1, 1),
         ("trainer", 1, launch.trainer, trainer.nodes, trainer.ranks_per_node),
     )
     out, names = {}, SlurmExecutor._equivalence_dict()

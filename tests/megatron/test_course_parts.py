@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ctrl_kernels.backend import Backend
+from ctrl_kernels import Backend
 
 from ctrl_hpc.config import Config, OptimizerConfig, RLConfig, WandbConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
