@@ -79,6 +79,7 @@ def execution(problem: Problem, program: str, settings: Settings, *, stop_at_fir
     return Execution(
         program=program,
         preamble=preamble or None,
+        language=problem.language,
         tests=problem.tests,
         limits=limits(problem, settings),
         comparison=override.comparison or problem.comparison or "exact",
