@@ -152,6 +152,8 @@ class Rules:
 
     limits: Limits = Limits()
     """Limits of a test where the problem names none."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests of a program together; None: none."""
     time_factor: float = 1.0
     """Multiplies the time limits, those that problems state among them."""
     overrides: Mapping[str, Override] = field(default_factory=dict)
@@ -235,6 +237,9 @@ class Execution:
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
+    """Leave out the tests after the first that is not accepted: the status is known."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests together, a test beyond which is a ``time_limit``; None: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

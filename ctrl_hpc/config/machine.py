@@ -112,6 +112,9 @@ class ExecutorConfig:
     """Special judges by name, each FILE.py:FUNCTION; problems ask for one by ``comparison``."""
     limits: Positive[Limits] = field(default_factory=Limits)
     """Limits of a test where the problem names none."""
+    time_budget_s: Positive[float] | None = None
+    """Wall-clock seconds of all tests of a program together, beyond which it is a time_limit; None: each test's limit
+    alone. SandboxFusion gives LiveCodeBench's 160."""
     time_factor: Positive[float] = 1.0
     """Multiplies the time limits, those that problems state for faster languages among them."""
     overrides: Annotated[dict[str, OneOverride], Example("{livecodebench: {cpu_s: 6}}")] = field(default_factory=dict)
@@ -124,7 +127,12 @@ class ExecutorConfig:
     @property
     def rules(self) -> Rules:
         """By which programs are judged."""
-        return Rules(limits=self.limits, time_factor=self.time_factor, overrides=self.overrides)
+        return Rules(
+            limits=self.limits,
+            time_budget_s=self.time_budget_s,
+            time_factor=self.time_factor,
+            overrides=self.overrides,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

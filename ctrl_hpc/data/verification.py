@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def verify(problems: Sequence[Problem], executor: Executor, settings: ExecutorCo
     with Steps("verify", sum(1 for _ in _all(problems))) as steps:
         todo: dict[str, Execution] = {}
         for right, program, problem in _all(problems):
-            run = replace(execution(problem, program, settings.rules), stop_at_first_failure=True)
+            run = execution(problem, program, settings.rules, stop_at_first_failure=True)
             key = _key(run, settings)
             programs.append((right, key, problem.id))
             if key not in found:

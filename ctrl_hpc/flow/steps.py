@@ -67,15 +67,18 @@ def _override(problem: Problem, rules: Rules) -> Override:
     return rules.overrides.get(problem.source, Override())
 
 
-def execution(problem: Problem, program: str, rules: Rules) -> Execution:
+def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_failure: bool = False) -> Execution:
     """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
+    override = _override(problem, rules)
     preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
         preamble=preamble or None,
         tests=problem.tests,
         limits=limits(problem, rules),
-        comparison=_override(problem, rules).comparison or problem.comparison or "exact",
+        comparison=override.comparison or problem.comparison or "exact",
+        stop_at_first_failure=stop_at_first_failure,
+        time_budget_s=rules.time_budget_s,
     )
 
 
@@ -86,9 +89,13 @@ def no_program(problem: Problem) -> Verdict:
 
 
 def execute[R: (Solution, Revision)](
-    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, rules: Rules
+    problems_and_records: Sequence[tuple[Problem, R]],
+    executor: Executor,
+    rules: Rules,
+    *,
+    stop_at_first_failure: bool = False,
 ) -> list[R]:
-    """The same records with their verdicts, in order.
+    """The same records with their verdicts, in order; ``stop_at_first_failure`` where only the status matters.
 
     Records that have a verdict (kept drafts) keep it; identical programs of one problem are executed once, all in one
     call of the executor.
@@ -97,7 +104,7 @@ def execute[R: (Solution, Revision)](
     todo: dict[tuple[str, str | None], Execution] = {}
     for key, (problem, record) in zip(keys, problems_and_records, strict=True):
         if record.verdict is None and record.program is not None and key not in todo:
-            todo[key] = execution(problem, record.program, rules)
+            todo[key] = execution(problem, record.program, rules, stop_at_first_failure=stop_at_first_failure)
     verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
     return [
         record

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ctrl_hpc.config.machine import ExecutorConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
@@ -139,6 +140,14 @@ def test_identical_programs_of_a_problem_are_executed_once():
     assert [item.verdict.status for item in done] == ["accepted", "accepted", "accepted", "wrong_answer"]
     assert [[item.program for item in call] for call in judge.calls] == [["a", "a", "b"]]
     assert [item.id for item in done] == ["p/0", "p/1", "q/0", "p/2"]
+
+
+def test_stopping_at_the_first_failure_and_the_time_budget_reach_the_executor():
+    judge, settings = Judge(), ExecutorConfig(time_budget_s=160.0)
+    execute([(P, solution(P, 0))], judge, settings)
+    execute([(P, solution(P, 0))], judge, settings, stop_at_first_failure=True)
+    asked = [(item.stop_at_first_failure, item.time_budget_s) for call in judge.calls for item in call]
+    assert asked == [(False, 160.0), (True, 160.0)]
 
 
 def test_an_answer_without_a_program_is_wrong_without_execution():
