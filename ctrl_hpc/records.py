@@ -7,8 +7,8 @@ JSON line with :mod:`ctrl_hpc.jsonl`.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -133,6 +133,32 @@ class Limits:
     """Bytes of stdout and, apart, of stderr."""
     processes: int = 128
     """Processes and threads alive at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """What holds for the programs of one data set, whatever its problems say; None leaves a thing as it is."""
+
+    cpu_s: float | None = None
+    """CPU seconds of a test, > 0; not multiplied by ``time_factor``. Wall-clock time follows in proportion."""
+    memory_mb: int | None = None
+    """Peak memory in MiB, > 0."""
+    comparison: str | None = None
+    """How outputs are compared: a name of ``ctrl_hpc.sandbox.judge``, with options, or of a special judge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """By which limits and comparisons the programs of all problems are judged."""
+
+    limits: Limits = Limits()
+    """Limits of a test where the problem names none."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests of a program together; None: none."""
+    time_factor: float = 1.0
+    """Multiplies the time limits, those that problems state among them."""
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    """By data set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

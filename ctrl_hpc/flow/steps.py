@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ctrl_hpc.config.machine import ExecutorConfig, OverrideConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
@@ -19,8 +18,10 @@ from ctrl_hpc.records import (
     Generator,
     Judgement,
     Limits,
+    Override,
     Problem,
     Revision,
+    Rules,
     Sampling,
     Solution,
     TestResult,
@@ -45,19 +46,14 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
     ]
 
 
-Settings = ExecutorConfig | Limits
-"""How programs are executed; default limits alone stand for an executor's other defaults."""
-
-
-def limits(problem: Problem, settings: Settings) -> Limits:
+def limits(problem: Problem, rules: Rules) -> Limits:
     """The limits of one test: those of the data set's override, else the problem's, else the default.
 
     Times are multiplied by ``time_factor``, but for an override's. Wall-clock time grows and shrinks with the CPU time,
     in the proportion of the default.
     """
-    executor, override = _executor(settings, problem)
-    default = executor.limits
-    cpu_s = override.cpu_s or (problem.cpu_s or default.cpu_s) * executor.time_factor
+    default, override = rules.limits, _override(problem, rules)
+    cpu_s = override.cpu_s or (problem.cpu_s or default.cpu_s) * rules.time_factor
     return Limits(
         cpu_s=cpu_s,
         wall_s=default.wall_s * cpu_s / default.cpu_s,
@@ -67,24 +63,23 @@ def limits(problem: Problem, settings: Settings) -> Limits:
     )
 
 
-def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, OverrideConfig]:
-    executor = settings if isinstance(settings, ExecutorConfig) else ExecutorConfig(limits=settings)
-    return executor, executor.overrides.get(problem.source, OverrideConfig())
+def _override(problem: Problem, rules: Rules) -> Override:
+    return rules.overrides.get(problem.source, Override())
 
 
-def execution(problem: Problem, program: str, settings: Settings, *, stop_at_first_failure: bool = False) -> Execution:
+def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_failure: bool = False) -> Execution:
     """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
-    executor, override = _executor(settings, problem)
+    override = _override(problem, rules)
     preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
         preamble=preamble or None,
         language=problem.language,
         tests=problem.tests,
-        limits=limits(problem, settings),
+        limits=limits(problem, rules),
         comparison=override.comparison or problem.comparison or "exact",
         stop_at_first_failure=stop_at_first_failure,
-        time_budget_s=executor.time_budget_s,
+        time_budget_s=rules.time_budget_s,
     )
 
 
@@ -97,7 +92,7 @@ def no_program(problem: Problem) -> Verdict:
 def execute[R: (Solution, Revision)](
     problems_and_records: Sequence[tuple[Problem, R]],
     executor: Executor,
-    settings: Settings,
+    rules: Rules,
     *,
     stop_at_first_failure: bool = False,
 ) -> list[R]:
@@ -110,7 +105,7 @@ def execute[R: (Solution, Revision)](
     todo: dict[tuple[str, str | None], Execution] = {}
     for key, (problem, record) in zip(keys, problems_and_records, strict=True):
         if record.verdict is None and record.program is not None and key not in todo:
-            todo[key] = execution(problem, record.program, settings, stop_at_first_failure=stop_at_first_failure)
+            todo[key] = execution(problem, record.program, rules, stop_at_first_failure=stop_at_first_failure)
     verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
     return [
         record
