@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, Verdict
-from ctrl_hpc.sandbox import judge, rootfs
+from ctrl_hpc.sandbox import judge, languages, rootfs
 
 _SHARDS = 256
 _MAX_ENTRY_BYTES = 1 << 20
@@ -37,7 +37,9 @@ class VerdictCache:
 
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
-        text = json.dumps([self._environment, jsonl.encode(execution)], separators=(",", ":"))
+        compiled = languages.language(execution.language) is not None
+        compiler = [languages.toolchain(execution.language or "")] if compiled else []
+        text = json.dumps([self._environment, *compiler, jsonl.encode(execution)], separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def get(self, key: str) -> Verdict | None:
@@ -91,6 +93,8 @@ def _lasting(execution: Execution, verdict: Verdict) -> bool:
     if verdict.status == "sandbox_error":
         return False
     return not any(
-        test.status == "sandbox_error" or (test.status == "time_limit" and test.cpu_s < execution.limits.cpu_s)
+        test.status == "sandbox_error"
+        or (test.status == "time_limit" and test.cpu_s < execution.limits.cpu_s)
+        or (test.status == "compile_error" and test.exit_code is None)
         for test in verdict.tests
     )

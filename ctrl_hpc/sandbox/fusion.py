@@ -81,8 +81,8 @@ def limits(run_timeout_s: float, memory_mb: int = -1) -> Limits:
     """The limits of a run whose only stated limit is its wall-clock time; no time at all is a time limit, too."""
     if not run_timeout_s <= _MAX_TIMEOUT_S:
         raise ValueError(f"run_timeout: {run_timeout_s} is more than {_MAX_TIMEOUT_S} s")
-    wall_s = max(run_timeout_s, 0.001)
-    cpu_s = min(wall_s * _CORES, _MAX_TIMEOUT_S)
+    wall_s = max(run_timeout_s, 1e-6)
+    cpu_s = min(max(wall_s * _CORES, 0.001), _MAX_TIMEOUT_S)
     memory = memory_mb if memory_mb > 0 else DEFAULT_MEMORY_MB
     return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory, output_bytes=4 << 20, processes=64)
 
