@@ -23,9 +23,9 @@ from ctrl_hpc.records import (
     Revision,
     Sampling,
     Solution,
-    TestResult,
     Verdict,
 )
+from ctrl_hpc.verdicts import unrun
 
 
 def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, sampling: Sampling) -> list[Solution]:
@@ -73,7 +73,7 @@ def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, Ove
 
 
 def execution(problem: Problem, program: str, settings: Settings) -> Execution:
-    """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
+    """What the executor takes: a program with its problem's tests, limits and so on, for a slim verdict."""
     preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
@@ -81,13 +81,14 @@ def execution(problem: Problem, program: str, settings: Settings) -> Execution:
         tests=problem.tests,
         limits=limits(problem, settings),
         comparison=_executor(settings, problem)[1].comparison or problem.comparison or "exact",
+        outputs="shown",
     )
 
 
 def no_program(problem: Problem) -> Verdict:
     """The verdict of an answer that holds no program."""
-    tests = tuple(TestResult(status="not_run") for _ in problem.tests)
-    return Verdict(status="wrong_answer", tests=tests, detail="no program in the answer")
+    verdict = Verdict(status="wrong_answer", detail="no program in the answer")
+    return unrun(len(problem.tests), "not_run", verdict)
 
 
 def execute[R: (Solution, Revision)](

@@ -6,7 +6,7 @@ from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, critique_with_hints, draft, execute, limits, revise
-from ctrl_hpc.records import Critique, Generation, Limits, Problem, Sampling, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import Critique, Generation, Limits, Problem, Sampling, Solution, StdinTest, Summary, Verdict
 
 TESTS = (StdinTest(stdin="", expected_stdout="1"), StdinTest(stdin="", expected_stdout="2"))
 P, Q = (
@@ -133,9 +133,9 @@ def test_identical_programs_of_a_problem_are_executed_once():
 def test_an_answer_without_a_program_is_wrong_without_execution():
     judge = Judge()
     (done,) = execute([(P, solution(P, 0, None))], judge, Limits())
-    assert done.verdict == Verdict(
-        status="wrong_answer", tests=(TestResult(status="not_run"),) * 2, detail="no program in the answer"
-    )
+    summary = Summary(statuses=(("not_run", 2),))
+    assert done.verdict == Verdict(status="wrong_answer", detail="no program in the answer", summary=summary)
+    assert (done.verdict.passed, done.verdict.total) == (0, 2)
     assert judge.calls == []
 
 
