@@ -53,10 +53,8 @@ class VerdictCache:
             path.unlink(missing_ok=True)
             return None
 
-    def put(self, key: str, execution: Execution, verdict: Verdict) -> bool:
-        """Keep a verdict; whether it was kept. Sandbox faults, wall-clock kills and huge outputs are not."""
-        if not _lasting(execution, verdict):
-            return False
+    def put(self, key: str, verdict: Verdict) -> bool:
+        """Keep a verdict that is :func:`lasting`; whether it was kept: huge outputs are not."""
         line = jsonl.line(verdict)
         if len(line) > _MAX_ENTRY_BYTES:
             return False
@@ -86,8 +84,8 @@ class VerdictCache:
             excess -= size
 
 
-def _lasting(execution: Execution, verdict: Verdict) -> bool:
-    """Whether the same execution would earn the verdict again: a kill by wall-clock time tells of the node's load."""
+def lasting(execution: Execution, verdict: Verdict) -> bool:
+    """Whether an execution earns the same whole verdict again: a kill by wall-clock time tells of the node's load."""
     if verdict.status == "sandbox_error":
         return False
     return not any(

@@ -10,7 +10,7 @@ import pytest
 
 from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox
-from ctrl_hpc.sandbox.cache import VerdictCache
+from ctrl_hpc.sandbox.cache import VerdictCache, lasting
 
 EXECUTION = Execution(
     program="print(1)", tests=(StdinTest(stdin="", expected_stdout="1"),), limits=Limits(cpu_s=2.0, wall_s=9.0)
@@ -28,7 +28,7 @@ def one(status: str, cpu_s: float = 0.0, stdout: bytes = b"") -> Verdict:
 def test_a_verdict_comes_back_whole_from_another_process_s_cache(tmp_path: Path) -> None:
     first, second = VerdictCache(tmp_path), VerdictCache(tmp_path)
     key = first.key(EXECUTION)
-    assert second.get(key) is None and first.put(key, EXECUTION, ACCEPTED)
+    assert second.get(key) is None and first.put(key, ACCEPTED)
     assert second.get(second.key(EXECUTION)) == ACCEPTED
 
 
@@ -65,13 +65,13 @@ def test_what_is_not_kept(tmp_path: Path) -> None:
         (one("wrong_answer", stdout=b"x" * (1 << 20)), False),
         (one("wrong_answer"), True),
     ):
-        assert cache.put(cache.key(EXECUTION), EXECUTION, verdict) == kept
+        assert (lasting(EXECUTION, verdict) and cache.put(cache.key(EXECUTION), verdict)) == kept
 
 
 def test_a_torn_file_counts_as_absent(tmp_path: Path) -> None:
     cache = VerdictCache(tmp_path)
     key = cache.key(EXECUTION)
-    cache.put(key, EXECUTION, ACCEPTED)
+    cache.put(key, ACCEPTED)
     (path,) = (path for path in tmp_path.rglob("*.json"))
     path.write_text('{"status": "acc')
     assert cache.get(key) is None and not path.exists()
@@ -81,7 +81,7 @@ def test_the_oldest_make_room(tmp_path: Path) -> None:
     cache = VerdictCache(tmp_path, max_mb=1)  # 4096 bytes a shard
     keys = [f"ab{n:062x}" for n in range(20)]
     for age, key in enumerate(keys):
-        cache.put(key, EXECUTION, one("wrong_answer", stdout=b"x" * 600))
+        cache.put(key, one("wrong_answer", stdout=b"x" * 600))
         os.utime(cache._path(key), (age, age))
     kept = [key for key in keys if cache.get(key) is not None]
     assert kept == keys[-len(kept) :] and 1 < len(kept) < 6
