@@ -5,17 +5,22 @@ import datetime
 import gzip
 import json
 import pickle
+import tomllib
 import zlib
+from pathlib import Path
 
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.data import catalog, livecodebench, table, taco
 from ctrl_hpc.data.statement import comparison_of
 from ctrl_hpc.records import FunctionTest, Problem, StdinTest
+from ctrl_hpc.sandbox import judge
 
 
 def jsonl_file(path, *rows):
@@ -330,6 +335,7 @@ def test_a_split_that_is_not_there():
         load("mbppplus", None, "train")
 
 
+WORDINGS = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())["statements"]
 KINDS_OF_STATEMENTS = {
     # an error of the usual size, absolute or relative
     "Your answer is right if the absolute or relative error does not exceed 1e-6.": "float",
@@ -381,6 +387,77 @@ KINDS_OF_STATEMENTS = {
 @pytest.mark.parametrize("statement", KINDS_OF_STATEMENTS)
 def test_what_statements_say_of_answers(statement):
     assert comparison_of(statement) == KINDS_OF_STATEMENTS[statement]
+
+
+@pytest.mark.parametrize("statement", WORDINGS)
+def test_what_statements_say_in_other_words(statement):
+    assert (comparison_of(statement) or "") == WORDINGS[statement]
+
+
+SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+NUMBERS = {
+    "1e-{n}": str,
+    "1E-{n}": str,
+    "1.0e-{n}": str,
+    "10^-{n}": str,
+    "10^{{-{n}}}": str,
+    "10^{{ - {n}}}": str,
+    "$10^{{-{n}}}$": str,
+    "10**-{n}": str,
+    "10^(-{n})": str,
+    "10<sup>-{n}</sup>": str,
+    "10<sup>&minus;{n}</sup>": str,
+    "10−{n}": str,
+    "1 × 10^{{-{n}}}": str,
+    "$1 \\times 10^{{-{n}}}$": str,
+    "\\frac{{1}}{{10^{n}}}": str,
+    "10{n}": lambda n: f"-{n}".translate(SUPERSCRIPTS),
+    "0.{n}1": lambda n: "0" * (n - 1),
+    "1/1{n}": lambda n: "0" * n,
+}
+"""Ways to write a power of ten, and what of the exponent stands in each."""
+ALLOWED = [
+    "Your answer is considered correct if its {kind} does not exceed {number}.",
+    "Answers with a {kind} of at most {number} are accepted.",
+    "The {kind} of your output must be less than {number}",
+    "A {kind} of {number} is allowed.",
+    "Print the sum with {kind} no more than {number}.",
+    "The checker tolerates a {kind} up to {number}!",
+]
+KINDS = {
+    "absolute error": ("abs",),
+    "relative error": ("rel",),
+    "absolute or relative error": ("abs", "rel"),
+    "relative or absolute error": ("abs", "rel"),
+    "error": ("abs", "rel"),
+}
+
+
+@settings(derandomize=True, max_examples=300)
+@given(
+    sentence=st.sampled_from(ALLOWED),
+    kind=st.sampled_from(sorted(KINDS)),
+    number=st.sampled_from(sorted(NUMBERS)),
+    exponent=st.integers(1, 12),
+    around=st.sampled_from(
+        ["{}", "Find x. {} Print it.", "You are given 3 cities. {}", "Output one number. {} 1 ≤ n ≤ 10^5."]
+    ),
+)
+def test_an_error_in_any_words_is_the_one_that_is_allowed(sentence, kind, number, exponent, around):
+    written = number.format(n=NUMBERS[number](exponent))
+    bound = f"{float(f'1e-{exponent}'):g}"
+    said = ",".join(f"{name}={bound}" for name in KINDS[kind])
+    expected = "float" if said == "abs=1e-06,rel=1e-06" else f"float:{said}"
+    assert comparison_of(around.format(sentence.format(kind=kind, number=written))) == expected
+
+
+@settings(derandomize=True, max_examples=200)
+@given(
+    text=st.text(max_size=200)
+    | st.lists(st.sampled_from("10 ^ - 6 | error any print case answer . 0.1".split())).map(" ".join)
+)
+def test_any_statement_has_a_comparison_that_exists(text):
+    judge.rule(comparison_of(text) or "exact")
 
 
 # --- as on the hub, through the real datasets
