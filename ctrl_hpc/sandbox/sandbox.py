@@ -233,6 +233,8 @@ class Sandbox:
         for thread in self._threads:
             thread.join()
         self._watchdog.close()
+        if self._cache is not None:
+            _unless_disk_fails(self._cache.close)
 
 
 def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:
