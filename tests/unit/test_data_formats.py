@@ -17,11 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import ExecutorConfig
 from ctrl_hpc.data import catalog, livecodebench, table, taco
 from ctrl_hpc.data.statement import comparison_of
 from ctrl_hpc.flow.steps import execution
-from ctrl_hpc.records import FunctionTest, Problem, StdinTest
+from ctrl_hpc.records import FunctionTest, Problem, Rules, StdinTest
 from ctrl_hpc.sandbox import judge
 
 
@@ -882,4 +881,4 @@ def test_any_value_in_any_column_leaves_a_problem_that_can_be_kept_or_a_row_left
         assert repr(jsonl.decode(Problem, json.loads(text))) == repr(item)
         assert text.encode() and item.id.encode() and item.prompt.encode()
         assert (item.canonical_solution or " ").encode() and (item.provenance or " ").encode()
-        judge.check(execution(item, item.canonical_solution or "", ExecutorConfig()))
+        judge.check(execution(item, item.canonical_solution or "", Rules()))
