@@ -10,10 +10,11 @@ import hashlib
 import json
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, Verdict
+from ctrl_hpc.records import Execution, StoredTests, TestCase, Verdict
 from ctrl_hpc.sandbox import judge, rootfs
 from ctrl_hpc.store.segments import KEY_BYTES, SEGMENTS, Segments
 
@@ -42,8 +43,13 @@ class VerdictCache:
 
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
-        text = json.dumps([self._environment, jsonl.encode(execution)], separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        tests = execution.tests
+        if isinstance(tests, StoredTests):
+            sha256 = tests.sha256
+        else:
+            sha256 = hashlib.sha256(jsonl.content(tuple(tests), tuple[TestCase, ...])).hexdigest()
+        rest = jsonl.content(replace(execution, tests=()))
+        return hashlib.sha256(f"{self._environment} {sha256} ".encode() + rest).hexdigest()
 
     def get(self, key: str) -> Verdict | None:
         """The verdict kept under a key. One that cannot be read (a torn disk) counts as absent."""
