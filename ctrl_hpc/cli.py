@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_hpc.commands import bench, config, data, report
+from ctrl_hpc.commands.parser import Parser, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.stages import STAGES
 
 if TYPE_CHECKING:
@@ -55,19 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options and overrides may come in any order, which argparse's sub-commands do not allow by themselves."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    complete(parser)
+    given = sys.argv[1:] if arguments is None else arguments
+    options, rest = parser.parse_known_args(given or ["help"])
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        options.parser.refuse(wrong)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ctrl-hpc", description="Train code critics with reinforcement learning (CTRL)."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="ctrl-hpc",
+        description="Train code critics with reinforcement learning (CTRL).",
+        epilog="ctrl-hpc help COMMAND tells more; the whole pipeline in miniature: ctrl-hpc run configs/tiny.yaml",
     )
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
@@ -78,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
     suite.add_argument("suite", metavar="SUITE.yaml")
-    suite.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every run, after the suite's own")
+    add_overrides(suite, help="for every run, after the suite's own")
     suite.add_argument("--only", action="append", default=[], metavar="NAME", help="run this variant (again: more)")
     suite.add_argument("--dry-run", action="store_true", help="check every configuration and list the runs")
     suite.set_defaults(command=_suite)
@@ -110,26 +116,39 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
     bench.add(commands.add_parser("bench", help="measure: executor, trainer"))
+    add_help(commands, parser)
+    name_leaves(parser)
     return parser
+
+
+class _Version(argparse.Action):
+    """``--version``: which code this is."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="version, code and place of this program")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version())
+        parser.exit()
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    add_overrides(parser)
     parser.set_defaults(command=command)
 
 
 def _sweep_parsers(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="trials over configuration keys, here or on a wandb server")
     sweep.add_argument("file", metavar="SWEEP.yaml", help="a wandb sweep, see configs/sweep")
-    sweep.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every trial")
+    add_overrides(sweep, help="for every trial")
     sweep.add_argument("--local", action="store_true", help="grid or random search here, without a server")
     sweep.add_argument("--count", type=int, default=None, help="trials (default: the whole grid)")
     sweep.add_argument("--seed", type=int, default=0, help="of a random search")
     sweep.set_defaults(command=_sweep)
     agent = commands.add_parser("trial", help="one trial, as wandb's agent starts it")
     agent.add_argument("config", nargs="?", metavar="CONFIG.yaml")
-    agent.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    add_overrides(agent)
     agent.add_argument("--again", action="store_true", help="continue the trial that CTRL_HPC_TRIAL names")
     agent.set_defaults(command=_trial)
 

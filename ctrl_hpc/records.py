@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PlainSerializer
@@ -224,6 +224,32 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """What holds for the programs of one data set, whatever its problems say; None leaves a thing as it is."""
+
+    cpu_s: float | None = None
+    """CPU seconds of a test, > 0; not multiplied by ``time_factor``. Wall-clock time follows in proportion."""
+    memory_mb: int | None = None
+    """Peak memory in MiB, > 0."""
+    comparison: str | None = None
+    """How outputs are compared: a name of ``ctrl_hpc.sandbox.judge``, with options, or of a special judge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """By which limits and comparisons the programs of all problems are judged."""
+
+    limits: Limits = Limits()
+    """Limits of a test where the problem names none."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests of a program together; None: none."""
+    time_factor: float = 1.0
+    """Multiplies the time limits, those that problems state among them."""
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    """By data set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TestResult:
     """What one test of one program did."""
 
@@ -339,6 +365,9 @@ class Execution:
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
+    """Leave out the tests after the first that is not accepted: the status is known."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests together, a test beyond which is a ``time_limit``; None: none."""
     outputs: Literal["shown"] | None = None
     """``shown``: the verdict is slim, with the results of the failures that are shown; None: with every test's."""
 

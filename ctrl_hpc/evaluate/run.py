@@ -91,7 +91,7 @@ def run(
         generator=RememberingGenerator(connections.generator),
         executor=RememberingExecutor(connections.executor),
         prompts=prompts,
-        limits=config.executor,
+        rules=config.executor.rules,
         revision=Sampling(temperature=0.0, max_tokens=config.eval.max_tokens),
         stop_when_correct=config.eval.stop_when_correct,
     )
@@ -202,7 +202,7 @@ def _drafts(
     pairs = [(by_id[solution.problem_id], solution) for solution in solutions]
 
     def executed() -> list[Solution]:
-        return execute(pairs, environment.executor, environment.limits)
+        return execute(pairs, environment.executor, environment.rules)
 
     return journal.once("executed", number, Solution, executed)
 

@@ -14,8 +14,19 @@ from pathlib import Path
 from ctrl_hpc import jsonl
 from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.steps import Settings, execute, revise
-from ctrl_hpc.records import Critique, Executor, Generator, Judgement, Problem, Revision, Sampling, Solution, Verdict
+from ctrl_hpc.flow.steps import execute, revise
+from ctrl_hpc.records import (
+    Critique,
+    Executor,
+    Generator,
+    Judgement,
+    Problem,
+    Revision,
+    Rules,
+    Sampling,
+    Solution,
+    Verdict,
+)
 from ctrl_hpc.seeds import derived_seed
 
 Sample = tuple[Problem, Solution]
@@ -51,7 +62,7 @@ class Environment:
     generator: Generator
     executor: Executor
     prompts: Prompts
-    limits: Settings
+    rules: Rules
     revision: Sampling
     """How revisions are decoded."""
     stop_when_correct: bool = True
@@ -151,7 +162,7 @@ def _turn(
     pairs = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
 
     def executed() -> list[Verdict]:
-        records = execute(pairs, environment.executor, environment.limits)
+        records = execute(pairs, environment.executor, environment.rules)
         return [record.verdict for record in records if record.verdict is not None]
 
     verdicts = journal.once("verdicts", number, Verdict, executed)

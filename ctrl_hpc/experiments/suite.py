@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
+from ctrl_hpc.config.load import close_to
 from ctrl_hpc.run import directory
 from ctrl_hpc.stages import depends, reads
 from ctrl_hpc.store.tests import folder_of
@@ -25,7 +26,8 @@ from ctrl_hpc.store.tests import folder_of
 def read_yaml(path: Path, what: str) -> Any:
     """What a file holds; raises ValueError with one line where there is no such ``what``, or it is not YAML."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such {what}")
+        near = close_to(path.name, [file.name for file in path.parent.glob("*.y*ml")])
+        raise ValueError(f"{path}: no such {what}{near}")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ctrl_hpc.flow.steps import Settings, execution
-from ctrl_hpc.records import Executor, Problem, Solution, StdinTest
+from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.records import Executor, Problem, Rules, Solution, StdinTest
 
 CANDIDATES = 4
 """Changed inputs tried for each test wanted."""
@@ -58,7 +58,7 @@ def strengthen(
     problems: Sequence[Problem],
     drafts: Sequence[Solution],
     executor: Executor,
-    limits: Settings,
+    rules: Rules,
     *,
     n: int,
     seed: int,
@@ -68,9 +68,9 @@ def strengthen(
     for draft in drafts:
         by_problem.setdefault(draft.problem_id, []).append(draft)
     proposed = _answered(
-        [(problem, _inputs(problem, by_problem.get(problem.id, []), n, seed)) for problem in problems], executor, limits
+        [(problem, _inputs(problem, by_problem.get(problem.id, []), n, seed)) for problem in problems], executor, rules
     )
-    chosen = _breaking(proposed, by_problem, executor, limits, n)
+    chosen = _breaking(proposed, by_problem, executor, rules, n)
     return [
         replace(problem, tests=(*problem.tests, *chosen[problem.id])) if chosen.get(problem.id) else problem
         for problem in problems
@@ -96,14 +96,14 @@ def _inputs(problem: Problem, drafts: Sequence[Solution], n: int, seed: int) -> 
     return list(dict.fromkeys(changed))[: CANDIDATES * n]
 
 
-def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, limits: Settings) -> list[_Proposal]:
+def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, rules: Rules) -> list[_Proposal]:
     """The canonical solutions' outputs; those kept that a second run repeats."""
     asked = [(problem, inputs) for problem, inputs in wanted if inputs]
     blank = [
         replace(problem, tests=tuple(StdinTest(stdin=stdin, expected_stdout="") for stdin in inputs))
         for problem, inputs in asked
     ]
-    printed = [replace(execution(problem, problem.canonical_solution or "", limits), outputs=None) for problem in blank]
+    printed = [replace(execution(problem, problem.canonical_solution or "", rules), outputs=None) for problem in blank]
     first = executor.run_many(printed)
     filled = []
     for problem, verdict in zip(blank, first, strict=True):
@@ -114,7 +114,7 @@ def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, l
         ]
         if tests:
             filled.append(replace(problem, tests=tuple(tests)))
-    again = executor.run_many([execution(problem, problem.canonical_solution or "", limits) for problem in filled])
+    again = executor.run_many([execution(problem, problem.canonical_solution or "", rules) for problem in filled])
     return [
         _Proposal(
             problem=problem,
@@ -139,7 +139,7 @@ def _breaking(
     proposed: Sequence[_Proposal],
     drafts: Mapping[str, list[Solution]],
     executor: Executor,
-    limits: Settings,
+    rules: Rules,
     n: int,
 ) -> dict[str, list[StdinTest]]:
     """Up to ``n`` tests of each problem that break a draft, those first that break one which had passed."""
@@ -150,7 +150,7 @@ def _breaking(
         if draft.program is not None and proposal.tests
     ]
     executions = [
-        execution(replace(proposal.problem, tests=proposal.tests), draft.program or "", limits)
+        execution(replace(proposal.problem, tests=proposal.tests), draft.program or "", rules)
         for proposal, draft in todo
     ]
     broken: dict[str, list[tuple[bool, list[bool]]]] = {}

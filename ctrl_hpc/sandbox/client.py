@@ -121,4 +121,5 @@ def _chunks(bodies: Sequence[str], services: int) -> list[Chunk]:
 
 def _longest(execution: Execution) -> float:
     """Seconds an execution may take at most, a jail's restarts included."""
-    return len(execution.tests) * (execution.limits.wall_s + 5.0)
+    tests_s = len(execution.tests) * (execution.limits.wall_s + 5.0)
+    return tests_s if execution.time_budget_s is None else min(tests_s, execution.time_budget_s + 60.0)

@@ -17,6 +17,7 @@ from typing import Any
 from ctrl_hpc.records import Execution, Limits, StoredTests, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import judge, memory, probe, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache, lasting
+from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault, check_open_files
 from ctrl_hpc.sandbox.memory import Watchdog
@@ -31,11 +32,12 @@ Task = Execution | tuple[str, Sequence[TestCase], Limits]
 class Sandbox:
     """Runs untrusted programs against tests. Close it, or use it as a context manager.
 
-    ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. With a
-    ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. The memory of a
-    program's processes together is bounded by a cgroup where one can be made (unless ``use_cgroup`` is false), and by
-    a watchdog elsewhere. ``judges`` are special judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the
-    interpreter ``python`` ("": this one) and may import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
+    ``workers`` programs run at once; the tests of one are spread over workers that have nothing else to do. ``fresh``
+    gives every program a jail of its own instead of a warm one. With a ``cache_dir`` verdicts are kept there, and
+    identical programs that are in flight together run once. The memory of a program's processes together is bounded by
+    a cgroup where one can be made (unless ``use_cgroup`` is false), and by a watchdog elsewhere. ``judges`` are special
+    judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the interpreter ``python`` ("": this one) and may
+    import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
     ``tests`` has those that executions only name; it is closed by whoever made it.
 
     Raises ValueError, with what is missing, where this machine cannot isolate programs.
@@ -72,7 +74,7 @@ class Sandbox:
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight: dict[str, Future[Verdict]] = {}
-        self._unfinished = 0
+        self._unfinished = self._idle = 0
         self._closed = False
         hierarchy = memory.memory_groups() if use_cgroup else None
         self._watchdog = Watchdog()
@@ -103,9 +105,22 @@ class Sandbox:
         """Executions that wait or run."""
         return self._unfinished
 
+    def _next_item(self) -> _Item | None:
+        with self._lock:
+            self._idle += 1
+        item = self._queue.get()
+        with self._lock:
+            self._idle -= 1
+        return item
+
+    def _recruit(self, course: Course) -> None:
+        """Let a worker that has nothing else to do help with a program's tests."""
+        if self._idle > self._queue.qsize():
+            self._queue.put((lambda worker: worker.help(course), Future()))
+
     def _serve(self, worker: Worker) -> None:
         try:
-            while (item := self._queue.get()) is not None:
+            while (item := self._next_item()) is not None:
                 job, future = item
                 if future.set_running_or_notify_cancel():
                     try:
@@ -127,7 +142,7 @@ class Sandbox:
             except (ValueError, OSError) as error:
                 return fault(execution, str(error))
             execution = replace(execution, tests=here)
-        whole = worker.execute(execution)
+        whole = worker.execute(execution, self._recruit)
         self._count(executions=1, tests=sum(test.status != "not_run" for test in whole.tests))
         verdict = answered(execution, whole)
         if self._cache is not None and lasting(execution, whole):
