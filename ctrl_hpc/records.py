@@ -499,19 +499,3 @@ class Executor(Protocol):
     def run_many(self, executions: Sequence[Execution]) -> list[Verdict]:
         """A verdict for each execution, in order; an environment fault that persists is ``sandbox_error``."""
         ...
-
-
-class Engine(Protocol):
-    """A model behind the rollout server: token ids in, token ids and log-probs out."""
-
-    version: int
-    max_positions: int
-    """Longest prompt and completion together, in tokens."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
-        """One completion for each prompt (``n`` and per-request seeds are resolved by the caller)."""
-        ...
-
-    def load_weights(self, folder: str, version: int) -> None:
-        """Replace the weights by those of a Hugging Face folder of the same architecture."""
-        ...
