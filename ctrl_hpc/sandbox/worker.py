@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ctrl_hpc.records import (
     Verdict,
 )
 from ctrl_hpc.sandbox import judge
+from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import plain
 from ctrl_hpc.sandbox.jail import Ended, Jail, JailFault, Kind, Reason, memory_file, reopened
 from ctrl_hpc.sandbox.memory import Hierarchy, MemoryGroup, Watchdog
@@ -88,26 +89,31 @@ class Worker:
         while self._jails:
             self._jails.popitem()[1].close()
 
-    def execute(self, execution: Execution) -> Verdict:
-        """Run and judge all tests, or those up to the first failure."""
+    def execute(self, execution: Execution, recruit: Callable[[Course], None] | None = None) -> Verdict:
+        """Run and judge all tests, or those up to the first failure; ``recruit`` may find workers that help."""
         if not execution.tests:
             return Verdict(status="unsupported", detail="there are no tests")
+        course = Course(execution)
+        self.help(course, recruit)
+        return course.verdict()
+
+    def help(self, course: Course, recruit: Callable[[Course], None] | None = None) -> None:
+        """Run tests of a program until none is left to be taken."""
+        execution = course.execution
         source = _source(execution.program, execution.preamble or "")
         self._tests = len(execution.tests)
-        results: list[TestResult] = []
-        first_failure = -1
-        for index, test in enumerate(execution.tests):
-            if first_failure >= 0 and execution.stop_at_first_failure:
-                results.append(TestResult(status="not_run"))
-                continue
-            results.append(self._attempt(source, test, execution.limits, execution.comparison))
-            if results[-1].status != "accepted" and first_failure < 0:
-                first_failure = index
-        if self._fresh:
-            self._end_jails()
-        if first_failure < 0:
-            return Verdict(status="accepted", tests=tuple(results))
-        return _rejected(results, first_failure)
+        try:
+            while (taken := course.take()) is not None:
+                index, limits = taken
+                if recruit is not None and course.left:
+                    recruit(course)
+                course.put(index, self._attempt(source, execution.tests[index], limits, execution.comparison))
+        except BaseException as error:
+            course.fail(error)
+            raise
+        finally:
+            if self._fresh:
+                self._end_jails()
 
     def _attempt(self, source: bytes, test: TestCase, limits: Limits, comparison: str) -> TestResult:
         lost = TestResult(status="not_run")
@@ -350,13 +356,3 @@ def _judge_check(result: TestResult, served: Ended, checked: Ended, report: byte
     if own_failure or (result.status == "runtime_error" and served.reason != Reason.CANCELLED and status != "accepted"):
         status = result.status
     return dataclasses.replace(result, status=status, stderr=result.stderr + report)
-
-
-def _rejected(results: list[TestResult], index: int) -> Verdict:
-    status = results[index].status
-    assert status != "not_run"
-    last_lines = results[index].stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-    detail = f"test {index + 1} of {len(results)}: {status}"
-    if last_lines and status in ("runtime_error", "unsupported", "sandbox_error"):
-        detail += f": {last_lines[0][:300]}"
-    return Verdict(status=status, tests=tuple(results), detail=detail)

@@ -122,12 +122,19 @@ def _read(fd: int) -> bytes:
 
 def _open_streams() -> None:
     # Newlines are left as they are ("\n" translates none), as an interpreter's own streams do here.
-    stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape", "\n")
-    stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "surrogateescape", "\n")
-    stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace", "\n", line_buffering=True
-    )
+    stdin = _stream(io.BufferedReader, 0, "r", "stdin", "surrogateescape")
+    stdout = _stream(io.BufferedWriter, 1, "w", "stdout", "surrogateescape")
+    stderr = _stream(io.BufferedWriter, 2, "w", "stderr", "backslashreplace")
     vars(sys).update(stdin=stdin, __stdin__=stdin, stdout=stdout, __stdout__=stdout, stderr=stderr, __stderr__=stderr)
+
+
+def _stream(kind: typing.Any, fd: int, mode: str, name: str, errors: str) -> io.TextIOWrapper:
+    """A standard stream, with the ``mode`` and the name that an interpreter gives it (fast readers ask for them)."""
+    raw = io.FileIO(fd, mode, closefd=False)
+    raw.name = f"<{name}>"
+    stream = io.TextIOWrapper(kind(raw), "utf-8", errors, "\n", line_buffering=fd == 2)
+    vars(stream)["mode"] = mode
+    return stream
 
 
 def _execute(preamble: bytes, source: bytes, namespace: dict, note: mmap.mmap, serving: typing.Any) -> None:
