@@ -184,8 +184,8 @@ ENDINGS += [
     [
         CASES + "assert all(map(lambda c: f(*c[0]) == c[1], cases))",
         CASES + "assert not [c for c in map(lambda c: (f(*c[0]), c[1]), cases) if c[0] != c[1]]",
-        CASES
-        + "class It:\n    def __iter__(self): return self\n    def __next__(self): return f(1, 2) == 3\nassert all(It())",
+        CASES + "class It:\n    def __iter__(self): return self\n"
+        "    def __next__(self): return f(1, 2) == 3\nassert all(It())",
         "assert next(map(lambda _: f(1, 2) == 3, [1]), True)",
         "for x in iter(lambda: f(1, 2), 3): assert False",
     ],
