@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, config, data, report
-from ctrl_hpc.commands.parser import Parser, add_help, add_overrides, complete, name_leaves, version
+from ctrl_hpc.commands import bench, config, data, report, sbatch
+from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.stages import STAGES
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     complete(parser)
     given = sys.argv[1:] if arguments is None else arguments
     options, rest = parser.parse_known_args(given or ["help"])
+    if hasattr(options, "sbatch_options"):
+        options.sbatch_options = [text for text in rest if text.startswith("--") and "=" in text]
+        rest = [text for text in rest if text not in options.sbatch_options]
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
     if wrong:
         options.parser.refuse(wrong)
@@ -71,7 +74,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="ctrl-hpc",
         description="Train code critics with reinforcement learning (CTRL).",
-        epilog="ctrl-hpc help COMMAND tells more; the whole pipeline in miniature: ctrl-hpc run configs/tiny.yaml",
+        epilog="ctrl-hpc help COMMAND tells more; the whole pipeline in miniature: ctrl-hpc run tiny",
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -82,8 +85,9 @@ def _parser() -> Parser:
         if name != "report":
             _configured(commands.add_parser(name, help=stage.about), _stage(name))
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
+    sbatch.add(commands.add_parser("sbatch", help="run as a Slurm job: the driver, too, which submits the others"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
-    suite.add_argument("suite", metavar="SUITE.yaml")
+    add_file(suite, "suite", "SUITE", folder="suite")
     add_overrides(suite, help="for every run, after the suite's own")
     suite.add_argument("--only", action="append", default=[], metavar="NAME", help="run this variant (again: more)")
     suite.add_argument("--dry-run", action="store_true", help="check every configuration and list the runs")
@@ -133,14 +137,14 @@ class _Version(argparse.Action):
 
 
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
+    add_file(parser, "config", "CONFIG")
     add_overrides(parser)
     parser.set_defaults(command=command)
 
 
 def _sweep_parsers(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="trials over configuration keys, here or on a wandb server")
-    sweep.add_argument("file", metavar="SWEEP.yaml", help="a wandb sweep, see configs/sweep")
+    add_file(sweep, "file", "SWEEP", folder="sweep")
     add_overrides(sweep, help="for every trial")
     sweep.add_argument("--local", action="store_true", help="grid or random search here, without a server")
     sweep.add_argument("--count", type=int, default=None, help="trials (default: the whole grid)")
@@ -210,9 +214,12 @@ def _run(options: argparse.Namespace) -> int:
         return _plan(config)
     _keep_code(config, "run", options)
     from ctrl_hpc import pipeline
+    from ctrl_hpc.run import directory
 
+    before = directory.is_done(Path(config.run_dir or ""), "report")  # else the stage itself says where it is
     folder = pipeline.run(config)
-    print(f"report: {folder / 'report' / 'index.html'}")
+    if before:
+        print(f"report: {folder / 'report' / 'index.html'}")
     return 0
 
 
@@ -353,13 +360,15 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from ctrl_hpc.config.load import find
     from ctrl_hpc.experiments import sweep
 
     if options.local:
         print(f"trials: {sweep.run_here(options.file, options.overrides, count=options.count, seed=options.seed)}")
         return 0
     sweep.read(options.file)
-    return subprocess.run([sys.executable, "-m", "wandb", "sweep", options.file], check=False).returncode
+    file = str(find(options.file, "sweep"))
+    return subprocess.run([sys.executable, "-m", "wandb", "sweep", file], check=False).returncode
 
 
 def _trial(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import ctrl_hpc
 
 SHELLS = ("bash", "zsh", "fish")
 """Shells that ``ctrl-hpc completion`` writes for."""
+EXAMPLES = {"": "tiny, humaneval", "suite": "tiny_ablation, paper", "sweep": "learning_rate"}
 _CHOICE = re.compile(
     r"argument (?P<what>.+?): invalid choice: '(?P<given>.*?)'.* \(choose from (?P<names>.*)\)", re.DOTALL
 )
@@ -45,6 +46,22 @@ def add_help(commands: Any, parser: Parser) -> None:
     )
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(command=_completion)
+
+
+def add_file(parser: argparse.ArgumentParser, name: str, metavar: str, folder: str = "") -> None:
+    """A YAML file, or a packaged one by its name; a shell completes both."""
+    action = parser.add_argument(
+        name, metavar=metavar, help=f"a YAML file, or a packaged one by name: {EXAMPLES[folder]}"
+    )
+
+    def complete_file(prefix: str, **_: object) -> list[str]:
+        from argcomplete.completers import FilesCompleter
+
+        from ctrl_hpc.config.load import packaged_names
+
+        return [*packaged_names(folder), *FilesCompleter(("yaml", "yml"))(prefix)]
+
+    action.completer = complete_file  # type: ignore[attr-defined]
 
 
 def add_overrides(parser: argparse.ArgumentParser, help: str = "any key of the configuration") -> None:

@@ -1,6 +1,6 @@
 """The configuration: one tree of frozen dataclasses, read from YAML with ``a.b=c`` overrides."""
 
-from ctrl_hpc.config.load import ROOT, dump, load
+from ctrl_hpc.config.load import ROOT, SHARE, dump, load
 from ctrl_hpc.config.machine import (
     EndpointConfig,
     ExecutorConfig,
@@ -30,6 +30,7 @@ from ctrl_hpc.config.tree import Config, check, value
 
 __all__ = [
     "ROOT",
+    "SHARE",
     "Config",
     "CriticConfig",
     "DataConfig",

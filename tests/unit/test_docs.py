@@ -76,7 +76,7 @@ CASES = [(page.name, command, needs) for page in PAGES for command, needs in com
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the project's, with the files that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "Makefile", "tests"):
+    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "Makefile", "tests"):
         (folder / name).symlink_to(ROOT / name)
     tests = (StdinTest(stdin="1 2\n", expected_stdout="3\n"),)
     jsonl.write(
