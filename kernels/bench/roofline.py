@@ -36,9 +36,11 @@ from ctrl_kernels.options import PolicyOptions, SoftmaxOptions, flat
 
 linear_logprobs = importlib.import_module("ctrl_kernels.linear_logprobs")
 linear_policy_loss = importlib.import_module("ctrl_kernels.linear_policy_loss")
+policy_kernel = importlib.import_module("ctrl_kernels.policy_kernel")
+policy_tokens = importlib.import_module("ctrl_kernels.policy_tokens")
 projection = importlib.import_module("ctrl_kernels.projection")
 
-PROCESSORS = 132
+PROCESSORS = projection.PROCESSORS
 TILE = (128, 256)
 KERNEL_RATE = 0.92
 LANES_A_CYCLE = PROCESSORS * 4 * 32
@@ -139,7 +141,7 @@ def recorded() -> Iterator[Recorder]:
     def combined(statistics: Any, *_: Any) -> Any:
         return tuple(statistics.new_empty(statistics.shape[1]) for _ in range(3))
 
-    sums = linear_policy_loss.SUMS
+    sums = policy_kernel.SUMS
     replaced = [
         (projection, "softmax_statistics", statistics),
         (linear_logprobs, "combine_segments", combined),
@@ -147,7 +149,7 @@ def recorded() -> Iterator[Recorder]:
         (linear_logprobs, "weights_gradient", from_weights),
         (linear_policy_loss, "combine_segments", combined),
         (linear_policy_loss, "weights_gradient", from_weights),
-        (linear_policy_loss, "policy_terms", lambda logprobs, *_, **__: logprobs.new_empty(1, sums)),
+        (policy_tokens, "policy_terms", lambda logprobs, *_, **__: logprobs.new_empty(1, sums)),
         (linear_policy_loss, "policy_totals", lambda x, *_: (x.new_empty(()), x.new_empty(sums))),
     ]
     before = [getattr(module, name) for module, name, _ in replaced]
@@ -171,17 +173,17 @@ def linear(function: str, tokens: int, columns: int, width: int, workspace_mb: i
     common = (False, workspace_mb, "triton", *shard)
     with recorded() as recorder:
         if function == "forward":
-            linear_logprobs._forward(hidden, weight, None, targets, save, True, *common)
+            linear_logprobs.forward(hidden, weight, None, targets, save, True, *common)
         elif function == "backward":
-            saved = linear_logprobs._forward(hidden, weight, None, targets, save, True, *common)[3:]
+            saved = linear_logprobs.forward(hidden, weight, None, targets, save, True, *common)[3:]
             recorder.products.clear()
             recorder.kernels.clear()
             scores = (vector, vector, vector, *saved, vector, None, None, True, True, False, save)
-            linear_logprobs._backward(hidden, weight, None, targets, *scores, *common)
+            linear_logprobs.backward(hidden, weight, None, targets, *scores, *common)
         else:
             row, mask = vector[None], torch.empty(1, tokens, dtype=torch.bool, device="meta")
             inputs = (targets, mask, row, row, None, None, None, None, 1.0, True, True, False, False, None)
-            linear_policy_loss._fused(
+            linear_policy_loss.one_pass(
                 hidden, weight, None, *inputs, False, workspace_mb, *shard, *flat(PolicyOptions())
             )
     return recorder

@@ -20,7 +20,7 @@ import triton
 import ctrl_kernels
 from ctrl_kernels.options import INTERPRETED
 
-ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 4e-3}  # of gradients
+_ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 4e-3}  # of gradients
 
 
 def _inputs(device: torch.device, dtype: torch.dtype, tokens: int, columns: int, width: int) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _inputs(device: torch.device, dtype: torch.dtype, tokens: int, columns: int,
     return {name: x.to(device) for name, x in found.items()}
 
 
-LEAVES = {"token": ("logits",), "linear": ("hidden", "weight"), "policy": ("logprobs",), "value": ("logprobs",)}
+_LEAVES = {"token": ("logits",), "linear": ("hidden", "weight"), "policy": ("logprobs",), "value": ("logprobs",)}
 """What gets gradients, by the first word of a function's name."""
 
 
@@ -79,7 +79,7 @@ def _calls(x: dict[str, Any], backend: Any) -> dict[str, Callable[[], Any]]:
 
 def _run(name: str, inputs: dict[str, Any], backend: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """A function's outputs, and the gradients of their sum."""
-    leaves = LEAVES.get(name.split("_")[0], ())
+    leaves = _LEAVES.get(name.split("_")[0], ())
     given = inputs | {leaf: inputs[leaf].detach().requires_grad_() for leaf in leaves}
     outputs = _calls(given, backend)[name]()
     total = sum(x.sum() for x in outputs)
@@ -97,7 +97,7 @@ def errors(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]
         limit = 5e-6 * (1 + 20)
         values = max((a.double() - b).abs().max().item() for a, b in zip(found, expected, strict=True)) / limit
         slopes = [
-            ((a.double() - b).norm() / b.norm()).item() / ROUNDING[a.dtype]
+            ((a.double() - b).norm() / b.norm()).item() / _ROUNDING[a.dtype]
             for a, b in zip(gradients, wanted, strict=True)
         ]
         yield name, values, max(slopes, default=0.0)

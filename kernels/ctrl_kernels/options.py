@@ -35,7 +35,7 @@ KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: beyond it a ratio is a fault of the rollout, not a signal
 K3_LIMIT = 10.0
 FLOOR = -800.0  # exp(FLOOR) is 0 in float64 too: stands in for -inf where -inf * 0 would be NaN
-MIN_TEMPERATURE = 1e-4
+_MIN_TEMPERATURE = 1e-4
 INTERPRETED = isinstance(tl.max, InterpretedFunction)
 """Whether Triton's kernels run in its interpreter: ``TRITON_INTERPRET=1`` before triton's first import."""
 
@@ -138,8 +138,8 @@ class SoftmaxOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
-        if not (math.isfinite(self.temperature) and self.temperature >= MIN_TEMPERATURE):
-            raise ValueError(f"temperature={self.temperature} must be finite and at least {MIN_TEMPERATURE}")
+        if not (math.isfinite(self.temperature) and self.temperature >= _MIN_TEMPERATURE):
+            raise ValueError(f"temperature={self.temperature} must be finite and at least {_MIN_TEMPERATURE}")
         if self.vocab_start < 0:
             raise ValueError(f"vocab_start={self.vocab_start} must not be negative")
         if self.vocab_size is not None and self.vocab_size < 1:
@@ -244,6 +244,12 @@ class PolicyOptions:
             raise ValueError("kl_correction does not go with objective='gmpo'")
         if not (self.tau_positive > 0 and self.tau_negative > 0):
             raise ValueError(f"tau_positive={self.tau_positive} and tau_negative={self.tau_negative} must be positive")
+
+    def check_terms(self, **tensors: torch.Tensor | None) -> None:
+        """Raise ValueError where a term has a weight, but no tensor."""
+        for coefficient, name in (("kl_coef", "ref_logprobs"), ("entropy_coef", "entropy")):
+            if getattr(self, coefficient) != 0 and tensors.get(name, self) is None:
+                raise ValueError(f"{coefficient}={getattr(self, coefficient)} needs {name}")
 
     @classmethod
     def of(cls, values: tuple[Any, ...]) -> PolicyOptions:
