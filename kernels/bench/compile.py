@@ -170,7 +170,7 @@ def gradients() -> Iterator[Configuration]:
 
 
 def losses() -> Iterator[Configuration]:
-    """The policy loss in its main forms, what finishes it, and the value loss."""
+    """The policy loss in its main forms, and what finishes it."""
     optional = ("ref", "importance", "drift", "entropy", "weights", "denominator", "d_logprobs", "d_entropy")
     types = {f"{name}_ptr": FP32 for name in (*optional, "logprobs", "old", "advantages", "sums")}
     types |= {"mask_ptr": U8, "denominator_ptr": I64}
@@ -210,10 +210,15 @@ def losses() -> Iterator[Configuration]:
         kernel=policy_kernel.finish_kernel,
         types=dict.fromkeys(("sums_ptr", "loss_ptr", "metrics_ptr"), FP32)
         | {"kl_coef": "fp32", "entropy_coef": "fp32"},
-        constants={"SUMS": policy_kernel.SUMS, "USED": policy_kernel.USED, "BLOCK": policy_loss.FINISH_ROWS},
+        constants={"SUMS": policy_kernel.SUMS, "METRICS": 8, "USED": 10, "BLOCK": policy_loss.FINISH_ROWS},
         warps=8,
         odd=frozenset({"rows"}),
     )
+
+
+def other_losses() -> Iterator[Configuration]:
+    """The value loss, and the scaling of gradients."""
+    tile = token_tiles.LANES * token_tiles.VECTOR
     shape = {"LANES": token_tiles.LANES, "VECTOR": token_tiles.VECTOR, "EVEN": True}
     yield Configuration(
         name="value",
@@ -259,7 +264,7 @@ def estimators() -> Iterator[Configuration]:
 
 def configurations() -> list[Configuration]:
     """All shipped ones."""
-    return [*statistics(), *gradients(), *losses(), *estimators()]
+    return [*statistics(), *gradients(), *losses(), *other_losses(), *estimators()]
 
 
 def _run(tool: str, *arguments: str) -> str:

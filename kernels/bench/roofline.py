@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # ctrl_kernels, where the pr
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctrl_kernels.options import PolicyOptions, SoftmaxOptions, flat
+from ctrl_kernels.options import PolicyOptions, SoftmaxOptions
 
 linear_logprobs = importlib.import_module("ctrl_kernels.linear_logprobs")
 linear_policy_loss = importlib.import_module("ctrl_kernels.linear_policy_loss")
@@ -150,7 +150,7 @@ def recorded() -> Iterator[Recorder]:
         (linear_policy_loss, "combine_segments", combined),
         (linear_policy_loss, "weights_gradient", from_weights),
         (policy_tokens, "policy_terms", lambda logprobs, *_, **__: logprobs.new_empty(1, sums)),
-        (linear_policy_loss, "policy_totals", lambda x, *_: (x.new_empty(()), x.new_empty(sums))),
+        (linear_policy_loss, "policy_totals", lambda x, *_: (x.new_empty(()), x.new_empty(len(policy_kernel.METRICS)))),
     ]
     before = [getattr(module, name) for module, name, _ in replaced]
     for module, name, function in replaced:
@@ -169,8 +169,8 @@ def linear(function: str, tokens: int, columns: int, width: int, workspace_mb: i
     weight = torch.empty(columns, width, dtype=torch.bfloat16, device="meta")
     targets = torch.empty(tokens, dtype=torch.int64, device="meta")
     vector = torch.empty(tokens, device="meta")
-    shard = flat(SoftmaxOptions().shard(columns))
-    common = (False, workspace_mb, "triton", *shard)
+    shard = SoftmaxOptions().shard(columns)
+    common = (False, workspace_mb, "triton", shard)
     with recorded() as recorder:
         if function == "forward":
             linear_logprobs.forward(hidden, weight, None, targets, save, True, *common)
@@ -183,9 +183,7 @@ def linear(function: str, tokens: int, columns: int, width: int, workspace_mb: i
         else:
             row, mask = vector[None], torch.empty(1, tokens, dtype=torch.bool, device="meta")
             inputs = (targets, mask, row, row, None, None, None, None, 1.0, True, True, False, False, None)
-            linear_policy_loss.one_pass(
-                hidden, weight, None, *inputs, False, workspace_mb, *shard, *flat(PolicyOptions())
-            )
+            linear_policy_loss.one_pass(hidden, weight, None, *inputs, False, workspace_mb, shard, PolicyOptions())
     return recorder
 
 

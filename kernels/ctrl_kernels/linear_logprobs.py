@@ -28,10 +28,8 @@ from ctrl_kernels.options import (
     check_kernel_dtype,
     check_targets,
     compute_dtype,
-    flat,
     refuse,
     resolve_backend,
-    schema,
     softmax_options,
     with_options,
 )
@@ -53,17 +51,18 @@ from ctrl_kernels.softmax_statistics import combine_segments, gather_statistics
 
 
 def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, save: bool, *rest: Any) -> Any:
-    _, _, workspace_mb, backend, *values = rest
+    _, _, workspace_mb, backend, options = rest
     dtype = compute_dtype(hidden, weight)
-    projection = Projection(weight=weight, options=Shard.of(tuple(values)), workspace_mb=workspace_mb)
+    projection = Projection(weight=weight, options=options, workspace_mb=workspace_mb)
     saved = projection.saved(len(targets) if save else 0, hidden.dtype if backend == "triton" else dtype)
     return *(hidden.new_empty(len(targets), dtype=dtype) for _ in range(3)), *saved
 
 
 @operator(
     "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, bool save_logits, bool padded, "
-    f"bool host_sync, int workspace_mb, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool host_sync, int workspace_mb, str backend, OPTIONS) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    Shard,
 )
 def forward(
     hidden: torch.Tensor,
@@ -75,14 +74,13 @@ def forward(
     host_sync: bool,
     workspace_mb: int,
     backend: str,
-    *values: Any,
+    options: Shard,
 ) -> tuple[torch.Tensor, ...]:
     """Log-probs, entropies and log-sum-exps [N]; the softmax weights [M, V] and tile maxima [M, K] to save.
 
     With ``padded`` the latter have N rows, so that their shape does not depend on the targets. The PyTorch backend
     saves logits in their stead.
     """
-    options = Shard.of(values)
     rows = chosen_rows(targets != options.ignore_index, host_sync)
     kept = count(rows, targets)
     projection = Projection(
@@ -135,18 +133,18 @@ def _fake_backward(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest:
     "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor logprob, "
     "Tensor entropy, Tensor lse, Tensor weights, Tensor tile_max, Tensor? d_logprob, Tensor? d_entropy, "
     "Tensor(a!)? main_grad, bool train_hidden, bool train_weight, bool train_bias, bool saved, bool host_sync, "
-    f"int workspace_mb, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor)",
+    "int workspace_mb, str backend, OPTIONS) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    Shard,
 )
 def backward(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
     logprob: torch.Tensor, entropy: torch.Tensor, lse: torch.Tensor, weights: torch.Tensor, tile_max: torch.Tensor,
     d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None, main_grad: torch.Tensor | None,
     train_hidden: bool, train_weight: bool, train_bias: bool, saved: bool, host_sync: bool, workspace_mb: int,
-    backend: str, *values: Any,
+    backend: str, options: Shard,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The gradients of hidden states, weight and bias, nothing in place of those not asked for or added elsewhere."""
-    options = Shard.of(values)
     nothing = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
     asked = (train_hidden, train_weight, train_bias)
     if backend == "torch":
@@ -318,7 +316,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     ) -> Any:
         save_logits = save_logits and any(ctx.needs_input_grad)
         padded = torch.compiler.is_compiling() or not host_sync
-        common = (host_sync, workspace_mb, backend, *flat(options))
+        common = (host_sync, workspace_mb, backend, options)
         logprob, entropy, lse, weights, tile_max = forward(hidden, weight, bias, targets, save_logits, padded, *common)
         ctx.save_for_backward(hidden, weight, bias, targets, logprob, entropy, lse, weights, tile_max)
         ctx.main_grad, ctx.save_logits, ctx.common = main_grad, save_logits, common

@@ -32,15 +32,13 @@ from ctrl_kernels.options import (
     check_kernel_dtype,
     check_shapes,
     check_targets,
-    flat,
     policy_options,
     refuse,
     resolve_backend,
-    schema,
     softmax_options,
     with_options,
 )
-from ctrl_kernels.policy_kernel import SUMS
+from ctrl_kernels.policy_kernel import METRICS
 from ctrl_kernels.policy_loss import named_metrics, policy_denominator, policy_totals
 from ctrl_kernels.policy_tokens import PolicyTokens, in_fp16_range, select_tokens
 from ctrl_kernels.projection import (
@@ -64,7 +62,7 @@ def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any) -> 
     half = hidden.dtype == torch.float16
     return (
         hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(SUMS, dtype=torch.float32),
+        hidden.new_empty(len(METRICS), dtype=torch.float32),
         torch.empty_like(hidden, dtype=torch.float32 if half else hidden.dtype, memory_format=like)
         if train_hidden
         else hidden.new_empty(0),
@@ -80,23 +78,24 @@ def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any) -> 
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor mask, Tensor old_logprobs, "
     "Tensor advantages, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? drift_weights, Tensor? denominator, "
     "float constant, bool train_hidden, bool train_weight, bool train_bias, bool wide, Tensor(a!)? main_grad, "
-    f"bool host_sync, int workspace_mb, {schema(Shard)}, {schema(PolicyOptions)}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool host_sync, int workspace_mb, OPTIONS) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    Shard,
+    PolicyOptions,
 )
 def one_pass(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, mask: torch.Tensor,
     old_logprobs: torch.Tensor, advantages: torch.Tensor, ref_logprobs: torch.Tensor | None,
     importance_weights: torch.Tensor | None, drift_weights: torch.Tensor | None, denominator: torch.Tensor | None,
     constant: float, train_hidden: bool, train_weight: bool, train_bias: bool, wide: bool,
-    main_grad: torch.Tensor | None, host_sync: bool, workspace_mb: int, *values: Any,
+    main_grad: torch.Tensor | None, host_sync: bool, workspace_mb: int, softmax: Shard,
+    options: PolicyOptions,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The loss, its metrics and, as far as asked for, the gradients of hidden states [N, D], weight [V, D], bias [V].
 
     In fp16 the gradients stay in fp32, in units of the last value returned, until the upstream gradient is known.
     ``wide``: the weight's is wanted in fp32. It is added to ``main_grad`` if that is given.
     """
-    softmax, options = Shard.of(values[:_SHARD_FIELDS]), PolicyOptions.of(values[_SHARD_FIELDS:])
     projection = Projection(
         weight=weight.to(hidden.dtype).contiguous(), options=softmax, workspace_mb=workspace_mb, bias=bias
     )
@@ -133,9 +132,6 @@ def one_pass(
         d_weight = d_weight.to(final)
     found = (hidden.new_empty(0) if x is None else x for x in (d_hidden, d_weight, d_bias))
     return loss, metrics, *found, unit
-
-
-_SHARD_FIELDS = len(flat(SoftmaxOptions().shard(1)))
 
 
 def _sweep(
@@ -383,7 +379,7 @@ def linear_policy_loss(
     scalar = policy_denominator(mask_BT, denominator, policy)
     on_device = isinstance(scalar, torch.Tensor)
     inputs = (targets_N, mask_BT, *by_row.values(), *((scalar, 1.0) if on_device else (None, scalar)))
-    common = (host_sync, workspace_mb, *flat(softmax.shard(len(weight))), *flat(policy))
+    common = (host_sync, workspace_mb, softmax.shard(len(weight)), policy)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden_ND.contiguous(), weight, bias, inputs, main_grad, unit_gradient, common
     )

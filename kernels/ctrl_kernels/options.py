@@ -151,6 +151,11 @@ class SoftmaxOptions:
 
     def shard(self, columns: int) -> Shard:
         """These options for a shard of so many columns."""
+        if self.group is None and not torch.compiler.is_compiling():
+            return _cached_shard(self, columns)
+        return self._shard(columns)
+
+    def _shard(self, columns: int) -> Shard:
         start, scale = self.vocab_start, self.logit_scale
         valid = columns if self.vocab_size is None else min(max(self.vocab_size - start, 0), columns)
         return Shard(
@@ -264,6 +269,7 @@ class PolicyOptions:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _cached_softmax = lru_cache(maxsize=64)(SoftmaxOptions)
+_cached_shard = lru_cache(maxsize=64)(SoftmaxOptions._shard)
 _cached_policy = lru_cache(maxsize=64)(PolicyOptions)
 _FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(f.name for f in dataclasses.fields(kind)) for kind in (SoftmaxOptions, PolicyOptions)

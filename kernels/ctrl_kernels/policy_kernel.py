@@ -13,18 +13,10 @@ import triton.language as tl
 from ctrl_kernels.options import K3_LIMIT, LOG_RATIO_LIMIT
 from ctrl_kernels.token_tiles import clamped, inverse_denominator, load_fp32, token_tile
 
-SUMS = 16  # columns of the partial sums; ``METRICS`` names those that users see
-USED = 10
-METRICS = {
-    "policy_loss": 0,
-    "tokens": 3,
-    "clip_fraction": 4,
-    "dual_clip_fraction": 5,
-    "approx_kl": 6,
-    "ratio": 7,
-    "kl": 8,
-    "entropy": 9,
-}
+SUMS = 16  # columns of the partial sums: these, and what the KL and the entropy are in the loss
+METRICS = (
+    "policy_loss", "tokens", "clip_fraction", "dual_clip_fraction", "approx_kl", "ratio", "kl", "entropy",
+)  # fmt: skip
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 _K3_MAX = tl.constexpr(K3_LIMIT)
@@ -256,29 +248,29 @@ def _policy_tile(
         gradient += slope
     if ref_ptr is not None:
         kl, corrected, slope = _reference_kl(ref_ptr, logp, outside, r, index, read, active, KL, KL_CORRECTION, SHARED)
-        s8 += tl.sum(kl, 1)
+        s6 += tl.sum(kl, 1)
         if KL_CORRECTION or weights_ptr is not None:
-            s1 += tl.sum(corrected * weight, 1)
+            s8 += tl.sum(corrected * weight, 1)
         if KL_CORRECTION and SHARED:
             s10 += tl.sum(kl * (kl_coef * weight), 1)
         gradient += slope * (kl_coef * weight)
     if entropy_ptr is not None:
         entropy = tl.where(active, load_fp32(entropy_ptr, index, read), 0.0)
-        s9 += tl.sum(entropy, 1)
+        s7 += tl.sum(entropy, 1)
         if weights_ptr is not None:
-            s2 += tl.sum(entropy * weight, 1)
+            s9 += tl.sum(entropy * weight, 1)
     if d_logprobs_ptr is not None:
         tl.store(d_logprobs_ptr + index, gradient.to(d_logprobs_ptr.dtype.element_ty), mask=inside)
     if d_entropy_ptr is not None:
         d_entropy = counted * (-entropy_coef * weight)
         tl.store(d_entropy_ptr + index, d_entropy.to(d_entropy_ptr.dtype.element_ty), mask=inside)
-    s3 += tl.sum(counted, 1)
-    s4 += tl.sum(tl.where(clipped & active, 1.0, 0.0), 1)
+    s1 += tl.sum(counted, 1)
+    s2 += tl.sum(tl.where(clipped & active, 1.0, 0.0), 1)
     if HAS_DUAL:
-        s5 += tl.sum(tl.where(dual & active, 1.0, 0.0), 1)
+        s3 += tl.sum(tl.where(dual & active, 1.0, 0.0), 1)
     s0 += tl.sum(term, 1)
-    s6 -= tl.sum(log_ratio, 1)
-    s7 += tl.sum(r * counted, 1)
+    s4 -= tl.sum(log_ratio, 1)
+    s5 += tl.sum(r * counted, 1)
     return s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10
 
 
@@ -324,24 +316,18 @@ def policy_kernel(
             row_length, low, high, GEOMETRIC, ref_ptr is not None or drift_ptr is not None, LANES, VECTOR, EVEN,
         )  # fmt: skip
     if weights_ptr is None and not KL_CORRECTION:
-        s1 = s8 * row_weight
+        s8 = s6 * row_weight
     if weights_ptr is None:
-        s2 = s9 * row_weight
+        s9 = s7 * row_weight
     _store_sums(sums_ptr + tl.program_id(0) * SUMS, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9)
 
 
 @triton.jit
 def finish_kernel(
-    sums_ptr,
-    loss_ptr,
-    metrics_ptr,
-    rows,
-    kl_coef,
-    entropy_coef,
-    SUMS: tl.constexpr,
-    USED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    sums_ptr, loss_ptr, metrics_ptr, rows, kl_coef, entropy_coef,
+    SUMS: tl.constexpr, METRICS: tl.constexpr, USED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The loss, and its metrics: the first two columns' sums, and the others' means over tokens."""
     column = tl.arange(0, SUMS)
     totals = tl.zeros([BLOCK, SUMS], tl.float32)
     for begin in range(0, rows, BLOCK):
@@ -349,7 +335,8 @@ def finish_kernel(
         inside = (row < rows)[:, None] & (column < USED)[None, :]
         totals += tl.load(sums_ptr + row[:, None] * SUMS + column[None, :], mask=inside, other=0.0)
     totals = tl.sum(totals, 0)
-    tokens = tl.maximum(tl.sum(tl.where(column == 3, totals, 0.0), 0), 1.0)
-    coefficient = tl.where(column == 0, 1.0, tl.where(column == 1, kl_coef, tl.where(column == 2, -entropy_coef, 0.0)))
+    tokens = tl.maximum(tl.sum(tl.where(column == 1, totals, 0.0), 0), 1.0)
+    kl_entropy = tl.where(column == METRICS, kl_coef, tl.where(column == METRICS + 1, -entropy_coef, 0.0))
+    coefficient = tl.where(column == 0, 1.0, kl_entropy)
     tl.store(loss_ptr, tl.sum(tl.where(coefficient == 0.0, 0.0, totals * coefficient), 0))
-    tl.store(metrics_ptr + column, tl.where(column > 3, totals / tokens, totals))
+    tl.store(metrics_ptr + column, tl.where(column > 1, totals / tokens, totals), mask=column < METRICS)

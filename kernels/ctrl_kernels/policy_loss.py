@@ -47,14 +47,12 @@ from ctrl_kernels.options import (
     check_denominator,
     check_kernel_dtype,
     check_shapes,
-    flat,
     policy_options,
     refuse,
     resolve_backend,
-    schema,
     with_options,
 )
-from ctrl_kernels.policy_kernel import METRICS, SUMS, USED, finish_kernel, policy_kernel
+from ctrl_kernels.policy_kernel import METRICS, SUMS, finish_kernel, policy_kernel
 from ctrl_kernels.projection import scale_
 from ctrl_kernels.token_tiles import bytes_of, dense, token_runs
 
@@ -138,28 +136,35 @@ def policy_terms(
 
 
 def policy_totals(sums: torch.Tensor, options: PolicyOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, a scalar, and its metrics [SUMS] from partial sums."""
-    loss = sums.new_empty(())
-    metrics = sums.new_empty(SUMS)
+    """The loss, a scalar, and its metrics from partial sums."""
+    return finish(sums, len(METRICS), len(METRICS) + 2, options.kl_coef, options.entropy_coef)
+
+
+def finish(
+    sums: torch.Tensor, metrics: int, used: int, kl_coef: float = 0.0, entropy_coef: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A loss, a scalar, and so many metrics from the columns in use of partial sums."""
+    loss, found = sums.new_empty(()), sums.new_empty(metrics)
+    rows, columns = sums.shape
     finish_kernel[(1,)](
         sums,
         loss,
-        metrics,
-        len(sums),
-        options.kl_coef,
-        options.entropy_coef,
-        SUMS=SUMS,
-        USED=USED,
+        found,
+        rows,
+        kl_coef,
+        entropy_coef,
+        SUMS=columns,
+        METRICS=metrics,
+        USED=used,
         BLOCK=FINISH_ROWS,
         num_warps=8,
     )
-    return loss, metrics
+    return loss, found
 
 
 def named_metrics(metrics: torch.Tensor) -> dict[str, torch.Tensor]:
     """The metrics that users see, as scalars."""
-    scalars = metrics.unbind()
-    return {name: scalars[column] for name, column in METRICS.items()}
+    return dict(zip(METRICS, metrics.unbind(), strict=True))
 
 
 def policy_denominator(
@@ -178,7 +183,7 @@ def _fake(logprobs: torch.Tensor, *arguments: Any) -> Any:
     scalar, nothing = logprobs.new_empty((), dtype=torch.float32), logprobs.new_empty(0)
     return (
         scalar,
-        logprobs.new_empty(SUMS, dtype=torch.float32),
+        logprobs.new_empty(len(METRICS), dtype=torch.float32),
         torch.empty_like(logprobs) if d_logprobs else nothing,
         torch.empty_like(entropy) if d_entropy else nothing.clone(),
     )
@@ -187,8 +192,9 @@ def _fake(logprobs: torch.Tensor, *arguments: Any) -> Any:
 @operator(
     "policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? importance_weights, Tensor? drift_weights, Tensor? entropy, Tensor? denominator, float constant, "
-    f"bool train_logprobs, bool train_entropy, {schema(PolicyOptions)}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "bool train_logprobs, bool train_entropy, OPTIONS) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    PolicyOptions,
 )
 def _policy_loss(
     logprobs: torch.Tensor,
@@ -203,10 +209,9 @@ def _policy_loss(
     constant: float,
     train_logprobs: bool,
     train_entropy: bool,
-    *values: Any,
-) -> tuple[torch.Tensor, ...]:
-    """Loss, metrics [SUMS] and the gradients that are asked for, else nothing in their place."""
-    options = PolicyOptions.of(values)
+    options: PolicyOptions,
+) -> tuple[torch.Tensor | None, ...]:
+    """Loss, metrics and the gradients that are asked for, else nothing in their place."""
     d_logprobs = torch.empty_like(logprobs) if train_logprobs else None
     d_entropy = torch.empty_like(entropy) if train_entropy and entropy is not None else None
     sums = policy_terms(
@@ -224,8 +229,7 @@ def _policy_loss(
         d_entropy=d_entropy,
     )
     loss, metrics = policy_totals(sums, options)
-    empty = (logprobs.new_empty(0) if x is None else x for x in (d_logprobs, d_entropy))
-    return loss, metrics, *empty
+    return loss, metrics, d_logprobs, d_entropy
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -240,7 +244,7 @@ class _PolicyLoss(torch.autograd.Function):
     ) -> Any:
         on_device = isinstance(denominator, torch.Tensor)
         scalar = (denominator, 1.0) if on_device else (None, denominator)
-        arguments = (logprobs, *constants, entropy, *scalar, *ctx.needs_input_grad[:2], *flat(options))
+        arguments = (logprobs, *constants, entropy, *scalar, *ctx.needs_input_grad[:2], options)
         loss, metrics, *gradients = _policy_loss(*arguments)
         ctx.mark_non_differentiable(metrics)
         if torch.compiler.is_compiling():
@@ -260,7 +264,7 @@ class _PolicyLoss(torch.autograd.Function):
             ctx.saved_tensors  # noqa: B018  (raises if an input was changed in place since)
             gradients = ctx.gradients or _policy_loss(*ctx.arguments)[2:]
             ctx.gradients = None
-            scaled = [scale_(x, d_loss) for x in gradients]
+            scaled = [None if x is None else scale_(x, d_loss) for x in gradients]
         returned = (x if needed else None for x, needed in zip(scaled, ctx.needs_input_grad[:2], strict=True))
         return *returned, None, None, None
 
@@ -300,7 +304,7 @@ def policy_loss(
     refuse("policy_loss", options, PolicyOptions)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs must have shape (B, T), got {tuple(logprobs.shape)}")
-    if advantages.shape in ((len(logprobs),), (len(logprobs), 1)):
+    if advantages.shape != logprobs.shape and advantages.shape in ((len(logprobs),), (len(logprobs), 1)):
         advantages = advantages.reshape(-1, 1).expand(logprobs.shape)
     tensors = {
         "old_logprobs": old_logprobs,

@@ -29,6 +29,8 @@ of this rank.
 """
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import lru_cache
+
 import torch
 import torch.distributed as dist
 import triton
@@ -57,12 +59,14 @@ def segment_count(ranks: int) -> int:
     return max(1, _SEGMENTS // ranks)
 
 
+@lru_cache(maxsize=64)
 def tile_shape(segment: int) -> tuple[int, int]:
     """Rows and columns of a tile for segments of this width: both depend on nothing else."""
     columns = min(next_power_of_2(segment), TILE_ELEMENTS)
     return TILE_ELEMENTS // columns, columns
 
 
+@lru_cache(maxsize=16)
 def lanes(columns: int) -> dict[str, int]:
     """How a row of a tile falls to lanes: each takes ``REPEATS`` times a ``VECTOR`` of neighbours."""
     vector = min(columns, VECTOR)

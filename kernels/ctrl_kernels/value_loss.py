@@ -30,11 +30,11 @@ from ctrl_kernels.options import (
     choose,
     resolve_backend,
 )
-from ctrl_kernels.policy_loss import policy_denominator
+from ctrl_kernels.policy_loss import finish, policy_denominator
 from ctrl_kernels.token_tiles import bytes_of, clamped, dense, inverse_denominator, load_fp32, token_runs, token_tile
 
 VALUE_WARPS = 4
-_COLUMNS = 4  # of the partial sums: loss, tokens, clipped tokens, squared error
+_METRICS = ("loss", "tokens", "clip_fraction", "error")  # the columns of the partial sums
 
 
 @triton.jit
@@ -98,12 +98,13 @@ def value_kernel(
 def _fake(
     values: torch.Tensor, old: Any, returns: Any, mask: Any, denominator: Any, constant: Any, train: bool, *_: Any
 ) -> Any:
-    return values.new_empty(_COLUMNS, dtype=torch.float32), torch.empty_like(values) if train else values.new_empty(0)
+    loss, metrics = (values.new_empty(shape, dtype=torch.float32) for shape in ((), len(_METRICS)))
+    return loss, metrics, torch.empty_like(values) if train else values.new_empty(0)
 
 
 @operator(
     "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? denominator, float constant, "
-    "bool train, float clip, bool by_length) -> (Tensor, Tensor)",
+    "bool train, float clip, bool by_length) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
 def _value_loss(
@@ -116,10 +117,10 @@ def _value_loss(
     train: bool,
     clip: float,
     by_length: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of all tokens [4], and the gradient of ``values`` if it is asked for."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The loss, its metrics, and the gradient of ``values`` if it is asked for."""
     run, programs, tiles = token_runs(values.numel(), values.shape[1] if by_length else None)
-    sums = values.new_empty((programs, _COLUMNS), dtype=torch.float32)
+    sums = values.new_empty((programs, len(_METRICS)), dtype=torch.float32)
     d_values = torch.empty_like(values) if train else None
     value_kernel[(programs,)](
         values,
@@ -137,21 +138,21 @@ def _value_loss(
         **tiles,
         num_warps=VALUE_WARPS,
     )
-    return sums.sum(0), values.new_empty(0) if d_values is None else d_values
+    return *finish(sums, len(_METRICS), len(_METRICS)), d_values
 
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, constants: tuple[Any, ...], settings: tuple[float, bool]) -> Any:
         arguments = (values, *constants, ctx.needs_input_grad[0], *settings)
-        sums, gradient = _value_loss(*arguments)
+        loss, metrics, gradient = _value_loss(*arguments)
         ctx.save_for_backward(values, gradient)
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, d_loss: torch.Tensor, d_sums: torch.Tensor) -> Any:
+    def backward(ctx: Any, d_loss: torch.Tensor, d_metrics: torch.Tensor) -> Any:
         _, gradient = ctx.saved_tensors
         return (gradient * d_loss).to(gradient.dtype), None, None
 
@@ -192,7 +193,5 @@ def value_loss(
     constants = (None if clip is None else dense(old_values), dense(returns), dense(mask))
     on_device = (scalar, 1.0) if isinstance(scalar, torch.Tensor) else (None, scalar)
     by_length = aggregation == "seq-mean-token-mean"
-    loss, sums = _ValueLoss.apply(values.contiguous(), (*constants, *on_device), (clip or 0.0, by_length))
-    tokens = sums[1]
-    means = sums / tokens.clamp_min(1)
-    return loss, {"tokens": tokens, "clip_fraction": means[2], "error": means[3]}
+    loss, metrics = _ValueLoss.apply(values.contiguous(), (*constants, *on_device), (clip or 0.0, by_length))
+    return loss, dict(zip(_METRICS[1:], metrics.unbind()[1:], strict=True))
