@@ -28,7 +28,6 @@ Legend: B rows or sequences, T steps, I rows of a program, J rows compared at a 
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -178,10 +177,9 @@ def group_advantages(
     """
     choose("estimator", estimator, ESTIMATORS)
     if not isinstance(group_ids, torch.Tensor):
-        kind = type(group_ids[0] if isinstance(group_ids, Sequence) and group_ids else group_ids).__name__
         raise ValueError(
-            f"group_ids must be an integer tensor, got {type(group_ids).__name__} of {kind}; number names first, for "
-            "example: names = sorted(set(uids)); torch.tensor([names.index(uid) for uid in uids])"
+            f"group_ids must be an integer tensor, got {type(group_ids).__name__}; number names first, for example: "
+            "names = {uid: n for n, uid in enumerate(dict.fromkeys(uids))}; torch.tensor([names[uid] for uid in uids])"
         )
     if rewards.dim() != 1 or group_ids.shape != rewards.shape:
         raise ValueError(
@@ -191,6 +189,8 @@ def group_advantages(
         raise ValueError(f"group_ids must be integers on {rewards.device}, got {group_ids.dtype} on {group_ids.device}")
     if not eps > 0:
         raise ValueError(f"eps={eps} must be positive")
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
     chosen = resolve_backend(backend, rewards) if len(rewards) else "torch"
     if chosen == "triton":
         check_kernel_dtype(rewards=rewards)

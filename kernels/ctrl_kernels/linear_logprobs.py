@@ -29,6 +29,7 @@ from ctrl_kernels.options import (
     check_targets,
     compute_dtype,
     refuse,
+    refuse_transforms,
     resolve_backend,
     softmax_options,
     with_options,
@@ -366,6 +367,7 @@ def linear_token_logprobs(
     """
     softmax = softmax_options(options)
     refuse("linear_token_logprobs", options, SoftmaxOptions)
+    refuse_transforms()
     check_linear(hidden, weight, bias)
     check_targets(targets, len(hidden), hidden.device)
     check_main_grad(main_grad, weight)

@@ -22,10 +22,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call without autocast and on the first argument's device."""
     device = arguments[0].device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return _run(function, arguments)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if kind == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return function(*arguments)
     return function(*arguments)

@@ -62,6 +62,8 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Literal["triton", "to
     Raises ValueError for an unknown name, and for Triton on what it cannot run: CPU tensors outside the interpreter.
     """
     choose("backend", backend, BACKENDS)
+    if backend == "triton" or (backend == "auto" and tensor.is_cuda):
+        refuse_transforms()
     if backend == "auto":
         return "triton" if tensor.is_cuda else "torch"
     if backend == "triton" and not tensor.is_cuda and not INTERPRETED:
@@ -70,6 +72,15 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Literal["triton", "to
             "before Python starts, or use backend='torch' or 'auto'"
         )
     return "triton" if backend == "triton" else "torch"
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError inside ``torch.vmap`` and the transforms of ``torch.func``."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "ctrl_kernels: torch.vmap and torch.func are not supported; flatten the batch dimension into the tokens, "
+            "and differentiate with torch.autograd"
+        )
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -275,6 +286,8 @@ _FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(f.name for f in dataclasses.fields(kind)) for kind in (SoftmaxOptions, PolicyOptions)
 }
 
+_POLICY_NAMES = frozenset(_FIELDS[PolicyOptions])
+
 
 def softmax_options(options: dict[str, Any]) -> SoftmaxOptions:
     """The softmax's part of a call's keyword arguments, taken out of them."""
@@ -287,6 +300,10 @@ def softmax_options(options: dict[str, Any]) -> SoftmaxOptions:
 
 def policy_options(options: dict[str, Any]) -> PolicyOptions:
     """The policy loss's part of a call's keyword arguments, taken out of them."""
+    if not torch.compiler.is_compiling() and options.keys() <= _POLICY_NAMES:
+        taken = _cached_policy(**options)
+        options.clear()
+        return taken
     chosen = {name: options.pop(name) for name in _FIELDS[PolicyOptions] if name in options}
     return PolicyOptions(**chosen) if torch.compiler.is_compiling() else _cached_policy(**chosen)
 

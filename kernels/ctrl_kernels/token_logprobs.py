@@ -19,6 +19,7 @@ from ctrl_kernels.options import (
     check_targets,
     compute_dtype,
     refuse,
+    refuse_transforms,
     resolve_backend,
     softmax_options,
     with_options,
@@ -121,6 +122,7 @@ def token_logprobs(
     """
     softmax = softmax_options(options)
     refuse("token_logprobs", options, SoftmaxOptions)
+    refuse_transforms()
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, V), got {tuple(logits.shape)}")
     check_targets(targets, logits.shape[0], logits.device)

@@ -87,15 +87,13 @@ def test_interpreted_kernels_are_refused() -> None:
 
 
 def test_check_finds_the_kernels_right() -> None:
-    """``python -m ctrl_kernels.check``: exit code 0, every function named; without a GPU or the interpreter, 2."""
+    """``python -m ctrl_kernels.check``: exit code 0, every function named; without a GPU it interprets, and says so."""
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "ctrl_kernels.check"]
-    run = {"capture_output": True, "text": True, "timeout": 400, "check": False}
-    finished = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, **run)
+    finished = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=400, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for name in ctrl_kernels.__all__:
         if name.endswith(("loss", "logprobs", "advantages", "gae")):
             assert f"  {name}" in finished.stdout
     assert "WRONG" not in finished.stdout and "all right" in finished.stdout
-    if not torch.cuda.is_available():
-        outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        assert subprocess.run(command, env=outside, **run).returncode == 2
+    assert ("not that they compile" in finished.stdout) != torch.cuda.is_available()
