@@ -1,11 +1,14 @@
 """Compile every shipped configuration of every kernel for NVIDIA and AMD targets, without a GPU, and list its needs.
 
-    python kernels/bench/compile.py [--target sm_90 ...] [--json FILE]
+    python kernels/bench/compile.py [--target sm_90 ...] [--peers] [--json FILE]
 
 The table lists registers a thread, stack bytes, spilled bytes (NVIDIA) or spilled registers (AMD), shared memory of a
 program and, on NVIDIA, machine instructions an element, of its longest loop or of all of a kernel without one, and the
-widest load and store in bits. Exit code 1 if a configuration spills on a Hopper or Blackwell GPU (sm_90, sm_100), 2 for
-wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
+widest load and store in bits. Exit code 1 if a configuration of ours spills on a Hopper or Blackwell GPU (sm_90,
+sm_100), 2 for wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
+
+``sass.json`` is this table for sm_90 and sm_100 with peers, by triton 3.9: what the kernels may not exceed, and what
+``roofline.py`` reckons with.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from typing import Any
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
+from compile_peers import peer_configurations
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -203,7 +207,7 @@ def losses() -> Iterator[Configuration]:
             types=types,
             constants=plain | changed | {f"{x}_ptr": None for x in optional if x not in given},
             warps=policy_loss.POLICY_WARPS,
-            elements=tile if name in ("token", "benchmark") else 0,
+            elements=tile,
         )
     yield Configuration(
         name="policy finish",
@@ -359,19 +363,23 @@ def main() -> int:
     """Compile, print the table, and judge it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument("--peers", action="store_true", help="also compile the peers' kernels, as far as installed")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    rows = []
-    for number, configuration in enumerate(configurations(), 1):
-        print(f"\r{number}/{len(configurations())} {configuration.name:60}", end="", file=sys.stderr, flush=True)
+    rows, ours = [], configurations()
+    listed = [*ours, *(peer_configurations(Configuration) if arguments.peers else ())]
+    for number, configuration in enumerate(listed, 1):
+        print(f"\r{number}/{len(listed)} {configuration.name:60}", end="", file=sys.stderr, flush=True)
         rows += [resources(configuration, target) for target in arguments.target]
     print(file=sys.stderr)
     _print(rows, arguments.target)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    spilling = [row.name for row in rows if row.target in ("sm_90", "sm_100") and row.spilled]
+        lines = ",\n".join(f" {json.dumps(asdict(row))}" for row in rows)
+        arguments.json.write_text(f"[\n{lines}\n]\n")
+    names = {configuration.name for configuration in ours}
+    spilling = [row.name for row in rows if row.name in names and row.target in ("sm_90", "sm_100") and row.spilled]
     if spilling:
         print(f"spills: {', '.join(spilling)}", file=sys.stderr)
     return 1 if spilling else 0

@@ -7,8 +7,8 @@ The linear functions run as they are on tensors without memory, and every matrix
 written down with its shape: chunk sizes, orders and types of results are the real ones. A product takes whole waves of
 128 x 256 tiles at the rate that a large product reached, and an ``exposed`` part of the traffic of its result, which a
 kernel cannot wholly hide; a kernel takes its bytes at ``KERNEL_RATE`` of the copy's bandwidth, or its machine
-instructions at the card's rate, whichever is longer. ``--sass`` takes the counts of ``compile.py --json``; without it
-those of triton 3.9 are used. The fused design beside ours is the same mathematics as one ``tl.dot`` kernel: no logits
+instructions at the card's rate, whichever is longer; their counts come from ``sass.json``, or another file of
+``compile.py --json``. The fused design beside ours is the same mathematics as one ``tl.dot`` kernel: no logits
 in memory, but Triton's products, and an epilogue that no other work hides. Names in capitals are assumptions.
 
 Legend: N tokens, V columns, D hidden width, m x n x k a product.
@@ -48,16 +48,7 @@ TRITON_PRODUCT = 0.86
 """Of cuBLAS's rate, what a persistent ``tl.dot`` kernel with TMA is taken to reach."""
 FUSED_EPILOGUE = 14.0
 """Instructions a logit of statistics on an accumulator in registers, reductions across a tile's columns included."""
-INSTRUCTIONS = {
-    "statistics": 12.6,
-    "statistics with weights": 14.4,
-    "logits gradient": 23.0,
-    "weights gradient": 18.4,
-    "token_logprobs": 11.1,
-    "token_logprobs backward": 24.1,
-    "policy_loss": 66.0,
-    "gae": 71.0,
-}
+SASS = Path(__file__).with_name("sass.json")
 NAMES = {
     "statistics": "statistics *fp32 tile 1x2048",
     "statistics with weights": "statistics *fp32 weights *bf16 tile 1x2048",
@@ -70,6 +61,12 @@ NAMES = {
 }
 
 
+def counts(path: Path) -> dict[str, float]:
+    """Machine instructions an element on sm_90 from ``compile.py --json``."""
+    listed = {row["name"]: row["instructions"] for row in json.loads(path.read_text()) if row["target"] == "sm_90"}
+    return {name: listed[configuration] for name, configuration in NAMES.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """What a card does a second, and what part of a product's result traffic nothing hides."""
@@ -78,7 +75,7 @@ class Card:
     product_tflop_s: float = 740.0
     clock_ghz: float = 1.755
     exposed: float = 0.5
-    instructions: dict[str, float] = field(default_factory=lambda: dict(INSTRUCTIONS))
+    instructions: dict[str, float] = field(default_factory=lambda: counts(SASS))
 
     def bytes_ms(self, count: float) -> float:
         """Milliseconds to move so many bytes."""
@@ -247,12 +244,6 @@ FIXED_MS = {
 }
 
 
-def counts(path: Path) -> dict[str, float]:
-    """Machine instructions an element on sm_90 from ``compile.py --json``."""
-    listed = {row["name"]: row["instructions"] for row in json.loads(path.read_text()) if row["target"] == "sm_90"}
-    return {name: listed[configuration] for name, configuration in NAMES.items()}
-
-
 def main() -> int:
     """Model and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,7 +253,7 @@ def main() -> int:
     parser.add_argument("--product-tflop-s", type=float, default=740.0, help="8192^3 in bf16; default: 740")
     parser.add_argument("--clock-ghz", type=float, default=1.755, help="under load; default: 1.755")
     parser.add_argument("--exposed", type=float, default=0.5, help="part of results' traffic that shows; default: 0.5")
-    parser.add_argument("--sass", type=Path, help="instruction counts from compile.py --json")
+    parser.add_argument("--sass", type=Path, default=SASS, help="instruction counts from compile.py --json")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     card = Card(
@@ -270,7 +261,7 @@ def main() -> int:
         product_tflop_s=given.product_tflop_s,
         clock_ghz=given.clock_ghz,
         exposed=given.exposed,
-        instructions=counts(given.sass) if given.sass else dict(INSTRUCTIONS),
+        instructions=counts(given.sass),
     )
     table = rows(card)
     print("N=8192 V=152064 D=3584; policy_loss and gae at 1024 x 8192. A model, no measurement.\n")
