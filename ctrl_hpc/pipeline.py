@@ -77,7 +77,7 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         drafts = draft(problems, connections.generator, run.prompts, seeded)
         by_id = {problem.id: problem for problem in problems}
         pairs = [(by_id[solution.problem_id], solution) for solution in drafts]
-        solutions += execute(pairs, connections.executor, config.executor)
+        solutions += execute(pairs, connections.executor, config.executor.rules)
     if config.sample.adversarial_tests:
         solutions, added = _strengthen(run, problems_all, solutions, connections)
         facts["adversarial_tests"] = added
@@ -120,7 +120,7 @@ def _strengthen(
         problems,
         drafts,
         connections.executor,
-        config.executor,
+        config.executor.rules,
         n=config.sample.adversarial_tests,
         seed=config.seed,
     )
@@ -128,7 +128,7 @@ def _strengthen(
     jsonl.write(folder / "train.jsonl", stronger)
     changed = {new.id: new for old, new in zip(problems, stronger, strict=True) if new is not old}
     todo = [(changed[item.problem_id], replace(item, verdict=None)) for item in drafts if item.problem_id in changed]
-    again = {item.id: item for item in execute(todo, connections.executor, config.executor)}
+    again = {item.id: item for item in execute(todo, connections.executor, config.executor.rules)}
     return [again.get(item.id, item) for item in drafts], sum(len(new.tests) for new in stronger) - sum(
         len(old.tests) for old in problems
     )

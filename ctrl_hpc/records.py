@@ -7,8 +7,8 @@ JSON line with :mod:`ctrl_hpc.jsonl`.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BeforeValidator, Field, PlainSerializer
@@ -135,6 +135,32 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """What holds for the programs of one data set, whatever its problems say; None leaves a thing as it is."""
+
+    cpu_s: float | None = None
+    """CPU seconds of a test, > 0; not multiplied by ``time_factor``. Wall-clock time follows in proportion."""
+    memory_mb: int | None = None
+    """Peak memory in MiB, > 0."""
+    comparison: str | None = None
+    """How outputs are compared: a name of ``ctrl_hpc.sandbox.judge``, with options, or of a special judge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """By which limits and comparisons the programs of all problems are judged."""
+
+    limits: Limits = Limits()
+    """Limits of a test where the problem names none."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests of a program together; None: none."""
+    time_factor: float = 1.0
+    """Multiplies the time limits, those that problems state among them."""
+    overrides: Mapping[str, Override] = field(default_factory=dict)
+    """By data set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TestResult:
     """What one test of one program did."""
 
@@ -149,26 +175,65 @@ class TestResult:
     cpu_s: float = 0.0
     wall_s: float = 0.0
     peak_memory_mb: float = 0.0
+    index: int | None = None
+    """Number of the test, from 0, in a slim verdict, which has the results of a few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a slim verdict says of all tests."""
+
+    statuses: tuple[tuple[TestStatus, int], ...]
+    """The tests' statuses in order, run-length encoded."""
+    cpu_s: float = 0.0
+    """Of all tests together."""
+    wall_s: float = 0.0
+    """Of all tests together."""
+    peak_memory_mb: float = 0.0
+    """The highest of any test."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The judgement of a program against all tests; ``status`` is the first test's that is not accepted."""
+    """The judgement of a program against all tests; ``status`` is the first test's that is not accepted.
+
+    A slim verdict has a ``summary``, and of the tests' results only the failures that are shown to anybody (see
+    ``ctrl_hpc.verdicts``).
+    """
 
     status: Status
     tests: tuple[TestResult, ...] = ()
     detail: str = ""
     """One line on what went wrong; empty when accepted."""
+    summary: Summary | None = None
+
+    @property
+    def statuses(self) -> list[TestStatus]:
+        """The status of every test, in order."""
+        if self.summary is None:
+            return [test.status for test in self.tests]
+        return [status for status, count in self.summary.statuses for _ in range(count)]
 
     @property
     def passed(self) -> int:
         """Number of accepted tests."""
-        return sum(test.status == "accepted" for test in self.tests)
+        return self.statuses.count("accepted")
 
     @property
     def total(self) -> int:
         """Number of tests, run or not."""
-        return len(self.tests)
+        return len(self.statuses)
+
+    @property
+    def wall_s(self) -> float:
+        """Wall-clock seconds of all tests together."""
+        return sum(test.wall_s for test in self.tests) if self.summary is None else self.summary.wall_s
+
+    def result(self, index: int) -> TestResult | None:
+        """The result of a test; None where the verdict does not hold it."""
+        if self.summary is None:
+            return self.tests[index] if index < len(self.tests) else None
+        return next((test for test in self.tests if test.index == index), None)
 
     @property
     def accepted(self) -> bool:
@@ -211,6 +276,11 @@ class Execution:
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
+    """Leave out the tests after the first that is not accepted: the status is known."""
+    time_budget_s: float | None = None
+    """Wall-clock seconds of all tests together, a test beyond which is a ``time_limit``; None: none."""
+    outputs: Literal["shown"] | None = None
+    """``shown``: the verdict is slim, with the results of the failures that are shown; None: with every test's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -339,20 +409,4 @@ class Executor(Protocol):
 
     def run_many(self, executions: Sequence[Execution]) -> list[Verdict]:
         """A verdict for each execution, in order; an environment fault that persists is ``sandbox_error``."""
-        ...
-
-
-class Engine(Protocol):
-    """A model behind the rollout server: token ids in, token ids and log-probs out."""
-
-    version: int
-    max_positions: int
-    """Longest prompt and completion together, in tokens."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
-        """One completion for each prompt (``n`` and per-request seeds are resolved by the caller)."""
-        ...
-
-    def load_weights(self, folder: str, version: int) -> None:
-        """Replace the weights by those of a Hugging Face folder of the same architecture."""
         ...

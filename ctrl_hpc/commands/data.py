@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctrl_hpc.commands.parser import add_overrides
+
 if TYPE_CHECKING:
     from ctrl_hpc.config.machine import ExecutorConfig
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("target", metavar="NAME|CONFIG.yaml", help="a data set, or a configuration for its own")
-    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="with a configuration")
+    add_overrides(parser, help="with a configuration")
     parser.add_argument("--path", default=None, help="file or folder with the data set (default: the hub)")
     parser.add_argument("--split", default=None, help="split (default: the data set's first)")
     parser.add_argument("--n", type=int, default=None, help="problems at most, the first ones (default: all)")

@@ -249,6 +249,9 @@ class RLConfig:
     (Critique-Coder: 0.2)."""
     leak_penalty: NotNegative[float] = 0.0
     """Taken off the reward of a critique that gives the corrected program away."""
+    stop_at_first_failure: bool = True
+    """Run a revision's tests up to the first that fails, as rewards need no more: an endless loop costs one time limit,
+    not one a test. False: run them all."""
     max_staleness: NotNegative[int] = 0
     """Largest number of weight versions a rollout may be old; 0: strictly on-policy; more: rollouts are made
     during the update, at most so many steps ahead."""

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
+from ctrl_hpc.config.load import find, no_such
 from ctrl_hpc.run import directory
 from ctrl_hpc.stages import depends, reads
 
@@ -24,10 +25,10 @@ from ctrl_hpc.stages import depends, reads
 def read_yaml(path: Path, what: str) -> Any:
     """What a file holds; raises ValueError with one line where there is no such ``what``, or it is not YAML."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such {what}")
+        raise ValueError(no_such(path, f"{what} file", what))
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -91,7 +92,7 @@ class Member:
 
 def read(file: str | Path) -> Suite:
     """A suite's file; raises ValueError with one line for what is wrong in it."""
-    path = Path(file)
+    path = find(file, "suite")
     data = read_yaml(path, "suite")
     try:
         suite: Suite = jsonl.decode(Suite, data)
@@ -111,7 +112,7 @@ def members(suite: Suite, file: str | Path, overrides: Sequence[str] = ()) -> li
 
     Raises ValueError naming the variant whose configuration is wrong.
     """
-    here = Path(file).resolve().parent
+    here = find(file, "suite").resolve().parent
     folder = Path(suite.folder or Path("runs") / suite.name).absolute()
     out = []
     for variant in suite.variants:

@@ -15,11 +15,13 @@ from typing import Any
 
 from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import judge, memory, probe, rootfs
-from ctrl_hpc.sandbox.cache import VerdictCache
+from ctrl_hpc.sandbox.cache import VerdictCache, lasting
+from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault, check_open_files
 from ctrl_hpc.sandbox.memory import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
+from ctrl_hpc.verdicts import answered
 
 _Item = tuple[Callable[[Worker], Any], Future[Any]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]
@@ -28,11 +30,12 @@ Task = Execution | tuple[str, Sequence[TestCase], Limits]
 class Sandbox:
     """Runs untrusted programs against tests. Close it, or use it as a context manager.
 
-    ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. With a
-    ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. The memory of a
-    program's processes together is bounded by a cgroup where one can be made (unless ``use_cgroup`` is false), and by
-    a watchdog elsewhere. ``judges`` are special judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the
-    interpreter ``python`` ("": this one) and may import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
+    ``workers`` programs run at once; the tests of one are spread over workers that have nothing else to do. ``fresh``
+    gives every program a jail of its own instead of a warm one. With a ``cache_dir`` verdicts are kept there, and
+    identical programs that are in flight together run once. The memory of a program's processes together is bounded by
+    a cgroup where one can be made (unless ``use_cgroup`` is false), and by a watchdog elsewhere. ``judges`` are special
+    judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the interpreter ``python`` ("": this one) and may
+    import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
 
     Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
@@ -66,7 +69,7 @@ class Sandbox:
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight: dict[str, Future[Verdict]] = {}
-        self._unfinished = 0
+        self._unfinished = self._idle = 0
         self._closed = False
         hierarchy = memory.memory_groups() if use_cgroup else None
         self._watchdog = Watchdog()
@@ -97,9 +100,22 @@ class Sandbox:
         """Executions that wait or run."""
         return self._unfinished
 
+    def _next_item(self) -> _Item | None:
+        with self._lock:
+            self._idle += 1
+        item = self._queue.get()
+        with self._lock:
+            self._idle -= 1
+        return item
+
+    def _recruit(self, course: Course) -> None:
+        """Let a worker that has nothing else to do help with a program's tests."""
+        if self._idle > self._queue.qsize():
+            self._queue.put((lambda worker: worker.help(course), Future()))
+
     def _serve(self, worker: Worker) -> None:
         try:
-            while (item := self._queue.get()) is not None:
+            while (item := self._next_item()) is not None:
                 job, future = item
                 if future.set_running_or_notify_cancel():
                     try:
@@ -115,10 +131,11 @@ class Sandbox:
             if known is not None:
                 self._count(cache_hits=1)
                 return known
-        verdict = worker.execute(execution)
-        self._count(executions=1, tests=sum(test.status != "not_run" for test in verdict.tests))
-        if self._cache is not None:
-            _unless_disk_fails(partial(self._cache.put, key, execution, verdict))
+        whole = worker.execute(execution, self._recruit)
+        self._count(executions=1, tests=sum(test.status != "not_run" for test in whole.tests))
+        verdict = answered(execution, whole)
+        if self._cache is not None and lasting(execution, whole):
+            _unless_disk_fails(partial(self._cache.put, key, verdict))
         return verdict
 
     def _count(self, **amounts: int) -> None:
@@ -216,6 +233,8 @@ class Sandbox:
         for thread in self._threads:
             thread.join()
         self._watchdog.close()
+        if self._cache is not None:
+            _unless_disk_fails(self._cache.close)
 
 
 def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:
