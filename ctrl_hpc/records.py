@@ -18,6 +18,7 @@ from pydantic_core import core_schema
 Status = Literal[
     "accepted",
     "wrong_answer",
+    "compile_error",
     "runtime_error",
     "time_limit",
     "memory_limit",
@@ -350,6 +351,8 @@ class Problem:
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
     harness: str | None = None
     """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; None: none."""
+    language: str | None = None
+    """What its programs are written in: a name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
@@ -361,6 +364,10 @@ class Execution:
     program: str
     tests: Tests
     limits: Limits
+    language: str | None = None
+    """A name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
+    compile_timeout_s: float | None = None
+    """Wall-clock seconds to compile; None: the executor's default."""
     preamble: str | None = None
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"

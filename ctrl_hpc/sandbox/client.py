@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, StoredTests, Verdict
+from ctrl_hpc.sandbox.languages import COMPILE_S
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Fault, Lacking, TooLarge
 from ctrl_hpc.verdicts import fault
@@ -122,4 +123,6 @@ def _chunks(bodies: Sequence[str], services: int) -> list[Chunk]:
 def _longest(execution: Execution) -> float:
     """Seconds an execution may take at most, a jail's restarts included."""
     tests_s = len(execution.tests) * (execution.limits.wall_s + 5.0)
+    if execution.language is not None:
+        tests_s += 2 * (COMPILE_S if execution.compile_timeout_s is None else execution.compile_timeout_s)
     return tests_s if execution.time_budget_s is None else min(tests_s, execution.time_budget_s + 60.0)

@@ -126,14 +126,24 @@ class Service:
         self.metrics.answered([verdict.status for verdict in verdicts], time.monotonic() - start)
         return verdicts
 
-    async def run_among_files(self, body: fusion.RunCodeBody, limits: Limits) -> tuple[TestResult, dict[str, str]]:
+    async def run_among_files(
+        self, body: fusion.RunCodeBody, language: str | None, limits: Limits
+    ) -> tuple[TestResult, dict[str, str]]:
         """A program run among its request's files, and the files fetched after it."""
         self._admit(1)
         start = time.monotonic()
         files = {
             path: content for path, content in body.files.items() if content is not None and fusion.IGNORED not in path
         }
-        future = self.sandbox.submit_program(body.code, body.stdin or "", limits, files, body.fetch_files)
+        future = self.sandbox.submit_program(
+            body.code,
+            body.stdin or "",
+            limits,
+            files,
+            body.fetch_files,
+            language=language,
+            compile_timeout_s=body.compile_timeout,
+        )
         result, fetched = await asyncio.wrap_future(future)
         self.metrics.answered([result.status], time.monotonic() - start)
         return result, fetched
@@ -216,14 +226,19 @@ def _add_routes(app: FastAPI, state: Service) -> None:
 
     @app.post("/run_code")
     async def run_code(body: fusion.RunCodeBody) -> JSONResponse:
-        fusion.check_language(body.language, "language")
+        language = fusion.check_language(body.language, "language")
+        compiled = language is not None
         limits = fusion.limits(body.run_timeout, body.memory_limit_MB)
         if body.files or body.fetch_files:
-            result, files = await state.run_among_files(body, limits)
-            return JSONResponse(fusion.run_response(result, state.host, files))
+            result, files = await state.run_among_files(body, language, limits)
+            return JSONResponse(fusion.run_response(result, state.host, files, compiled=compiled))
         test = StdinTest(stdin=body.stdin or "", expected_stdout="")
-        (verdict,) = await state.run([Execution(program=body.code, tests=(test,), limits=limits)])
-        return JSONResponse(fusion.run_response(verdict.tests[0], state.host))
+        timeout_s = body.compile_timeout if compiled else None
+        execution = Execution(
+            program=body.code, tests=(test,), limits=limits, language=language, compile_timeout_s=timeout_s
+        )
+        (verdict,) = await state.run([execution])
+        return JSONResponse(fusion.run_response(verdict.tests[0], state.host, compiled=compiled))
 
     @app.post("/submit")
     async def submit(body: fusion.SubmitBody) -> JSONResponse:

@@ -78,7 +78,7 @@ def test_all_kinds_of_tests_cross(url: str) -> None:
         ("/run_tests", b"{", "not JSON"),
         ("/run_tests", b"[]", "executions: a list is needed"),
         ("/run_tests", b'{"executions": [{"program": 1}]}', "executions[0].program: expected str, got int 1"),
-        ("/run_code", b'{"code": "", "language": "cpp"}', "language: 'cpp' is not supported; allowed: python"),
+        ("/run_code", b'{"code": "", "language": "cobol"}', "language: 'cobol' is not supported; allowed: python, cpp"),
         ("/run_code", b'{"language": "python"}', "code: Field required"),
         ("/run_code", b'{"code": "", "language": "python", "run_timeout": 1e9}', "run_timeout: 1000000000.0"),
         ("/submit", b'{"dataset": "x", "id": 1, "completion": "", "config": {}}', "is not one of CommonOJDataset"),
