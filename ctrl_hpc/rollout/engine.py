@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
@@ -404,7 +403,7 @@ def stop_token_ids(folder: str | Path) -> frozenset[int]:
 def load_engine(
     folder: str,
     *,
-    device: str = "auto",
+    device: str = "cpu",
     dtype: str = "auto",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
@@ -420,7 +419,6 @@ def load_engine(
     from transformers import AutoModelForCausalLM
 
     weight_files(folder)
-    device = resolve_device("rollout.device", device)
     if batching == "auto":
         batching = "continuous" if device == "cuda" else "padded"
     if batching not in BATCHING:
