@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from ctrl_hpc.config.method import CLOSE_ROOM
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
@@ -155,10 +156,6 @@ def _ask(
 def _critique(name: str, solution: Solution, prompts: Prompts, generation: Generation) -> Critique:
     text = well_formed(prompts.critique_prefix + generation.text)
     return Critique(id=name, solution_id=solution.id, text=text, judgement=parse_judgement(text), generation=generation)
-
-
-CLOSE_ROOM = 32
-"""Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
 
 
 def _before_close(sampling: Sampling) -> Sampling:

@@ -330,7 +330,8 @@ def _gather_bucket(
     bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Its tensors, put together on one rank of the tensor-parallel group."""
-    flat = torch.cat([parameter.flatten() for _, parameter in bucket])
+    # Norms may be float32 in a bfloat16 model, and would make all that lies beside them so.
+    flat = torch.cat([parameter.flatten().to(world.dtype) for _, parameter in bucket])
     shards = [flat]
     if world.tensor_size > 1:
         shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == rank else []
