@@ -20,21 +20,20 @@ from rich.table import Table
 
 import ctrl_hpc.evaluate.run as evaluation
 import ctrl_hpc.report.page as reporting
-from ctrl_hpc import config as configuration
-from ctrl_hpc import jsonl
+from ctrl_hpc import jsonl, preflight
 from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.data import catalog, judgebench
 from ctrl_hpc.data.verification import proven, verify
-from ctrl_hpc.evaluate.critics import check_oracles, served
 from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import select
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
+from ctrl_hpc.preflight import services_of
 from ctrl_hpc.progress import in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
@@ -193,21 +192,20 @@ FUNCTIONS: dict[str, Callable[[Run, Any], dict[str, Any]]] = {
 """What each of :data:`ctrl_hpc.stages.STAGES` does."""
 
 
-def run(config: Config, stages: Iterable[str] | None = None) -> Path:
+def run(config: Config, stages: Iterable[str] | None = None, *, checked: bool = False) -> Path:
     """Run those of the stages (None: ``config.stages``) that are not done yet, in order; returns the run's folder.
 
-    Raises ValueError, before anything starts, when the configuration is wrong or the folder belongs to another one.
+    Raises ValueError, before anything starts, for whatever :mod:`ctrl_hpc.preflight` finds, unless the caller has
+    ``checked`` that already.
     """
-    configuration.check(config)
-    folder = directory.check(config)
     wanted = config.stages if stages is None else tuple(stages)
+    folder = directory.check(config) if checked else preflight.check(config, wanted)
     names = [name for name in STAGES if name in wanted]
     todo = [name for name in names if not directory.is_done(folder, name)]
     for name in names:
         if name not in todo:
             console.print(f"{name}: done before, skipped")
     if todo:
-        check_inputs(config, folder, todo)
         here = with_models(config, folder)
         with ExitStack() as stack:
             services = stack.enter_context(Services(here, folder))  # the only driver of the run from here on
@@ -267,42 +265,6 @@ def _unless_disk_is_full(name: str, this: Run, connections: Connections | None) 
             if error.errno not in disk.FULL:
                 raise
             disk.await_space(this.folder, this.config.launch.disk_patience_s)
-
-
-def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
-    """Stop before anything starts when a folder is missing or an earlier stage has not run."""
-    for name in todo:
-        for before in STAGES[name].after:
-            if before not in todo and not directory.is_done(folder, before):
-                raise ValueError(
-                    f"{name}: needs the records of {before}; run `ctrl-hpc {before}` with the same arguments first"
-                )
-    if "eval" in todo:
-        check_oracles(config, catalog.ORACLES)
-        for critic in ("sft", "rl"):
-            if critic in config.eval.critics and critic not in todo and not directory.is_done(folder, critic):
-                raise ValueError(
-                    f"eval.critics: {critic} has not been trained in {folder}; run `ctrl-hpc {critic}` first"
-                )
-    folders = {}
-    needed = services_of(config, todo)
-    if "generator" in needed:
-        folders["generator"] = config.generator
-    if "critic" in needed or {"sft", "rl"} & set(todo):
-        folders["critic.model"] = config.critic.model
-    for key, path in folders.items():
-        if not config.tiny.rebuild and not (Path(path) / "config.json").is_file():
-            raise ValueError(f"{key}: {path} is not a Hugging Face model folder (it holds no config.json)")
-
-
-def services_of(config: Config, names: Iterable[str]) -> set[str]:
-    """The roles of the services that these stages call under this configuration."""
-    needed = {role for name in names for role in STAGES[name].services}
-    if not {"synthesize", "rl"} & set(names) and not ("eval" in names and served(config)):
-        needed.discard("critic")
-    if not config.generator_is_served:
-        needed.discard("generator")
-    return needed
 
 
 def check_conditions(this: Run, connections: Connections | None) -> None:

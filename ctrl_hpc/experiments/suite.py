@@ -130,6 +130,24 @@ def members(suite: Suite, file: str | Path, overrides: Sequence[str] = ()) -> li
     return sorted(out, key=lambda member: member.seed)
 
 
+def check(wanted: Sequence[Member], *, dry: bool = False) -> list[str]:
+    """Look at every member that is not done before the first of them starts.
+
+    With ``dry``, returns what this machine lacks, each once. Raises ValueError naming the member and what is wrong.
+    """
+    from ctrl_hpc import preflight
+
+    lacking: dict[str, None] = {}
+    for member in wanted:
+        if member.done:
+            continue
+        for finding in preflight.findings(member.config):
+            if not (dry and finding.here):
+                raise ValueError(f"{member.folder.name}: {finding.text}")
+            lacking[finding.text] = None
+    return list(lacking)
+
+
 def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Path:
     """Run what is not done, then report all that is; returns the report's folder.
 
@@ -138,6 +156,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     suite = read(file)
     every = members(suite, file, overrides)
     wanted = _chosen(every, only)
+    check(wanted)
     failed = [member.folder.name for member, error in run_members(suite.name, wanted, every, suite.share) if error]
     finished = [member for member in every if member.done and "report" in member.config.stages]
     out = Path(suite.folder or Path("runs") / suite.name).absolute() / "report"
@@ -192,7 +211,7 @@ def _run_member(member: Member, others: Sequence[Member]) -> None:
             take_over(donor.folder, member.folder, stage)
             console.print(f"{stage}: taken over from {donor.folder.name}")
     _share_evaluation(member, others)
-    pipeline.run(member.config)
+    pipeline.run(member.config, checked=True)
 
 
 def _donor(member: Member, others: Sequence[Member], stage: str) -> Member | None:
