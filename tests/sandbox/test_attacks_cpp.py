@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +16,12 @@ import pytest
 from attack_programs import Attack
 
 from ctrl_hpc.records import Verdict
-from ctrl_hpc.sandbox import Sandbox
+from ctrl_hpc.sandbox import Sandbox, rootfs
 
 _AS_USER = """
-import json
+import json, sys
 import test_attacks_cpp
-print(json.dumps(test_attacks_cpp.complaints(fresh=False)))
+print(json.dumps(test_attacks_cpp.complaints(fresh=False, binaries=sys.argv[1])))
 """
 
 
@@ -44,11 +46,15 @@ def load() -> list[Attack]:
 ATTACKS = load()
 
 
-def complaints(*, fresh: bool) -> dict[str, str]:
-    """What is wrong with how attacks ended, by name; two workers, each with jails of its own."""
+def complaints(*, fresh: bool, binaries: str = "") -> dict[str, str]:
+    """What is wrong with how attacks ended, by name; two workers, each with jails of its own.
+
+    ``binaries``: a folder that has them compiled already.
+    """
 
     def judged(attacks: list[Attack]) -> list[Verdict]:
         with Sandbox(workers=1, fresh=fresh) as sandbox:
+            sandbox.binaries.folder = Path(binaries) if binaries else sandbox.binaries.folder
             return [sandbox.run_many(attack.executions)[-1] for attack in attacks]
 
     halves = [ATTACKS[0::2], ATTACKS[1::2]]
@@ -78,4 +84,12 @@ if os.getuid() == 0:  # an ordinary user's own run is the test above
 
     @pytest.mark.slow
     def test_attacks_in_cpp_are_contained_as_an_ordinary_user() -> None:
-        assert json.loads(ordinary_user.run(_AS_USER).splitlines()[-1]) == {}
+        """With the binaries that root's own runs have left, so that they are compiled once."""
+        with tempfile.TemporaryDirectory() as folder:
+            os.chmod(folder, 0o755)
+            kept = Path(folder) / "binaries"
+            if (rootfs.default_parent() / "binaries").is_dir():
+                shutil.copytree(rootfs.default_parent() / "binaries", kept)
+                for path in [kept, *kept.iterdir()]:
+                    os.chown(path, ordinary_user.UID, ordinary_user.UID)
+            assert json.loads(ordinary_user.run(_AS_USER, str(kept)).splitlines()[-1]) == {}
