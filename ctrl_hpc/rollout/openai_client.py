@@ -19,6 +19,10 @@ from ctrl_hpc.service.fleet import LoopThread
 
 _FINISH = {"stop": "stop", "length": "length", "eos": "stop"}
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+UNREACHABLE_S = 4.0
+"""An endpoint that has never answered is given up when it cannot be connected to for so long."""
+_SHOWN_CHARACTERS = 300
+"""Of an answer that is no completion, what is told."""
 
 
 @dataclass(slots=True)
@@ -60,6 +64,8 @@ class OpenAIGenerator:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._interval_s = 60.0 / requests_per_min if requests_per_min else 0.0
         self._next_start = 0.0
+        self._length = "max_tokens"
+        self._reached = False
         self._prices = (price_in, price_out)
         self._jitter = random.Random()
         self._lock = threading.Lock()
@@ -68,7 +74,7 @@ class OpenAIGenerator:
         key = os.environ.get(key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._thread = LoopThread("openai-client")
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=30.0), headers=headers)
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=UNREACHABLE_S), headers=headers)
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order.
@@ -138,26 +144,41 @@ class OpenAIGenerator:
         return body
 
     async def _one(self, body: dict[str, Any]) -> list[Generation]:
+        started = time.monotonic()
         for attempt in range(self._max_tries):
             await self._wait_turn()
+            asked = self._with_length(body)
             try:
-                response = await self._http.post(self._url, json=body)
+                response = await self._http.post(self._url, json=asked)
             except httpx.TransportError as error:
                 problem, wait_s = f"{type(error).__name__}: {error}", 0.0
+                unconnected = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+                if unconnected and not self._reached and time.monotonic() - started + 0.5 * 2**attempt > UNREACHABLE_S:
+                    raise RuntimeError(f"{self._url} cannot be reached: {problem}") from None
             else:
+                self._reached = True
+                problem, wait_s = f"HTTP {response.status_code}: {_line(response.text)}", _retry_after(response)
                 if response.status_code < 300:
-                    return self._read(response.json(), body["n"])
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                if response.status_code in (401, 403):
+                    try:
+                        return self._read(response.json(), body["n"])
+                    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+                        problem += " (no completion)"
+                elif response.status_code == 400 and "max_tokens" in asked and "max_completion_tokens" in response.text:
+                    self._length = "max_completion_tokens"  # as newer models of OpenAI want it
+                    continue
+                elif response.status_code in (401, 403):
                     raise ValueError(f"{self._url}: {problem}; the key is read from ${self._key_env}")
-                if response.status_code not in _RETRIED:
+                elif response.status_code not in _RETRIED:
                     raise ValueError(f"{self._url}: {problem}")
-                wait_s = _retry_after(response)
             if attempt + 1 < self._max_tries:
                 with self._lock:
                     self.usage.retries += 1
                 await asyncio.sleep(wait_s + self._jitter.uniform(0.0, min(60.0, 0.5 * 2**attempt)))
         raise RuntimeError(f"{self._url} failed {self._max_tries} times; the last answer: {problem}")
+
+    def _with_length(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body with its longest completion under the name that the endpoint takes."""
+        return {(self._length if key == "max_tokens" else key): value for key, value in body.items()}
 
     async def _wait_turn(self) -> None:
         """Keep to the rate limit: requests start at least ``60 / requests_per_min`` seconds apart."""
@@ -167,6 +188,10 @@ class OpenAIGenerator:
         await asyncio.sleep(max(0.0, start - time.monotonic()))
 
     def _read(self, data: dict[str, Any], n: int) -> list[Generation]:
+        choices = sorted(data["choices"], key=lambda choice: choice.get("index", 0))
+        texts = [choice["message"].get("content") or "" for choice in choices]
+        if len(choices) != n:
+            raise ValueError(f"asked for {n} choices, got {len(choices)}")
         used = data.get("usage") or {}
         tokens = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
         with self._lock:
@@ -174,16 +199,18 @@ class OpenAIGenerator:
             self.usage.prompt_tokens += tokens[0]
             self.usage.completion_tokens += tokens[1]
             self.usage.cost += sum(count * price / 1e6 for count, price in zip(tokens, self._prices, strict=True))
-        choices = sorted(data["choices"], key=lambda choice: choice.get("index", 0))
-        if len(choices) != n:
-            raise RuntimeError(f"{self._url}: asked for {n} choices, got {len(choices)}")
         return [
             Generation(
-                text=choice["message"].get("content") or "",
+                text=text,
                 finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
             )
-            for choice in choices
+            for text, choice in zip(texts, choices, strict=True)
         ]
+
+
+def _line(text: str) -> str:
+    """An answer in one line, its beginning when it is long (an HTML page)."""
+    return " ".join(text.split())[:_SHOWN_CHARACTERS]
 
 
 def _with_answer(chat: Chat, text: str) -> Chat:
