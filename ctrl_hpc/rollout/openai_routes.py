@@ -1,4 +1,4 @@
-"""OpenAI's completion routes over the rollout server: not streamed, ``stop`` strings cut the text."""
+"""OpenAI's completion routes over the rollout server, not streamed; fields that are not served are refused by name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ctrl_hpc.records import Generation, Message
 from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Decoding, check_decoding
-from ctrl_hpc.rollout.worker import Service
+from ctrl_hpc.rollout.worker import Service, cut, stop_strings
 
 
-class _Common(BaseModel):
+class _Strict(BaseModel):
+    """A body whose unknown fields are refused by name: what is not served is never ignored. Null is not given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class _Common(_Strict):
     model: str | None = None
     temperature: float = 1.0
     top_p: float = 1.0
@@ -25,6 +36,15 @@ class _Common(BaseModel):
     stop: str | list[str] | None = None
     stream: bool = False
     user: str | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
 
 
 class CompletionBody(_Common):
@@ -35,11 +55,24 @@ class CompletionBody(_Common):
     logprobs: int | None = None
 
 
-class ChatMessage(BaseModel):
-    """One message of a chat."""
+class TextPart(_Strict):
+    """A part of a message; only text is served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One message of a chat; null content is empty."""
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: str | list[TextPart] = ""
+    name: str | None = None
+
+    @property
+    def said(self) -> str:
+        """Its text, parts put together."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatBody(_Common):
@@ -64,7 +97,8 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody) -> dict[str, Any]:
         prompts = _prompt_ids(body.prompt, service)
-        groups = await service.complete(prompts, [_sampling(body, body.max_tokens, service)] * len(prompts))
+        sampling, stops = _sampling(body, body.max_tokens, service), stop_strings(body.stop)
+        groups = await service.complete(prompts, [sampling] * len(prompts), [stops] * len(prompts))
         choices: list[dict[str, Any]] = []
         for generation, text, reason in _texts(groups, body.stop, service):
             choice = {"index": len(choices), "text": text, "finish_reason": reason, "logprobs": None}
@@ -76,15 +110,16 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody) -> dict[str, Any]:
-        chat = [Message(role=message.role, content=message.content) for message in body.messages]
+        chat = [Message(role=message.role, content=message.said) for message in body.messages]
         ids = chat_ids(
             service.tokenizer,
             chat,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
         )
-        limit = body.max_completion_tokens or body.max_tokens or service.worker.engine.max_positions - len(ids)
-        groups = await service.complete([ids], [_sampling(body, max(1, limit), service)])
+        limits = (body.max_completion_tokens, body.max_tokens, max(1, service.worker.engine.max_positions - len(ids)))
+        limit = next(length for length in limits if length is not None)
+        groups = await service.complete([ids], [_sampling(body, limit, service)], [stop_strings(body.stop)])
         choices: list[dict[str, Any]] = []
         for generation, text, reason in _texts(groups, body.stop, service):
             message = {"role": "assistant", "content": text}
@@ -100,8 +135,22 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
 def _sampling(body: _Common, max_tokens: int, service: Service) -> Decoding:
     if body.stream:
         raise ValueError("stream=true is not served here")
-    temperature = 0.0 if 0.0 <= body.temperature < GREEDY_BELOW else body.temperature
-    sampling = Decoding(temperature=temperature, top_p=body.top_p, max_tokens=max_tokens, n=body.n, seed=body.seed)
+    sampling = Decoding(
+        temperature=0.0 if 0.0 <= body.temperature < GREEDY_BELOW else body.temperature,
+        top_p=body.top_p,
+        max_tokens=max_tokens,
+        n=body.n,
+        seed=body.seed,
+        top_k=0 if body.top_k == -1 else body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        frequency_penalty=body.frequency_penalty,
+        presence_penalty=body.presence_penalty,
+        logit_bias=tuple(body.logit_bias.items()),
+        min_tokens=body.min_tokens,
+        ignore_eos=body.ignore_eos,
+        stop_token_ids=tuple(body.stop_token_ids),
+    )
     check_decoding(sampling, service.worker.engine.vocabulary)
     return sampling
 
@@ -118,13 +167,12 @@ def _texts(
     groups: Sequence[Sequence[Generation]], stop: str | list[str] | None, service: Service
 ) -> list[tuple[Generation, str, str]]:
     """Completions with their texts, cut at the first stop string, and why they ended."""
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = stop_strings(stop)
     flat = [generation for group in groups for generation in group]
     out = []
-    for generation, text in zip(flat, service.texts(flat), strict=True):
-        ends = [at for item in stops if (at := text.find(item)) >= 0]
-        reason = "stop" if ends else str(generation.finish_reason)
-        out.append((generation, text[: min(ends)] if ends else text, reason))
+    for generation, whole in zip(flat, service.texts(flat), strict=True):
+        text, stopped_by = cut(whole, stops)
+        out.append((generation, text, str(generation.finish_reason) if stopped_by is None else "stop"))
     return out
 
 

@@ -16,17 +16,16 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Completion, Decoding, check_decoding
 from ctrl_hpc.rollout.openai_routes import add_openai_routes
-from ctrl_hpc.rollout.worker import Service, Worker
+from ctrl_hpc.rollout.worker import Service, Worker, cut, stop_strings
 from ctrl_hpc.service import http as http_service
 
 MAX_BODY_BYTES = 1 << 28
 """Largest request."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "stop": ([],),
     "skip_special_tokens": (True, False),
     "spaces_between_special_tokens": (True, False),
     "no_stop_trim": (True, False),
@@ -67,6 +66,12 @@ class GenerateBody(BaseModel):
     rid: str | list[str] | None = None
     stream: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        """Null is what a field is that was not given, known here or not."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
 
 class UpdateBody(BaseModel):
     """Body of ``/update_weights_from_disk``; ``weight_version`` is a number, as text or not."""
@@ -82,7 +87,7 @@ def sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
     """SGLang's sampling parameters; raises ValueError naming the parameter that is not served."""
     given = {key: value for key, value in params.items() if value is not None}
     for key, value in given.items():
-        if key in _KNOWN:
+        if key in _KNOWN or key == "stop":
             continue
         if key not in _NEUTRAL:
             raise ValueError(f"sampling_params.{key} is unknown; allowed: {', '.join(_KNOWN)}")
@@ -216,18 +221,21 @@ async def _generate(service: Service, body: GenerateBody) -> Any:
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
     sampling = [sampling_of(item, service.worker.engine.vocabulary) for item in params]
-    groups = await service.complete(prompts, sampling)
+    stops = [stop_strings(item.get("stop")) for item in params]
+    groups = await service.complete(prompts, sampling, stops)
     flat = [generation for group in groups for generation in group]
     with_logprobs = body.return_logprob if isinstance(body.return_logprob, bool) else any(body.return_logprob)
     texts = service.texts(flat)
-    out = [_native(item, text, with_logprobs, service) for item, text in zip(flat, texts, strict=True)]
+    ends = [ends for ends, group in zip(stops, groups, strict=True) for _ in group]
+    out = [_native(item, *cut(text, end), with_logprobs) for item, text, end in zip(flat, texts, ends, strict=True)]
     return JSONResponse(out[0] if single and sampling[0].n == 1 else out)
 
 
-def _native(generation: Completion, text: str, with_logprobs: bool, service: Service) -> dict[str, Any]:
+def _native(generation: Completion, text: str, stopped_by: str | None, with_logprobs: bool) -> dict[str, Any]:
     tokens = list(generation.token_ids)
     if generation.finish_reason == "stop":
-        finish: dict[str, Any] = {"type": "stop", "matched": generation.matched}
+        matched = generation.matched if stopped_by is None else stopped_by
+        finish: dict[str, Any] = {"type": "stop", "matched": matched}
     elif generation.finish_reason == "abort":
         finish = {"type": "abort", "message": "aborted"}
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ctrl_hpc.records import Generation, Sampling
-from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower
+from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs
 from ctrl_hpc.seeds import derive_seed
 
 GATHER_S = 0.002
@@ -174,21 +174,71 @@ def _reject(future: Future[Any], error: Exception) -> None:
         future.set_exception(error)
 
 
+class StopFollower(Follower):
+    """Ends a completion at the first of its stop strings."""
+
+    __slots__ = ("_count", "_ids", "_least", "_stops", "_tokenizer", "_window")
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], least: int) -> None:
+        """``least``: tokens before which no stop string counts."""
+        super().__init__(watches=True)
+        self._tokenizer, self._stops, self._least = tokenizer, tuple(stops), least
+        self._window = max(len(stop.encode()) for stop in stops) + 8  # a token has a byte at least, special ones none
+        self._ids: list[int] = []
+        self._count = 0
+
+    def token(self, token: int, logprob: float, top: TopLogprobs) -> bool:
+        """Whether a stop string is in what the last tokens say."""
+        self._count += 1
+        self._ids = [*self._ids[1 - self._window :], token]
+        if self._count < self._least:
+            return False
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        return any(stop in text for stop in self._stops)
+
+    def restart(self) -> None:
+        """Begin anew."""
+        self._ids, self._count = [], 0
+
+
+def stop_strings(value: Any) -> tuple[str, ...]:
+    """Stop strings: none, one or a list; empty ones stop nothing."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"stop={value!r}: must be a string or a list of strings")
+    return tuple(text for text in texts if text)
+
+
+def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
+    """The text up to its first stop string, and that string; the whole text and None where there is none."""
+    found = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(found)[0]], min(found)[1]) if found else (text, None)
+
+
 class Service:
     """A worker with its tokenizer: expands ``n``, runs requests, decodes texts."""
 
     def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:
         self.worker, self.tokenizer, self.model = worker, tokenizer, model
 
-    async def complete(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Decoding]) -> list[list[Completion]]:
-        """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones."""
-        flat_prompts, flat_sampling = [], []
-        for prompt, item in zip(prompts, sampling, strict=True):
+    async def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Decoding],
+        stops: Sequence[Sequence[str]] | None = None,
+    ) -> list[list[Completion]]:
+        """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones.
+
+        ``stops`` are each prompt's stop strings; decoding ends at the first.
+        """
+        flat_prompts, flat_sampling, followers = [], [], []
+        for prompt, item, ends in zip(prompts, sampling, stops or [()] * len(prompts), strict=True):
             for j in range(item.n):
+                followers.append(StopFollower(self.tokenizer, ends, item.min_tokens) if ends else Follower())
                 seed = item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j)
                 flat_prompts.append(prompt)
                 flat_sampling.append(replace(item, n=1, seed=seed))
-        generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling))
+        generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling, followers))
         flat = iter(generations)
         return [[next(flat) for _ in range(item.n)] for item in sampling]
 

@@ -76,6 +76,7 @@ def test_n_gives_different_seeded_samples(http: httpx.Client) -> None:
         ({}, "exactly one of text and input_ids"),
         ({"input_ids": []}, "is empty"),
         ({"input_ids": PROMPT, "sampling_params": {"temprature": 1}}, "sampling_params.temprature is unknown"),
+        ({"input_ids": PROMPT, "image_data": "x"}, "image_data"),
         ({"input_ids": PROMPT, "sampling_params": {"regex": "a+"}}, "sampling_params.regex is unknown"),
         ({"input_ids": PROMPT, "sampling_params": {"temperature": -1}}, "temperature=-1.0: must be >= 0"),
         ({"input_ids": PROMPT, "sampling_params": {"temperature": 1e300}}, "temperature=1e+300: must be"),
@@ -244,3 +245,62 @@ def test_sampling_parameters_of_sglang(http: httpx.Client) -> None:
     assert ids(temperature=0, stop_token_ids=[first], min_new_tokens=1)[0] != first
     assert ids(temperature=0, logit_bias={str(first): -100})[0] != first
     assert ids(max_new_tokens=0) == []
+
+
+def test_stop_strings_end_decoding(http: httpx.Client) -> None:
+    params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
+    whole = generate(http, input_ids=PROMPT, sampling_params=params)
+    stop = whole["text"][4:6]
+    at = whole["text"].find(stop)
+    short = generate(http, input_ids=PROMPT, sampling_params={**params, "stop": [stop, "", "never said"]})
+    assert short["text"] == whole["text"][:at]
+    assert short["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+    count = short["meta_info"]["completion_tokens"]
+    assert short["output_ids"] == whole["output_ids"][:count] and count < 40  # decoded up to the stop, no further
+    later = generate(http, input_ids=PROMPT, sampling_params={**params, "stop": stop, "min_new_tokens": count + 2})
+    assert later["meta_info"]["completion_tokens"] >= count + 2
+    body = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stop": stop}
+    theirs = http.post("/v1/completions", json=body).json()
+    assert theirs["choices"][0]["text"] == short["text"] and theirs["usage"]["completion_tokens"] == count
+    assert generate(http, input_ids=PROMPT, sampling_params={**params, "stop": ""})["text"] == whole["text"]
+
+
+def test_openai_bodies_as_clients_send_them(http: httpx.Client) -> None:
+    parts = [{"type": "text", "text": "read "}, {"type": "text", "text": "the numbers"}]
+    plain = {"temperature": 0, "max_tokens": 6}
+
+    def chat(content: Any, **fields: Any) -> Any:
+        messages = [{"role": "user", "content": content}]
+        return http.post("/v1/chat/completions", json={"messages": messages, **plain, **fields})
+
+    expected = chat("read the numbers").json()["choices"][0]["message"]
+    assert chat(parts).json()["choices"][0]["message"] == expected
+    nulls = {"stop": None, "seed": None, "tools": None, "response_format": None, "stream_options": None}
+    assert chat("read the numbers", **nulls).json()["choices"][0]["message"] == expected
+    assert chat("read the numbers", temperature=1, top_k=1).json()["choices"][0]["message"] == expected
+    assert chat(None).status_code == 200
+    none = chat("read the numbers", max_tokens=0).json()
+    assert none["choices"][0]["message"]["content"] == "" and none["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_object"}},
+        {"guided_choice": ["a", "b"]},
+        {"top_logprobs": 3, "logprobs": True},
+        {"echo": True},
+        {"suffix": "x"},
+        {"best_of": 2},
+        {"stream": True},
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(http: httpx.Client, field: dict[str, Any]) -> None:
+    for route, asked in (
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("completions", {"prompt": "x"}),
+    ):
+        answer = http.post(f"/v1/{route}", json={**asked, "max_tokens": 2, **field})
+        assert answer.status_code == 400 and next(iter(field)) in answer.json()["error"]["message"]
