@@ -32,10 +32,10 @@ from ctrl_hpc import jsonl, pipeline
 from ctrl_hpc.config import ROOT, Config, load
 from ctrl_hpc.flow.steps import execution
 from ctrl_hpc.records import Chat, Execution, Generation, Sampling, StoredTests, TestResult, Verdict
+from ctrl_hpc.records.verdicts import answered
 from ctrl_hpc.sandbox.cache import VerdictCache
 from ctrl_hpc.store.tests import TestStore, folder_of
 from ctrl_hpc.train.drafts import DraftPool
-from ctrl_hpc.verdicts import answered
 
 PROBLEMS, TESTS, TEST_BYTES, DRAFTS, PROGRAMS = 18_820, 100, 1_860, 4, 1024
 """TACO's problems; tests of each; bytes of a test; drafts of a problem; programs of a step."""
