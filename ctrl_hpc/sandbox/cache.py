@@ -10,10 +10,11 @@ import hashlib
 import json
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, Verdict
+from ctrl_hpc.records import Execution, StoredTests, TestCase, Verdict
 from ctrl_hpc.sandbox import judge, languages, rootfs
 from ctrl_hpc.store.segments import KEY_BYTES, SEGMENTS, Segments
 
@@ -43,9 +44,14 @@ class VerdictCache:
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
         compiled = languages.language(execution.language) is not None
-        compiler = [languages.toolchain(execution.language or "")] if compiled else []
-        text = json.dumps([self._environment, *compiler, jsonl.encode(execution)], separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        environment = [self._environment, *([languages.toolchain(execution.language or "")] if compiled else [])]
+        tests = execution.tests
+        if isinstance(tests, StoredTests):
+            sha256 = tests.sha256
+        else:
+            sha256 = hashlib.sha256(jsonl.content(tuple(tests), tuple[TestCase, ...])).hexdigest()
+        rest = jsonl.content(replace(execution, tests=()))
+        return hashlib.sha256(f"{' '.join(environment)} {sha256} ".encode() + rest).hexdigest()
 
     def get(self, key: str) -> Verdict | None:
         """The verdict kept under a key. One that cannot be read (a torn disk) counts as absent."""

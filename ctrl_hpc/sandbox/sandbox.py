@@ -9,11 +9,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
+from ctrl_hpc.records import Execution, Limits, StoredTests, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import judge, languages, memory, probe, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache, lasting
 from ctrl_hpc.sandbox.course import Course
@@ -22,7 +23,8 @@ from ctrl_hpc.sandbox.jail import JailFault, check_open_files
 from ctrl_hpc.sandbox.languages import Binaries
 from ctrl_hpc.sandbox.memory import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
-from ctrl_hpc.verdicts import answered
+from ctrl_hpc.store.tests import TestStore
+from ctrl_hpc.verdicts import answered, fault
 
 _Item = tuple[Callable[[Worker], Any], Future[Any]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]
@@ -37,6 +39,7 @@ class Sandbox:
     a cgroup where one can be made (unless ``use_cgroup`` is false), and by a watchdog elsewhere. ``judges`` are special
     judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the interpreter ``python`` ("": this one) and may
     import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
+    ``tests`` has those that executions only name; it is closed by whoever made it.
 
     Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
@@ -53,6 +56,7 @@ class Sandbox:
         judges: Mapping[str, judge.Comparison] | None = None,
         python: str = "",
         packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
+        tests: TestStore | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
@@ -62,6 +66,7 @@ class Sandbox:
         self.workers = workers
         self.counts: Counter[str] = Counter()
         """Executions and tests run, cache hits, and executions that joined one in flight."""
+        self.tests = tests or TestStore()
         self._judges = dict(judges or {})
         self._cache: VerdictCache | None = None
         if cache_dir is not None:
@@ -134,6 +139,12 @@ class Sandbox:
             if known is not None:
                 self._count(cache_hits=1)
                 return known
+        if isinstance(execution.tests, StoredTests):
+            try:
+                here = execution.tests.read() if execution.tests.store else self.tests.load(execution.tests.sha256)
+            except (ValueError, OSError) as error:
+                return fault(execution, str(error))
+            execution = replace(execution, tests=here)
         whole = worker.execute(execution, self._recruit)
         self._count(executions=1, tests=sum(test.status != "not_run" for test in whole.tests))
         verdict = answered(execution, whole)

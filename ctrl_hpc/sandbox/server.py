@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,10 +20,11 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import Execution, Limits, StdinTest, StoredTests, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import fusion, judge, rootfs
 from ctrl_hpc.sandbox.sandbox import Sandbox
 from ctrl_hpc.service import http
+from ctrl_hpc.store.tests import TestStore
 
 _BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -80,10 +82,20 @@ MAX_BODY_BYTES = 256 << 20
 MAX_WAITING = 1024
 """Executions that may wait or run at once."""
 _RETRY_AFTER_S = "1"
+_LOCAL_TESTS_BYTES = 4 << 30
+"""Compressed tests that a service keeps on its node's own disk."""
 
 
 class Busy(Exception):
     """More work than may wait."""
+
+
+class Lacking(Exception):
+    """Tests that executions name and that are not here: their hashes."""
+
+    def __init__(self, missing: list[str]) -> None:
+        super().__init__(f"{len(missing)} sets of tests are not here, {missing[0][:12]} first; POST them to /tests")
+        self.missing = missing
 
 
 class Service:
@@ -101,6 +113,9 @@ class Service:
         start = time.monotonic()
         for execution in executions:
             self.sandbox.check(execution)
+        named = {item.tests.sha256 for item in executions if isinstance(item.tests, StoredTests)}
+        if missing := sorted(sha256 for sha256 in named if sha256 not in self.sandbox.tests):
+            raise Lacking(missing)
         futures = [self.sandbox.submit(execution) for execution in executions]
         try:
             verdicts = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -186,6 +201,10 @@ def _add_error_handlers(app: FastAPI, state: Service) -> None:
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"detail": f"{where or 'body'}: {first['msg']}"}, status_code=400)
 
+    @app.exception_handler(Lacking)
+    async def lacking(_: Request, error: Lacking) -> JSONResponse:
+        return JSONResponse({"detail": str(error), "missing": error.missing}, status_code=424)
+
     @app.exception_handler(Busy)
     async def busy(_: Request, __: Busy) -> JSONResponse:
         status = 503 if state.draining else 429
@@ -198,6 +217,12 @@ def _add_routes(app: FastAPI, state: Service) -> None:
         verdicts = await state.run(_executions(await request.body()))
         body = json.dumps({"verdicts": jsonl.encode(verdicts)}, separators=(",", ":"))
         return Response(body, media_type="application/json")
+
+    @app.post("/tests")
+    async def tests(request: Request) -> JSONResponse:
+        content = await request.body()
+        await asyncio.to_thread(jsonl.parse, tuple[TestCase, ...], content)
+        return JSONResponse({"sha256": await asyncio.to_thread(state.sandbox.tests.add, content)})
 
     @app.post("/run_code")
     async def run_code(body: fusion.RunCodeBody) -> JSONResponse:
@@ -261,17 +286,26 @@ def serve(
     judges: Mapping[str, str] | None = None,
     python: str = "",
     packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
+    tests_dir: str | Path | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
 
     ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers;
-    ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`.
+    ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`; ``tests_dir`` has the tests that
+    executions name, others are taken over HTTP.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
     sock = http.listen(host, port)
     try:
         special = judge.load(judges or {})
-        with Sandbox(workers, cache_dir=cache_dir, judges=special, python=python, packages=packages) as sandbox:
+        shared = [Path(tests_dir)] if tests_dir is not None else []
+        with (
+            tempfile.TemporaryDirectory(prefix="ctrl-hpc-tests-") as here,
+            TestStore(Path(here), *shared, max_bytes=_LOCAL_TESTS_BYTES) as tests,
+            Sandbox(
+                workers, cache_dir=cache_dir, judges=special, python=python, packages=packages, tests=tests
+            ) as sandbox,
+        ):
             failures: list[Exception] = []
 
             async def ready() -> None:
