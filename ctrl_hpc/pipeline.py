@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
         directory.prepare(config)
         this = prepare(config, folder, todo)
         needed = services_of(this.config, todo)
-        with Services(this.config, folder) as services:
+        with mirrored(config, folder), Services(this.config, folder) as services:
             services.submit(needed)
             connections = connect(this.config, folder, this.every_problem()) if needed else None
             for index, name in enumerate(todo):
@@ -199,6 +200,15 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
                 services.await_first(services_of(this.config, [name]))
                 run_stage(name, this, connections)
     return folder
+
+
+def mirrored(config: Config, folder: Path) -> AbstractContextManager[object]:
+    """Shows in wandb what the run journals, where that is wanted."""
+    if config.wandb.mode == "disabled":
+        return nullcontext()
+    from ctrl_hpc.tracking.mirror import LiveMirror
+
+    return LiveMirror(config, folder)
 
 
 def prepare(config: Config, folder: Path, stages: Iterable[str]) -> Run:

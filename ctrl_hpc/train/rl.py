@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ctrl_hpc import jsonl
@@ -20,13 +21,13 @@ from ctrl_hpc.flow.steps import critique, execute, revise
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Problem, Sampling, Solution
+from ctrl_hpc.run.journal import Table
 from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.advantages import Advantages, estimate
 from ctrl_hpc.train.ahead import Source, weights_folder
 from ctrl_hpc.train.batch import Batch
 from ctrl_hpc.train.drafts import side_by_side
-from ctrl_hpc.train.journal import Clock
-from ctrl_hpc.train.loop import Course, learning_rate
+from ctrl_hpc.train.loop import Clock, Loop, learning_rate
 from ctrl_hpc.train.losses import RLLoss, ValueLoss
 from ctrl_hpc.train.policy import Policy, Reference, Value, make_reference
 from ctrl_hpc.train.rollouts import COLUMNS, Experience, Rollout, learnable_groups, record_file, replay
@@ -70,24 +71,28 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     parts = {"policy": policy} | ({"value": value} if value is not None else {})
     with ExitStack() as stack:
         source = stack.enter_context(Source.open(config, run_dir)) if world.main else None
-        course = Course(config, run_dir, "rl", parts, steps=options.steps, save_every=options.save_every, position=0)
-        stack.enter_context(course)
-        publish(policy, source, course.folder, course.start, sft)
-        for step in course:
-            with course.clock("wait"):
-                experience = world.from_main(_experience, source, step, course.progress["position"])
-            with course.clock("advantages"):
+        loop = Loop(config, run_dir, "rl", parts, steps=options.steps, save_every=options.save_every, position=0)
+        stack.enter_context(loop)
+        publish(policy, source, loop.folder, loop.start, sft)
+        for step in loop:
+            with loop.clock("wait"):
+                experience = world.from_main(_experience, source, step, loop.progress["position"])
+            with loop.clock("advantages"):
                 values_SR = value.values(experience.batch) if value else None
                 advantages = estimate(
                     experience, values_SR, options, device=world.device, backend=config.trainer.kernels
                 )
-            logged = improve(policy, value, reference, experience, advantages, step, course.clock)
-            with course.clock("publish"):
-                publish(policy, source, course.folder, step + 1, sft)
-            saved = course.done(step, experience.metrics | logged, position=experience.position)
-            if saved and source is not None:
-                course.journal.table("rl/samples", COLUMNS, source.samples(step, options.save_samples))
+            logged = improve(policy, value, reference, experience, advantages, step, loop.clock)
+            with loop.clock("publish"):
+                publish(policy, source, loop.folder, step + 1, sft)
+            loop.done(step, experience.metrics | logged, partial(samples, source, step), position=experience.position)
     policy.export(run_dir / "rl" / "hf", source=sft)
+
+
+def samples(source: Source | None, step: int) -> dict[str, Table]:
+    """Some rollouts of a step, for people to read."""
+    assert source is not None, "rank 0 has a source"
+    return {"rl/samples": Table(columns=COLUMNS, rows=source.samples(step, source.config.rl.save_samples))}
 
 
 def _experience(source: Source | None, step: int, position: int) -> Experience:
