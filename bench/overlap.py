@@ -1,8 +1,9 @@
 """How long the trainer waits: a simulated run of many nodes, with service times recorded from a real run.
 
-Within a step, as ``ctrl_hpc.train.rl.roll_out`` does it: a chunk of drafts is critiqued, then revised, then executed,
-each when all of the chunk before it is done; so many chunks are on their way at a time. A critique takes a slot of a
-critic's server for its own time, its revision one of a generator's, a program that was not run yet an executor.
+Within a step, as ``ctrl_hpc.train.collect.roll_out`` does it: a chunk of drafts is critiqued, then revised, then
+executed, each when all of the chunk before it is done; so many chunks are on their way at a time. A critique takes a
+slot of a critic's server for its own time, its revision one of a generator's, a program that was not run yet an
+executor.
 
 From step to step, as ``ctrl_hpc.train.ahead``: with ``max_staleness=K`` the rollouts of step s begin when those of
 step s - 1 are made and version s - K is published; the trainer publishes without waiting for anything.

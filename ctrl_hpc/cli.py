@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_hpc.commands import bench, data, report
+from ctrl_hpc.stages import STAGES
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
-
-STAGES = {
-    "sample": "drafts of the fixed generator, executed",
-    "synthesize": "critiques from execution hints, for SFT",
-    "sft": "stage I: supervised fine-tuning of the critic",
-    "rl": "stage II: GRPO on the reward of the revised program",
-    "eval": "critique-revision turns on held-out problems",
-    "report": "tables, plots and results.json",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
-    for name, text in STAGES.items():
+    for name, stage in STAGES.items():
         if name != "report":
-            _configured(commands.add_parser(name, help=text), _stage(name))
-    report.add(commands.add_parser("report", help=STAGES["report"]), _stage("report"))
+            _configured(commands.add_parser(name, help=stage.about), _stage(name))
+    report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
     suite.add_argument("suite", metavar="SUITE.yaml")
     suite.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every run, after the suite's own")
@@ -116,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _convert_parsers(
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
-    bench.add(commands.add_parser("bench", help="measure: executor, soak, trainer, overlap"))
+    bench.add(commands.add_parser("bench", help="measure: executor, trainer"))
     return parser
 
 
@@ -158,6 +150,8 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor.add_argument(
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
+    executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
+    executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
@@ -194,7 +188,7 @@ def _run(options: argparse.Namespace) -> int:
         print(dump(config), end="")
         _print_scripts(config)
         return _plan(config)
-    _from_copy(config, "run", options)
+    _keep_code(config, "run", options)
     from ctrl_hpc import pipeline
 
     folder = pipeline.run(config)
@@ -232,7 +226,7 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
-        _from_copy(config, name, options)
+        _keep_code(config, name, options)
         from ctrl_hpc import pipeline
 
         pipeline.run(config, stages=(name,))
@@ -241,14 +235,17 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
     return command
 
 
-def _from_copy(config: Config, command: str, options: argparse.Namespace) -> None:
-    """Go on from the copy of the code in the run directory, where this is a program of its own and keeps one."""
+def _keep_code(config: Config, command: str, options: argparse.Namespace) -> None:
+    """Where this is a program of its own: what it imports later is the code as it is now (or was, with ``keep``)."""
     if options.is_program:
         from ctrl_hpc.run import directory, snapshot
 
-        if config.launch.snapshot != "keep":
-            directory.check(config)
-        snapshot.continue_from_copy(config, command, options.overrides)
+        if config.launch.snapshot == "keep":
+            snapshot.continue_kept(config, command, options.overrides)
+        directory.check(config)
+        copy = snapshot.take(config.run_dir or "", config.launch.snapshot)
+        if copy is not None and snapshot.own(config.run_dir or "") is None:
+            snapshot.import_from(copy)
 
 
 def _suite(options: argparse.Namespace) -> int:
@@ -276,6 +273,8 @@ def _serve_executor(options: argparse.Namespace) -> int:
         token=_token(options.token_env),
         on_ready=_say,
         judges=dict(options.judge),
+        python=options.python,
+        packages=[name for name in options.packages.split(",") if name],
         max_waiting=options.max_waiting,
         max_body_bytes=options.max_body_mb << 20,
     )

@@ -78,18 +78,22 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
     anything starts, when the configuration is wrong or the run's folder belongs to another one.
     """
     from ctrl_hpc import config as configuration
-    from ctrl_hpc.run import directory
+    from ctrl_hpc import jsonl
+    from ctrl_hpc.run import directory, snapshot
 
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif overrides:
         raise ValueError("overrides go with the path of a YAML file, not with a configuration that is already built")
-    folder = directory.prepare(config)
+    configuration.check(config)
+    folder = directory.check(config)
+    asked = snapshot.folder_of(folder) / snapshot.ASKED
+    jsonl.write_text(asked, configuration.dump(config))
     log = folder / "logs" / "driver.log"
     log.parent.mkdir(exist_ok=True)
     with open(log, "ab") as out:
         driver = subprocess.Popen(
-            [sys.executable, "-m", "ctrl_hpc.cli", "run", str(folder / "config.yaml")],
+            [sys.executable, "-m", "ctrl_hpc.cli", "run", str(asked)],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

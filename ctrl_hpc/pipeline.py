@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,16 @@ from rich.table import Table
 
 import ctrl_hpc.evaluate.run as evaluation
 import ctrl_hpc.report.page as reporting
+from ctrl_hpc import config as configuration
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
-from ctrl_hpc.data import catalog
-from ctrl_hpc.evaluate.critics import served
+from ctrl_hpc.data import catalog, judgebench
+from ctrl_hpc.data.verification import proven, verify
+from ctrl_hpc.evaluate.critics import check_oracles, served
+from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import select
@@ -35,6 +38,7 @@ from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
 from ctrl_hpc.progress import in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
+from ctrl_hpc.stages import STAGES
 
 console = Console(stderr=True)
 
@@ -65,7 +69,7 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         n=config.sample.n_samples,
         seed=config.seed,
     )
-    facts: dict[str, Any] = {}
+    facts = _prove(run, connections)
     problems_all = _before_strengthening(run)
     solutions: list[Solution] = []
     for start, problems in in_chunks(problems_all, 512, "sample: drafts, executed"):
@@ -73,7 +77,7 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
         drafts = draft(problems, connections.generator, run.prompts, seeded)
         by_id = {problem.id: problem for problem in problems}
         pairs = [(by_id[solution.problem_id], solution) for solution in drafts]
-        solutions += execute(pairs, connections.executor, config.executor.limits)
+        solutions += execute(pairs, connections.executor, config.executor)
     if config.sample.adversarial_tests:
         solutions, added = _strengthen(run, problems_all, solutions, connections)
         facts["adversarial_tests"] = added
@@ -82,10 +86,29 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
     return {"solutions": len(solutions), "pass_at_1": right / len(solutions), **facts, **spent(connections.generator)}
 
 
+def _prove(run: Run, connections: Connections) -> dict[str, Any]:
+    """Leave out training problems whose canonical solution fails (``data.verified_only``): ``problems/ledger.json``."""
+    folder, strictly = run.folder / "problems", run.config.data.verified_only
+    file = folder / "ledger.json"
+    if strictly is False or not (strictly or any(problem.canonical_solution for problem in run.problems)):
+        return {}
+    if not file.exists():
+        ledger = verify(run.problems, connections.executor, run.config.executor, folder / "ledger.json.part")
+        kept = proven(run.problems, ledger, strictly=bool(strictly))
+        console.print("\n".join(ledger.lines()), highlight=False)
+        if not kept:
+            reason = ledger.failed[0]
+            raise ValueError(f"data.verified_only: no problem is left; {reason.id}: {reason.reason}")
+        jsonl.write(folder / "train.jsonl", kept)
+        jsonl.write_text(file, json.dumps(ledger.encode(), indent=1) + "\n")
+    told = json.loads(file.read_text())
+    return {"verified": told["verified"], "unverified": len(told["failed"])}
+
+
 def _before_strengthening(run: Run) -> Sequence[Problem]:
     """The training problems as they came; ``sample`` may have been killed after it had added tests."""
-    file = run.folder / "problems" / "train-original.jsonl"
-    return jsonl.read(Problem, file) if file.exists() else run.problems
+    original = run.folder / "problems" / "train-original.jsonl"
+    return jsonl.read(Problem, original if original.exists() else original.with_name("train.jsonl"))
 
 
 def _strengthen(
@@ -97,7 +120,7 @@ def _strengthen(
         problems,
         drafts,
         connections.executor,
-        config.executor.limits,
+        config.executor,
         n=config.sample.adversarial_tests,
         seed=config.seed,
     )
@@ -105,7 +128,7 @@ def _strengthen(
     jsonl.write(folder / "train.jsonl", stronger)
     changed = {new.id: new for old, new in zip(problems, stronger, strict=True) if new is not old}
     todo = [(changed[item.problem_id], replace(item, verdict=None)) for item in drafts if item.problem_id in changed]
-    again = {item.id: item for item in execute(todo, connections.executor, config.executor.limits)}
+    again = {item.id: item for item in execute(todo, connections.executor, config.executor)}
     return [again.get(item.id, item) for item in drafts], sum(len(new.tests) for new in stronger) - sum(
         len(old.tests) for old in problems
     )
@@ -149,7 +172,7 @@ def rl(run: Run, connections: Connections | None) -> dict[str, Any]:
 def evaluate(run: Run, connections: Connections) -> dict[str, Any]:
     """Critique-revision turns of every critic on the evaluation problems."""
     problems = {name: list(items) for name, items in run.eval_problems.items()}
-    evaluation.run(run.config, run.folder, connections, problems, run.prompts)
+    evaluation.run(run.config, run.folder, connections, problems, run.prompts, catalog.ORACLES)
     return {}
 
 
@@ -159,27 +182,23 @@ def report(run: Run, connections: Connections | None) -> dict[str, Any]:
     return {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A stage, the services it calls, and the stages whose records it reads."""
-
-    run: Callable[[Run, Any], dict[str, Any]]
-    services: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-
-
-STAGES: dict[str, Stage] = {
-    "sample": Stage(run=sample, services=("executor", "generator")),
-    "synthesize": Stage(run=synthesize, services=("critic",), after=("sample",)),
-    "sft": Stage(run=sft, after=("sample", "synthesize")),
-    "rl": Stage(run=rl, services=("executor", "generator", "critic"), after=("sample", "sft")),
-    "eval": Stage(run=evaluate, services=("executor", "generator", "critic")),
-    "report": Stage(run=report, after=("eval",)),
+FUNCTIONS: dict[str, Callable[[Run, Any], dict[str, Any]]] = {
+    "sample": sample,
+    "synthesize": synthesize,
+    "sft": sft,
+    "rl": rl,
+    "eval": evaluate,
+    "report": report,
 }
+"""What each of :data:`ctrl_hpc.stages.STAGES` does."""
 
 
 def run(config: Config, stages: Iterable[str] | None = None) -> Path:
-    """Run the stages that are not done yet, in order; returns the run's folder."""
+    """Run those of the stages (None: ``config.stages``) that are not done yet, in order; returns the run's folder.
+
+    Raises ValueError, before anything starts, when the configuration is wrong or the folder belongs to another one.
+    """
+    configuration.check(config)
     folder = directory.check(config)
     wanted = config.stages if stages is None else tuple(stages)
     names = [name for name in STAGES if name in wanted]
@@ -189,15 +208,21 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
             console.print(f"{name}: done before, skipped")
     if todo:
         check_inputs(config, folder, todo)
-        directory.prepare(config)
-        this = prepare(config, folder, todo)
-        needed = services_of(this.config, todo)
-        with mirrored(config, folder), Services(this.config, folder) as services:
+        here = with_models(config, folder)
+        with ExitStack() as stack:
+            services = stack.enter_context(Services(here, folder))  # the only driver of the run from here on
+            directory.prepare(config)
+            stack.enter_context(mirrored(config, folder))
+            stack.callback(services.keep, ())  # at the end, before the mirror waits for a server
+            this = prepare(here, folder, todo)
+            needed = services_of(here, todo)
             services.submit(needed)
-            connections = connect(this.config, folder, this.every_problem()) if needed else None
+            connections = connect(here, folder, this.every_problem()) if needed else None
+            if connections is not None:
+                stack.callback(connections.close)
             for index, name in enumerate(todo):
-                services.keep(services_of(this.config, todo[index:]))
-                services.await_first(services_of(this.config, [name]))
+                services.keep(services_of(here, todo[index:]))
+                services.await_first(services_of(here, [name]))
                 run_stage(name, this, connections)
     return folder
 
@@ -211,12 +236,15 @@ def mirrored(config: Config, folder: Path) -> AbstractContextManager[object]:
     return LiveMirror(config, folder)
 
 
-def prepare(config: Config, folder: Path, stages: Iterable[str]) -> Run:
+def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     """The run's models, prompts and those problems that the stages use, made or read back."""
-    config = _models(config, folder)
-    training = {"sample", "synthesize", "sft", "rl"} & set(stages)
+    config = with_models(config, folder)
+    _make_models(config, folder)
+    training = {"sample", "synthesize", "sft", "rl"} & set(names)
     problems = _training_problems(config, folder) if training else ()
     evaluated = {name: _eval_problems(config, folder, name) for name in config.data.eval_names}
+    if "eval" in set(names):
+        _pairs(config, folder)
     prompts = Prompts.load(config.prompts.folder, config.prompts.system)
     return Run(config=config, folder=folder, problems=problems, eval_problems=evaluated, prompts=prompts)
 
@@ -245,7 +273,7 @@ def _unless_disk_is_full(name: str, this: Run, connections: Connections | None) 
     """A stage, continued when there is space again where the disk was full."""
     while True:
         try:
-            return STAGES[name].run(this, connections)
+            return FUNCTIONS[name](this, connections)
         except OSError as error:
             if error.errno not in disk.FULL:
                 raise
@@ -261,6 +289,7 @@ def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
                     f"{name}: needs the records of {before}; run `ctrl-hpc {before}` with the same arguments first"
                 )
     if "eval" in todo:
+        check_oracles(config, catalog.ORACLES)
         for critic in ("sft", "rl"):
             if critic in config.eval.critics and critic not in todo and not directory.is_done(folder, critic):
                 raise ValueError(
@@ -277,12 +306,12 @@ def check_inputs(config: Config, folder: Path, todo: list[str]) -> None:
             raise ValueError(f"{key}: {path} is not a Hugging Face model folder (it holds no config.json)")
 
 
-def services_of(config: Config, stages: Iterable[str]) -> set[str]:
+def services_of(config: Config, names: Iterable[str]) -> set[str]:
     """The roles of the services that these stages call under this configuration."""
-    needed = {role for name in stages for role in STAGES[name].services}
-    if not {"synthesize", "rl"} & set(stages) and not ("eval" in stages and served(config)):
+    needed = {role for name in names for role in STAGES[name].services}
+    if not {"synthesize", "rl"} & set(names) and not ("eval" in names and served(config)):
         needed.discard("critic")
-    if config.generator == "oracle" or "://" in config.generator:
+    if not config.generator_is_served:
         needed.discard("generator")
     return needed
 
@@ -311,37 +340,53 @@ def check_conditions(this: Run, connections: Connections | None) -> None:
         )
 
 
-def _models(config: Config, folder: Path) -> Config:
+def with_models(config: Config, folder: Path) -> Config:
+    """The configuration with the places of those models that the run trains for itself, if it does."""
     if not config.tiny.rebuild:
         return config
+    critic = replace(config.critic, model=str(folder / "models" / "critic"))
+    return replace(config, generator=str(folder / "models" / "generator"), critic=critic)
+
+
+def _make_models(config: Config, folder: Path) -> None:
+    if not config.tiny.rebuild or directory.is_done(folder, "models"):
+        return
     from ctrl_hpc.tiny.models import rebuild
 
-    models = folder / "models"
-    if not directory.is_done(folder, "models"):
-        started = time.monotonic()
-        rebuild(models, config.seed)
-        directory.mark_done(folder, "models", time.monotonic() - started)
-    critic = replace(config.critic, model=str(models / "critic"))
-    return replace(config, generator=str(models / "generator"), critic=critic)
+    started = time.monotonic()
+    rebuild(folder / "models", config.seed)
+    directory.mark_done(folder, "models", time.monotonic() - started)
 
 
 def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:
     file = folder / "problems" / "train.jsonl"
     if not file.exists():
-        problems, left_out = catalog.training(config.data, config.seed)
-        if left_out is not None:
-            jsonl.write_text(file.with_name("decontamination.json"), json.dumps(left_out, indent=1) + "\n")
-            console.print(left_out["text"], highlight=False)
-        jsonl.write(file, problems)
+        found = catalog.prepared(config.data, config.seed, critic=config.critic.model)
+        if found.decontamination is not None:
+            told = json.dumps(found.decontamination, indent=1)
+            jsonl.write_text(file.with_name("decontamination.json"), told + "\n")
+            console.print(found.decontamination["text"], highlight=False)
+        jsonl.write_text(file.with_name("left-out.json"), json.dumps(catalog.facts(found), indent=1) + "\n")
+        jsonl.write(file, found.problems)
     return tuple(jsonl.read(Problem, file))
 
 
 def _eval_problems(config: Config, folder: Path, name: str) -> tuple[Problem, ...]:
     file, data = folder / "problems" / f"eval-{name}.jsonl", config.data
     if not file.exists():
-        path = catalog.eval_path(data, name)
-        jsonl.write(file, catalog.load(name, path=path, split=data.eval_split, n=data.n_eval, seed=config.seed))
+        loaded = catalog.read(name, catalog.eval_path(data, name), data.eval_split)
+        catalog.tell(name, loaded.left_out)
+        left_out = {"left_out": list(map(jsonl.encode, loaded.left_out))}
+        jsonl.write_text(file.with_name(f"left-out-{name}.json"), json.dumps(left_out, indent=1) + "\n")
+        taken = catalog.drawn(loaded.items, data.n_eval, config.seed) if data.eval_split == "train" else loaded.items
+        jsonl.write(file, taken[: data.n_eval])
     return tuple(jsonl.read(Problem, file))
+
+
+def _pairs(config: Config, folder: Path) -> None:
+    file = pairs_file(folder)
+    if config.judge.votes and not file.exists():
+        jsonl.write(file, judgebench.load(config.judge.path, config.judge.split))
 
 
 def _solutions(run: Run) -> list[Solution]:

@@ -6,9 +6,12 @@ JSON line with :mod:`ctrl_hpc.jsonl`.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BeforeValidator, Field, PlainSerializer
 
 Status = Literal[
     "accepted",
@@ -25,18 +28,80 @@ Judgement = Literal["correct", "incorrect"]
 Split = Literal["train", "dev", "test"]
 
 
+def _from_base64(data: Any) -> Any:
+    if not (isinstance(data, dict) and data.keys() == {"base64"} and isinstance(data["base64"], str)):
+        raise ValueError("expected base64 bytes")
+    return base64.b64decode(data["base64"])
+
+
+Bytes = Annotated[
+    bytes,
+    BeforeValidator(_from_base64),
+    PlainSerializer(lambda value: {"base64": base64.b64encode(value).decode("ascii")}),
+]
+"""Bytes, which JSON holds as ``{"base64": ...}``."""
+_COLLECTIONS = {"__tuple__": tuple, "__set__": set, "__frozenset__": frozenset}
+
+
+def encode_plain(value: Any) -> Any:
+    """As JSON data: tuples, sets, complex, bytes and non-string keys tagged; raises ValueError for anything else."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, list):
+        return [encode_plain(item) for item in value]
+    if isinstance(value, (tuple, set, frozenset)):
+        items = value if isinstance(value, tuple) else sorted(value, key=repr)
+        return {"__" + type(value).__name__ + "__": [encode_plain(item) for item in items]}
+    if isinstance(value, bytes):
+        return {"__bytes__": base64.b64encode(value).decode("ascii")}
+    if isinstance(value, complex):
+        return {"__complex__": [value.real, value.imag]}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("__") for key in value):
+            return {key: encode_plain(item) for key, item in value.items()}
+        return {"__dict__": [[encode_plain(key), encode_plain(item)] for key, item in value.items()]}
+    raise ValueError(f"a {type(value).__name__} cannot be an argument or result of a function test")
+
+
+def decode_plain(value: Any) -> Any:
+    """The inverse of :func:`encode_plain`."""
+    if isinstance(value, list):
+        return [decode_plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        ((tag, items),) = value.items()
+        if tag == "__bytes__":
+            return base64.b64decode(items)
+        if tag == "__complex__":
+            return complex(*items)
+        if tag == "__dict__":
+            return {decode_plain(key): decode_plain(item) for key, item in items}
+        if tag in _COLLECTIONS:
+            return _COLLECTIONS[tag](decode_plain(item) for item in items)
+    return {key: decode_plain(item) for key, item in value.items()}
+
+
+Plain = Annotated[Any, BeforeValidator(decode_plain), PlainSerializer(encode_plain)]
+"""Plain data of Python as JSON that people read and write: what JSON lacks is tagged, all else is as it is.
+
+What crosses between a hostile program and its judge has a stricter form, in which every dictionary is tagged."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StdinTest:
     """The program reads ``stdin`` and must print ``expected_stdout`` (compared by the problem's comparison mode)."""
 
+    kind: Literal["stdin"] = "stdin"
     stdin: str
-    expected_stdout: str
+    expected_stdout: Annotated[str, Field(alias="stdout")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AssertTest:
     """Test code that calls the program's functions and raises when they are wrong (MBPP+, HumanEval)."""
 
+    kind: Literal["assert"] = "assert"
     code: str
 
 
@@ -44,12 +109,13 @@ class AssertTest:
 class FunctionTest:
     """Calling ``name(*args)`` must return ``expected``; all of it plain data (JSON, tuples, sets)."""
 
+    kind: Literal["function"] = "function"
     name: str
-    args: tuple[Any, ...]
-    expected: Any
+    args: tuple[Plain, ...]
+    expected: Plain
 
 
-TestCase = StdinTest | AssertTest | FunctionTest
+TestCase = Annotated[StdinTest | AssertTest | FunctionTest, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +130,7 @@ class Limits:
     """Peak memory in MiB."""
     output_bytes: int = 1 << 20
     """Bytes of stdout and, apart, of stderr."""
-    processes: int = 16
+    processes: int = 128
     """Processes and threads alive at once."""
 
 
@@ -75,8 +141,8 @@ class TestResult:
     __test__ = False  # not a pytest class
 
     status: TestStatus
-    stdout: bytes = b""
-    stderr: bytes = b""
+    stdout: Bytes = b""
+    stderr: Bytes = b""
     exit_code: int | None = None
     """None when the process ended by a signal or never ran."""
     signal: int | None = None
@@ -124,8 +190,12 @@ class Problem:
     memory_mb: int | None = None
     difficulty: str | None = None
     canonical_solution: str | None = None
+    wrong_solutions: tuple[str, ...] | None = None
+    """Programs that the data set says are wrong."""
     comparison: str | None = None
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
+    harness: str | None = None
+    """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; None: none."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
@@ -137,6 +207,8 @@ class Execution:
     program: str
     tests: tuple[TestCase, ...]
     limits: Limits
+    preamble: str | None = None
+    """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"
     stop_at_first_failure: bool = False
 
@@ -232,6 +304,22 @@ class Reward:
     """True when the environment failed (a sandbox fault): the sample leaves its group."""
     leaked: bool = False
     """True when the critique gave the solution away and paid for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two answers to one question, of which one is right (JudgeBench)."""
+
+    id: str
+    category: str
+    """knowledge, reasoning, math or coding."""
+    source: str
+    question: str
+    answer_a: str
+    answer_b: str
+    right: Literal["A", "B"]
+    provenance: str | None = None
+    """File and line, or row of the hub's data set."""
 
 
 EVALUATION = 10**12

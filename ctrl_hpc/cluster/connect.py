@@ -10,8 +10,10 @@ from typing import Any
 from ctrl_hpc.cluster.element import token
 from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.tree import ORACLE
 from ctrl_hpc.records import Executor, Generator, Problem
-from ctrl_hpc.rollout.client import OpenAIGenerator, RolloutClient
+from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.openai_client import OpenAIGenerator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +71,14 @@ def _rollout(config: Config, run_dir: str | Path, role: str, model: str) -> Roll
 
 
 def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] | None) -> Generator:
-    if config.generator == "oracle":
+    if config.generator == ORACLE:
         from ctrl_hpc.flow.oracle import OracleGenerator
         from ctrl_hpc.flow.prompts import Prompts
 
         if problems is None:
             raise ValueError("generator=oracle: the problems are needed here")
         return OracleGenerator(problems, Prompts.load(config.prompts.folder, config.prompts.system))
-    if "://" in config.generator:
+    if config.generator_is_url:
         endpoint = config.endpoint
         return OpenAIGenerator(
             config.generator,

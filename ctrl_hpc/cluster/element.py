@@ -61,6 +61,8 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             token=token(config, run_dir),
             on_ready=this.ready,
             judges=config.executor.judges,
+            python=config.executor.python,
+            packages=config.executor.packages,
         )
 
 

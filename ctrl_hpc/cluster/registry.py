@@ -1,9 +1,9 @@
-"""Who serves a run, and where: a file a service in the run directory, rewritten with every heartbeat.
+"""Who serves a run, and where: a file a service in the run directory, whose time is its heartbeat.
 
-The run directory lies on a file system that all nodes share. A reader takes a service for dead when its heartbeat has
+The run directory lies on a file system that all nodes share. A reader takes a service for dead when its file's time has
 not changed for ``dead_after_s`` (by the reader's own clock, so that clocks may differ), or, on the same machine, at
-once when its process is gone. On a full disk, where nothing can be rewritten, the file's time is the heartbeat; while
-a disk does not answer, nobody is silent.
+once when its process is gone. A heartbeat needs no space, so that a full disk stops none; while a disk does not
+answer, nobody is silent.
 
 A process whose entry another process has taken over leaves at once: Slurm starts a job again when its node is lost,
 and what was taken for lost may still run.
@@ -18,21 +18,17 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc.cluster import processes
 
-ROLES = ("executor", "generator", "critic")
-"""Roles of the arrays."""
 SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2
 _LOOK_S = 2.0
 """What a look takes at most; a longer one waited for the disk, as the heartbeats did, and is no silence."""
-type Beat = tuple[float, int, int]
-"""A heartbeat: time, number, and time of the file in nanoseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +47,7 @@ class Service:
     session: str
     """The driver that started it."""
     beat: float = 0.0
-    """Unix time of the last heartbeat, by the service's clock."""
-    count: int = 0
-    """Heartbeats so far."""
+    """Unix time of the last heartbeat: the time of its file."""
 
 
 def folder_of(run_dir: str | Path) -> Path:
@@ -73,7 +67,7 @@ class Registration:
         self._file, self._service, self._heartbeat_s = file, service, heartbeat_s
         self._healthy = healthy
         self._closed = threading.Event()
-        _write(file, replace(service, beat=time.time()))
+        _write(file, service)
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{service.role}", daemon=True)
         self._thread.start()
 
@@ -91,24 +85,43 @@ class Registration:
         self.close()
 
     def _beat(self) -> None:
-        count = 0
         while not self._closed.wait(self._heartbeat_s):
             if self._superseded():
                 print(f"{self._service.role} {self._service.id}: started again elsewhere, leaving", flush=True)
                 os._exit(SUPERSEDED)
             if self._healthy is not None and not self._healthy():
                 continue
-            count += 1
-            try:
-                _write(self._file, replace(self._service, beat=time.time(), count=count))
-            except OSError:
-                with contextlib.suppress(OSError):  # an absent disk: the next heartbeat tries again
-                    os.utime(self._file)  # needs no space
+            with contextlib.suppress(OSError):  # an absent disk: the next heartbeat tries again
+                try:
+                    os.utime(self._file)
+                except FileNotFoundError:  # removed by one that took this service for lost
+                    _write(self._file, self._service)
 
     def _superseded(self) -> bool:
         entry = read_entry(self._file)
         own = self._service
         return entry is not None and (entry.machine, entry.pid, entry.started) != (own.machine, own.pid, own.started)
+
+
+class _Silences:
+    """How long services have been silent, by this process's clock; what the disk takes to answer is no silence."""
+
+    def __init__(self) -> None:
+        self._heard: dict[Path, tuple[float, float]] = {}
+
+    def of(self, file: Path, beat: float, age_s: float) -> float:
+        """Seconds since an entry's heartbeat changed; ``age_s``: what is taken for it at first sight."""
+        now = time.monotonic()
+        last, since = self._heard.get(file, (beat, now - age_s))
+        if last != beat:
+            since = now
+        self._heard[file] = (beat, since)
+        return now - since
+
+    def excuse(self, waited_s: float) -> None:
+        """A look took so long."""
+        if waited_s > _LOOK_S:
+            self._heard = {file: (beat, since + waited_s) for file, (beat, since) in self._heard.items()}
 
 
 class Registry:
@@ -117,8 +130,9 @@ class Registry:
     def __init__(self, run_dir: str | Path, *, heartbeat_s: float = 5.0, dead_after_s: float = 30.0) -> None:
         self.folder = folder_of(run_dir)
         self._heartbeat_s, self._dead_after_s = heartbeat_s, dead_after_s
-        self._seen: dict[Path, tuple[Beat, float]] = {}
-        self._cache: tuple[float, list[Service]] = (-1.0, [])
+        self._silences = _Silences()
+        self._entries: dict[Path, Service] = {}
+        self._cache: dict[str, tuple[float, list[Service]]] = {}
         self._lock = threading.Lock()
 
     def register(
@@ -151,22 +165,22 @@ class Registry:
 
     def endpoints(self, role: str) -> list[str]:
         """URLs of the services of a role that are alive, in a stable order."""
-        return [service.url for service in self.services() if service.role == role and service.url]
+        return [service.url for service in self.services(role) if service.url]
 
-    def services(self) -> list[Service]:
-        """Every service that is alive."""
+    def services(self, role: str = "*") -> list[Service]:
+        """Every service that is alive, of one role or of all."""
         with self._lock:
-            when, cached = self._cache
+            when, cached = self._cache.get(role, (-1.0, []))
             if time.monotonic() - when < _CACHE_S:
                 return cached
-            alive = [service for file, service in self._read() if self._is_alive(file, service)]
-            self._cache = (time.monotonic(), alive)
+            alive = [service for file, service in self._read(role) if self._is_alive(file, service)]
+            self._cache[role] = (time.monotonic(), alive)
             return alive
 
     def census(self, role: str = "*") -> tuple[list[Service], list[Service]]:
         """The living and the silent, by one reading: none that registers meanwhile is among the silent."""
-        read = self._read(role)
         with self._lock:
+            read = self._read(role)
             alive = {file for file, service in read if self._is_alive(file, service)}
         living = [service for file, service in read if file in alive]
         return living, [service for file, service in read if file not in alive]
@@ -180,32 +194,24 @@ class Registry:
         for file, service in self._read():
             if not keep(service):
                 file.unlink(missing_ok=True)
-        self._cache = (-1.0, [])
+        self._cache.clear()
 
     def _read(self, role: str = "*") -> list[tuple[Path, Service]]:
-        began, out = time.monotonic(), []
+        began, out = time.monotonic(), {}
         for file in sorted(self.folder.glob(f"{role}/*.json")):
-            service = read_entry(file)
+            service = read_entry(file, self._entries.get(file))
             if service is not None:
-                out.append((file, service))
-        waited = time.monotonic() - began
-        if waited > _LOOK_S:
-            self._seen = {file: (beat, since + waited) for file, (beat, since) in self._seen.items()}
-        return out
+                out[file] = service
+        self._silences.excuse(time.monotonic() - began)
+        self._entries |= out
+        return list(out.items())
 
     def _is_alive(self, file: Path, service: Service) -> bool:
         if service.machine == processes.machine() and not processes.is_running(service.pid, service.started):
             return False
-        beat = _beat_of(file, service)
-        now = time.monotonic()
-        last, since = self._seen.get(file, (None, now))
-        if last is None:
-            # first sight: trust the clocks once, but only for how old the beat is
-            since = now - max(0.0, time.time() - service.beat)
-        elif last != beat:
-            since = now
-        self._seen[file] = (beat, since)
-        return now - since < self._dead_after_s
+        # first sight: trust the clocks once, but only for how old the beat is
+        age_s = max(0.0, time.time() - service.beat)
+        return self._silences.of(file, service.beat, age_s) < self._dead_after_s
 
 
 class DriverWatch:
@@ -214,33 +220,23 @@ class DriverWatch:
     def __init__(self, run_dir: str | Path, session: str, dead_after_s: float) -> None:
         self._file = folder_of(run_dir) / "driver" / "driver.json"
         self._session, self._dead_after_s = session, dead_after_s
-        self._last: Beat | None = None
-        self._since = self._looked = time.monotonic()
+        self._silences, self._beat = _Silences(), 0.0
+        self._silences.of(self._file, self._beat, 0.0)
+        self._looked = time.monotonic()
 
     def alive(self) -> bool:
         """False once the driver is gone, silent for too long, or another driver has taken the run over."""
         driver = read_entry(self._file)
         now = time.monotonic()
-        self._since += max(0.0, now - self._looked - _LOOK_S)
+        self._silences.excuse(now - self._looked)
         self._looked = now
         if driver is not None:
             if driver.session != self._session:
                 return False
             if driver.machine == processes.machine() and not processes.is_running(driver.pid, driver.started):
                 return False
-            beat = _beat_of(self._file, driver)
-            if beat != self._last:
-                self._last, self._since = beat, now
-        return now - self._since < self._dead_after_s
-
-
-def _beat_of(file: Path, service: Service) -> Beat:
-    """What changes with every heartbeat."""
-    try:
-        changed = file.stat().st_mtime_ns
-    except OSError:
-        changed = 0
-    return service.beat, service.count, changed
+            self._beat = driver.beat
+        return self._silences.of(self._file, self._beat, 0.0) < self._dead_after_s
 
 
 def new_session() -> str:
@@ -248,14 +244,19 @@ def new_session() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def read_entry(file: Path) -> Service | None:
-    """An entry; None when it is gone or being replaced on a file system without atomic renames."""
+def read_entry(file: Path, known: Service | None = None) -> Service | None:
+    """An entry, ``known`` where its time is the same; None when it is gone, or is being replaced on a file system
+    without atomic renames."""
     try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        with open(file, encoding="utf-8") as text:  # opened, and so asked anew of a file system that caches times
+            beat = os.fstat(text.fileno()).st_mtime_ns / 1e9
+            if known is not None and known.beat == beat:
+                return known
+            data: dict[str, Any] = json.load(text)
     except (OSError, json.JSONDecodeError):
         return None
-    known = {field.name for field in fields(Service)}
-    return Service(**{key: item for key, item in data.items() if key in known})
+    names = {field.name for field in fields(Service)}
+    return Service(**{key: item for key, item in data.items() if key in names} | {"beat": beat})
 
 
 def _write(file: Path, service: Service) -> None:

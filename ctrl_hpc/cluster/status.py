@@ -13,6 +13,7 @@ from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.job_records import end_recorded, recorded
 from ctrl_hpc.cluster.registry import Registry, folder_of
 from ctrl_hpc.run import journal
+from ctrl_hpc.stages import STAGES
 
 
 def jobs(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -112,8 +113,7 @@ def _run_folder(run_dir: str | Path) -> Path:
 
 
 def _stages(folder: Path) -> list[str]:
-    known = ("models", "sample", "synthesize", "sft", "rl", "eval", "report")
-    return [name for name in known if (folder / name).is_dir()]
+    return [name for name in ("models", *STAGES) if (folder / name).is_dir()]
 
 
 def _stage(folder: Path, stage: str) -> dict[str, Any]:

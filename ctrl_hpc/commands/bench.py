@@ -43,7 +43,7 @@ def _bench_executor(options: argparse.Namespace) -> int:
 def _bench_trainer(options: argparse.Namespace) -> int:
     from dataclasses import fields
 
-    from ctrl_hpc.plan.measure import Options, bench
+    from ctrl_hpc.train.measure import Options, bench
 
     bench(Options(**{field.name: getattr(options, field.name) for field in fields(Options)}), options.out)
     return 0

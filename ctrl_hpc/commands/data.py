@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctrl_hpc.config.machine import ExecutorConfig
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="NAME|CONFIG.yaml", help="a data set, or a configuration for its own")
     parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="with a configuration")
     parser.add_argument("--path", default=None, help="file or folder with the data set (default: the hub)")
-    parser.add_argument("--split", default=None, help="split (default: test; train where there is one to train on)")
+    parser.add_argument("--split", default=None, help="split (default: the data set's first)")
     parser.add_argument("--n", type=int, default=None, help="problems at most, the first ones (default: all)")
     parser.add_argument(
         "--against",
@@ -28,20 +32,66 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="leave out problems that are like those of this benchmark; may be given several times",
     )
     parser.add_argument("--out", type=Path, default=None, help="file to write (default: standard output)")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        default=None,
+        metavar="LEDGER.json",
+        help="run every canonical solution and every known-wrong program; with a configuration --out gets what "
+        "data.verified_only leaves",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=None, help="programs that --verify runs at once (default: cores)"
+    )
     parser.set_defaults(command=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load, decontaminate, write, and tell on stderr; beside ``--out FILE`` goes FILE.provenance.json."""
+    """Load, decontaminate, verify, write, and tell on stderr; beside ``--out FILE`` goes FILE.provenance.json."""
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers: {options.workers} is not allowed; it must be greater than 0")
     if options.target.endswith((".yaml", ".yml")):
-        items, facts = _configured(options)
+        items, facts, executor, verified_only = _configured(options)
     else:
         items, facts = _named(options)
+        executor, verified_only = _default_executor(), False
+    if options.verify is not None:
+        items = _verify(options, items, executor, verified_only)
     _write(options.out, items, facts)
     return 0
 
 
-def _configured(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _default_executor() -> ExecutorConfig:
+    from ctrl_hpc.config.machine import ExecutorConfig
+
+    return ExecutorConfig()
+
+
+def _verify(
+    options: argparse.Namespace, items: Sequence[Any], settings: ExecutorConfig, verified_only: bool | None
+) -> Sequence[Any]:
+    """Write the ledger; the items that ``data.verified_only`` leaves. What was found is kept beside it until then."""
+    from ctrl_hpc import jsonl
+    from ctrl_hpc.data import verification
+    from ctrl_hpc.records import Problem
+    from ctrl_hpc.sandbox import Sandbox, judge
+
+    if not all(isinstance(item, Problem) for item in items):
+        raise ValueError("--verify: pairs of answers hold no programs to run")
+    journal = options.verify.with_name(options.verify.name + ".part")
+    workers = options.workers or os.cpu_count() or 1
+    judges = judge.load(settings.judges)
+    with Sandbox(workers, judges=judges, python=settings.python, packages=settings.packages) as sandbox:
+        ledger = verification.verify(items, sandbox, settings, journal)
+    jsonl.write_text(options.verify, json.dumps(ledger.encode(), indent=1) + "\n")
+    for line in ledger.lines():
+        print(line, file=sys.stderr)
+    return items if verified_only is False else verification.proven(items, ledger, strictly=bool(verified_only))
+
+
+def _configured(
+    options: argparse.Namespace,
+) -> tuple[Sequence[Any], dict[str, Any], ExecutorConfig, bool | None]:
     from ctrl_hpc.config import load
     from ctrl_hpc.data import catalog, inventory
 
@@ -50,11 +100,13 @@ def _configured(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, A
             "--path, --split, --n and --against go with the name of a data set; with a configuration: data.*"
         )
     config = load(options.target, options.overrides)
-    problems, left_out = catalog.training(config.data, config.seed)
-    return problems, inventory.describe(config.data.name, config.data.split, problems) | {"decontamination": left_out}
+    found = catalog.prepared(config.data, config.seed, critic=config.critic.model)
+    facts = inventory.describe(config.data.name, config.data.split, found.problems) | catalog.facts(found)
+    return found.problems, facts, config.executor, config.data.verified_only
 
 
 def _named(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+    from ctrl_hpc import jsonl
     from ctrl_hpc.data import catalog, inventory, judgebench
 
     if options.overrides:
@@ -68,9 +120,11 @@ def _named(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
         split = options.split or "gpt"
         pairs = judgebench.load(options.path, split)
         return pairs[: options.n], inventory.describe(name, split, pairs) | {"decontamination": None}
-    split = options.split or ("train" if name in ("taco", "jsonl", "tiny") else "test")
-    problems = catalog.whole(name, options.path, split)
-    facts = inventory.describe(name, split, problems)
+    split = options.split or catalog.default_split(name)
+    loaded = catalog.read(name, options.path, split)
+    catalog.tell(name, loaded.left_out)
+    problems = loaded.items
+    facts = inventory.describe(name, split, problems) | {"left_out": list(map(jsonl.encode, loaded.left_out))}
     left_out = None
     if options.against:
         against = {}

@@ -3,37 +3,53 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config.experiment import DataConfig
-from ctrl_hpc.data import codecontests, humaneval, livecodebench, mbppplus, taco
+from ctrl_hpc.config.method import DataConfig, FilterConfig
+from ctrl_hpc.data import codecontests, filters, humaneval, livecodebench, mbpp, table, taco
 from ctrl_hpc.data.decontamination import decontaminate, report
+from ctrl_hpc.data.table import LeftOut, Loaded
 from ctrl_hpc.records import Problem
 
-Loader = Callable[[str | None, str], list[Problem]]
-"""``(path, split)`` -> problems; a data set that has only some splits says which."""
+Loader = Callable[..., Loaded[Problem]]
+"""``(path, split)`` -> problems and the rows left out; a data set that has only some splits says which."""
 
 
-def _tiny(path: str | None, split: str) -> list[Problem]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """How a data set is read."""
+
+    load: Loader
+    splits: tuple[str, ...]
+    """Splits by name; the first is taken where none is asked for."""
+    rules: tuple[str, ...] = ()
+    """Keys of ``data.filters`` that the loader itself takes."""
+
+
+def _tiny(path: str | None, split: str) -> Loaded[Problem]:
     from ctrl_hpc.tiny import world
 
     splits = world.load()
     for name, problems in splits.items():
         if name == split:
-            return problems
+            return Loaded(items=problems)
     raise ValueError(f"data: tiny has no split {split!r}; allowed: {', '.join(splits)}")
 
 
-def _jsonl(path: str | None, split: str) -> list[Problem]:
-    """Problems of our own schema; a problem without a matching split is left out."""
+def _jsonl(path: str | None, split: str) -> Loaded[Problem]:
+    """Problems of our own schema; a problem of another split is not taken, a line that does not fit is left out."""
     if path is None:
         raise ValueError("data.path: missing; the data set jsonl is a file of problems")
     if not Path(path).is_file():
         raise ValueError(f"data.path: {path}: no such file")
-    problems = [problem for problem in jsonl.read(Problem, path) if problem.split == split]
+    rows = table.rows(path, hub="", split=split)
+    loaded = table.collect(rows, lambda row: table.usable(jsonl.decode(Problem, row.values)))
+    problems = [problem for problem in loaded.items if problem.split == split]
     if not problems:
         raise ValueError(f"data.path: {path}: no problem of the split {split!r}")
     seen: set[str] = set()
@@ -41,20 +57,62 @@ def _jsonl(path: str | None, split: str) -> list[Problem]:
         if problem.id in seen:
             raise ValueError(f"data.path: {path}: two problems have the id {problem.id!r}")
         seen.add(problem.id)
-    return problems
+    return Loaded(items=problems, left_out=loaded.left_out)
 
 
-DATASETS: dict[str, Loader] = {
-    "tiny": _tiny,
-    "jsonl": _jsonl,
-    "taco": taco.load,
-    "codecontests": codecontests.load,
-    "livecodebench": livecodebench.load,
-    "mbppplus": mbppplus.load,
-    "humaneval": humaneval.load,
-    "humanevalplus": humaneval.load_plus,
+DATASETS: dict[str, Dataset] = {
+    "tiny": Dataset(load=_tiny, splits=("train", "dev", "test")),
+    "jsonl": Dataset(load=_jsonl, splits=("train", "dev", "test")),
+    "taco": Dataset(load=taco.load, splits=("train", "test", "all"), rules=("list_streams",)),
+    "codecontests": Dataset(load=codecontests.load, splits=("test", "dev", "train")),
+    "livecodebench": Dataset(load=livecodebench.load, splits=("test", "all")),
+    "mbpp": Dataset(load=mbpp.load, splits=("test", "validation", "train", "all")),
+    "mbppplus": Dataset(load=mbpp.load_plus, splits=("test",)),
+    "humaneval": Dataset(load=humaneval.load, splits=("test",)),
+    "humanevalplus": Dataset(load=humaneval.load_plus, splits=("test",)),
 }
 """Every data set, by the name that configurations use."""
+
+
+def _tiny_oracle(problem: Problem, program: str) -> str:
+    from ctrl_hpc.tiny import world
+
+    return world.oracle_critique(problem, program)
+
+
+ORACLES: dict[str, Callable[[Problem, str], str]] = {"tiny": _tiny_oracle}
+"""``(problem, program) -> critique`` of the data sets that know what is wrong with a program."""
+
+
+def read(name: str, path: str | None, split: str, rules: FilterConfig | None = None) -> Loaded[Problem]:
+    """All problems of a split, and the rows left out. Raises ValueError for an unknown name or split."""
+    data_set = _named(name)
+    options = {key: getattr(rules, key) for key in data_set.rules} if rules is not None else {}
+    return data_set.load(path, split, **options)
+
+
+def _named(name: str) -> Dataset:
+    if name not in DATASETS:
+        raise ValueError(f"data: {name!r} is not a data set; allowed: {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def default_split(name: str) -> str:
+    """The split that is taken where none is asked for."""
+    return _named(name).splits[0]
+
+
+def whole(name: str, path: str | None, split: str) -> list[Problem]:
+    """All problems of a split, the rows left out named on stderr. Raises ValueError for an unknown name or split."""
+    loaded = read(name, path, split)
+    tell(name, loaded.left_out)
+    return loaded.items
+
+
+def tell(name: str, left_out: list[LeftOut]) -> None:
+    """Name the rows left out on stderr."""
+    for line in table.lines(left_out):
+        print(f"{name}: {line}", file=sys.stderr)
 
 
 def load(name: str, *, path: str | None, split: str, n: int, seed: int) -> list[Problem]:
@@ -66,39 +124,72 @@ def load(name: str, *, path: str | None, split: str, n: int, seed: int) -> list[
     return drawn(problems, n, seed) if split == "train" else problems[:n]
 
 
-def whole(name: str, path: str | None, split: str) -> list[Problem]:
-    """All problems of a split. Raises ValueError for an unknown name or split."""
-    if name not in DATASETS:
-        raise ValueError(f"data: {name!r} is not a data set; allowed: {', '.join(DATASETS)}")
-    return DATASETS[name](path, split)
-
-
 def drawn(problems: list[Problem], n: int, seed: int) -> list[Problem]:
     """At most ``n`` of them, drawn by ``seed``."""
     return random.Random(f"problems {seed}").sample(problems, n) if len(problems) > n else problems
 
 
-def training(data: DataConfig, seed: int) -> tuple[list[Problem], dict[str, Any] | None]:
-    """A run's training problems without those that are like a benchmark's, and what was left out (None: not asked).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """A run's training problems, and what was left out on the way to them."""
 
-    Decontamination comes before the drawing, so that ``data.n_train`` problems are left where there are as many.
+    problems: list[Problem]
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Bad rows."""
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Problems that each rule of ``data.filters`` took."""
+    decontamination: dict[str, Any] | None = None
+    """What was like a benchmark's problem (None: not asked)."""
+
+
+def prepared(data: DataConfig, seed: int, *, critic: str | None = None) -> Training:
+    """A run's training problems: those that the filters keep and that are unlike the benchmarks', then drawn.
+
+    So ``data.n_train`` problems are left where there are as many. ``critic``: the folder whose tokenizer counts where
+    ``data.filters.tokenizer`` names none. Raises ValueError where nothing is left.
     """
-    problems = whole(data.name, data.path, data.split)
+    if not 0 < data.overlap <= 1:
+        raise ValueError(f"data.overlap: {data.overlap} is not allowed; it must be greater than 0 and at most 1")
+    if data.ngram < 1:
+        raise ValueError(f"data.ngram: {data.ngram} is not allowed; it must be greater than 0")
+    loaded = read(data.name, data.path, data.split, data.filters)
+    tell(data.name, loaded.left_out)
+    problems, taken = filters.apply(loaded.items, data.filters, _counter(data.filters, critic))
+    if not problems:
+        raise ValueError(f"data.filters: no problem of {data.name} is left ({taken})")
     told = None
     against = benchmarks(data)
-    if data.decontaminate and against:
-        problems, told = without_benchmarks(problems, against)
+    if against:
+        problems, told = without_benchmarks(problems, against, data)
         if not problems:
             raise ValueError(f"data.decontaminate: every problem of {data.name} is like one of {', '.join(against)}")
-    return drawn(problems, data.n_train, seed), told
+    problems = drawn(problems, data.n_train, seed)
+    return Training(problems=problems, left_out=loaded.left_out, filtered=taken, decontamination=told)
+
+
+def facts(found: Training) -> dict[str, Any]:
+    """What was left out, as JSON: ``left_out``, ``filtered``, ``decontamination``."""
+    return {
+        "left_out": list(map(jsonl.encode, found.left_out)),
+        "filtered": found.filtered,
+        "decontamination": found.decontamination,
+    }
+
+
+def _counter(rules: FilterConfig, critic: str | None) -> Callable[[str], int] | None:
+    if rules.min_tokens is None and rules.max_tokens is None:
+        return None
+    folder = rules.tokenizer or critic
+    if folder is None:
+        raise ValueError("data.filters.tokenizer: missing; data.filters.min_tokens and max_tokens need one")
+    return filters.tokens_by(folder)
 
 
 def benchmarks(data: DataConfig) -> dict[str, list[Problem]]:
-    """The problems that training problems are compared with, by data set; the tiny world only with others."""
+    """The problems that training problems are compared with, by data set."""
     places: dict[str, str | None] = {name: eval_path(data, name) for name in data.eval_names}
     places |= {name: place or None for name, place in data.benchmarks.items()}
-    compared = {name: place for name, place in places.items() if not name == data.name == "tiny"}
-    return {name: whole(name, place, data.eval_split) for name, place in compared.items()}
+    return {name: whole(name, places[name], data.eval_split) for name in data.compared_names}
 
 
 def eval_path(data: DataConfig, name: str) -> str | None:
@@ -107,10 +198,12 @@ def eval_path(data: DataConfig, name: str) -> str | None:
 
 
 def without_benchmarks(
-    problems: list[Problem], against: Mapping[str, list[Problem]]
+    problems: list[Problem], against: Mapping[str, list[Problem]], data: DataConfig | None = None
 ) -> tuple[list[Problem], dict[str, Any]]:
     """The problems that are like none of the benchmarks', and a report of those that went: ``{"text", "left_out"}``."""
-    kept, left_out = decontaminate(problems, against)
+    data = data or DataConfig()
+    threshold = None if data.exact else data.overlap
+    kept, left_out = decontaminate(problems, against, n=data.ngram, threshold=threshold)
     text = report(left_out, against, len(problems))
     return kept, {
         "text": text,

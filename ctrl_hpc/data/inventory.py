@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.data import codecontests, humaneval, judgebench, livecodebench, mbppplus, taco
-from ctrl_hpc.data.judgebench import Pair
-from ctrl_hpc.records import Problem
+from ctrl_hpc.data import codecontests, humaneval, judgebench, livecodebench, mbpp, taco
+from ctrl_hpc.records import Pair, Problem
 
 PAPER: dict[tuple[str, str], tuple[int, str]] = {
     ("taco", "train"): (taco.SIZES["train"], "published; the paper trains on 18820 of train and test together"),
@@ -20,8 +19,12 @@ PAPER: dict[tuple[str, str], tuple[int, str]] = {
     ("codecontests", "train"): (codecontests.SIZES["train"], "published"),
     ("codecontests", "dev"): (codecontests.SIZES["valid"], "published"),
     ("codecontests", "test"): (codecontests.SIZES["test"], "arXiv 2502.03492, from its pass rates"),
-    ("livecodebench", "test"): (livecodebench.SIZE, "arXiv 2502.03492, from its pass rates: 24.08 to 24.11"),
-    ("mbppplus", "test"): (mbppplus.SIZE, "arXiv 2502.03492, from its pass rates"),
+    ("livecodebench", "test"): (
+        livecodebench.SIZE,
+        "arXiv 2502.03492, from its pass rates: release_v4, 2024-08-01 to 2024-11-01",
+    ),
+    ("mbppplus", "test"): (mbpp.PLUS_SIZE, "arXiv 2502.03492, from its pass rates"),
+    **{("mbpp", split): (size, "published") for split, size in mbpp.SIZES.items()},
     ("humaneval", "test"): (humaneval.SIZE, "published"),
     ("humanevalplus", "test"): (humaneval.SIZE, "published"),
     ("judgebench", "gpt"): (judgebench.SIZES["gpt"], "arXiv 2502.03492"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 from ctrl_hpc.data import table
+from ctrl_hpc.flow.fences import well_formed
+from ctrl_hpc.records import Pair
 
 SIZES = {"gpt": 350, "claude": 270}
 """Pairs of each split as published: of answers by GPT-4o, and by Claude 3.5 Sonnet; the paper judges the 350."""
@@ -20,26 +22,13 @@ CATEGORIES = {
 """Category by the beginning of the source's name."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """Two answers to one question, of which one is right."""
-
-    id: str
-    category: str
-    """knowledge, reasoning, math or coding."""
-    source: str
-    question: str
-    answer_a: str
-    answer_b: str
-    right: Literal["A", "B"]
-    provenance: str | None = None
-    """File and line, or row of the hub's data set."""
-
-
 def load(path: str | None, split: str) -> list[Pair]:
-    """The pairs of a split, ``gpt`` or ``claude``."""
+    """The pairs of a split, ``gpt`` or ``claude``; those that cannot be read are left out and named on stderr."""
     table.require_split("judgebench", split, *SIZES)
-    return [_pair(row) for row in table.rows(path, hub="ScalerLab/JudgeBench", split=split)]
+    loaded = table.collect(table.rows(path, hub="ScalerLab/JudgeBench", split=split), _pair)
+    for line in table.lines(loaded.left_out):
+        print(f"judgebench: {line}", file=sys.stderr)
+    return loaded.items
 
 
 def _pair(row: table.Row) -> Pair:
@@ -54,9 +43,9 @@ def _pair(row: table.Row) -> Pair:
         id=row.text("pair_id"),
         category=category,
         source=source,
-        question=row.text("question"),
-        answer_a=row.text("response_A"),
-        answer_b=row.text("response_B"),
+        question=well_formed(row.text("question")),
+        answer_a=well_formed(row.text("response_A")),
+        answer_b=well_formed(row.text("response_B")),
         right=right[label],
         provenance=row.where,
     )

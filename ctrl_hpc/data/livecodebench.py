@@ -4,42 +4,102 @@ from __future__ import annotations
 
 import base64
 import binascii
+import datetime
 import io
 import json
 import pickle
 import re
 import zlib
+from dataclasses import dataclass
 from typing import Any
 
 from ctrl_hpc.data import table
+from ctrl_hpc.data.table import Loaded
 from ctrl_hpc.records import FunctionTest, Problem, StdinTest, TestCase
 
 SIZE = 112
 """Problems of the paper's window."""
-WINDOW = ("2024-08", "2024-11")
-"""Months, both included, of the split ``test``: the paper's window (112 problems)."""
-_WINDOW = re.compile(r"(\d{4}-\d{2})\.\.(\d{4}-\d{2})")
+RELEASES = 6
+"""Releases so far: release_v1 is the file test.jsonl, every later one adds a file of its own."""
+PAPER = "release_v4:2024-08-01..2024-11-01"
+"""The split ``test``: what the paper's code evaluates on."""
+_MONTH, _DAY = r"\d{4}-\d{2}", r"\d{4}-\d{2}-\d{2}"
+_WINDOW = re.compile(rf"(?P<first>{_DAY}|{_MONTH})\.\.(?P<last>{_DAY}|{_MONTH})")
+_RELEASE = re.compile(r"release_(?:v(?P<upto>\d)|latest)|v(?P<first>\d)(?:_v(?P<last>\d))?")
+_ALLOWED = (
+    "test, all, a release (release_v1..release_v6, v5, v4_v6), dates (2024-08..2024-11), or release_v4:2024-08-01.."
+)
 
 
-def load(path: str | None, split: str) -> list[Problem]:
-    """The problems of a window of months: ``test`` is the paper's, ``2024-10..2025-01`` any other, ``all`` all."""
-    first, last = window(split)
-    rows = table.rows(path, hub="livecodebench/code_generation_lite", files="test*.jsonl", split="test")
-    return [_problem(row) for row in rows if first <= row.text("contest_date")[:7] <= last]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which problems a split holds: those of some files whose contest was in a time."""
+
+    files: tuple[str, ...]
+    first: datetime.datetime = datetime.datetime.min
+    last: datetime.datetime = datetime.datetime.max
+    """The last moment: of a month its end, of a day its beginning, as in LiveCodeBench's own code."""
 
 
-def window(split: str) -> tuple[str, str]:
-    """The first and last month of a split, as ``YYYY-MM``."""
-    match = _WINDOW.fullmatch(split)
-    if match:
-        return match[1], match[2]
-    known = {"test": WINDOW, "all": ("0000-00", "9999-99")}
-    if split not in known:
-        raise ValueError(f"data: livecodebench has no split {split!r}; allowed: test, all, or YYYY-MM..YYYY-MM")
-    return known[split]
+def load(path: str | None, split: str) -> Loaded[Problem]:
+    """The problems of a split: ``test`` is the paper's 112, ``all`` all, else a release, a window of dates, or both.
+
+    In a folder the releases' files are read, as they are named on the hub; a single file is taken for the release's.
+    """
+    part = parts(split)
+    rows = table.rows(path, hub="livecodebench/code_generation_lite", files=part.files, split="test")
+    return table.problems((row for row in rows if _in(row, part)), _problem)
+
+
+def parts(split: str) -> Part:
+    """What a split's name means. Raises ValueError for a name that means nothing."""
+    known = {"test": PAPER, "all": "release_latest"}
+    text = known.get(split, split)
+    release, _, window = f":{text}".rpartition(":") if _WINDOW.fullmatch(text) else text.partition(":")
+    release = release.lstrip(":")
+    files, dates = _files(release or "release_latest"), _WINDOW.fullmatch(window)
+    if not text or not files or (window and dates is None):
+        raise ValueError(f"data: livecodebench has no split {split!r}; allowed: {_ALLOWED}")
+    if dates is None:
+        return Part(files=files)
+    try:
+        return Part(files=files, first=_moment(dates["first"], end=False), last=_moment(dates["last"], end=True))
+    except ValueError:
+        raise ValueError(f"data: livecodebench has no split {split!r}; allowed: {_ALLOWED}") from None
+
+
+def _files(release: str) -> tuple[str, ...]:
+    match = _RELEASE.fullmatch(release)
+    if match is None:
+        return ()
+    first = int(match["first"] or 1)
+    last = int(match["upto"] or match["last"] or match["first"] or RELEASES)
+    if not 1 <= first <= last <= RELEASES:
+        return ()
+    return tuple(f"test{number if number > 1 else ''}.jsonl" for number in range(first, last + 1))
+
+
+def _moment(text: str, *, end: bool) -> datetime.datetime:
+    if len(text) == len("2024-08-01"):
+        return datetime.datetime.fromisoformat(text)
+    month = datetime.datetime.fromisoformat(f"{text}-01")
+    if not end:
+        return month
+    return (month + datetime.timedelta(days=32)).replace(day=1) - datetime.timedelta(microseconds=1)
+
+
+def _in(row: table.Row, part: Part) -> bool:
+    """Whether a row belongs to the split; a bad one does, so that it is counted."""
+    if row.fault:
+        return True
+    try:
+        return part.first <= row.date("contest_date") <= part.last
+    except ValueError:
+        return True
 
 
 def _problem(row: table.Row) -> Problem:
+    row.date("contest_date")
     metadata = row.decoded("metadata") if row.get("metadata") else {}
     name = metadata.get("func_name")
     cases = [*row.decoded("public_test_cases"), *_private(row)]
@@ -49,23 +109,24 @@ def _problem(row: table.Row) -> Problem:
         split="test",
         prompt=row.text("question_content"),
         starter_code=row.get("starter_code") or None,
-        tests=tuple(_test(case, name, row.where) for case in cases),
+        tests=tuple(_test(case, name) for case in cases),
         difficulty=row.get("difficulty"),
         comparison="livecodebench",
+        harness="livecodebench",
         provenance=row.where,
     )
 
 
-def _test(case: dict[str, Any], name: str | None, where: str) -> TestCase:
+def _test(case: dict[str, Any], name: str | None) -> TestCase:
     if case.get("testtype") != "functional":
         return StdinTest(stdin=case["input"], expected_stdout=case["output"])
     if name is None:
-        raise ValueError(f"{where}: metadata: func_name: missing; the tests call a function")
+        raise ValueError("metadata: func_name: missing; the tests call a function")
     try:
         arguments = tuple(json.loads(line) for line in case["input"].split("\n") if line.strip())
         return FunctionTest(name=name, args=arguments, expected=json.loads(case["output"]))
     except ValueError as error:
-        raise ValueError(f"{where}: a functional test is not JSON: {error}") from None
+        raise ValueError(f"a functional test is not JSON: {error}") from None
 
 
 def _private(row: table.Row) -> list[dict[str, Any]]:
@@ -77,9 +138,9 @@ def _private(row: table.Row) -> list[dict[str, Any]]:
         return list(row.decoded("private_test_cases"))
     try:
         content = _TextUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(text, validate=True)))).load()
-        return list(json.loads(content))
+        return list(json.loads(content) if isinstance(content, (str, bytes)) else content)
     except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, ValueError, TypeError) as error:
-        raise ValueError(f"{row.where}: private_test_cases: cannot be decoded: {error}") from None
+        raise ValueError(f"private_test_cases: cannot be decoded: {error}") from None
 
 
 class _TextUnpickler(pickle.Unpickler):

@@ -1,18 +1,27 @@
-"""Rows of a published data set, from the hub or local files; one-line errors that name file, row and field."""
+"""Rows of a published data set, from the hub or local files, made into records; a bad row is left out and named."""
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ctrl_hpc.flow.fences import parsed, well_formed
+from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest, TestCase
+
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
 """Files that can be read."""
+HUB_FILES = "hf://datasets/"
+"""Where the files of the hub's data sets lie."""
+_BAD_ROW = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What a row that is not as published raises."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +30,10 @@ class Row:
 
     where: str
     values: dict[str, Any]
+    number: int = 0
+    """Its place in the split, from 0."""
+    fault: str = ""
+    """Why the row could not be read; empty when it could."""
 
     def __getitem__(self, name: str) -> Any:
         """The value of a column; raises ValueError when the row lacks it."""
@@ -47,29 +60,159 @@ class Row:
             return value
         try:
             return json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.where}: {name}: not JSON: {error}") from None
 
+    def date(self, name: str) -> datetime.datetime:
+        """A column that is a moment: as such, as text of ISO 8601, or in milliseconds since 1970; without a zone."""
+        value = self[name]
+        if isinstance(value, datetime.datetime):
+            return value.replace(tzinfo=None)
+        if isinstance(value, datetime.date):
+            return datetime.datetime(value.year, value.month, value.day)
+        try:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return datetime.datetime.fromtimestamp(value / 1000, datetime.UTC).replace(tzinfo=None)
+            return datetime.datetime.fromisoformat(value).replace(tzinfo=None)
+        except (ValueError, TypeError, OverflowError, OSError):
+            raise ValueError(f"{self.where}: {name}: {value!r} is not a date") from None
 
-def rows(path: str | None, *, hub: str, files: str | None = None, split: str) -> Iterator[Row]:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A row that did not become a record."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded[R]:
+    """The records of a data set, and the rows that were left out."""
+
+    items: list[R]
+    left_out: list[LeftOut] = field(default_factory=list)
+
+
+def collect[R](rows: Iterable[Row], make: Callable[[Row], R]) -> Loaded[R]:
+    """A record for each row; rows that cannot be read, or that ``make`` refuses, are left out.
+
+    Raises ValueError with the first row's fault when every row is bad.
+    """
+    items: list[R] = []
+    left_out: list[LeftOut] = []
+    for row in rows:
+        try:
+            if row.fault:
+                raise ValueError(row.fault)
+            items.append(make(row))
+        except _BAD_ROW as error:
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            left_out.append(LeftOut(where=row.where, reason=_short(reason.removeprefix(f"{row.where}: "))))
+    if left_out and not items:
+        others = f" (and {len(left_out) - 1} more rows)" if len(left_out) > 1 else ""
+        raise ValueError(f"{left_out[0].where}: {left_out[0].reason}{others}")
+    return Loaded(items=items, left_out=left_out)
+
+
+def lines(left_out: Sequence[LeftOut], most: int = 20) -> list[str]:
+    """The rows that were left out, for people: how many, and the first ``most`` by name."""
+    if not left_out:
+        return []
+    more = [f"  and {len(left_out) - most} more"] if len(left_out) > most else []
+    named = [f"  {item.where}: {item.reason}" for item in left_out[:most]]
+    return [f"{len(left_out)} bad rows left out", *named, *more]
+
+
+def problems(rows: Iterable[Row], make: Callable[[Row], Problem]) -> Loaded[Problem]:
+    """As :func:`collect`, for problems: those whose tests check nothing, or cannot be run, are left out too.
+
+    The second problem of an id gets ``#2`` behind it.
+    """
+    seen: Counter[str] = Counter()
+
+    def made(row: Row) -> Problem:
+        problem = usable(make(row))
+        seen[problem.id] += 1
+        return problem if seen[problem.id] == 1 else replace(problem, id=f"{problem.id}#{seen[problem.id]}")
+
+    return collect(rows, made)
+
+
+def usable(problem: Problem) -> Problem:
+    """A problem with its texts well formed; raises ValueError when its tests check nothing or cannot be encoded."""
+    if not problem.tests:
+        raise ValueError("no tests")
+    printed = [test.expected_stdout for test in problem.tests if isinstance(test, StdinTest)]
+    if len(printed) == len(problem.tests) and not any(map(str.strip, printed)):
+        raise ValueError("every expected output is empty: a program that does nothing would pass")
+    return replace(
+        problem,
+        prompt=well_formed(problem.prompt),
+        starter_code=problem.starter_code and well_formed(problem.starter_code),
+        tests=tuple(map(_encodable, problem.tests)),
+    )
+
+
+def _encodable(test: TestCase) -> TestCase:
+    texts = {
+        StdinTest: ("stdin", "expected_stdout"),
+        AssertTest: ("code",),
+        FunctionTest: ("name",),
+    }[type(test)]
+    for name in texts:
+        text = getattr(test, name)
+        if not isinstance(text, str):
+            raise ValueError(f"tests: {name}: expected text, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"tests: {name}: holds a lone surrogate, which cannot be encoded") from None
+    return test
+
+
+def _short(text: str) -> str:
+    text = " ".join(well_formed(text).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def rows(
+    path: str | None, *, hub: str, files: Sequence[str] = (), config: str | None = None, split: str
+) -> Iterator[Row]:
     """The rows of one split: of ``hub`` when ``path`` is None, else of a file or a folder of files.
 
-    ``files`` names the files of a hub's data set that a program of its own would read, which is not run.
+    ``files`` names the files of a hub's data set that a program of its own would read, which is not run; ``config``
+    is the part of a data set that has several. A local folder with the hub's README.md is read as the hub's is.
 
-    Files may be JSON lines (also gzipped), a JSON list, parquet or arrow; in a folder with files named after several
-    splits, those of the split are read.
+    Other files may be JSON lines (also gzipped), a JSON list, parquet or arrow; in a folder with files named after
+    several splits, those of the split are read.
     """
-    if path is None:
-        yield from _hub_rows(hub, files, split)
+    place = None if path is None else Path(path)
+    if place is None or is_published(place):
+        yield from _published(hub if place is None else str(place), place, files, config, split)
         return
-    for file in _files(Path(path), split):
-        number = 0
-        for number, values in _file_rows(file):
-            if not isinstance(values, dict):
-                raise ValueError(f"{file}:{number}: expected an object, got {type(values).__name__}")
-            yield Row(where=f"{file}:{number}", values=values)
-        if number == 0:
+    count = 0
+    for file in _files(place, files, split):
+        before = count
+        for line, values in _file_rows(file):
+            yield _row(f"{file}:{line}", values, count)
+            count += 1
+        if count == before:
             raise ValueError(f"{file}: holds no rows")
+
+
+def is_published(place: str | Path) -> bool:
+    """Whether a local folder is laid out as the hub's repositories are: with a README.md that describes it."""
+    return (Path(place) / "README.md").is_file()
+
+
+def _row(where: str, values: Any, number: int) -> Row:
+    if isinstance(values, _Unreadable):
+        return Row(where=where, values={}, number=number, fault=values.reason)
+    if not isinstance(values, dict):
+        fault = f"expected an object, got {type(values).__name__}"
+        return Row(where=where, values={}, number=number, fault=fault)
+    return Row(where=where, values=values, number=number)
 
 
 def require_split(name: str, split: str, *allowed: str) -> None:
@@ -78,20 +221,31 @@ def require_split(name: str, split: str, *allowed: str) -> None:
         raise ValueError(f"data: {name} has no split {split!r}; allowed: {', '.join(allowed)}")
 
 
-def _hub_rows(hub: str, files: str | None, split: str) -> Iterator[Row]:
+def _published(hub: str, folder: Path | None, files: Sequence[str], config: str | None, split: str) -> Iterator[Row]:
+    """The rows that ``datasets`` reads: of the hub, where it keeps them for later, or of a local folder."""
     import datasets
 
+    # Rows come as lines of text where they are JSON: read as a table, one bad line or odd type would lose them all.
+    kind = "text" if files and files[0].endswith(".jsonl") else "arrow"
+    base = HUB_FILES + hub if folder is None else str(folder)
+    number = -1
     try:
-        if files is None:
-            table = datasets.load_dataset(hub, split=split)
+        if files:
+            places = {split: [f"{base}/{name}" for name in files]}
+            table = datasets.load_dataset(kind, data_files=places, split=split, streaming=folder is not None)
         else:
-            kind = {"jsonl": "json"}.get(files.rpartition(".")[2], files.rpartition(".")[2])
-            table = datasets.load_dataset(kind, data_files={split: f"hf://datasets/{hub}/{files}"}, split=split)
+            table = datasets.load_dataset(hub, config, split=split, streaming=folder is not None)
+        for number, values in enumerate(table):
+            read = _json(values["text"]) if files and kind == "text" else dict(values)
+            if not (files and kind == "text" and not values["text"].strip()):
+                yield _row(f"{hub}[{number}]", read, number)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, *_client_errors()) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{hub}: cannot be loaded from the hub ({reason}); give local files with data.path") from None
-    for number, values in enumerate(table):
-        yield Row(where=f"{hub}[{number}]", values=dict(values))
+        where = "from the hub" if folder is None else "as the hub's layout"
+        advice = "; give local files with data.path" if folder is None else ""
+        raise ValueError(f"{hub}: cannot be loaded {where} ({reason}){advice}") from None
+    if number < 0:
+        raise ValueError(f"{hub}: holds no rows of the split {split}")
 
 
 def _client_errors() -> list[type[Exception]]:
@@ -99,13 +253,19 @@ def _client_errors() -> list[type[Exception]]:
     return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
 
 
-def _files(place: Path, split: str) -> list[Path]:
+def _files(place: Path, names: Sequence[str], split: str) -> list[Path]:
     if place.is_file():
         if not place.name.endswith(ENDINGS):
             raise ValueError(f"{place}: cannot be read; allowed: {', '.join(ENDINGS)}")
         return [place]
     if not place.is_dir():
         raise ValueError(f"data.path: {place}: no such file or folder")
+    asked = {name: sorted(place.glob(name)) for name in names}
+    if any(asked.values()):
+        missing = [name for name, found in asked.items() if not found]
+        if missing:
+            raise ValueError(f"data.path: {place}: has no {', '.join(missing)}")
+        return [file for found in asked.values() for file in found]
     found = sorted(file for file in place.rglob("*") if file.name.endswith(ENDINGS) and _is_data(file))
     own = [
         file for file in found if split in re.split(r"[-_.\d]+", file.name) or split in file.relative_to(place).parts
@@ -120,14 +280,27 @@ def _is_data(file: Path) -> bool:
     return file.name not in ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
 
 
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    reason: str
+
+
+def _json(text: str | bytes) -> Any:
+    """A line's value, or why it has none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return _Unreadable(f"not JSON: {error}")
+
+
 def _file_rows(file: Path) -> Iterable[tuple[int, Any]]:
     """The rows with their numbers from 1; of JSON lines the lines' numbers."""
     if file.name.endswith((".jsonl", ".jsonl.gz")):
         return _json_lines(file)
     if file.suffix == ".json":
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not JSON: {error}") from None
         if not isinstance(content, list):
             raise ValueError(f"{file}: expected a list of rows, got {type(content).__name__}")
@@ -136,13 +309,14 @@ def _file_rows(file: Path) -> Iterable[tuple[int, Any]]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{file}:{number}: not JSON: {error}") from None
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if text.strip():
+                    yield number, _json(text)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _columns(file: Path) -> Iterator[Any]:
@@ -155,21 +329,21 @@ def _columns(file: Path) -> Iterator[Any]:
             with pyarrow.parquet.ParquetFile(file) as table:
                 for batch in table.iter_batches():
                     yield from batch.to_pylist()
-        else:
-            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
-                for batch in stream:
-                    yield from batch.to_pylist()
+            return
+        with pyarrow.memory_map(str(file)) as source:
+            try:
+                stream: Any = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                whole = pyarrow.ipc.open_file(source)
+                stream = (whole.get_batch(number) for number in range(whole.num_record_batches))
+            for batch in stream:
+                yield from batch.to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())[:200]}") from None
 
 
-_TOLERANT = re.compile(
-    r"(?:absolute|relative)\s+(?:or\s+(?:absolute|relative)\s+)?(?:error|precision|difference)"
-    r"|(?:error|precision|differs?|difference)[^.]{0,60}10\s*(?:\^|\*\*)?\s*\{?\s*[-−–]",
-    re.IGNORECASE,
-)
-
-
-def comparison_of(statement: str) -> str | None:
-    """``"float"`` when a problem's statement allows its numbers an error, else None: exact tokens."""
-    return "float" if _TOLERANT.search(statement) else None
+def python3(programs: Sequence[str]) -> str | None:
+    """The first program that is Python 3, else the first: many published ones are Python 2."""
+    return next(
+        (program for program in programs[:20] if parsed(program) is not None), programs[0] if programs else None
+    )

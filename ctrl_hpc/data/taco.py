@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.data import table
+from ctrl_hpc.data.statement import comparison_of, with_options
+from ctrl_hpc.data.table import Loaded
 from ctrl_hpc.records import FunctionTest, Problem, StdinTest, TestCase
 
 SIZES = {"train": 25443, "test": 1000, "all": 26443}
@@ -14,41 +20,95 @@ _TIME = re.compile(r"([\d.]+)\s*(milliseconds?|ms|seconds?|secs?|s)\b", re.IGNOR
 _MEMORY = re.compile(r"([\d.]+)\s*(kilobytes?|megabytes?|gigabytes?|kb|mb|gb|kib|mib|gib)\b", re.IGNORECASE)
 
 
-def load(path: str | None, split: str) -> list[Problem]:
-    """TACO with all its tests; problems without any are left out. The split ``all`` is both."""
+SPECIAL_JUDGES = "output_spj.jsonl"
+"""TACO's list of the test problems that need a special judge, of its repository; read where it lies with the data."""
+_SPECIAL = {0: "any", 1: "any", 2: "nocase", 3: "float"}
+"""What its classes mean: unclassed, several right answers, any letter case, an error allowed."""
+_LONGEST_EXAMPLE = 400
+
+
+def load(path: str | None, split: str, *, list_streams: bool = True) -> Loaded[Problem]:
+    """TACO with all its tests; the split ``all`` is both. Without ``list_streams`` stdin tests given as lists go."""
     table.require_split("taco", split, *SIZES)
-    problems = []
+    found: Loaded[Problem] = Loaded(items=[])
+    special = _special_judges(path)
     for part in ("train", "test") if split == "all" else (split,):
-        rows = table.rows(path, hub="BAAI/TACO", files=f"{part}/*.arrow", split=part)
-        problems += [_problem(row, index, part) for index, row in enumerate(rows)]
-    return [problem for problem in problems if problem.tests]
+        rows = table.rows(path, hub="BAAI/TACO", files=(f"{part}/*.arrow",), split=part)
+        judges = special if part == "test" else {}
+        loaded = table.problems(rows, partial(_problem, split=part, special=judges, list_streams=list_streams))
+        found.items.extend(loaded.items)
+        found.left_out.extend(loaded.left_out)
+    return found
 
 
-def _problem(row: table.Row, index: int, split: str) -> Problem:
+def _special_judges(path: str | None) -> dict[int, int]:
+    """The class of every test problem that needs a special judge; empty where the list is not there."""
+    place = Path(path) if path is not None else None
+    file = (place if place is None or place.is_dir() else place.parent) if place else None
+    if file is None or not (file / SPECIAL_JUDGES).is_file():
+        return {}
+    lines = (file / SPECIAL_JUDGES).read_text().splitlines()
+    try:
+        entries = [json.loads(line) for line in lines if line.strip()]
+        return {entry["idx"]: entry["case"] for entry in entries if entry["special_judge"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file / SPECIAL_JUDGES}: not TACO's list of special judges: {error}") from None
+
+
+def _problem(row: table.Row, *, split: str, special: Mapping[int, int], list_streams: bool) -> Problem:
     question = row.text("question")
     solutions = row.decoded("solutions") if row.get("solutions") else []
     difficulty = row.get("difficulty")
+    tests = tests_of(row, list_streams=list_streams)
+    starter = row.get("starter_code") or None
     return Problem(
-        id=f"taco/{split}/{index}",
+        id=f"taco/{split}/{row.number}",
         source="taco",
         split=split,
-        prompt=question,
-        starter_code=row.get("starter_code") or None,
-        tests=tests_of(row),
+        prompt=question + _naming(question, starter, tests),
+        starter_code=starter,
+        tests=tests,
         cpu_s=seconds(row.get("time_limit")),
         memory_mb=mebibytes(row.get("memory_limit")),
         difficulty=difficulty.lower().replace("_", " ") if difficulty else None,
-        canonical_solution=solutions[0] if solutions else None,
-        comparison=table.comparison_of(question),
+        canonical_solution=table.python3([text for text in solutions if isinstance(text, str)]),
+        comparison=_comparison(question, special.get(row.number)),
+        harness="taco",
         provenance=row.where if not row.get("url") else f"{row.where} {row.text('url')}",
     )
 
 
-def tests_of(row: table.Row) -> tuple[TestCase, ...]:
+def _comparison(question: str, special: int | None) -> str | None:
+    """As the statement says, and as TACO's list does."""
+    said = comparison_of(question)
+    if special is None:
+        return said
+    mode, _, text = (said or "exact").partition(":")
+    option = _SPECIAL.get(special, "any")
+    options = [part for part in text.split(",") if part]
+    if option == "float":
+        return with_options("float", options)
+    return with_options(mode, options if option in options else [*options, option])
+
+
+def _naming(question: str, starter: str | None, tests: tuple[TestCase, ...]) -> str:
+    """What tells the name of the function that the tests call, where nothing else does: the shortest test."""
+    calls = [test for test in tests if isinstance(test, FunctionTest)]
+    if not calls or calls[0].name in (starter or "") or f"{calls[0].name}(" in question:
+        return ""
+    examples = (f"assert {test.name}({', '.join(map(repr, test.args))}) == {test.expected!r}" for test in calls[:20])
+    shortest = min(examples, key=len)
+    if len(shortest) <= _LONGEST_EXAMPLE:
+        return f"\n\nYour code should pass this test:\n\n```python\n{shortest}\n```"
+    return f"\n\nWrite a function `{calls[0].name}` of {len(calls[0].args)} argument(s)."
+
+
+def tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, ...]:
     """The tests in the column ``input_output``: with ``fn_name`` calls of a function, else stdin and stdout.
 
     Where every expected result of a function is a list of one element, that element is the result (the convention of
-    the problems that come from Codewars).
+    the problems that come from Codewars). Integer keys of dictionaries, which JSON made text, are integers again.
+    Calls whose arguments are given as text are left out.
     """
     if not row["input_output"]:
         return ()
@@ -57,16 +117,42 @@ def tests_of(row: table.Row) -> tuple[TestCase, ...]:
     if len(inputs) != len(outputs):
         raise ValueError(f"{row.where}: input_output: {len(inputs)} inputs but {len(outputs)} outputs")
     name = data.get("fn_name")
+    pairs = list(zip(inputs, outputs, strict=True))
     if not name:
         return tuple(
             StdinTest(stdin=_stream(stdin), expected_stdout=_stream(stdout))
-            for stdin, stdout in zip(inputs, outputs, strict=True)
+            for stdin, stdout in pairs
+            if list_streams or not (isinstance(stdin, list) or isinstance(stdout, list))
         )
-    wrapped = all(isinstance(expected, list) and len(expected) == 1 for expected in outputs)
+    calls = [(arguments, expected) for arguments, expected in pairs if isinstance(arguments, list)]
+    if not calls and pairs:
+        raise ValueError(f"input_output: the arguments of {name} are not lists")
+    wrapped = all(isinstance(expected, list) and len(expected) == 1 for _, expected in calls)
     return tuple(
-        FunctionTest(name=name, args=tuple(arguments), expected=expected[0] if wrapped else expected)
-        for arguments, expected in zip(inputs, outputs, strict=True)
+        FunctionTest(
+            name=name,
+            args=tuple(_integer_keys(item) if index == 0 else item for index, item in enumerate(arguments)),
+            expected=_result(expected[0] if wrapped else expected),
+        )
+        for arguments, expected in calls
     )
+
+
+def _result(expected: Any) -> Any:
+    """A result with its integer keys: of a dictionary, or of one that is first in a list, as TACO's code has it."""
+    if isinstance(expected, list) and expected and isinstance(expected[0], dict):
+        return [_integer_keys(expected[0]), *expected[1:]]
+    return _integer_keys(expected)
+
+
+def _integer_keys(value: Any) -> Any:
+    """A dictionary whose keys are all written as integers, with integers as its keys."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): item for key, item in value.items()}
+    except ValueError:
+        return value
 
 
 def _stream(value: Any) -> str:

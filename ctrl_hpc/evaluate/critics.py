@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.flow.feedback import execution_feedback
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Critique, Judgement, Problem, Solution
 
 Feedback = Callable[[Problem, Solution], tuple[str, Judgement | None]]
 """The text of a critique and its overall judgement."""
+Oracles = Mapping[str, Callable[[Problem, str], str]]
+"""``(problem, program) -> critique``, by the source of problems whose data set knows what is wrong with a program."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,8 @@ class Critic:
     model: Callable[[Config, Path], str] | None = None
     """Its Hugging Face folder, or ``URL#MODEL`` of an OpenAI-compatible endpoint, in a run."""
     feedback: Feedback | None = None
+    oracle: bool = False
+    """Feedback is the best critique that the problem's data set can compute."""
     hinted: bool = False
     """The model is shown what the execution of the draft found, as in stage I."""
 
@@ -32,21 +37,6 @@ def exec_feedback(problem: Problem, solution: Solution) -> tuple[str, Judgement 
     return execution_feedback(problem, solution), "correct" if right else "incorrect"
 
 
-def oracle(problem: Problem, solution: Solution) -> tuple[str, Judgement | None]:
-    """The best critique its data set can compute."""
-    text = ORACLES[problem.source](problem, solution.program or "")
-    return text, parse_judgement(text)
-
-
-def _tiny_oracle(problem: Problem, program: str) -> str:
-    from ctrl_hpc.tiny import world
-
-    return world.oracle_critique(problem, program)
-
-
-ORACLES: dict[str, Callable[[Problem, str], str]] = {"tiny": _tiny_oracle}
-"""``(problem, program) -> critique`` of the data sets that know what is wrong with a program."""
-
 CRITICS: dict[str, Critic] = {
     "none": Critic(),
     "base": Critic(model=lambda config, run_dir: config.critic.model),
@@ -54,7 +44,7 @@ CRITICS: dict[str, Critic] = {
     "rl": Critic(model=lambda config, run_dir: str(run_dir / "rl" / "hf")),
     "exec_feedback": Critic(feedback=exec_feedback),
     "self_exec_feedback": Critic(model=lambda config, run_dir: config.critic.model, hinted=True),
-    "oracle": Critic(feedback=oracle),
+    "oracle": Critic(oracle=True),
 }
 """The critics by name; ``eval.models`` adds more."""
 
@@ -62,7 +52,7 @@ CRITICS: dict[str, Critic] = {
 def critics(config: Config) -> dict[str, Critic]:
     """The critics that ``eval.critics`` names, in its order.
 
-    Raises ValueError for an unknown name, and for an oracle where a data set has none.
+    Raises ValueError for an unknown name.
     """
     known = dict(CRITICS)
     for name, place in config.eval.models.items():
@@ -72,16 +62,32 @@ def critics(config: Config) -> dict[str, Critic]:
     for name in config.eval.critics:
         if name not in known:
             raise ValueError(f"eval.critics: {name!r} is not a critic; allowed: {', '.join(known)}")
-    without = [name for name in config.data.eval_names if name not in ORACLES]
-    if "oracle" in config.eval.critics and without:
-        raise ValueError(f"eval.critics: oracle: {without[0]} has none; data sets that have: {', '.join(ORACLES)}")
     return {name: known[name] for name in config.eval.critics}
+
+
+def check_oracles(config: Config, oracles: Oracles) -> None:
+    """Raises ValueError where ``oracle`` is among the critics and a data set has none."""
+    without = [name for name in config.data.eval_names if name not in oracles]
+    if "oracle" in config.eval.critics and without:
+        raise ValueError(f"eval.critics: oracle: {without[0]} has none; data sets that have: {', '.join(oracles)}")
+
+
+def feedback_of(critic: Critic, oracles: Oracles) -> Feedback | None:
+    """How a critic's feedback is computed; None for a model."""
+    if not critic.oracle:
+        return critic.feedback
+
+    def best(problem: Problem, solution: Solution) -> tuple[str, Judgement | None]:
+        text = oracles[problem.source](problem, solution.program or "")
+        return text, parse_judgement(text)
+
+    return best
 
 
 def served(config: Config) -> bool:
     """Whether a critic of ``eval.critics`` is a folder, which the critic's array serves."""
     models = {name: item.model for name, item in critics(config).items() if item.model is not None}
-    return any("://" not in config.eval.models.get(name, "") for name in models)
+    return any(not is_url(config.eval.models.get(name, "")) for name in models)
 
 
 def _at(place: str) -> Callable[[Config, Path], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +12,13 @@ import numpy as np
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.data import judgebench
-from ctrl_hpc.data.judgebench import Pair
 from ctrl_hpc.evaluate.metrics import bootstrap_weights, interval
 from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.comparison import Side, compared, comparison_chat, comparison_template, judged_apart, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique
 from ctrl_hpc.flow.text import extract_program
-from ctrl_hpc.records import Generator, Problem, Sampling, Solution
+from ctrl_hpc.records import Generator, Pair, Problem, Sampling, Solution
 from ctrl_hpc.seeds import derived_seed
 
 
@@ -36,12 +35,9 @@ class Votes:
     second: tuple[str, ...]
 
 
-def pairs_of(config: Config, run_dir: Path) -> list[Pair]:
-    """The run's pairs, read once and kept in ``problems/judgebench.jsonl``."""
-    file = run_dir / "problems" / "judgebench.jsonl"
-    if not file.exists():
-        jsonl.write(file, judgebench.load(config.judge.path, config.judge.split))
-    return jsonl.read(Pair, file)
+def pairs_file(run_dir: Path) -> Path:
+    """Where the run's pairs lie, beside its problems."""
+    return run_dir / "problems" / "judgebench.jsonl"
 
 
 def votes_file(run_dir: Path, critic: str) -> Path:
@@ -51,7 +47,7 @@ def votes_file(run_dir: Path, critic: str) -> Path:
 
 def judge(config: Config, run_dir: Path, name: str, critic: Generator | None, prompts: Prompts) -> None:
     """Ask a critic about every pair, unless it has been asked; ``critic`` may be None when it has."""
-    pairs = pairs_of(config, run_dir)
+    pairs = jsonl.read(Pair, pairs_file(run_dir))
     sampling = Sampling(temperature=config.eval.temperature, max_tokens=config.eval.max_tokens)
     ask = {"pointwise": _pointwise, "pairwise": _pairwise}[config.judge.mode]
 
@@ -169,7 +165,7 @@ def numbers(config: Config, run_dir: Path, critics: Sequence[str]) -> dict[str, 
 
     A group's accuracy is the mean over the pairs' groups of votes; no decision counts as wrong.
     """
-    pairs = pairs_of(config, run_dir)
+    pairs = jsonl.read(Pair, pairs_file(run_dir))
     weights_BP = bootstrap_weights(len(pairs), config.eval.bootstrap, config.seed)
     out: dict[str, Any] = {}
     for name in critics:
@@ -178,7 +174,7 @@ def numbers(config: Config, run_dir: Path, critics: Sequence[str]) -> dict[str, 
             n: np.array([_share(config.judge.mode, pair, votes[pair.id], n) for pair in pairs]) for n in _n(config)
         }
         rows = {}
-        for category in ["overall", *judgebench.categories(pairs)]:
+        for category in ["overall", *(name for name, _ in Counter(pair.category for pair in pairs).most_common())]:
             chosen_P = np.array([category in ("overall", pair.category) for pair in pairs], dtype=float)
             size_B = weights_BP @ chosen_P
             rows[category] = {

@@ -71,7 +71,7 @@ def read_histories(config: Config, run_dir: Path, dataset: str) -> dict[str, lis
     out = {}
     for name, critic in critics(config).items():
         for mode in modes:
-            if critic.model is None and critic.feedback is None:
+            if critic.model is None and critic.feedback is None and not critic.oracle:
                 paths: list[tuple[Solution, tuple[Node, ...]]] = [(draft, ()) for draft in drafts[mode]]
             else:
                 paths = _paths(config, drafts[""], folder_of(run_dir, dataset, name, critic, mode))

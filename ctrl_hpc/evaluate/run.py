@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate import judgebench
-from ctrl_hpc.evaluate.critics import Critic, critics, feedback_critiques
+from ctrl_hpc.evaluate.critics import Critic, Feedback, Oracles, check_oracles, critics, feedback_critiques, feedback_of
 from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown, trimmed
 from ctrl_hpc.evaluate.write_ahead import Journal, RememberingExecutor, RememberingGenerator, in_parts
 from ctrl_hpc.flow.feedback import hint
@@ -69,22 +70,28 @@ class Tree:
 
 
 def run(
-    config: Config, run_dir: Path, connections: Services, problems: dict[str, list[Problem]], prompts: Prompts
+    config: Config,
+    run_dir: Path,
+    connections: Services,
+    problems: dict[str, list[Problem]],
+    prompts: Prompts,
+    oracles: Oracles | None = None,
 ) -> None:
     """Evaluate every critic of ``eval.critics`` on every data set; what is on disk already is not done again.
 
     Raises ValueError when a critic is unknown or has no model.
     """
-    chosen = critics(config)
+    chosen, oracles = critics(config), oracles or {}
+    check_oracles(config, oracles)
     places = {name: item.model(config, run_dir) for name, item in chosen.items() if item.model is not None}
     for name, place in places.items():
-        if "://" not in place and not (Path(place) / "config.json").is_file():
+        if not is_url(place) and not (Path(place) / "config.json").is_file():
             raise ValueError(f"eval.critics: {name}: {place} is not a Hugging Face model folder (no config.json)")
     environment = Environment(
         generator=RememberingGenerator(connections.generator),
         executor=RememberingExecutor(connections.executor),
         prompts=prompts,
-        limits=config.executor.limits,
+        limits=config.executor,
         revision=Sampling(temperature=0.0, max_tokens=config.eval.max_tokens),
         stop_when_correct=config.eval.stop_when_correct,
     )
@@ -105,7 +112,7 @@ def run(
                 if not is_grown(tree.folder, turns):
                     if critic is None and item.model is not None:
                         critic = _load(places[name], connections, version)
-                    write = _writer(config, tree, item, critic, prompts)
+                    write = _writer(config, tree, item, critic, prompts, feedback_of(item, oracles))
                     tell = _teller(steps, done, f"{tree.dataset}: {tree.critic}{tree.mode}")
                     grow(drafts[tree.dataset], write, environment, tree.folder, _plan(config, tree), tell)
                 done += turns
@@ -141,7 +148,7 @@ def widths(config: Config) -> tuple[int, ...]:
 
 def trees_of(config: Config, run_dir: Path, name: str, critic: Critic) -> list[Tree]:
     """The trees of a critic: none for ``none``; computed feedback has no greedy one of its own."""
-    if critic.model is None and critic.feedback is None:
+    if critic.model is None and critic.feedback is None and not critic.oracle:
         return []
     modes = MODES if config.eval.greedy and critic.model is not None else MODES[:1]
     return [
@@ -202,7 +209,7 @@ def _drafts(
 
 
 def _load(place: str, connections: Services, version: int) -> Generator:
-    if "://" in place:
+    if is_url(place):
         url, _, model = place.partition("#")
         if not model:
             raise ValueError(f"eval.models: {place!r} names no model; expected URL#MODEL")
@@ -213,9 +220,15 @@ def _load(place: str, connections: Services, version: int) -> Generator:
     return connections.critic
 
 
-def _writer(config: Config, tree: Tree, item: Critic, critic: Generator | None, prompts: Prompts) -> Write:
-    if item.feedback is not None:
-        feedback = item.feedback
+def _writer(
+    config: Config,
+    tree: Tree,
+    item: Critic,
+    critic: Generator | None,
+    prompts: Prompts,
+    feedback: Feedback | None,
+) -> Write:
+    if feedback is not None:
         return lambda samples, width, seed: _copies(feedback_critiques(samples, feedback), width)
     assert critic is not None
     temperature = 0.0 if tree.mode else config.eval.temperature

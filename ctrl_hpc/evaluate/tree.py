@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import LimitsConfig
 from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.steps import execute, revise
+from ctrl_hpc.flow.steps import Settings, execute, revise
 from ctrl_hpc.records import Critique, Executor, Generator, Judgement, Problem, Revision, Sampling, Solution, Verdict
 from ctrl_hpc.seeds import derived_seed
 
@@ -55,7 +54,7 @@ class Environment:
     generator: Generator
     executor: Executor
     prompts: Prompts
-    limits: LimitsConfig
+    limits: Settings
     revision: Sampling
     """How revisions are decoded."""
     stop_when_correct: bool = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.table import Table
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
 from ctrl_hpc.run import directory
+from ctrl_hpc.stages import depends, reads
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -32,16 +33,8 @@ def read_yaml(path: Path, what: str) -> Any:
 
 console = Console(stderr=True)
 
-_LATER = ("name", "eval", "judge", "data.eval_names", "data.eval_path", "data.eval_paths", "data.eval_split")
-_TRAINED = ("trainer", "parallel", "rl")
-_FREE: dict[str, tuple[str, ...]] = {
-    "sample": (*_LATER, *_TRAINED, "synthesize", "sft"),
-    "synthesize": (*_LATER, *_TRAINED, "sft"),
-    "sft": (*_LATER, "rl"),
-}
-"""Sections and keys that a stage does not depend on. (Which benchmarks there are matters when training data are kept
-apart from them, and then they must agree.)"""
-_EVAL_FREE = ("name", "rl")
+SHARED = ("sample", "synthesize", "sft")
+"""Stages that a member takes over from another which agrees in all that they depend on."""
 _UNTRAINED = ("base", "sft", "exec_feedback", "self_exec_feedback", "oracle")
 """Critics whose evaluation does not depend on stage II."""
 
@@ -144,17 +137,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     suite = read(file)
     every = members(suite, file, overrides)
     wanted = _chosen(every, only)
-    failed = []
-    started = time.monotonic()
-    todo = [member for member in wanted if not member.done]
-    for number, member in enumerate(todo):
-        left = _time_left(time.monotonic() - started, number, len(todo))
-        console.rule(f"[bold]{suite.name} {number + 1}/{len(todo)}: {member.folder.name}{left}")
-        try:
-            _run_member(member, every if suite.share else [])
-        except (ValueError, RuntimeError, OSError) as error:
-            console.print(f"{member.folder.name}: {error}", style="red", highlight=False)
-            failed.append(member.folder.name)
+    failed = [member.folder.name for member, error in run_members(suite.name, wanted, every, suite.share) if error]
     finished = [member for member in every if member.done and "report" in member.config.stages]
     out = Path(suite.folder or Path("runs") / suite.name).absolute() / "report"
     if finished:
@@ -164,6 +147,26 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed: {', '.join(failed)}; the same command goes on")
     return out
+
+
+def run_members(
+    name: str, wanted: Sequence[Member], every: Sequence[Member], share: bool
+) -> Iterator[tuple[Member, str | None]]:
+    """Run the wanted members that are not done, in order; yields each member when it is done, or why it failed."""
+    started = time.monotonic()
+    n_todo, n_run = sum(not member.done for member in wanted), 0
+    for member in wanted:
+        failure = None
+        if not member.done:
+            left = _time_left(time.monotonic() - started, n_run, n_todo)
+            n_run += 1
+            console.rule(f"[bold]{name} {n_run}/{n_todo}: {member.folder.name}{left}")
+            try:
+                _run_member(member, every if share else [])
+            except (ValueError, RuntimeError, OSError) as error:
+                failure = str(error)
+                console.print(f"{member.folder.name}: {error}", style="red", highlight=False)
+        yield member, failure
 
 
 def _chosen(every: Sequence[Member], only: Sequence[str]) -> list[Member]:
@@ -182,7 +185,7 @@ def _run_member(member: Member, others: Sequence[Member]) -> None:
     from ctrl_hpc import pipeline
 
     directory.prepare(member.config)
-    for stage in _FREE:
+    for stage in SHARED:
         donor = _donor(member, others, stage)
         if donor is not None and stage in member.config.stages:
             take_over(donor.folder, member.folder, stage)
@@ -195,12 +198,13 @@ def _donor(member: Member, others: Sequence[Member], stage: str) -> Member | Non
     """A member that has done a stage which this one has not, and agrees in all that the stage depends on."""
     if directory.is_done(member.folder, stage):
         return None
-    free = _FREE[stage]
-    if member.config.data.decontaminate and member.config.data.name != "tiny":
-        free = tuple(key for key in free if not key.startswith("data."))
     others = [other for other in others if other.folder != member.folder and directory.is_done(other.folder, stage)]
-    agreeing = (other for other in others if not directory.differences(other.config, member.config, free))
-    return next(agreeing, None)
+    return next((other for other in others if _agree(other, member, lambda config: depends(stage, config))), None)
+
+
+def _agree(one: Member, other: Member, keys: Callable[[Config], set[str]]) -> bool:
+    """Whether two members have the same values under keys that depend on their configurations."""
+    return not directory.differences(one.config, other.config, keys(one.config) | keys(other.config))
 
 
 def take_over(source: Path, target: Path, stage: str) -> None:
@@ -229,7 +233,7 @@ def _share_evaluation(member: Member, others: Sequence[Member]) -> None:
     if directory.is_done(member.folder, "eval") or not directory.is_done(member.folder, "sft"):
         return
     for other in others:
-        agree = not directory.differences(other.config, member.config, _EVAL_FREE)
+        agree = _agree(other, member, lambda config: reads("eval", config) | depends("sft", config))
         if other.folder != member.folder and agree and directory.is_done(other.folder, "eval"):
             for dataset in member.config.data.eval_names:
                 _share_dataset(other.folder / "eval" / dataset, member.folder / "eval" / dataset)

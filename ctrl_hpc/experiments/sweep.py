@@ -9,8 +9,6 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +136,8 @@ DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any], Any]] = {
 
 
 def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, seed: int) -> Path:
-    """Run a sweep's trials one after another; those that are done are skipped, one that was cut short continues.
+    """Run a sweep's trials as the members of a suite: one after another, those that are done skipped, one that was cut
+    short continued, stages that do not depend on what the sweep changes made once.
 
     Prints a table, best first, also to ``sweep.json`` beside the trials; returns their folder. A trial that fails is
     shown as failed, and the next one begins; RuntimeError says so at the end.
@@ -146,18 +145,13 @@ def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, s
     sweep = read(file)
     settings = list(trials(sweep, count, seed))
     fixed = [*(item for item in sweep.overrides if not item.startswith("wandb.mode=")), *overrides]
-    bases = [configuration.load(sweep.config, [*fixed, *_arguments(trial)]) for trial in settings]  # all, before any
-    folder = Path(bases[0].run_dir or "").parent / "sweeps" / Path(file).stem
+    first = configuration.load(sweep.config, [*fixed, *_arguments(settings[0])])
+    folder = Path(first.run_dir or "").parent / "sweeps" / Path(file).stem
+    members = [_member(sweep, fixed, trial, folder / f"trial-{i:03d}") for i, trial in enumerate(settings)]
     rows: list[dict[str, Any]] = []
-    for number, trial in enumerate(settings):
-        run_dir = folder / f"trial-{number:03d}"
-        words = " ".join(_arguments(trial))
-        console.rule(f"trial {number + 1} of {len(settings)}: {words}")
-        command = [sys.executable, "-m", "ctrl_hpc.cli", "run", sweep.config, *fixed, *_arguments(trial)]
-        code = 0
-        if not (run_dir / "report" / "done.json").exists():
-            code = _wait([*command, f"run_dir={run_dir}"])
-        rows.append({"trial": number, **trial, OBJECTIVE: _objective(run_dir) if code == 0 else None})
+    for number, (member, failure) in enumerate(suite.run_members(sweep.name, members, members, share=True)):
+        objective = _objective(member.folder) if failure is None else None
+        rows.append({"trial": number, **settings[number], OBJECTIVE: objective})
         jsonl.write_text(folder / "sweep.json", json.dumps(rows, indent=1) + "\n")
     _show(sweep, rows)
     failed = [str(row["trial"]) for row in rows if row[OBJECTIVE] is None]
@@ -167,14 +161,12 @@ def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, s
     return folder
 
 
-def _wait(command: Sequence[str]) -> int:
-    """Run a trial's driver; its exit status. Ctrl-C reaches it by itself: it ends its jobs and says so."""
-    with subprocess.Popen(command) as driver:
-        try:
-            return driver.wait()
-        except KeyboardInterrupt:
-            driver.wait()
-            raise SystemExit(1) from None
+def _member(sweep: Sweep, fixed: Sequence[str], trial: Mapping[str, Any], run_dir: Path) -> suite.Member:
+    """A trial as a run of a suite."""
+    overrides = (*fixed, *_arguments(trial), f"run_dir={run_dir}")
+    config = configuration.load(sweep.config, overrides)
+    variant = suite.Variant(name=run_dir.name, config=sweep.config, overrides=overrides)
+    return suite.Member(variant=variant, seed=config.seed, config=config)
 
 
 def _arguments(trial: Mapping[str, Any]) -> list[str]:

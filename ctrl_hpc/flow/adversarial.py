@@ -12,8 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ctrl_hpc.config.sections import LimitsConfig
-from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.flow.steps import Settings, execution
 from ctrl_hpc.records import Executor, Problem, Solution, StdinTest
 
 CANDIDATES = 4
@@ -59,7 +58,7 @@ def strengthen(
     problems: Sequence[Problem],
     drafts: Sequence[Solution],
     executor: Executor,
-    limits: LimitsConfig,
+    limits: Settings,
     *,
     n: int,
     seed: int,
@@ -97,7 +96,7 @@ def _inputs(problem: Problem, drafts: Sequence[Solution], n: int, seed: int) -> 
     return list(dict.fromkeys(changed))[: CANDIDATES * n]
 
 
-def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, limits: LimitsConfig) -> list[_Proposal]:
+def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, limits: Settings) -> list[_Proposal]:
     """The canonical solutions' outputs; those kept that a second run repeats."""
     asked = [(problem, inputs) for problem, inputs in wanted if inputs]
     blank = [
@@ -139,7 +138,7 @@ def _breaking(
     proposed: Sequence[_Proposal],
     drafts: Mapping[str, list[Solution]],
     executor: Executor,
-    limits: LimitsConfig,
+    limits: Settings,
     n: int,
 ) -> dict[str, list[StdinTest]]:
     """Up to ``n`` tests of each problem that break a draft, those first that break one which had passed."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ctrl_hpc.flow.feedback import mentions_hint
+from ctrl_hpc.flow.reward import agrees
 from ctrl_hpc.records import Critique, Solution
 
 DROPPED: dict[str, str] = {
@@ -62,6 +63,6 @@ def _fault(critique: Critique, solution: Solution, *, consistent_only: bool) -> 
         return "no_judgement"
     if mentions_hint(critique.text):
         return "mentions_hint"
-    if consistent_only and (critique.judgement == "correct") != solution.verdict.accepted:
+    if consistent_only and not agrees(critique.judgement, solution.verdict.accepted):
         return "contradicts_execution"
     return None

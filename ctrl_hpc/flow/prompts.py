@@ -22,6 +22,7 @@ from typing import Self
 from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
 
 from ctrl_hpc.flow.feedback import Hint
+from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.records import Chat, Message, Problem, Solution
 
 PACKAGED = Path(__file__).parent / "templates"
@@ -74,12 +75,12 @@ class Prompts:
         asked = self._render("revision", problem=problem, critique=critique_text, **_draft(solution))
         return (
             *self.solution(problem),
-            Message(role="assistant", content=solution.text),
+            Message(role="assistant", content=well_formed(solution.text)),
             Message(role="user", content=asked),
         )
 
     def _render(self, name: str, **variables: object) -> str:
-        return self.templates[name].render(**variables)
+        return well_formed(self.templates[name].render(**variables))
 
     def _open(self, content: str) -> Chat:
         user = Message(role="user", content=content)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from ctrl_hpc.flow.text import extract_program
-from ctrl_hpc.records import Critique, Revision, Reward, Solution, Verdict
+from ctrl_hpc.records import Critique, Judgement, Revision, Reward, Solution, Verdict
 
 WHOLE_LINES = 5
 """Lines of code in one block from which on a critique is taken to hold a program."""
@@ -61,6 +61,11 @@ REASONS: dict[str, str] = {
 """Every reason a reward can have."""
 
 
+def agrees(judgement: Judgement | None, accepted: bool) -> bool:
+    """Whether a critique's judgement of a draft is what its execution found; silence never is."""
+    return judgement is not None and (judgement == "correct") == accepted
+
+
 def transition(draft: Verdict, revision: Verdict) -> str:
     """One of :data:`TRANSITIONS`."""
     if draft.accepted:
@@ -101,8 +106,8 @@ def score(
     if any(verdict.status == "sandbox_error" for verdict in needed):
         return Reward(critique_id=critique.id, value=0.0, reason="sandbox_error", masked=True)
     outcome = transitions[transition(draft, revision.verdict)] if transitions else float(revision.verdict.accepted)
-    right_judgement = (critique.judgement == "correct") == draft.accepted
-    value = (1.0 - verdict_coef) * outcome + verdict_coef * right_judgement - penalty
+    judged = agrees(critique.judgement, draft.accepted)
+    value = (1.0 - verdict_coef) * outcome + verdict_coef * judged - penalty
     return Reward(critique_id=critique.id, value=value, reason=_reason(revision, revision.verdict), leaked=leaked)
 
 
@@ -115,7 +120,7 @@ def score_verdict(critique: Critique, draft: Verdict) -> Reward:
         return Reward(critique_id=critique.id, value=0.0, reason="sandbox_error", masked=True)
     if critique.judgement is None:
         return Reward(critique_id=critique.id, value=0.0, reason="no_judgement")
-    right = (critique.judgement == "correct") == draft.accepted
+    right = agrees(critique.judgement, draft.accepted)
     return Reward(critique_id=critique.id, value=float(right), reason="verdict_right" if right else "verdict_wrong")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ctrl_hpc.config.sections import LimitsConfig
+from ctrl_hpc.config.machine import ExecutorConfig, OverrideConfig
 from ctrl_hpc.flow.feedback import Hint
+from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.text import extract_program, parse_judgement
+from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
+from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import (
     Chat,
     Critique,
@@ -33,36 +35,52 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
         Solution(
             id=f"{problem.id}/{k}",
             problem_id=problem.id,
-            text=generation.text,
-            program=extract_program(generation.text),
+            text=text,
+            program=extract_program(text, names),
         )
         for problem, generations in zip(problems, answers, strict=True)
+        for names in [asked_for(problem)]
         for k, generation in enumerate(generations)
+        for text in [well_formed(generation.text)]
     ]
 
 
-def limits(problem: Problem, default: LimitsConfig) -> Limits:
-    """The limits of one test: the problem's where it has some, else the default.
+Settings = ExecutorConfig | Limits
+"""How programs are executed; default limits alone stand for an executor's other defaults."""
 
-    Wall-clock time grows and shrinks with the CPU time, in the proportion of the default.
+
+def limits(problem: Problem, settings: Settings) -> Limits:
+    """The limits of one test: those of the data set's override, else the problem's, else the default.
+
+    Times are multiplied by ``time_factor``, but for an override's. Wall-clock time grows and shrinks with the CPU time,
+    in the proportion of the default.
     """
-    cpu_s = default.cpu_s if problem.cpu_s is None else problem.cpu_s
+    executor, override = _executor(settings, problem)
+    default = executor.limits
+    cpu_s = override.cpu_s or (problem.cpu_s or default.cpu_s) * executor.time_factor
     return Limits(
         cpu_s=cpu_s,
         wall_s=default.wall_s * cpu_s / default.cpu_s,
-        memory_mb=default.memory_mb if problem.memory_mb is None else problem.memory_mb,
+        memory_mb=override.memory_mb or problem.memory_mb or default.memory_mb,
         output_bytes=default.output_bytes,
         processes=default.processes,
     )
 
 
-def execution(problem: Problem, program: str, default: LimitsConfig) -> Execution:
-    """What the executor takes: a program with its problem's tests, limits and comparison."""
+def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, OverrideConfig]:
+    executor = settings if isinstance(settings, ExecutorConfig) else ExecutorConfig(limits=settings)
+    return executor, executor.overrides.get(problem.source, OverrideConfig())
+
+
+def execution(problem: Problem, program: str, settings: Settings) -> Execution:
+    """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
+    preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
         program=program,
+        preamble=preamble or None,
         tests=problem.tests,
-        limits=limits(problem, default),
-        comparison=problem.comparison or "exact",
+        limits=limits(problem, settings),
+        comparison=_executor(settings, problem)[1].comparison or problem.comparison or "exact",
     )
 
 
@@ -73,7 +91,7 @@ def no_program(problem: Problem) -> Verdict:
 
 
 def execute[R: (Solution, Revision)](
-    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, default: LimitsConfig
+    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, settings: Settings
 ) -> list[R]:
     """The same records with their verdicts, in order.
 
@@ -84,7 +102,7 @@ def execute[R: (Solution, Revision)](
     todo: dict[tuple[str, str | None], Execution] = {}
     for key, (problem, record) in zip(keys, problems_and_records, strict=True):
         if record.verdict is None and record.program is not None and key not in todo:
-            todo[key] = execution(problem, record.program, default)
+            todo[key] = execution(problem, record.program, settings)
     verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
     return [
         record
@@ -115,12 +133,13 @@ def _ask(chats: Sequence[Chat], solutions: Sequence[Solution], critic: Generator
         Critique(
             id=f"{solution.id}#{j}",
             solution_id=solution.id,
-            text=generation.text,
-            judgement=parse_judgement(generation.text),
+            text=text,
+            judgement=parse_judgement(text),
             generation=generation,
         )
         for solution, generations in zip(solutions, critic.complete(chats, sampling), strict=True)
         for j, generation in enumerate(generations)
+        for text in [well_formed(generation.text)]
     ]
 
 
@@ -151,20 +170,22 @@ def revise(
         for problem, solution, critique in [triples[index]]
     }
     distinct = list(dict.fromkeys(chats.values())) if sampling.temperature == 0 else list(chats.values())
-    answers = [generations[0].text for generations in generator.complete(distinct, sampling)] if distinct else []
+    generations = generator.complete(distinct, sampling) if distinct else []
+    answers = [well_formed(completions[0].text) for completions in generations]
     if sampling.temperature == 0:
         text_of_chat = dict(zip(distinct, answers, strict=True))
         texts = {index: text_of_chat[chat] for index, chat in chats.items()}
     else:
         texts = dict(zip(chats, answers, strict=True))
+    names = {problem.id: asked_for(problem) for index in texts for problem in [triples[index][0]]}
     return [
-        _revision(critique, texts[index]) if index in texts else _kept(critique, solution)
-        for index, (_, solution, critique) in enumerate(triples)
+        _revision(critique, texts[index], names[problem.id]) if index in texts else _kept(critique, solution)
+        for index, (problem, solution, critique) in enumerate(triples)
     ]
 
 
-def _revision(critique: Critique, text: str) -> Revision:
-    return Revision(critique_id=critique.id, text=text, program=extract_program(text), kept=False)
+def _revision(critique: Critique, text: str, names: Collection[str]) -> Revision:
+    return Revision(critique_id=critique.id, text=text, program=extract_program(text, names), kept=False)
 
 
 def _kept(critique: Critique, solution: Solution) -> Revision:

@@ -1,169 +1,223 @@
-"""What a model's text holds: fenced blocks, the program in an answer, the judgement in a critique."""
+"""What a model's answer holds: the program in it, or the judgement of a critique."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from ctrl_hpc.records import Judgement
+from ctrl_hpc.flow.fences import NOT_PROGRAMS, PUNCTUATION, PYTHON, Block, answer, parsed, split, without_controls
+from ctrl_hpc.records import AssertTest, FunctionTest, Judgement, Problem
 
-_FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})(?P<info>.*)$")
-_CLOSING_SLACK = 3
-"""Columns by which a closing fence may be indented more than its opening: more is text inside the block."""
+# --- the program in an answer
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A fenced block; ``tag`` is the first word after the opening fence, in lower case, or empty."""
-
-    tag: str
-    content: str
-    closed: bool
-    """False when the text ended, or the next block began, before a closing fence."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Opening:
-    mark: str
-    length: int
-    column: int
-    tag: str
-
-
-def split(text: str) -> tuple[list[Block], list[str]]:
-    """The blocks of a text in order, and the lines outside all of them (fence lines are in neither)."""
-    blocks: list[Block] = []
-    outside: list[str] = []
-    opening: _Opening | None = None
-    content: list[str] = []
-    for line in text.replace("\r\n", "\n").split("\n"):
-        fence = _FENCE.match(line)
-        if opening is None:
-            opening = _opened(fence) if fence else None
-            if opening is None:
-                outside.append(line)
-        elif fence and _closes(fence, opening):
-            blocks.append(_block(opening, content, closed=True))
-            opening, content = None, []
-        elif fence and _reopens(fence, opening):
-            blocks.append(_block(opening, content, closed=False))
-            opening, content = _opened(fence), []
-        else:
-            content.append(line)
-    if opening is not None:
-        blocks.append(_block(opening, content, closed=False))
-    return blocks, outside
-
-
-def _opened(fence: re.Match[str]) -> _Opening | None:
-    marks, info = fence["marks"], fence["info"].strip()
-    if marks[0] == "`" and "`" in info:  # an inline code span, by CommonMark
-        return None
-    words = info.split()
-    tag = words[0].strip("{}.").lower() if words else ""
-    return _Opening(mark=marks[0], length=len(marks), column=_column(fence["indent"]), tag=tag)
-
-
-def _same_kind(fence: re.Match[str], opening: _Opening) -> bool:
-    marks = fence["marks"]
-    near = _column(fence["indent"]) <= opening.column + _CLOSING_SLACK
-    return marks[0] == opening.mark and len(marks) >= opening.length and near
-
-
-def _closes(fence: re.Match[str], opening: _Opening) -> bool:
-    return _same_kind(fence, opening) and not fence["info"].strip()
-
-
-def _reopens(fence: re.Match[str], opening: _Opening) -> bool:
-    tagged = re.fullmatch(r"[\w.+#{}-]+", fence["info"].strip()) is not None
-    return tagged and _same_kind(fence, opening) and len(fence["marks"]) == opening.length
-
-
-def _column(indent: str) -> int:
-    return len(indent.expandtabs(4))
-
-
-def _block(opening: _Opening, content: list[str], *, closed: bool) -> Block:
-    lines = [_dedent(line, opening.column) for line in content]
-    return Block(tag=opening.tag, content="\n".join(lines), closed=closed)
-
-
-def _dedent(line: str, columns: int) -> str:
-    """The line without its first ``columns`` columns of white space, or without all it has."""
-    dropped = 0
-    for index, character in enumerate(line):
-        if dropped >= columns or character not in " \t":
-            return line[index:]
-        dropped += 1 if character == " " else 4 - dropped % 4
-    return ""
-
-
-NOT_PROGRAMS = frozenset(
-    "bash console csv diff html input json latex log markdown math md none output plain plaintext sh shell stderr "
-    "stdin stdout terminal tex text toml traceback txt xml yaml yml".split()
-)
-"""Tags of blocks that show something else than a program: sample output, commands, data."""
-
-
-def extract_program(text: str) -> str | None:
-    """The last complete fenced block that is a program, whatever language its tag names.
-
-    Blocks tagged as something else (:data:`NOT_PROGRAMS`) and blank blocks never count. A tagged block wins over
-    untagged ones, which often show sample output. A block left open counts only when the answer has no complete one.
-    None when there is no such block: text outside fences is not a program.
-    """
-    blocks, _ = split(text)
-    programs = [block for block in blocks if block.content.strip() and block.tag not in NOT_PROGRAMS]
-    for closed in (True, False):
-        found = [block for block in programs if block.closed is closed]
-        tagged = [block for block in found if block.tag]
-        if found:
-            return (tagged or found)[-1].content
-    return None
-
-
-_MARKUP = r"[*_]*"
-_OPEN = r"[*_`\"'“‘(\[{<]*"
-_LABEL = re.compile(
-    r"^ {0,3}(?:[#]{1,6}\s+|[-*+]\s+|\(?\d{1,2}[.)]\s+)*"  # heading, list item
-    rf"{_MARKUP}(?:final\s+)?overall\s+judge?ment{_MARKUP}(?:\s+is)?\s*(?P<sign>[:=\-–—]?){_MARKUP}\s*(?P<rest>.*)$",
+_SHOWS = re.compile(
+    r"\b(?:(?:sample|example|expected)\s+(?:input|output|usage|run|session|case)s?|outputs?|prints?|results?|usage"
+    r"|example|examples|tests?|test\s+cases?|for\s+(?:example|instance)|e\.g\.)\W*$",
     re.IGNORECASE,
 )
-_VERDICT = re.compile(rf"^{_OPEN}(?P<verdict>correct|incorrect)\b(?P<after>.*)$", re.IGNORECASE)
-_CLOSE = re.compile(r"^[*_`\"'”’)\]}>]*")
+"""Words at the end of the line before a block that shows what a program does, or how it is used."""
+
+
+def extract_program(text: str, names: Collection[str] = ()) -> str | None:
+    """The program that an answer gives: the last complete fenced block that is one.
+
+    ``names`` are the functions or classes that the problem asks for (:func:`asked_for`): the last block that defines
+    them wins over all others. Then Python wins over untagged blocks and those over other languages; blocks that show
+    input, output or usage, and blocks that only use what an earlier one defines, count when there is nothing else;
+    blocks tagged as something else (:data:`NOT_PROGRAMS`) and blank ones never do. A block left open counts when the
+    answer has no complete one. None when there is no block: text in a thought or outside of fences is no program.
+    """
+    blocks, _ = split(answer(text))
+    programs = [block for block in blocks if block.content.strip() and block.tag not in NOT_PROGRAMS]
+    if not programs:
+        return None
+    best, highest = "", (-1, False, -1)
+    earlier: set[str] = set()
+    for block in programs:
+        own = _Names.of(block.content)
+        rank = (sum(_defines(block.content, name) for name in names), block.closed, _kind(block, own, earlier))
+        if rank >= highest:
+            best, highest = block.content, rank
+        earlier |= own.defined
+    return best
+
+
+def _kind(block: Block, own: _Names, earlier: set[str]) -> int:
+    """How much a block looks like the program asked for: 0 for one that shows something, 4 for tagged Python."""
+    session = block.content.lstrip().startswith(">>>")
+    if session or _SHOWS.search(block.label) or (own.used - own.defined) & earlier:
+        return 0
+    if block.tag in PYTHON:
+        return 4
+    if block.tag:
+        return 2
+    return 3 if own.acts else 1
+
+
+def _defines(code: str, name: str) -> bool:
+    pattern = rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{re.escape(name)}\b|^{re.escape(name)}[ \t]*(?::[^=\n]*)?="
+    return re.search(pattern + "(?!=)", code, re.MULTILINE) is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Names:
+    """The functions and classes that code defines at its top, the names it calls, and whether it does anything."""
+
+    defined: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()
+    acts: bool = False
+
+    @classmethod
+    def of(cls, code: str) -> _Names:
+        """Of Python; all empty for what is not."""
+        tree = parsed(code)
+        if tree is None:
+            return cls()
+        made = {
+            node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        }
+        bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        called = {
+            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
+        kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.Call)
+        acts = any(isinstance(node, kinds) for node in ast.walk(tree))
+        return cls(defined=frozenset(made), used=frozenset(called - bound), acts=acts)
+
+
+_TOO_LONG = 200_000
+"""Characters of test code that are not parsed for names."""
+_DEFINED = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)", re.MULTILINE)
+
+
+def asked_for(problem: Problem) -> frozenset[str]:
+    """The functions or classes that a problem's tests call; empty where they only read what is printed."""
+    names = {test.name for test in problem.tests if isinstance(test, FunctionTest)}
+    codes = [test.code for test in problem.tests if isinstance(test, AssertTest)]
+    if codes and problem.canonical_solution:
+        known = set(_DEFINED.findall(problem.canonical_solution))
+        names |= {name for name in known if any(re.search(rf"\b{re.escape(name)}\b", code) for code in codes)}
+    elif codes:
+        names |= {name for code in codes[:3] if len(code) <= _TOO_LONG for name in _free(code)}
+    return frozenset(names)
+
+
+def _free(code: str) -> Iterator[str]:
+    """Names that test code calls and does not define."""
+    tree = parsed(code)
+    if tree is None:
+        return
+    nodes = list(ast.walk(tree))
+    own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    own |= {
+        (item.asname or item.name).split(".")[0]
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for item in node.names
+    }
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    for node in nodes:
+        if isinstance(node, ast.Name) and node.id not in own and not hasattr(builtins, node.id):
+            yield node.id
+
+
+# --- the judgement of a critique
+
+_LATEX = re.compile(
+    r"\\(?:boxed|fbox|text|textbf|textit|mathbf|mathrm|mathsf|texttt|bf|bm|emph|underline)\s*\{?|\\[\[\]()]|\$+"
+)
+_TAG = re.compile(
+    r"</?(?:b|i|em|strong|u|mark|span|p|br|h[1-6]|font|code|answer|verdict|judge?ment)\b[^<>]*/?>", re.IGNORECASE
+)
+_GOOD, _BAD = "✅✔☑🟢👍🎉✓", "❌✖✗✘🔴👎🚫⛔⚠"
+_MARK = rf"[{_GOOD}{_BAD}\ufe0f\u200d]"
+_MARKUP = r"[*_=`]{0,6}"
+_OPEN = r"[\s*_=`\"'“‘«»「『【《〈(\[{<|:.-]{0,16}"
+_LABEL = re.compile(
+    rf"^ {{0,3}}(?:#{{1,6}}\s+|[-*+•]\s+|\(?\d{{1,2}}[.)]\s+|\|\s*)*#{{0,6}}[\"']?{_MARKUP}"  # heading, item, key
+    r"(?:(?:final\s+)?overall[\s_]+(?:judge?ment|verdict|assessment)|final\s+(?:judge?ment|verdict)|judge?ment|verdict)"
+    rf"{_MARKUP}[\"']?(?:\s+is\b)?\s*(?P<sign>[:=|-]*){_MARKUP}\s*(?P<rest>.*)$",
+    re.IGNORECASE,
+)
+_THING = r"(?:code|program|solution|answer|draft|implementation|function|submission|it)"
+_SUBJECT = rf"(?:(?:the|this|that|your|its?)\s+)?(?:(?:[a-z]+\s+){{0,2}}?{_THING}\s+is\s+)?"
+_VERDICT = re.compile(rf"^{_OPEN}{_SUBJECT}{_OPEN}(?P<verdict>correct|incorrect)\b(?P<after>.*)$", re.IGNORECASE)
+_CLOSE = re.compile(r"^[\s*_=`\"'”’»」』】》〉)\]}>|]{0,16}")
 _ALTERNATIVE = re.compile(r"^\W*(?:(?:or|and)\W+)?(?:in)?correct\b|overall\s+judge?ment", re.IGNORECASE)
-_SENTENCE_ENDS = re.compile(r"^\s*(?:$|[.!,;:](?:\s|[*_`]*$)|[-–—(]|because\b|as\b|since\b)", re.IGNORECASE)
+_SENTENCE_ENDS = re.compile(r"^\s*(?:$|[.!,;:](?:\s|[*_`]*$)|[-(]|because\b|as\b|since\b)", re.IGNORECASE)
+_LONE = re.compile(rf"^{_OPEN}(?P<verdict>correct|incorrect)[\s*_=`\"'”’»」』】》〉)\]}}>|.!]{{0,16}}$", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\\w+\s*\{\s*){0,3}(?P<verdict>correct|incorrect)\s*[.!]?\s*\}", re.IGNORECASE)
 
 
 def parse_judgement(text: str) -> Judgement | None:
     """``"correct"``, ``"incorrect"``, or None when a critique has no judgement or several that disagree.
 
-    Letter case, Markdown emphasis, headings, list markers and the spelling "judgement" do not matter; under a heading
-    the verdict may stand on the next line that is not blank. Lines inside code and quotations are not judgements,
-    nor is a line that offers both verdicts ("Correct/Incorrect"), negates one, or asks.
+    A judgement is a line "Overall judgment: ..."; letter case, emphasis, headings, list markers, boxes, emoji, other
+    scripts' punctuation and the spelling "judgement" do not matter, and under a heading the verdict may stand on the
+    next line that is not blank. Without such a line a verdict in a ``\\boxed{}``, or one that is alone on the first or
+    the last line, counts. Thoughts, lines inside code and quotations are not judgements, nor is a line that offers
+    both verdicts ("Correct/Incorrect"), negates one, or asks.
     """
-    _, lines = split(text)
-    found = set()
-    for index, line in enumerate(lines):
+    _, lines = split(answer(text))
+    cleaned = [plain(line) for line in lines]
+    found: set[Judgement | None] = set()
+    for index, line in enumerate(cleaned):
         label = _LABEL.match(line)
         if label is None:
             continue
         rest = label["rest"].strip()
         if not rest:
-            rest = next((after.strip() for after in lines[index + 1 :] if after.strip()), "")
+            rest = next((after.strip() for after in cleaned[index + 1 :] if after.strip()), "")
         elif not label["sign"]:
             continue
-        verdict = _verdict(rest)
-        if verdict is not None:
-            found.add(verdict)
+        found.add(_verdict(rest))
+    found -= {None}
+    if not found:
+        found = {_of(match["verdict"]) for line in lines if not is_quoted(line) for match in _BOXED.finditer(line)}
+    if not found:
+        ends = [line for line in cleaned if line.strip()]
+        found = {_of(match["verdict"]) for line in ends[:1] + ends[-1:] if (match := _lone(line))}
     return found.pop() if len(found) == 1 else None
 
 
+def plain(line: str) -> str:
+    """A line without LaTeX, HTML emphasis and control tokens, in ASCII's punctuation; code and quotations unchanged."""
+    if is_quoted(line):
+        return line
+    line = _TAG.sub("", _LATEX.sub("", line.translate(PUNCTUATION)))
+    return without_controls(line)
+
+
+def is_quoted(line: str) -> bool:
+    """Whether a line is a quotation, or code by its indentation."""
+    return line.startswith(("    ", "\t")) or line.lstrip().startswith(">")
+
+
 def _verdict(rest: str) -> Judgement | None:
-    match = _VERDICT.match(rest)
-    if match is None:
+    marks = set(re.findall(_MARK, rest[:40]))
+    match = _VERDICT.match(re.sub(_MARK, "", rest))
+    if match is None or "~~" in rest:
         return None
     after = _CLOSE.sub("", match["after"])
     if not _SENTENCE_ENDS.match(after) or _ALTERNATIVE.search(after):
         return None
-    return "correct" if match["verdict"].lower() == "correct" else "incorrect"
+    verdict = _of(match["verdict"])
+    return None if marks & set(_BAD if verdict == "correct" else _GOOD) else verdict
+
+
+def _lone(line: str) -> re.Match[str] | None:
+    """A line that is nothing but a verdict."""
+    if is_quoted(line) or "~~" in line:
+        return None
+    match = _LONE.match(re.sub(_MARK, "", line))
+    if match is None:
+        return None
+    return None if set(line) & set(_BAD if _of(match["verdict"]) == "correct" else _GOOD) else match
+
+
+def _of(word: str) -> Judgement:
+    return "correct" if word.lower() == "correct" else "incorrect"

@@ -26,22 +26,6 @@ from ctrl_hpc.megatron.architecture import HUGGINGFACE
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
 
-def hf_to_megatron(source: str | Path, target: str | Path, *, tensor: int = 1, pipeline: int = 1) -> None:
-    """Write the weights of a Hugging Face folder as a Megatron checkpoint, which carries its configuration along.
-
-    Raises ValueError for a folder or a layout that does not fit.
-    """
-    launch("hf-to-megatron", Path(source), Path(target), tensor, pipeline)
-
-
-def megatron_to_hf(source: str | Path, target: str | Path, *, tensor: int = 1, pipeline: int = 1) -> None:
-    """Write the weights of a Megatron checkpoint (a converted one, or a trainer's) as a Hugging Face folder.
-
-    Raises ValueError for a folder or a layout that does not fit.
-    """
-    launch("megatron-to-hf", Path(source), Path(target), tensor, pipeline)
-
-
 def launch(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
     """Convert by ``tensor`` x ``pipeline`` processes on this machine; ``target`` appears whole or not at all.
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.machine import resolve_device
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.IGNORECASE)
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -85,10 +86,8 @@ class World:
     tensor_group: Group
     pipeline_rank: int
     pipeline_size: int
-    pipeline_group: Group
     data_rank: int
     data_size: int
-    data_group: Group
 
     @property
     def main(self) -> bool:
@@ -134,36 +133,10 @@ class World:
             dist.barrier()
 
 
-def check(config: Config, world_size: int, kind: str) -> None:
-    """Refuse, in one line naming the keys, a layout that cannot run on ``kind``, cpu or cuda.
-
-    Raises ValueError.
-    """
-    parallel, trainer = config.parallel, config.trainer
-    for name in ("tensor", "pipeline"):
-        if getattr(parallel, name) < 1:
-            raise ValueError(f"parallel.{name}: {getattr(parallel, name)} is not allowed; it must be >= 1")
-    model_parallel = parallel.tensor * parallel.pipeline
-    if world_size % model_parallel:
-        raise ValueError(
-            f"parallel.tensor x parallel.pipeline = {parallel.tensor} x {parallel.pipeline} must divide the trainer's "
-            f"{world_size} ranks (trainer.nodes x trainer.ranks_per_node)"
-        )
-    if parallel.sequence and parallel.tensor == 1:
-        raise ValueError("parallel.sequence=true needs parallel.tensor > 1")
-    on_cpu = kind == "cpu"
-    if on_cpu and trainer.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+def check_kernels(config: Config, kind: str) -> None:
+    """Raises ValueError for loss kernels that cannot run on ``kind``, cpu or cuda."""
+    if kind == "cpu" and config.trainer.kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("trainer.kernels=triton needs trainer.device=cuda (or TRITON_INTERPRET=1, for tests)")
-
-
-def device_type(config: Config) -> str:
-    """``cuda`` or ``cpu``: what ``trainer.device`` means on this machine."""
-    wanted = config.trainer.device
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.device=cuda: this machine has no usable GPU; use trainer.device=cpu or auto")
-    return wanted
 
 
 def initialize(config: Config) -> World:
@@ -173,8 +146,9 @@ def initialize(config: Config) -> World:
     """
     faulthandler.enable()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    kind = device_type(config)
-    check(config, size, kind)
+    kind = resolve_device("trainer.device", config.trainer.device)
+    config.parallel.check(size)
+    check_kernels(config, kind)
     if kind == "cpu":
         from ctrl_hpc.megatron import cpu
 
@@ -215,10 +189,8 @@ def initialize(config: Config) -> World:
         tensor_group=mpu.get_tensor_model_parallel_group(),
         pipeline_rank=mpu.get_pipeline_model_parallel_rank(),
         pipeline_size=mpu.get_pipeline_model_parallel_world_size(),
-        pipeline_group=mpu.get_pipeline_model_parallel_group(),
         data_rank=mpu.get_data_parallel_rank(),
         data_size=mpu.get_data_parallel_world_size(),
-        data_group=mpu.get_data_parallel_group(),
     )
 
 

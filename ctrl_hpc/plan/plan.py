@@ -11,9 +11,10 @@ import psutil
 import torch
 
 from ctrl_hpc.config import Config, JobConfig
+from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.megatron import architecture as architectures
+from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.architecture import Architecture
-from ctrl_hpc.megatron.parallel_state import check, device_type
 from ctrl_hpc.plan.memory import Memory, Workload, estimate
 
 GIB = 1 << 30
@@ -125,7 +126,8 @@ def plan(config: Config) -> Plan:
     """
     ranks = config.trainer.nodes * config.trainer.ranks_per_node
     device = _device(config)
-    check(config, ranks, device)
+    config.parallel.check(ranks)
+    parallel_state.check_kernels(config, device)
     architecture, model = _architecture(config.critic.model)
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
@@ -192,9 +194,9 @@ def training_flops(architecture: Architecture, tokens: int, length: int) -> floa
 
 def _device(config: Config) -> str:
     """The device of the trainer's nodes, which need not be this machine's."""
-    if config.trainer.device == "auto" and config.launch.trainer.gpus > 0:
-        return "cuda"
-    return config.trainer.device if config.trainer.device != "auto" else device_type(config)
+    if config.trainer.device != "auto":
+        return config.trainer.device
+    return "cuda" if config.launch.trainer.gpus > 0 else resolve_device("trainer.device", "auto")
 
 
 def _available_gb(config: Config, device: str) -> float | None:
@@ -220,7 +222,7 @@ def _jobs(config: Config, ranks: int) -> Iterator[str]:
             array = f"an array of {rollout.critic_elements}"
             yield f"{launch.engine}: critic servers, {array}{_resources(config, launch.rollout)}"
     if {"sample", "rl", "eval"} & stages:
-        if "://" not in config.generator and config.generator != "oracle":
+        if config.generator_is_served:
             array = f"an array of {rollout.generator_elements}"
             yield f"{launch.engine}: generator servers, {array}{_resources(config, launch.rollout)}"
         array = f"an array of {config.executor.elements} x {config.executor.workers} jails"

@@ -15,6 +15,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.metrics import check_identity
 from ctrl_hpc.evaluate.results import collect, read_histories
+from ctrl_hpc.flow.reward import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
 from ctrl_hpc.report.runs import FOCUS, FinishedRun
 from ctrl_hpc.run.journal import STAGES, Artifact, Journal, Table
@@ -30,6 +31,8 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
     """
     histories = {name: read_histories(config, run_dir, name) for name in config.data.eval_names}
     results = collect(config, run_dir, histories)
+    if data := data_of(run_dir):
+        results["data"] = data
     for entry in results["datasets"].values():
         for row in entry["critics"].values():
             check_identity(row)
@@ -73,6 +76,20 @@ def artifacts(config: Config, run_dir: Path) -> list[Artifact]:
     return kept
 
 
+def data_of(run_dir: Path) -> dict[str, Any]:
+    """What became of the run's data: the ledger of verification, and the rows left out, as their files have them."""
+    folder = run_dir / "problems"
+    out: dict[str, Any] = {}
+    for key, name in (("ledger", "ledger.json"), ("training", "left-out.json")):
+        if (folder / name).is_file():
+            out[key] = json.loads((folder / name).read_text())
+    left_out = {
+        file.stem.removeprefix("left-out-"): json.loads(file.read_text())["left_out"]
+        for file in sorted(folder.glob("left-out-*.json"))
+    }
+    return out | ({"evaluation": left_out} if left_out else {})
+
+
 def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     """The tables of one run's results."""
     datasets = results["datasets"].items()
@@ -81,6 +98,8 @@ def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     made += [tables.seeds_table(name, entry) for name, entry in datasets if entry["n_samples"] > 1]
     if results.get("judgebench", {}).get("critics"):
         made.append(tables.judgebench_table(results["judgebench"]))
+    if "data" in results:
+        made += tables.data_tables(results["data"])
     return made
 
 
@@ -139,5 +158,5 @@ def page(
         pictures=[(picture.stem, base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures],
         wall_time_s=wall_time_s,
         samples=data,
-        transitions=samples.TRANSITIONS,
+        transitions=TRANSITIONS,
     )

@@ -7,24 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ctrl_hpc.evaluate.results import History
+from ctrl_hpc.flow.reward import TRANSITIONS, transition
 from ctrl_hpc.records import Verdict
 from ctrl_hpc.report.plots import label
-
-TRANSITIONS = ("fixed", "broken", "kept right", "still wrong")
-"""What the turns made of a draft: wrong to right, right to wrong, right to right, wrong to wrong."""
 
 COLUMNS = (
     *("dataset", "critic", "solution_id", "difficulty", "problem", "turn", "draft", "draft_verdict"),
     *("critique", "judgement", "kept", "revision", "verdict", "transition"),
 )
 """Of the table that wandb gets: ``draft`` is what the turn began with, ``transition`` the first turn's."""
-
-
-def transition(before: Verdict, after: Verdict) -> str:
-    """One of :data:`TRANSITIONS`."""
-    if before.accepted:
-        return "kept right" if after.accepted else "broken"
-    return "fixed" if after.accepted else "still wrong"
 
 
 def rows(histories: Mapping[str, Mapping[str, Sequence[History]]], count: int) -> list[dict[str, Any]]:

@@ -163,6 +163,30 @@ def judgebench_table(entry: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
+def data_tables(data: Mapping[str, Any], most: int = 20) -> list[Table]:
+    """The ledger of the training problems, and the rows left out of every data set that has bad ones."""
+    made = []
+    if "ledger" in data:
+        ledger = data["ledger"]
+        wrong = ledger["wrong_solutions"]
+        title = (
+            f"training problems: {ledger['verified']} of {ledger['problems']} canonical solutions pass their tests; "
+            f"{wrong['passed']} of {wrong['run']} known-wrong programs do"
+        )
+        made.append(_named_rows(title, [(item["id"], item["reason"]) for item in ledger["failed"]], most))
+    sets = {"training": data.get("training", {}).get("left_out", []), **data.get("evaluation", {})}
+    for name, rows in sets.items():
+        if rows:
+            title = f"{name}: {len(rows)} bad rows left out"
+            made.append(_named_rows(title, [(item["where"], item["reason"]) for item in rows], most))
+    return made
+
+
+def _named_rows(title: str, rows: Sequence[tuple[str, str]], most: int) -> Table:
+    note = f"and {len(rows) - most} more" if len(rows) > most else ""
+    return Table(title=title, columns=("which", "why"), rows=tuple(rows[:most]), note=note, text_columns=2)
+
+
 def variants_table(dataset: str, variants: Mapping[str, Any], critic: str | None = None) -> Table:
     """Several runs by variant: mean ± standard deviation over their seeds, of one critic or of all; in per cent."""
     rows = []

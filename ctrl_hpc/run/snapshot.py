@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import ROOT, Config, dump
+from ctrl_hpc.config import ROOT, Config
 
 Mode = Literal["new", "keep", "none"]
 PACKAGES = ("ctrl_hpc", "ctrl_kernels")
 _DATA = ("configs/models.json",)
 """Files of the project's folder that the packages read."""
-ASKED = "config.yaml"
-"""Beside the copies: the whole configuration that the last command asked for, paths made absolute."""
 _ORIGIN = "origin.json"
-_STARTS = "starts.jsonl"
+ASKED = "config.yaml"
+"""Beside the copies: the whole configuration that was asked for from Python, paths made absolute."""
+STARTS = "starts.jsonl"
 _LEFT_OVER_S = 3600.0
 """A copy that has not been finished for so long belongs to a process that was killed."""
 
@@ -114,7 +114,7 @@ def begin(run_dir: str | Path, mode: Mode) -> str | None:
     before = _code(starts[-1]) if starts else None
     if not starts or before != now or starts[-1]["copied"] != (copy is not None):
         starts.append({"time": round(time.time(), 3), "copied": copy is not None, **asdict(now)})
-        jsonl.write_text(folder / _STARTS, "".join(json.dumps(start) + "\n" for start in starts))
+        jsonl.write_text(folder / STARTS, "".join(json.dumps(start) + "\n" for start in starts))
     made = _made_by(run_dir)
     _prune(folder, {now.code, *made.values()})
     if before is None or before.code == now.code:
@@ -123,25 +123,31 @@ def begin(run_dir: str | Path, mode: Mode) -> str | None:
     return f"code: {now} now, {before} at the last start{f'; made by other code: {stages}' if stages else ''}"
 
 
-def continue_from_copy(config: Config, command: str, overrides: Sequence[str]) -> None:
-    """Replace this process by the same command run from the copy of the code; returns where it runs from one already,
-    or shall not.
+def continue_kept(config: Config, command: str, overrides: Sequence[str]) -> None:
+    """With ``keep``: replace this process by the same command of the code of the run's last start, as its jobs have it.
 
-    With ``keep`` it is the copy of the run's last start, and the configuration of that start with these overrides.
+    It reads the configuration of that start, with these overrides. Returns where there is no such code, or where this
+    process runs from it already.
     """
-    folder, mode = Path(config.run_dir or "").absolute(), config.launch.snapshot
-    if mode == "none" or own(folder) is not None:
+    folder = Path(config.run_dir or "").absolute()
+    kept = latest(folder)
+    if kept is None or own(folder) is not None:
         return
-    kept = latest(folder) if mode == "keep" else None
-    if kept is not None:
-        copy, file = kept, folder / "config.yaml"
-        words = [text for text in overrides if not text.startswith("cluster=")]  # that file holds the profile's values
-    else:
-        copy, file, words = _copy(folder_of(folder)), folder_of(folder) / ASKED, []
-        jsonl.write_text(file, dump(config))
+    words = [text for text in overrides if not text.startswith("cluster=")]  # that file holds the profile's values
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, str(copy), "-m", "ctrl_hpc.cli", command, str(file), *words])
+    os.execv(
+        sys.executable, [sys.executable, str(kept), "-m", "ctrl_hpc.cli", command, str(folder / "config.yaml"), *words]
+    )
+
+
+def import_from(copy: Path) -> None:
+    """What this process imports of our packages from now on comes from the copy, whatever becomes of the checkout."""
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        if top in PACKAGES and hasattr(module, "__path__"):
+            module.__path__ = [str(copy.joinpath(*name.split(".")))]
+    sys.path.insert(0, str(copy))
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -160,7 +166,7 @@ def last_code(run_dir: str | Path) -> str | None:
 
 
 def _starts(run_dir: str | Path) -> list[dict[str, Any]]:
-    file = folder_of(run_dir) / _STARTS
+    file = folder_of(run_dir) / STARTS
     if not file.is_file():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

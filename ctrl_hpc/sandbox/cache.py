@@ -14,27 +14,29 @@ from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, Verdict
-from ctrl_hpc.sandbox import rootfs
+from ctrl_hpc.sandbox import judge, rootfs
 
 _SHARDS = 256
 _MAX_ENTRY_BYTES = 1 << 20
+_JUDGE = hashlib.sha256(Path(judge.__file__).read_bytes()).hexdigest()[:16]
+"""Verdicts of other comparisons than these do not count."""
 
 
 class VerdictCache:
     """A folder of verdicts of at most about ``max_mb``."""
 
-    def __init__(self, folder: Path, max_mb: int = 1024, judges: str = "") -> None:
-        """``judges``: what else verdicts depend on, a hash of the special judges."""
+    def __init__(self, folder: Path, max_mb: int = 1024, judges: str = "", jail: str = "") -> None:
+        """What else verdicts depend on: ``judges``, a hash of the special ones, and ``jail``, one of its contents."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the verdict cache in {folder}: {error.strerror}") from None
         self.folder = folder
         self._shard_bytes = max_mb * (1 << 20) // _SHARDS
-        self._environment = f"{sys.version} {rootfs.identity()} {judges}"
+        self._environment = f"{sys.version} {jail or rootfs.contents().identity()} {_JUDGE} {judges}"
 
     def key(self, execution: Execution) -> str:
-        """The hash of all that a verdict depends on: the execution, the Python version, the runner."""
+        """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
         text = json.dumps([self._environment, jsonl.encode(execution)], separators=(",", ":"))
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import Execution, FunctionTest, Limits, StdinTest, TestCase, TestResult, Verdict
 
 DEFAULT_MEMORY_MB = 1024
@@ -25,16 +26,6 @@ _MAX_TESTS_BYTES = 1 << 28
 _PYTHON = ("python", "Python", "py", "Python3", "python3", "PY")
 _FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
 _OPEN_FENCE = re.compile(r"```([^\n]*)\n(.*)", re.DOTALL)
-_LIVE_CODE_BENCH_IMPORTS = (
-    "from string import *;from re import *;from datetime import *;from collections import *;from heapq import *;"
-    "from bisect import *;from copy import *;from math import *;from random import *;from statistics import *;"
-    "from itertools import *;from functools import *;from operator import *;from io import *;from sys import *;"
-    "from json import *;from builtins import *;from typing import *;import string;import re;import datetime;"
-    "import collections;import heapq;import bisect;import copy;import math;import random;import statistics;"
-    "import itertools;import functools;import operator;import io;import sys;import json;"
-    "sys.setrecursionlimit(6*10**5)\n"
-)
-"""Names that solutions of LiveCodeBench may use without importing them, on one line."""
 
 
 class RunCodeBody(BaseModel):
@@ -140,10 +131,12 @@ def submission(body: SubmitBody) -> tuple[Execution, str]:
         raise ValueError(f"config.dataset_type: {kind!r} is not one of {', '.join(DATASETS)}")
     if kind == "CommonOJDataset" or config.language is not None:
         check_language(config.language, "config.language")
-    tests, imports = DATASETS[kind](_row(body))
+    tests = DATASETS[kind](_row(body))
     code = extract(body.completion)
+    preamble, program = prepared(_HARNESS[kind], None, code)
     execution = Execution(
-        program=imports + code,
+        program=program,
+        preamble=preamble or None,
         tests=tests,
         limits=limits(config.run_timeout or _RUN_TIMEOUT_S[kind]),
         comparison=str(config.extra.get("comparison", _COMPARISON[kind])),
@@ -162,7 +155,7 @@ def _row(body: SubmitBody) -> dict[str, Any]:
     return data
 
 
-def _common_tests(row: dict[str, Any]) -> tuple[tuple[TestCase, ...], str]:
+def _common_tests(row: dict[str, Any]) -> tuple[TestCase, ...]:
     cases = json.loads(row["test"]) if isinstance(row["test"], str) else row["test"]
     try:
         tests = [
@@ -171,10 +164,10 @@ def _common_tests(row: dict[str, Any]) -> tuple[tuple[TestCase, ...], str]:
         ]
     except (TypeError, KeyError) as error:
         raise ValueError(f"config.provided_data.test: each needs input.stdin and output.stdout ({error})") from None
-    return tuple(tests), ""
+    return tuple(tests)
 
 
-def _live_code_bench_tests(row: dict[str, Any]) -> tuple[tuple[TestCase, ...], str]:
+def _live_code_bench_tests(row: dict[str, Any]) -> tuple[TestCase, ...]:
     try:
         sample = _packed(row["test"]) if isinstance(row["test"], str) else row["test"]
         cases = json.loads(sample["input_output"])
@@ -189,7 +182,7 @@ def _live_code_bench_tests(row: dict[str, Any]) -> tuple[tuple[TestCase, ...], s
                 tests.append(FunctionTest(name=name, args=arguments, expected=json.loads(expected)))
     except (TypeError, KeyError, ValueError, zlib.error, binascii.Error, pickle.UnpicklingError) as error:
         raise ValueError(f"config.provided_data.test: not LiveCodeBench's format ({error})") from None
-    return tuple(tests), _LIVE_CODE_BENCH_IMPORTS
+    return tuple(tests)
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -211,6 +204,7 @@ def _packed(text: str) -> dict[str, Any]:
 
 DATASETS = {"CommonOJDataset": _common_tests, "LiveCodeBenchDataset": _live_code_bench_tests}
 """How each of SandboxFusion's data set classes that are served keeps its tests."""
+_HARNESS = {"CommonOJDataset": "", "LiveCodeBenchDataset": "livecodebench"}
 _COMPARISON: dict[str, Literal["sandbox_fusion", "livecodebench"]] = {
     "CommonOJDataset": "sandbox_fusion",
     "LiveCodeBenchDataset": "livecodebench",

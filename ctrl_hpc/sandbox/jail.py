@@ -39,8 +39,8 @@ _FILES_OF_A_WORKER = 24
 _LEAVE_S = 5.0
 """How long a jail may take to end before it is made to."""
 _MIN_FILE_BYTES = 16 * _MIB
-_ADDRESS_SPACE_HEADROOM = 256 * _MIB
-"""Address space beyond the memory limit: thread stacks and arenas are reserved, not used."""
+_ADDRESS_SPACE_HEADROOM = 16 << 30
+"""Address space beyond the memory limit: what is reserved and never touched (stacks, arenas, maps) costs nothing."""
 _SHARED_HEADROOM = 64 * _MIB
 """Memory of a jail beyond the limit: the interpreters' own, files in /tmp, outputs."""
 

@@ -59,7 +59,9 @@ def policy() -> str:
 
 
 INSIDE_ID = 65534
-STACK_BYTES = 64 << 20
+STACK_BYTES = 1 << 30
+"""Soft limit of a program's stack: recursion through C takes up to a KiB a level. What is touched counts as memory."""
+_SCRATCH = "size=16777216,nr_inodes=4096,mode=1777"
 _OUTSIDE_IDS = range(1_000_000_000, 1_900_000_000)
 _ENVIRONMENT = [
     "PATH=/python/bin",
@@ -112,8 +114,7 @@ def config(root: Path, preload: bool = True) -> NsJailConfig:
         rlimit_fsize_type=RLimitType.HARD,
         rlimit_nofile=64,
         rlimit_nproc_type=RLimitType.HARD,
-        rlimit_stack=STACK_BYTES >> 20,
-        rlimit_stack_type=RLimitType.VALUE,
+        rlimit_stack_type=RLimitType.HARD,
         rlimit_core=0,
         rlimit_memlock=0,
         rlimit_memlock_type=RLimitType.VALUE,
@@ -125,15 +126,18 @@ def config(root: Path, preload: bool = True) -> NsJailConfig:
         mount=[
             MountPt(src=str(root), dst="/", is_bind=True, rw=False, nosuid=True, nodev=True),
             MountPt(src="/dev/null", dst="/dev/null", is_bind=True, rw=False, nosuid=True, noexec=True),
-            MountPt(
-                dst="/tmp",
-                fstype="tmpfs",
-                rw=True,
-                is_dir=True,
-                options="size=16777216,nr_inodes=4096,mode=1777",
-                nosuid=True,
-                nodev=True,
-                noexec=True,
+            *(
+                MountPt(
+                    dst=folder,
+                    fstype="tmpfs",
+                    rw=True,
+                    is_dir=True,
+                    options=_SCRATCH,
+                    nosuid=True,
+                    nodev=True,
+                    noexec=True,
+                )
+                for folder in ("/tmp", "/dev/shm")
             ),
         ],
         seccomp_string=[policy()],

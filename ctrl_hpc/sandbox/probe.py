@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,14 @@ assert held(os.listdir, "/proc") and held(open, "/etc/passwd") and held(open, "/
 assert held(socket.socket, socket.AF_INET, socket.SOCK_STREAM) and held(os.unshare, 0x10000000)
 print("isolated")
 """
+_RECURSE = b"""
+import functools, sys
+sys.setrecursionlimit(10**6)
+@functools.lru_cache(None)
+def depth(n): return n and 1 + depth(n - 1)
+assert depth(20000) == 20000
+print("deep")
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +61,23 @@ class Check:
     """What to do, or to ask the administrator for; where the check holds, what would make it hold better."""
 
 
-def probe(root_parent: Path | None = None, proc: Path = Path("/proc")) -> list[Check]:
-    """All checks, in the order in which they matter; the last one runs a program in a jail."""
+def probe(
+    root_parent: Path | None = None,
+    proc: Path = Path("/proc"),
+    python: str = "",
+    packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
+) -> list[Check]:
+    """All checks, in the order in which they matter; the last ones run programs in a jail."""
     checks = [_kernel(), _nsjail(), _namespaces(proc)]
     try:
-        root = rootfs.ensure(root_parent)
+        contents = rootfs.contents(python, packages)
+        root = rootfs.ensure(root_parent, contents)
     except (ValueError, OSError) as error:
         fix = "point TMPDIR at a folder of yours on a local disk"
         return [*checks, Check(name="jail root", ok=False, detail=str(error), fix=fix), _memory()]
     checks += [Check(name="jail root", ok=True, detail=str(root)), _memory()]
     if checks[1].ok:
-        checks.append(_isolation(root))
+        checks.append(_isolation(root, contents))
     return checks
 
 
@@ -129,22 +144,34 @@ def _memory() -> Check:
     return Check(name="memory of a jail", ok=True, detail="bounded by a watchdog, as no cgroup can be made", fix=fix)
 
 
-def _isolation(root: Path) -> Check:
+def _run(root: Path, program: bytes) -> tuple[str, str]:
+    """What a program prints in a jail of its own, to stdout and stderr. Raises JailFault."""
+    with Jail(root) as jail:
+        fds = [memory_file("probe", content) for content in (b"\0" + program, b"", b"", b"")]
+        try:
+            jail.run(Kind.RUN, fds, Limits())
+            stdout, stderr = (os.pread(fd, 4096, 0).decode(errors="replace") for fd in fds[2:])
+        finally:
+            for fd in fds:
+                os.close(fd)
+    return stdout, stderr
+
+
+def _isolation(root: Path, contents: rootfs.Contents) -> Check:
     fix = "ask the administrator to allow namespaces, mounts inside them and seccomp to this user on this node"
     if Path("/proc/self/uid_map").read_text(encoding="ascii").split() != _ALL_IDS:
         fix = "this container allows no jails inside it: launch.executor.contained=false runs executors beside it"
     try:
-        with Jail(root) as jail:
-            fds = [memory_file("probe", content) for content in (_LOOK_AROUND, b"", b"", b"")]
-            try:
-                jail.run(Kind.RUN, fds, Limits())
-                stdout, stderr = (os.pread(fd, 4096, 0).decode(errors="replace") for fd in fds[2:])
-            finally:
-                for fd in fds:
-                    os.close(fd)
+        stdout, stderr = _run(root, _LOOK_AROUND)
+        recursed, _ = _run(root, _RECURSE)
     except JailFault as error:
         return Check(name="isolation", ok=False, detail=str(error), fix=fix)
     if stdout != "isolated\n":
         last = stderr.strip().splitlines()[-1:] or ["no output"]
         return Check(name="isolation", ok=False, detail=f"a program saw too much: {last[0]}", fix=fix)
-    return Check(name="isolation", ok=True, detail="a program in a jail sees neither files, processes nor networks")
+    holds = ", ".join(f"{name} {version}" for name, version in contents.named().items())
+    detail = f"a program in a jail sees neither files, processes nor networks; it runs with {holds}"
+    if recursed == "deep\n":
+        return Check(name="isolation", ok=True, detail=detail)
+    fix = "set executor.python to CPython 3.11, 3.12 or 3.13, whose recursion through C goes as deep as the stack"
+    return Check(name="isolation", ok=True, detail=f"{detail}, but cannot recurse deep through C", fix=fix)

@@ -1,4 +1,4 @@
-"""The jail's own root: this Python and its standard library, copied once into a cache folder, and nothing else.
+"""The jail's own root: a Python, its standard library and chosen packages, copied once into a cache folder; no more.
 
 The folder is bound read-only as ``/`` of every jail, so a program sees neither the host's files nor other jobs'. It
 must be readable by the jail's outside uid, which is why it does not lie in a home folder when the executor is root.
@@ -6,27 +6,37 @@ must be readable by the jail's outside uid, which is why it does not lie in a ho
 
 from __future__ import annotations
 
-import compileall
 import contextlib
 import hashlib
 import os
 import shutil
 import stat
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-LAYOUT_VERSION = 2
+import tzdata
+
+from ctrl_hpc.sandbox.interpreter import Interpreter, Package, interpreter, packages
+
+LAYOUT_VERSION = 3
 """Part of the cache key: raise it when the layout of the folder changes."""
 PYTHON_EXECUTABLE = "/python/bin/python3"
 RUNNER_DIR = "/runner"
+PACKAGES_DIR = "/python/packages"
 INSIDE_DIR = Path(__file__).parent / "inside"
+DEFAULT_PACKAGES = ("numpy",)
+"""Packages that programs may import unless told otherwise."""
 
 _COMPLETE = "complete"
 """The file written last, with the number of files."""
+_NUMPY_HOOK = "numpy/_distributor_init_local.py"
+"""What numpy imports first, for distributors to fill."""
+_ONE_THREAD = 'import os\n\nos.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # or it starts one a core\n'
+_LOCALES = (Path("/usr/lib/locale/C.utf8"), Path("/usr/lib/locale/C.UTF-8"))
 _KEPT_S = 30 * 24 * 3600
 """How long a root is kept that nothing is started with."""
 
@@ -37,12 +47,34 @@ _LEFT_OUT = {
 _LEFT_OUT_EXTENSIONS = ("_tkinter", "_curses", "readline", "nis", "ossaudiodev", "_test", "_xxtest", "_dbm", "_gdbm")
 
 
-def identity() -> str:
-    """What the jail's contents depend on: Python build and runner sources. Part of the verdict cache's key."""
-    digest = hashlib.sha256(f"{LAYOUT_VERSION} {sys.version} {sysconfig.get_platform()} {_base_python()}".encode())
-    for path in sorted(INSIDE_DIR.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What programs find in a jail."""
+
+    python: Interpreter
+    packages: tuple[Package, ...]
+
+    def identity(self) -> str:
+        """A hash of all that verdicts depend on here: the Python's build, the packages, the runner's sources."""
+        told = [str(LAYOUT_VERSION), self.python.identity, tzdata.IANA_VERSION]
+        told += [f"{package.name}=={package.version}" for package in self.packages]
+        digest = hashlib.sha256("\n".join(told).encode())
+        for path in sorted(INSIDE_DIR.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()[:16]
+
+    def named(self) -> dict[str, str]:
+        """The versions, by name, as ``versions.json`` and ``doctor`` give them."""
+        return {"python": self.python.version, **{package.name: package.version for package in self.packages}}
+
+
+def contents(python: str = "", wanted: Sequence[str] = DEFAULT_PACKAGES) -> Contents:
+    """What a jail holds with that interpreter ("": this one) and those of its packages, with all that they need.
+
+    Raises ValueError for an interpreter that cannot be used, or a package that it lacks.
+    """
+    found = interpreter(python)
+    return Contents(python=found, packages=packages(found, tuple(wanted)))
 
 
 def default_parent() -> Path:
@@ -50,20 +82,20 @@ def default_parent() -> Path:
     return Path(tempfile.gettempdir()) / f"ctrl-hpc-{os.getuid()}"
 
 
-def ensure(parent: Path | None = None) -> Path:
-    """The folder of the jail's root, built when it is not there yet (about two seconds).
+def ensure(parent: Path | None = None, holds: Contents | None = None) -> Path:
+    """The folder of the jail's root, built when it is not there yet (some seconds).
 
     Several processes may call this at once: each builds beside and one rename wins. A root that has lost files, as
     nodes sweep their temporary folders, is built anew. Raises ValueError when the folder cannot be trusted (another
     user's) or made.
     """
-    parent = parent or default_parent()
+    parent, holds = parent or default_parent(), holds or contents()
     try:
         parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the jail's root folder in {parent}: {error.strerror}; set TMPDIR") from None
     _check_owner(parent)
-    root = parent / f"jail-{identity()}"
+    root = parent / f"jail-{holds.identity()}"
     if _whole(root):
         os.utime(root / _COMPLETE)
     else:
@@ -71,7 +103,7 @@ def ensure(parent: Path | None = None) -> Path:
             _remove(old)
         build = Path(tempfile.mkdtemp(prefix=".jail-", dir=parent))
         try:
-            _build(build)
+            _build(build, holds)
             try:
                 build.rename(root)
             except OSError:
@@ -118,32 +150,53 @@ def _check_owner(folder: Path) -> None:
         raise ValueError(f"{folder} is not a folder that only this user can write; remove it or set TMPDIR")
 
 
-def _base_python() -> Path:
-    """The real interpreter behind a virtual environment."""
-    return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-
-
-def _build(root: Path) -> None:
+def _build(root: Path, holds: Contents) -> None:
+    python = holds.python
     root.chmod(0o755)
-    for name in ("dev", "tmp", "lib", "usr", "python/bin", "runner"):
+    for name in ("dev/shm", "tmp", "lib/locale", "usr/share", "python/bin", "runner", PACKAGES_DIR[1:]):
         (root / name).mkdir(parents=True)
     (root / "dev/null").touch()
     for link in ("lib64", "usr/lib", "usr/lib64"):
         (root / link).symlink_to("/lib")
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    library = root / "python/lib" / version
-    shutil.copytree(sysconfig.get_path("stdlib"), library, ignore=_ignore, symlinks=False)
+    library = root / "python/lib" / python.tag
+    shutil.copytree(python.library, library, ignore=_ignore, symlinks=False)
     if not (library / "lib-dynload").is_dir():  # some distributions keep extension modules elsewhere
-        shutil.copytree(sysconfig.get_config_var("DESTSHARED"), library / "lib-dynload", ignore=_ignore)
-    shutil.copy2(_base_python(), root / "python/bin" / version)
-    (root / PYTHON_EXECUTABLE[1:]).symlink_to(version)
+        shutil.copytree(python.extensions, library / "lib-dynload", ignore=_ignore)
+    shutil.copy2(python.binary, root / "python/bin" / python.tag)
+    (root / PYTHON_EXECUTABLE[1:]).symlink_to(python.tag)
     for path in INSIDE_DIR.glob("*.py"):
         shutil.copy2(path, root / RUNNER_DIR[1:] / path.name)
-    _copy_libraries(root, [root / "python/bin" / version, *(library / "lib-dynload").glob("*.so")])
+    _copy_packages(root / PACKAGES_DIR[1:], holds.packages)
+    _copy_system_data(root)
+    extensions = [path for package in holds.packages for path in package.extensions]
+    _copy_libraries(root, python, [*(library / "lib-dynload").glob("*.so"), *extensions])
     _make_readable(root)
-    for folder, where in ((library, f"/python/lib/{version}"), (root / "runner", RUNNER_DIR)):
-        compileall.compile_dir(folder, quiet=2, stripdir=str(folder), prependdir=where, workers=1)
+    for folder, where in (
+        (library, f"/python/lib/{python.tag}"),
+        (root / "runner", RUNNER_DIR),
+        (root / PACKAGES_DIR[1:], PACKAGES_DIR),
+    ):
+        command = [str(python.binary), "-I", "-m", "compileall", "-qq", "-s", str(folder), "-p", where, str(folder)]
+        subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # a library may hold files that do not compile
     (root / _COMPLETE).write_text(str(_files(root) + 1))
+
+
+def _copy_packages(target: Path, wanted: Sequence[Package]) -> None:
+    for package in wanted:
+        for file in package.files:
+            if not set(file.parts) & _LEFT_OUT and file.suffix != ".a":
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(package.folder / file, target / file)
+    if (target / "numpy").is_dir():
+        (target / _NUMPY_HOOK).write_text(_ONE_THREAD)
+
+
+def _copy_system_data(root: Path) -> None:
+    """Time zones, the same on every node, and the locale that the environment names, where the node has it."""
+    shutil.copytree(Path(tzdata.__file__).parent / "zoneinfo", root / "usr/share/zoneinfo", ignore=_ignore)
+    locale = next((path for path in _LOCALES if path.is_dir()), None)
+    if locale is not None:
+        shutil.copytree(locale, root / "lib/locale/C.utf8")
 
 
 def _ignore(folder: str, names: list[str]) -> list[str]:
@@ -154,17 +207,20 @@ def _ignore(folder: str, names: list[str]) -> list[str]:
     ]
 
 
-def _copy_libraries(root: Path, binaries: list[Path]) -> None:
-    """Copy every shared library that the binaries need, the dynamic loader among them, into ``/lib``."""
-    command = ["ldd", *map(str, [_base_python(), *binaries])]
+def _copy_libraries(root: Path, python: Interpreter, binaries: list[Path]) -> None:
+    """Copy every shared library that the binaries need, the dynamic loader among them, into ``/lib``.
+
+    Libraries that lie beside the binaries themselves, as packages bring some, are found there.
+    """
+    command = ["ldd", *map(str, [python.binary, *binaries])]
     listing = subprocess.run(command, capture_output=True, text=True, check=False)
     wanted: set[Path] = set()
     for line in listing.stdout.splitlines():
         path = line.split("=>")[-1].split(" (")[0].strip()
-        if line.startswith(("\t", " ")) and path.startswith("/"):
+        if line.startswith(("\t", " ")) and path.startswith("/") and "/site-packages/" not in path:
             wanted.add(Path(path))
     if not wanted and "not a dynamic executable" not in listing.stderr + listing.stdout:
-        raise ValueError(f"cannot list the libraries of {binaries[0]} with ldd: {listing.stderr.strip()[:200]}")
+        raise ValueError(f"cannot list the libraries of {python.binary} with ldd: {listing.stderr.strip()[:200]}")
     for library in wanted:
         is_loader = library.name.startswith("ld-")
         is_elsewhere = is_loader and library.parent.name not in ("lib", "lib64")

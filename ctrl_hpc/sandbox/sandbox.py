@@ -31,7 +31,8 @@ class Sandbox:
     ``workers`` programs run at once. ``fresh`` gives every program a jail of its own instead of a warm one. With a
     ``cache_dir`` verdicts are kept there, and identical programs that are in flight together run once. The memory of a
     program's processes together is bounded by a cgroup where one can be made (unless ``use_cgroup`` is false), and by
-    a watchdog elsewhere. ``judges`` are special judges by name, see ``ctrl_hpc.sandbox.judge``.
+    a watchdog elsewhere. ``judges`` are special judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the
+    interpreter ``python`` ("": this one) and may import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
 
     Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
@@ -46,18 +47,22 @@ class Sandbox:
         use_cgroup: bool = True,
         root_parent: Path | None = None,
         judges: Mapping[str, judge.Comparison] | None = None,
+        python: str = "",
+        packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
         check_open_files(workers)
-        root = rootfs.ensure(root_parent)
+        contents = rootfs.contents(python, packages)
+        root = rootfs.ensure(root_parent, contents)
         self.workers = workers
         self.counts: Counter[str] = Counter()
         """Executions and tests run, cache hits, and executions that joined one in flight."""
         self._judges = dict(judges or {})
         self._cache: VerdictCache | None = None
         if cache_dir is not None:
-            self._cache = VerdictCache(Path(cache_dir), cache_mb, judge.digest(self._judges))
+            special = judge.digest(self._judges)
+            self._cache = VerdictCache(Path(cache_dir), cache_mb, special, contents.identity())
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight: dict[str, Future[Verdict]] = {}
@@ -174,6 +179,7 @@ class Sandbox:
         *,
         stop_at_first_failure: bool = False,
         comparison: str = "exact",
+        preamble: str = "",
     ) -> Verdict:
         """Run one program against its tests and judge it."""
         execution = Execution(
@@ -181,6 +187,7 @@ class Sandbox:
             tests=tuple(tests),
             limits=limits or Limits(),
             comparison=comparison,
+            preamble=preamble,
             stop_at_first_failure=stop_at_first_failure,
         )
         return self.submit(execution).result()

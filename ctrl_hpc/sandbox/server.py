@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
-from ctrl_hpc.sandbox import fusion, judge
+from ctrl_hpc.sandbox import fusion, judge, rootfs
 from ctrl_hpc.sandbox.sandbox import Sandbox
 from ctrl_hpc.service import http
 
@@ -238,15 +238,19 @@ def serve(
     max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: int = 60,
     judges: Mapping[str, str] | None = None,
+    python: str = "",
+    packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
 
-    ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers.
+    ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers;
+    ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
     sock = http.listen(host, port)
     try:
-        with Sandbox(workers=workers, cache_dir=cache_dir, judges=judge.load(judges or {})) as sandbox:
+        special = judge.load(judges or {})
+        with Sandbox(workers, cache_dir=cache_dir, judges=special, python=python, packages=packages) as sandbox:
             failures: list[Exception] = []
 
             async def ready() -> None:

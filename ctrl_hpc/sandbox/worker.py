@@ -34,6 +34,7 @@ _CHECK_EXTRA_S = 2.0
 _TESTS_WORTH_PRELOADING = 8
 """From so many tests on, loading modules once for all costs less than each test loading what it uses."""
 _CHECK_MEMORY_MB = 1024
+_ROOM = 2
 _FETCHED_BYTES = 24 << 20
 _CHECK_STATUS: dict[int | None, TestStatus] = {
     0: "accepted",
@@ -93,7 +94,7 @@ class Worker:
         """Run and judge all tests, or those up to the first failure."""
         if not execution.tests:
             return Verdict(status="unsupported", detail="there are no tests")
-        source = execution.program.encode("utf-8", "surrogatepass")
+        source = _source(execution.program, execution.preamble or "")
         self._tests = len(execution.tests)
         results: list[TestResult] = []
         first_failure = -1
@@ -128,7 +129,7 @@ class Worker:
         self, program: str, stdin: str, limits: Limits, files: dict[str, str], fetch: Sequence[str]
     ) -> tuple[TestResult, dict[str, str]]:
         """Run a program among files (base64 by path); its result, and the fetched files that are there."""
-        source, fetched = program.encode("utf-8", "surrogatepass"), {}
+        source, fetched = _source(program), {}
         self._tests = 1
         limits_of_moves = Limits(cpu_s=10.0, wall_s=30.0, output_bytes=_FETCHED_BYTES)
         try:
@@ -161,25 +162,27 @@ class Worker:
             self._jails.pop(False).close()
 
     def _run_stdin(self, source: bytes, test: StdinTest, limits: Limits, comparison: str) -> TestResult:
-        stdin = _encode(test.stdin)
+        stdin, expected = _encode(test.stdin), _encode(test.expected_stdout)
+        limits = _with_room(limits, len(expected))
         with _files(source, stdin, b"", b"") as fds:
             result = _result(self._run(Kind.RUN, fds, limits), fds, limits)
         if result.status == "accepted":
-            compare = judge.comparison(comparison, self._judges)
+            rule = judge.rule(comparison, self._judges)
             try:
-                same = compare(result.stdout, _encode(test.expected_stdout), stdin)
+                same = rule.compare(result.stdout, expected, stdin)
             except Exception as error:
                 if comparison not in self._judges:
                     raise
                 remark = f"judge {comparison} failed: {type(error).__name__}: {error}"
                 return dataclasses.replace(result, status="sandbox_error", stderr=remark.encode())
             if not same:
-                return dataclasses.replace(result, status="wrong_answer")
+                return _not_the_same(result, rule)
         return result
 
     def _run_function(self, source: bytes, test: FunctionTest, limits: Limits, comparison: str) -> TestResult:
         try:
-            request = {"name": test.name, "args": [plain.encode(item) for item in test.args]}
+            request = {"name": test.name, "method": True, "args": [plain.encode(item) for item in test.args]}
+            limits = _with_room(limits, len(plain.dumps(test.expected)))
         except plain.Unsupported as error:
             return TestResult(status="unsupported", stderr=f"argument of {test.name}: {error}".encode())
         with _files(source, b"", b"", b"", json.dumps(request).encode() + b"\n", b"") as fds:
@@ -189,7 +192,10 @@ class Worker:
             reply, size = _contents(fds[5], limits.output_bytes)
         if size > limits.output_bytes:
             return dataclasses.replace(result, status="output_limit")
-        status, remark = _judge_reply(reply, test, tolerant=comparison != "exact")
+        rule = judge.rule(comparison, self._judges)
+        status, remark = _judge_reply(reply, test, rule)
+        if status == "wrong_answer":
+            return _not_the_same(result, rule)
         return dataclasses.replace(result, status=status, stderr=result.stderr + remark.encode())
 
     def _run_assert(self, source: bytes, test: AssertTest, limits: Limits) -> TestResult:
@@ -222,6 +228,24 @@ class Worker:
 
 def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+def _source(program: str, preamble: str = "") -> bytes:
+    """What a jail takes as source: the preamble, which holds no zero byte, one such byte, the program."""
+    return preamble.encode() + b"\0" + program.encode("utf-8", "surrogatepass")
+
+
+def _with_room(limits: Limits, expected_bytes: int) -> Limits:
+    """The limits with room for an output :data:`_ROOM` times as long as the expected one."""
+    room = min(_ROOM * expected_bytes, judge.MOST_OUTPUT_BYTES)
+    return limits if room <= limits.output_bytes else dataclasses.replace(limits, output_bytes=room)
+
+
+def _not_the_same(result: TestResult, rule: judge.Rule) -> TestResult:
+    if not rule.several_answers:
+        return dataclasses.replace(result, status="wrong_answer")
+    remark = b"several answers are right, and no judge that knows them is configured\n"
+    return dataclasses.replace(result, status="unsupported", stderr=result.stderr + remark)
 
 
 @contextmanager
@@ -268,14 +292,14 @@ def _result(ended: Ended, fds: Sequence[int], limits: Limits) -> TestResult:
     )
 
 
-def _judge_reply(reply: bytes, test: FunctionTest, tolerant: bool) -> tuple[TestStatus, str]:
+def _judge_reply(reply: bytes, test: FunctionTest, rule: judge.Rule) -> tuple[TestStatus, str]:
     """Status and a remark for stderr, from what the solution's process answered to the one call."""
     try:
         answer = json.loads(reply)
         if not isinstance(answer, dict):
             raise plain.Unsupported("malformed reply")
         if "value" in answer:
-            same = judge.same_value(answer["value"], test.expected, tolerant)
+            same = judge.same_result(answer["value"], test.expected, rule)
             return ("accepted", "") if same else ("wrong_answer", "")
     except (plain.Unsupported, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         if not reply:

@@ -277,16 +277,6 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def verify(folder: Path) -> None:
-    """Raises ValueError with one line when a model's files are not those of the manifest."""
-    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-    found = hashes(folder)
-    for name in sorted(listed.keys() | found.keys()):
-        if listed.get(name) != found.get(name):
-            what = "missing" if name not in found else "not in the manifest" if name not in listed else "changed"
-            raise ValueError(f"{folder / name}: {what}; rebuild the models or restore the shipped ones")
-
-
 def _write_manifest(folder: Path, facts: dict[str, object]) -> None:
     manifest = {
         **facts,

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ctrl_hpc.config.sections import LimitsConfig
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.reward import agrees
 from ctrl_hpc.flow.steps import critique, draft, execute, revise
 from ctrl_hpc.flow.text import parse_judgement
-from ctrl_hpc.records import Critique, Executor, Generator, Problem, Sampling, Solution
+from ctrl_hpc.records import Critique, Executor, Generator, Limits, Problem, Sampling, Solution
 from ctrl_hpc.tiny import grammar, text, world
 
 DRAFTED = 320
@@ -111,13 +111,13 @@ def probe(
     critic: Generator,
     executor: Executor,
     prompts: Prompts,
-    limits: LimitsConfig | None = None,
+    limits: Limits | None = None,
 ) -> list[Condition]:
     """Measure every condition with the real generator, base critic and executor.
 
     ``problems`` are problems of the tiny world; the first ones are used. ``limits`` holds where the problems name none.
     """
-    limits = limits or LimitsConfig()
+    limits = limits or Limits()
     conditions = _drafting(problems[:DRAFTED], generator, critic, executor, prompts, limits)
     return conditions + _revising(problems[:REVISED], generator, executor, prompts, limits)
 
@@ -132,7 +132,7 @@ def _drafting(
     critic: Generator,
     executor: Executor,
     prompts: Prompts,
-    limits: LimitsConfig,
+    limits: Limits,
 ) -> list[Condition]:
     sampled = draft(problems, generator, prompts, Sampling(temperature=1.0, max_tokens=MAX_TOKENS, seed=1))
     greedy = draft(problems, generator, prompts, Sampling(temperature=0.0, max_tokens=MAX_TOKENS))
@@ -144,10 +144,7 @@ def _drafting(
     )
     sampling = Sampling(temperature=1.0, max_tokens=MAX_TOKENS, n=CRITIQUES, seed=2)
     critiques = critique(list(zip(problems, sampled, strict=True)), critic, prompts, sampling)
-    agreed = [
-        one.judgement is not None and (one.judgement == "correct") == passed[index // CRITIQUES]
-        for index, one in enumerate(critiques)
-    ]
+    agreed = [agrees(one.judgement, passed[index // CRITIQUES]) for index, one in enumerate(critiques)]
     return [
         _condition("zero-shot pass@1, sampled", sampled_rate, 0.38, 0.58),
         _condition("zero-shot pass@1, greedy less sampled", greedy_rate - sampled_rate, -0.10, 0.10),
@@ -156,7 +153,7 @@ def _drafting(
 
 
 def _revising(
-    problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, limits: LimitsConfig
+    problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, limits: Limits
 ) -> list[Condition]:
     triples = [_put(told, number, problem) for told in TOLD for number, problem in enumerate(problems)]
     sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)

@@ -150,16 +150,6 @@ def input_lines(rng: np.random.Generator, count: int) -> list[Line]:
     return lines
 
 
-def confusions(composition: Composition) -> list[Composition]:
-    """The four compositions in which one step is taken for its partner."""
-    out = []
-    for slot, operation in enumerate(composition):
-        mutant = list(composition)
-        mutant[slot] = grammar.partner(operation)
-        out.append((mutant[0], mutant[1], mutant[2], mutant[3]))
-    return out
-
-
 def _digest(seed: int, purpose: bytes, data: str) -> bytes:
     return hashlib.sha256(seed.to_bytes(8, "little") + purpose + data.encode()).digest()
 

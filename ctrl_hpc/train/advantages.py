@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import ctrl_kernels
 import torch
-from ctrl_kernels.backend import Backend
+from ctrl_kernels import Backend
 from torch import Tensor
 
 from ctrl_hpc.config import RLConfig

@@ -11,13 +11,8 @@ from typing import Any, Self
 from ctrl_hpc import jsonl
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Chat, Critique, Problem, Solution
+from ctrl_hpc.rollout.chat import chat_ids, text_ids
 from ctrl_hpc.seeds import take
-
-
-def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
-    """A chat as the critic is asked it."""
-    messages = [{"role": message.role, "content": message.content} for message in chat]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
 def response_ids(tokenizer: Any, critique: Critique) -> Sequence[int]:
@@ -27,7 +22,7 @@ def response_ids(tokenizer: Any, critique: Critique) -> Sequence[int]:
         ids = generation.token_ids
         whole = generation.finish_reason == "stop"
     else:
-        ids, whole = tuple(tokenizer(critique.text, add_special_tokens=False)["input_ids"]), True
+        ids, whole = tuple(text_ids(tokenizer, critique.text)), True
     return (*ids, tokenizer.eos_token_id) if whole and ids[-1:] != (tokenizer.eos_token_id,) else ids
 
 
@@ -99,4 +94,4 @@ class DraftPool:
 def _fits(chat: Chat, tokenizer: Any, limit: int) -> bool:
     """Whether a chat has at most ``limit`` tokens; a token has a byte at least: short chats need no counting."""
     n_bytes = sum(len(message.content.encode()) for message in chat)
-    return n_bytes + TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(prompt_ids(tokenizer, chat)) <= limit
+    return n_bytes + TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(chat_ids(tokenizer, chat)) <= limit

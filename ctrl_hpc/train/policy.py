@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import ctrl_kernels
 import torch
 import torch.distributed as dist
-from ctrl_kernels.backend import Backend, resolve_backend
+from ctrl_kernels import Backend, resolve_backend
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 

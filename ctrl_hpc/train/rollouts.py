@@ -8,11 +8,12 @@ from pathlib import Path
 
 import ctrl_kernels
 import torch
-from ctrl_kernels.backend import Backend
+from ctrl_kernels import Backend
 from torch import Tensor
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Critique, Problem, Revision, Reward, Solution, Verdict
+from ctrl_hpc.flow.reward import agrees
+from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Reward, Solution, Verdict
 from ctrl_hpc.train.batch import Batch, collate
 
 
@@ -22,7 +23,7 @@ class Rollout:
 
     solution_id: str
     critique: str
-    judgement: str | None
+    judgement: Judgement | None
     draft_accepted: bool
     revision: str
     kept: bool
@@ -159,8 +160,7 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     """What a step's rollouts look like, as metrics; means over the critiques that count."""
     counted = [item for item in rollouts if not item.masked]
     n = max(1, len(counted))
-    judged = [item for item in counted if item.judgement is not None]
-    right = sum((item.judgement == "correct") == item.draft_accepted for item in judged)
+    right = sum(agrees(item.judgement, item.draft_accepted) for item in counted)
     staleness = [version - item.version for item in rollouts]
     reasons = {f"rl/reason/{reason}": 0 for reason in sorted({item.reason for item in rollouts})}
     for item in rollouts:

@@ -11,9 +11,10 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Critique, Problem, Solution
+from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.seeds import take
 from ctrl_hpc.train.batch import collate
-from ctrl_hpc.train.drafts import prompt_ids, response_ids
+from ctrl_hpc.train.drafts import response_ids
 from ctrl_hpc.train.loop import Loop, learning_rate
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
@@ -69,7 +70,7 @@ def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
     for critique in critiques:
         solution = solutions[critique.solution_id]
         chat = prompts.critique(problems[solution.problem_id], solution)
-        sequences.append((prompt_ids(tokenizer, chat), response_ids(tokenizer, critique)))
+        sequences.append((chat_ids(tokenizer, chat), response_ids(tokenizer, critique)))
     kept = [pair for pair in sequences if len(pair[0]) + len(pair[1]) <= config.sft.max_length]
     if not kept:
         raise ValueError(

@@ -57,7 +57,7 @@ class Validation:
         file, problems, services = self.folder / f"{name}.jsonl", self.problems[name], self.connections
         if not file.exists():
             made = draft(problems, services.generator, self.prompts, self._sampling(f"drafts, {name}"))
-            executed = execute(list(zip(problems, made, strict=True)), services.executor, self.config.executor.limits)
+            executed = execute(list(zip(problems, made, strict=True)), services.executor, self.config.executor)
             jsonl.write(file, executed)
         return list(zip(problems, jsonl.read(Solution, file), strict=True))
 
@@ -72,7 +72,7 @@ class Validation:
         greedy = Sampling(temperature=0.0, max_tokens=config.eval.max_tokens)
         revisions = revise(triples, services.generator, self.prompts, greedy, gate=config.eval.stop_when_correct)
         todo = [(problem, item) for (problem, _), item in zip(pairs, revisions, strict=True)]
-        return pass_rate(execute(todo, services.executor, config.executor.limits))
+        return pass_rate(execute(todo, services.executor, config.executor))
 
 
 def pass_rate(revisions: Sequence[Revision]) -> float | None:

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import cases
-import ctrl_kernels
 import torch
 from cases import Case, Contender, Inputs
+
+import ctrl_kernels
 
 FAMILIES = ("logits", "linear", "one pass")
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ctrl_kernels
 import torch
+
+import ctrl_kernels
 
 Family = Literal["logits", "linear", "one pass", "group advantages", "gae", "policy loss"]
 Results = Literal["logprobs", "logprobs and entropy", "sum", "loss", "values"]
@@ -198,10 +199,10 @@ def ours() -> list[Contender]:
         ),
         Contender(name="ctrl", families=("one pass",), results="loss", make=_one_pass, products=(6, 0), ours=True),
         Contender(
-            name="ctrl, 2 GiB of workspace",
+            name="ctrl, 480 MiB of workspace",
             families=("one pass",),
             results="loss",
-            make=lambda x: _one_pass(x, workspace_mb=2048),
+            make=lambda x: _one_pass(x, workspace_mb=480),
             products=(6, 0),
             ours=True,
         ),

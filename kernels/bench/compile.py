@@ -2,12 +2,14 @@
 
     python kernels/bench/compile.py [--target sm_90 ...] [--json FILE]
 
-The table lists registers a thread, stack bytes, spilled bytes (NVIDIA) or spilled registers (AMD), and shared memory
-of a program. Exit code 1 if a configuration spills on a Hopper GPU (sm_90), 2 for wrong arguments. The kernels must
-not be interpreted here: leave TRITON_INTERPRET unset.
+The table lists registers a thread, stack bytes, spilled bytes (NVIDIA) or spilled registers (AMD), shared memory of a
+program and, on NVIDIA, machine instructions an element, of its longest loop or of all of a kernel without one, and the
+widest load and store in bits. Exit code 1 if a configuration spills on a Hopper or Blackwell GPU (sm_90, sm_100), 2 for
+wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -22,11 +24,15 @@ from typing import Any
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
-from ctrl_kernels import advantages, generalized_advantage, policy_terms, scaling, softmax_gradient, softmax_statistics
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from ctrl_kernels import advantages, projection, softmax_gradient, softmax_statistics
+
+policy_loss = importlib.import_module("ctrl_kernels.policy_loss")  # as attributes the names are the functions
+value_loss = importlib.import_module("ctrl_kernels.value_loss")
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,7 +48,8 @@ SEGMENT = softmax_statistics.segment_columns(152_064, 1)
 class Configuration:
     """A kernel with the types, constants and warps of one of its uses.
 
-    Pointers and integers are taken as multiples of 16, except the integers in ``odd``.
+    Pointers and integers are taken as multiples of 16, except the integers in ``odd``. A program takes so many
+    ``elements`` at a time; 0: not counted.
     """
 
     name: str
@@ -50,6 +57,7 @@ class Configuration:
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
+    elements: int = 0
     odd: frozenset[str] = field(default_factory=frozenset)
 
     def source(self) -> ASTSource:
@@ -75,26 +83,31 @@ class Resources:
     stack_bytes: int
     spilled: int
     shared_bytes: int
+    instructions: float | None = None
+    load_bits: int | None = None
+    store_bits: int | None = None
 
 
 def statistics() -> Iterator[Configuration]:
     """``softmax_statistics`` of logits as they come, and of fp32 products with and without weights to store."""
-    for logits, weights, softcap, segment in (
-        (BF16, None, False, SEGMENT),
-        (FP16, None, False, SEGMENT),
-        (FP32, None, False, SEGMENT),
-        (BF16, None, False, 80),
-        (FP32, BF16, False, SEGMENT),
-        (FP32, FP32, False, SEGMENT),
-        (FP32, BF16, True, SEGMENT),
+    for logits, weights, extra, segment in (
+        (BF16, None, "", SEGMENT),
+        (FP16, None, "", SEGMENT),
+        (FP32, None, "", SEGMENT),
+        (BF16, None, "", 80),
+        (FP32, BF16, "", SEGMENT),
+        (FP32, FP32, "", SEGMENT),
+        (FP32, BF16, " softcap", SEGMENT),
+        (FP32, BF16, " bias", SEGMENT),
     ):
         rows, columns = softmax_statistics.tile_shape(segment)
-        suffix = f"{f' weights {weights}' if weights else ''}{' softcap' if softcap else ''}"
+        constants = {"HAS_SOFTCAP": extra == " softcap", "STORE_WEIGHTS": weights is not None, "BLOCK_N": rows}
         yield Configuration(
-            name=f"statistics {logits}{suffix} tile {rows}x{columns}",
+            name=f"statistics {logits}{f' weights {weights}' if weights else ''}{extra} tile {rows}x{columns}",
             kernel=softmax_statistics._statistics_kernel,
             types={
                 "logits_ptr": logits,
+                "bias_ptr": FP32,
                 "targets_ptr": I64,
                 "statistics_ptr": FP32,
                 "weights_ptr": weights or logits,
@@ -102,14 +115,10 @@ def statistics() -> Iterator[Configuration]:
                 "inverse_temperature": "fp32",
                 "softcap": "fp32",
             },
-            constants={
-                "HAS_SOFTCAP": softcap,
-                "STORE_WEIGHTS": weights is not None,
-                "BLOCK_N": rows,
-            }
-            | softmax_statistics.lanes(columns),
+            constants=constants | softmax_statistics.lanes(columns) | ({} if extra == " bias" else {"bias_ptr": None}),
             warps=softmax_statistics.STATISTICS_WARPS,
-            odd=frozenset({"segments", "tile_max_stride"}),
+            elements=rows * columns if segment == SEGMENT else 0,
+            odd=frozenset({"segments", "tile_max_stride", "ignore_index"}),
         )
     yield Configuration(
         name="combine",
@@ -124,110 +133,127 @@ def statistics() -> Iterator[Configuration]:
 def gradients() -> Iterator[Configuration]:
     """``logits_gradient`` and ``weights_gradient``."""
     rows, columns = softmax_statistics.tile_shape(SEGMENT)
-    vectors = ("lse_ptr", "entropy_ptr", "logprob_ptr", "d_logprob_ptr", "d_entropy_ptr", "tile_max_ptr")
+    vectors = ("lse_ptr", "entropy_ptr", "logprob_ptr", "d_logprob_ptr", "d_entropy_ptr", "tile_max_ptr", "bias_ptr")
     scalars = ("inverse_temperature", "softcap", "temperature_over_softcap")
     types = dict.fromkeys(vectors, FP32) | dict.fromkeys(scalars, "fp32") | {"targets_ptr": I64}
     common = {"BLOCK_N": rows, "BLOCK_V": columns}
-    for logits, out, entropy, softcap in (
-        (BF16, BF16, False, False),
-        (BF16, BF16, True, False),
-        (FP16, FP16, True, False),
-        (FP32, FP32, True, False),
-        (FP32, BF16, False, False),
-        (FP32, BF16, True, False),
-        (FP32, BF16, True, True),
+    for logits, out, extra in (
+        (BF16, BF16, ""),
+        (BF16, BF16, " entropy"),
+        (FP16, FP16, " entropy"),
+        (FP32, FP32, " entropy"),
+        (FP32, BF16, ""),
+        (FP32, BF16, " entropy"),
+        (FP32, BF16, " entropy softcap"),
+        (FP32, BF16, " entropy bias"),
     ):
+        flags = {"HAS_LOGPROB": True, "HAS_ENTROPY": "entropy" in extra, "HAS_SOFTCAP": "softcap" in extra}
         yield Configuration(
-            name=f"logits gradient {logits} to {out}{' entropy' if entropy else ''}{' softcap' if softcap else ''}",
+            name=f"logits gradient {logits} to {out}{extra}",
             kernel=softmax_gradient._logits_gradient_kernel,
             types=types | {"logits_ptr": logits, "out_ptr": out},
-            constants=common | {"HAS_LOGPROB": True, "HAS_ENTROPY": entropy, "HAS_SOFTCAP": softcap},
+            constants=common | flags | ({} if "bias" in extra else {"bias_ptr": None}),
             warps=softmax_gradient.GRADIENT_WARPS,
+            elements=rows * columns,
             odd=frozenset({"d_logprob_stride", "d_entropy_stride", "ignore_index"}),
         )
-    for weights, entropy, softcap in (
-        (BF16, False, False),
-        (BF16, True, False),
-        (FP32, True, False),
-        (BF16, True, True),
-    ):
+    for weights, extra in ((BF16, ""), (BF16, " entropy"), (FP32, " entropy"), (BF16, " entropy softcap")):
         yield Configuration(
-            name=f"weights gradient {weights}{' entropy' if entropy else ''}{' softcap' if softcap else ''}",
+            name=f"weights gradient {weights}{extra}",
             kernel=softmax_gradient._weights_gradient_kernel,
             types=types | {"weights_ptr": weights, "out_ptr": weights},
-            constants=common | {"HAS_ENTROPY": entropy, "HAS_SOFTCAP": softcap},
+            constants=common | {"HAS_ENTROPY": "entropy" in extra, "HAS_SOFTCAP": "softcap" in extra},
             warps=softmax_gradient.GRADIENT_WARPS,
+            elements=rows * columns,
             odd=frozenset({"tiles", "tile_max_stride"}),
         )
 
 
 def losses() -> Iterator[Configuration]:
-    """The policy loss in its main forms, and what finishes it."""
-    pointers = ("logprobs", "old", "advantages", "ref", "importance", "entropy", "weights", "denominator")
-    outputs = ("d_logprobs", "d_entropy", "sums")
-    types = {f"{name}_ptr": FP32 for name in (*pointers, *outputs)} | {"mask_ptr": U8}
-    types |= dict.fromkeys(("low", "high", "dual_clip", "kl_coef", "entropy_coef"), "fp32")
-    flags = (
-        "HAS_DUAL",
-        "HAS_REF",
-        "HAS_IMPORTANCE",
-        "HAS_ENTROPY",
-        "HAS_WEIGHTS",
-        "STORE_GRADIENT",
-        "STORE_ENTROPY_GRADIENT",
-    )
-    shape = {"KL": "k3", "SUMS": policy_terms.SUMS, "BLOCK": policy_terms.BLOCK_T}
-    everything = {"HAS_DUAL", "HAS_REF", "HAS_IMPORTANCE", "HAS_ENTROPY", "STORE_GRADIENT", "STORE_ENTROPY_GRADIENT"}
-    for name, chosen in (
-        ("token", {"STORE_GRADIENT"}),
-        ("token all options", everything),
-        ("sequence mean all options", everything | {"BY_LENGTH"}),
-        ("sequence ratio all options", everything | {"SEQUENCE", "BY_LENGTH"}),
-        ("one pass", everything | {"HAS_WEIGHTS"}),
+    """The policy loss in its main forms, what finishes it, and the value loss."""
+    optional = ("ref", "importance", "drift", "entropy", "weights", "denominator", "d_logprobs", "d_entropy")
+    types = {f"{name}_ptr": FP32 for name in (*optional, "logprobs", "old", "advantages", "sums")}
+    types |= {"mask_ptr": U8, "denominator_ptr": I64}
+    types |= dict.fromkeys(("constant", "low", "high", "extra_0", "extra_1", "kl_coef", "entropy_coef"), "fp32")
+    tile = policy_loss.LANES * policy_loss.VECTOR
+    plain = {
+        "OBJECTIVE": "clip",
+        "RATIO": "token",
+        "HAS_DUAL": False,
+        "BY_LENGTH": False,
+        "KL": "k3",
+        "KL_CORRECTION": False,
+    }
+    plain |= {"SUMS": policy_loss.SUMS, "LANES": policy_loss.LANES, "VECTOR": policy_loss.VECTOR, "EVEN": True}
+    everything = ("ref", "importance", "entropy", "denominator", "d_logprobs", "d_entropy")
+    for name, given, changed in (
+        ("token", ("d_logprobs",), {}),
+        ("benchmark", ("ref", "d_logprobs"), {"HAS_DUAL": True}),
+        ("token all options", everything, {"HAS_DUAL": True}),
+        ("sequence mean all options", everything, {"HAS_DUAL": True, "BY_LENGTH": True}),
+        ("sequence ratio all options", everything, {"HAS_DUAL": True, "BY_LENGTH": True, "RATIO": "sequence"}),
+        ("one pass", (*everything, "weights"), {"HAS_DUAL": True}),
+        ("corrected KL", ("ref", "d_logprobs"), {"KL_CORRECTION": True}),
+        ("KL-Cov", ("drift", "d_logprobs"), {}),
+        *((kind, ("d_logprobs",), {"OBJECTIVE": kind}) for kind in ("cispo", "dppo_tv", "dppo_kl", "sapo", "gmpo")),
     ):
         yield Configuration(
             name=f"policy {name}",
-            kernel=policy_terms._policy_kernel,
+            kernel=policy_loss._policy_kernel,
             types=types,
-            constants=shape | {flag: flag in chosen for flag in (*flags, "SEQUENCE", "BY_LENGTH")},
-            warps=policy_terms.POLICY_WARPS,
+            constants=plain | changed | {f"{x}_ptr": None for x in optional if x not in given},
+            warps=policy_loss.POLICY_WARPS,
+            elements=tile if name in ("token", "benchmark") else 0,
         )
     yield Configuration(
         name="policy finish",
-        kernel=policy_terms._finish_kernel,
+        kernel=policy_loss._finish_kernel,
         types=dict.fromkeys(("sums_ptr", "loss_ptr", "metrics_ptr"), FP32)
         | {"kl_coef": "fp32", "entropy_coef": "fp32"},
-        constants={"SUMS": policy_terms.SUMS, "USED": 10, "BLOCK": policy_terms.FINISH_ROWS},
+        constants={"SUMS": policy_loss.SUMS, "USED": policy_loss.USED, "BLOCK": policy_loss.FINISH_ROWS},
         warps=8,
         odd=frozenset({"rows"}),
+    )
+    shape = {"LANES": policy_loss.LANES, "VECTOR": policy_loss.VECTOR, "EVEN": True}
+    yield Configuration(
+        name="value",
+        kernel=value_loss._value_kernel,
+        types=dict.fromkeys(("values_ptr", "old_ptr", "returns_ptr", "d_values_ptr", "sums_ptr"), FP32)
+        | {"mask_ptr": U8, "denominator_ptr": I64, "constant": "fp32", "clip": "fp32"},
+        constants=shape | {"BY_LENGTH": False},
+        warps=value_loss.VALUE_WARPS,
+        elements=tile,
     )
     for dtype in (BF16, FP32):
         yield Configuration(
             name=f"scale {dtype}",
-            kernel=scaling._scale_kernel,
+            kernel=projection._scale_kernel,
             types={"x_ptr": dtype, "factor_ptr": FP32},
-            constants={"BLOCK": scaling.SCALE_BLOCK},
+            constants={"BLOCK": projection.SCALE_BLOCK},
             warps=8,
         )
 
 
 def estimators() -> Iterator[Configuration]:
     """``group_advantages`` and ``gae``."""
-    for estimator in ("grpo", "dr_grpo", "rloo"):
+    for estimator, ordered in (("grpo", False), ("dr_grpo", False), ("rloo", False), ("grpo", True)):
+        columns = advantages.SORTED_BLOCK_J if ordered else advantages.BLOCK_J
+        constants = {"ESTIMATOR": estimator, "BLOCK_I": advantages.BLOCK_I, "BLOCK_J": columns}
         yield Configuration(
-            name=f"group advantages {estimator}",
+            name=f"group advantages {estimator}{' sorted' if ordered else ''}",
             kernel=advantages._group_advantages_kernel,
-            types={"rewards_ptr": FP32, "groups_ptr": I64, "out_ptr": FP32, "eps": "fp32"},
-            constants={"ESTIMATOR": estimator, "BLOCK_I": advantages.BLOCK_I, "BLOCK_J": advantages.BLOCK_J},
+            types={"rewards_ptr": FP32, "groups_ptr": I64, "order_ptr": I64, "out_ptr": FP32, "eps": "fp32"},
+            constants=constants | ({} if ordered else {"order_ptr": None}),
             warps=advantages.ADVANTAGE_WARPS,
         )
     names = ("rewards_ptr", "values_ptr", "advantages_ptr", "returns_ptr")
     yield Configuration(
         name="gae",
-        kernel=generalized_advantage._gae_kernel,
+        kernel=advantages._gae_kernel,
         types=dict.fromkeys(names, FP32) | {"mask_ptr": U8, "gamma": "fp32", "gamma_lam": "fp32"},
-        constants={"LANES": generalized_advantage.BLOCK_T // 4},
-        warps=generalized_advantage.GAE_WARPS,
+        constants={"LANES": advantages.BLOCK_T // 4, "EVEN": True},
+        warps=advantages.GAE_WARPS,
+        elements=advantages.BLOCK_T,
     )
 
 
@@ -250,45 +276,78 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
+def _instructions(sass: str) -> list[str]:
+    """Those of the longest loop, or all of a program without one; what is padding does not count."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][^;]*);", sass)
+    at = {int(address, 16): number for number, (address, _) in enumerate(lines)}
+    loops = []
+    for number, (address, text) in enumerate(lines):
+        jump = re.match(r"BRA(?:\.\S+)? (?:!?U?P\w+, )?`?\(?(?:0x)?([0-9a-f]+)", text)
+        if jump and int(jump.group(1), 16) < int(address, 16):
+            loops.append((at[int(jump.group(1), 16)], number + 1))
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(lines)))
+    return [text for _, text in lines[begin:end] if not text.startswith("NOP")]
+
+
+def _widest(instructions: list[str], kind: str) -> int:
+    """Bits of the widest global access of a kind, LDG or STG; 0 for none."""
+    found = [i.split()[0] for i in instructions if i.startswith(kind)]
+    widths = [int(m.group(1)) if (m := re.search(r"\.(64|128|256)\b", i)) else 32 for i in found]
+    return max(widths, default=0)
+
+
 def resources(configuration: Configuration, target: str) -> Resources:
     """Compile a configuration for a target and read off what it takes."""
     gpu = TARGETS[target]
     compiled = triton.compile(configuration.source(), target=gpu, options={"num_warps": configuration.warps})
+    facts = {"name": configuration.name, "target": target, "shared_bytes": compiled.metadata.shared}
     if gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]
-        registers = _number(r"\.vgpr_count:\s+(\d+)", assembly)
-        stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
-        spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-            cubin.write_bytes(compiled.asm["cubin"])
-            ptx.write_text(compiled.asm["ptx"])
-            usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-            architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])
-            assert architecture is not None
-            verbose = _run("ptxas-blackwell", "-v", f"--gpu-name={architecture.group(1)}", str(ptx), "-o", os.devnull)
-        registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
-        spilled = _number(r"(\d+) bytes spill stores", verbose)
+        return Resources(
+            registers=_number(r"\.vgpr_count:\s+(\d+)", assembly),
+            stack_bytes=_number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+            spilled=_number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
+            **facts,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        sass = _run("cuobjdump", "-sass", str(cubin))
+        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+        assert architecture is not None
+        verbose = _run("ptxas-blackwell", "-v", f"--gpu-name={architecture.group(1)}", str(ptx), "-o", os.devnull)
+    instructions = _instructions(sass)
+    a_thread = configuration.elements / (32 * configuration.warps)
     return Resources(
-        name=configuration.name,
-        target=target,
-        registers=registers,
-        stack_bytes=stack,
-        spilled=spilled,
-        shared_bytes=compiled.metadata.shared,
+        registers=_number(r"REG:(\d+)", usage),
+        stack_bytes=_number(r"STACK:(\d+)", usage),
+        spilled=_number(r"(\d+) bytes spill stores", verbose),
+        instructions=round(len(instructions) / a_thread, 1) if a_thread else None,
+        load_bits=_widest(instructions, "LDG"),
+        store_bits=_widest(instructions, "STG"),
+        **facts,
     )
 
 
+def _cell(row: Resources) -> str:
+    text = f"{row.registers} / {row.stack_bytes} / {row.spilled} / {row.shared_bytes}"
+    if row.load_bits is None:
+        return text
+    return f"{text}; {row.instructions or '-'}; {row.load_bits}, {row.store_bits}"
+
+
 def _print(rows: list[Resources], targets: list[str]) -> None:
-    table = Table(title=f"triton {triton.__version__}: registers / stack / spilled / shared memory of a program")
+    title = "registers / stack / spilled / shared memory of a program; instructions an element; bits of load, store"
+    table = Table(title=f"triton {triton.__version__}: {title}")
     table.add_column("configuration")
     for target in targets:
         table.add_column(target, justify="right")
-    cells = {(r.name, r.target): f"{r.registers} / {r.stack_bytes} / {r.spilled} / {r.shared_bytes}" for r in rows}
+    cells = {(r.name, r.target): _cell(r) for r in rows}
     for name in dict.fromkeys(r.name for r in rows):
         table.add_row(name, *(cells[name, target] for target in targets))
-    Console(width=150).print(table)
+    Console(width=190).print(table)
 
 
 def main() -> int:
@@ -307,9 +366,9 @@ def main() -> int:
     _print(rows, arguments.target)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    spilling = [row.name for row in rows if row.target == "sm_90" and row.spilled]
+    spilling = [row.name for row in rows if row.target in ("sm_90", "sm_100") and row.spilled]
     if spilling:
-        print(f"spills on sm_90: {', '.join(spilling)}", file=sys.stderr)
+        print(f"spills: {', '.join(spilling)}", file=sys.stderr)
     return 1 if spilling else 0
 
 

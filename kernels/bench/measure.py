@@ -18,6 +18,8 @@ SECONDS = 0.25
 MOST_REPEATS = 50
 GRAPH_CALLS = 20
 MIB = 1 << 20
+FLUSH_MIB = 256  # five times the L2 cache of an H200
+WARM_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class Clock:
 
     def __init__(self, device: torch.device, *, quick: bool) -> None:
         self.device, self.quick = device, quick
+        self._cache: torch.Tensor | None = None
         self._on_gpu = device.type == "cuda"
 
     def _synchronize(self) -> None:
@@ -61,8 +64,15 @@ class Clock:
         self._synchronize()
         return 1e3 * (time.perf_counter() - began)
 
+    def _flush(self) -> None:
+        """Fill the L2 cache with something else, so that a call finds its inputs in memory."""
+        if self._on_gpu:
+            if self._cache is None:
+                self._cache = torch.empty(FLUSH_MIB * MIB, dtype=torch.uint8, device=self.device)
+            self._cache.zero_()
+
     def milliseconds(self, call: Callable[[], Any]) -> float:
-        """The median of several calls, each between two events, after a warm-up."""
+        """The median of several calls, each between two events and after a flush of the cache, after a warm-up."""
         self.once_ms(call)
         warm = self.once_ms(call)
         if self.quick:
@@ -73,6 +83,7 @@ class Clock:
         events = []
         for _ in range(repeats):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush()
             begin.record()
             call()
             end.record()
@@ -81,9 +92,18 @@ class Clock:
         return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
     def device_milliseconds(self, call: Callable[[], Any]) -> float:
-        """A call's share of a CUDA graph of many: what the GPU takes, without the time to launch."""
+        """What the GPU takes for a call, without the time to launch: of a CUDA graph of many, each after a flush of the
+        cache, less a graph of the flushes alone."""
         if not self._on_gpu:
             return self.milliseconds(call)
+
+        def flushed() -> None:
+            self._flush()
+            call()
+
+        return max(self._captured(flushed) - self._captured(self._flush), 0.0)
+
+    def _captured(self, call: Callable[[], Any]) -> float:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -116,11 +136,14 @@ class Clock:
         )
 
     def limits(self) -> Limits:
-        """Measured now, on this machine."""
+        """Measured now, on this machine, once it is as warm as the kernels will find it."""
         size = 1 << (22 if self.quick else 32)
         source, target = torch.zeros(2, size, dtype=torch.uint8, device=self.device).unbind(0)
         copy_ms = self.milliseconds(lambda: target.copy_(source))
         width = 256 if self.quick else 8192
+        until = time.monotonic() + (0.0 if self.quick else WARM_SECONDS)
         a, b = torch.randn(2, width, width, device=self.device).bfloat16().unbind(0)
+        while time.monotonic() < until:
+            self.once_ms(lambda: a @ b)
         matmul_ms = self.milliseconds(lambda: a @ b)
         return Limits(copy_tb_per_s=2 * size / copy_ms / 1e9, matmul_tflop_per_s=2 * width**3 / matmul_ms / 1e9)

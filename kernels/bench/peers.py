@@ -1,19 +1,34 @@
 """Other people's implementations, behind one interface. Each imports what it needs when it is made.
 
 An ImportError there means that the peer is not installed: it is named as skipped. None of them is a dependency of the
-project; ``pip install liger-kernel cut-cross-entropy trl verl`` beside it brings them. Shards are simulated: a peer
-sees a vocabulary of a shard's width, and no process group, or one of a single rank.
+project; ``pip install liger-kernel[cutedsl] quack-kernels cut-cross-entropy trl`` beside it brings them. verl, whose
+transformers must be older than this project's, takes an environment of its own and ``--contenders verl``. Shards are
+simulated: a peer sees a vocabulary of a shard's width, and no process group, or one of a single rank.
 
 Legend: N tokens, V columns of a shard, D hidden width.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
 from cases import Call, Contender, Inputs, _policy_loss, eager
+
+
+def versions() -> dict[str, str]:
+    """Of the peers that are installed."""
+    found = {}
+    for name in ("liger-kernel", "quack-kernels", "cut-cross-entropy", "trl", "verl", "megatron-core"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def contenders() -> list[Contender]:
@@ -28,7 +43,9 @@ def contenders() -> list[Contender]:
             make=_compiled_linear,
             products=(2, 4),
         ),
-        Contender(name="torch.compile", families=("policy loss",), results="loss", make=_compiled_policy_loss),
+        Contender(
+            name="torch.compile", families=("policy loss",), results="loss", make=_compiled_policy_loss, captured=True
+        ),
         Contender(name="torch linear_cross_entropy", families=("linear",), results="logprobs", make=_torch_linear),
         Contender(
             name="Megatron-core fused cross entropy",
@@ -38,12 +55,28 @@ def contenders() -> list[Contender]:
             dtypes=bf16,
         ),
         Contender(name="Liger vocabulary-parallel CE", families=("logits",), results="logprobs", make=_liger_logits),
-        Contender(name="Liger fused linear CE", families=("linear",), results="sum", make=_liger_linear),
+        Contender(name="Liger fused linear CE", families=("linear",), results="sum", make=_liger_linear("triton")),
         Contender(
-            name="cut-cross-entropy, exact", families=("linear",), results="logprobs", make=_cut(None), dtypes=bf16
+            name="Liger fused linear CE, CuTe",
+            families=("linear",),
+            results="sum",
+            make=_liger_linear("cutedsl"),
+            dtypes=bf16,
+        ),
+        Contender(name="quack", families=("linear",), results="sum", make=_quack, dtypes=bf16),
+        Contender(
+            name="cut-cross-entropy, exact",
+            families=("linear",),
+            results="logprobs",
+            make=_cut(exact=True),
+            dtypes=bf16,
         ),
         Contender(
-            name="cut-cross-entropy, filtered", families=("linear",), results="logprobs", make=_cut("high"), dtypes=bf16
+            name="cut-cross-entropy, filtered",
+            families=("linear",),
+            results="logprobs",
+            make=_cut(exact=False),
+            dtypes=bf16,
         ),
         Contender(name="TRL", families=("logits",), results="logprobs and entropy", make=_trl_logits),
         Contender(name="TRL", families=("linear",), results="logprobs and entropy", make=_trl_linear, products=(2, 6)),
@@ -118,18 +151,39 @@ def _liger_logits(x: Inputs) -> Call:
     return lambda: (-module(x["logits"][:, None], x["targets"][:, None])[:, 0],)
 
 
-def _liger_linear(x: Inputs) -> Call:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def _liger_linear(implementation: str) -> Callable[[Inputs], Call]:
+    """Its Triton path, or the CuTe one, which its users choose by an environment variable before the import."""
 
-    options = {"reduction": "sum", "accum_dtype": torch.float32}
-    return lambda: (-liger_fused_linear_cross_entropy(x["hidden"], x["weight"], x["targets"], **options),)
+    def make(x: Inputs) -> Call:
+        from liger_kernel.ops import fused_linear_cross_entropy as triton_path
+
+        module = triton_path
+        if implementation != "triton":
+            module = importlib.import_module(f"liger_kernel.ops.{implementation}.ops")
+        function = module.LigerFusedLinearCrossEntropyFunction
+        arguments = (None, None, -100, 0.0, 0.0, "sum", None, False, torch.float32)
+        return lambda: (-function.apply(x["hidden"], x["weight"], x["targets"], *arguments)[0],)
+
+    return make
 
 
-def _cut(filter_eps: str | None) -> Callable[[Inputs], Call]:
+def _quack(x: Inputs) -> Call:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda: (-chunked_linear_cross_entropy(x["hidden"], x["weight"], x["targets"], reduction="sum").float(),)
+
+
+def _cut(*, exact: bool) -> Callable[[Inputs], Call]:
+    """Cut cross-entropy with the filter that its release chooses by itself, or without, and then all in fp32."""
+
     def make(x: Inputs) -> Call:
         from cut_cross_entropy import linear_cross_entropy
 
-        options = {"reduction": "none", "filter_eps": filter_eps}
+        options: dict[str, Any] = {"reduction": "none"}
+        if exact:
+            known = inspect.signature(linear_cross_entropy).parameters
+            options |= {"filter_eps": None}
+            options |= {name: True for name in ("accum_e_fp32", "accum_c_fp32") if name in known}
         return lambda: (-linear_cross_entropy(x["hidden"], x["weight"], x["targets"], **options).float(),)
 
     return make

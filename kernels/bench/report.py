@@ -40,11 +40,13 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"# {facts['device']}",
         "",
-        f"torch {facts['torch']}, triton {facts['triton']}, CUDA {facts['cuda']}, {facts['date']}; "
+        f"torch {facts['torch']}, triton {facts['triton']}, CUDA {facts['cuda']}, {facts['date']}; {facts['peers']}; "
         f"{results['seconds']:.0f} s in all. Limits measured in this run: {limits['copy_tb_per_s']:.2f} TB/s for a "
         f"copy, {limits['matmul_tflop_per_s']:.0f} TFLOP/s for a bf16 product.",
         "",
-        "Times are medians in ms. The percentages are parts of the copy's bandwidth (logits, gae, policy loss) or of "
+        "Times are medians in ms, each call after a flush of the cache; (graph) marks a GPU's time alone, of a CUDA "
+        "graph, the others hold the launches. The percentages are parts of the copy's bandwidth (logits, gae, policy "
+        "loss) or of "
         "the product's operations (linear, one pass). `peak` is memory in use at most beyond the inputs, gradients "
         "included. `x ctrl` is the time of forward and backward over that of the fastest of our rows of the case.",
         "",
@@ -73,7 +75,7 @@ def _family(rows: list[dict[str, Any]]) -> list[str]:
         table.append(
             [
                 row["case"],
-                row["contender"],
+                f"{row['contender']}{' (graph)' if row['captured'] else ''}",
                 _number(row["forward_ms"]),
                 _percent(row.get("forward_limit")),
                 _number(row["backward_ms"]),

@@ -87,6 +87,7 @@ class Run:
         except FAILURES as error:
             found = {"failed": reason(error)}
         names = {"case": case.name, "contender": contender.name, "ours": contender.ours}
+        names["captured"] = contender.captured
         self.rows.append(names | asdict(case) | found)
 
     def _measure(self, contender: Contender, inputs: cases.Inputs) -> dict[str, Any]:
@@ -142,7 +143,12 @@ def rates(
 
 
 def shapes(*, smoke: bool) -> Iterator[Case]:
-    """Every case; the smaller ones first."""
+    """Every case; the families that cost little first, so that the budget cuts none of their contenders."""
+    for n in (16,) if smoke else (1024, 4096, 16384):
+        yield Case(family="group advantages", rows=n)
+    for n, steps in ((2, 40),) if smoke else ((512, 4096), (1024, 8192)):
+        yield Case(family="gae", rows=n, columns=steps)
+    yield Case(family="policy loss", rows=2 if smoke else 1024, columns=40 if smoke else 8192)
     shards = (1, 2) if smoke else (1, 2, 4, 8)
     vocabulary, widths, rows = (320, (16,), (8,)) if smoke else (VOCABULARY, (3584, 5120), (8192, 32768))
     for n in rows:
@@ -152,11 +158,6 @@ def shapes(*, smoke: bool) -> Iterator[Case]:
             for count in shards:
                 for family in ("linear", "one pass"):
                     yield Case(family=family, rows=n, columns=vocabulary // count, width=width, shards=count)  # type: ignore[arg-type]
-    for n in (16,) if smoke else (1024, 4096):
-        yield Case(family="group advantages", rows=n)
-    for n, steps in ((2, 40),) if smoke else ((512, 4096), (1024, 8192)):
-        yield Case(family="gae", rows=n, columns=steps)
-    yield Case(family="policy loss", rows=2 if smoke else 1024, columns=40 if smoke else 8192)
 
 
 def takes_part(contender: Contender, case: Case, *, smoke: bool) -> bool:
@@ -186,6 +187,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
+        "peers": ", ".join(f"{name} {version}" for name, version in peers.versions().items()),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -196,6 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: kernels/bench/results/GPU")
     parser.add_argument("--budget-s", type=float, default=480.0, help="no measurement begins later; default: 480")
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all")
+    parser.add_argument("--contenders", nargs="+", help="only those whose names hold one of these words")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, interpreted")
     arguments = parser.parse_args()
     if not arguments.smoke and not torch.cuda.is_available():
@@ -214,6 +217,8 @@ def main() -> int:
     clock = Clock(device, quick=smoke)
     facts = environment(device)
     everyone = [*cases.ours(), *cases.eager_torch(), *peers.contenders()]
+    if arguments.contenders:
+        everyone = [c for c in everyone if any(word in c.name for word in arguments.contenders)]
     checked = accuracy.check(everyone, device, smoke=smoke, failures=FAILURES, reason=reason)
     run = Run(clock=clock, limits=clock.limits(), deadline=began + arguments.budget_s)
     compare(run, everyone, [case for case in shapes(smoke=smoke) if case.family in arguments.only], smoke=smoke)

@@ -2,39 +2,63 @@
 
 Forward: chunks of tokens times segments of the vocabulary, each a cuBLAS product into an fp32 workspace and one
 Triton pass over it: 2 N V D operations. Backward: the same products again, one Triton pass that turns logits into
-their gradient in the factors' type, and two products that accumulate in fp32: 6 N V D operations. With
-``save_logits`` the forward pass also keeps, for each logit x, exp(x - the largest of its tile) in the hidden states'
-type, which has the same relative precision for every probability; the backward pass then takes 4 N V D operations.
-Tokens that are ignored leave before the first product, and tokens without upstream gradient before the backward pass.
+their gradient in the factors' type, and two products that accumulate in fp32: 6 N V D operations. A chunk of the
+backward pass is as long as a segment's gradient [n, segment] fits the workspace, and takes its fp32 logits in parts:
+so at most sizes all tokens are one chunk, whose product is the whole gradient of a segment's weights, rounded once to
+their type without an accumulator. With ``save_logits`` the forward pass also keeps, for each logit x, exp(x - the
+largest of its tile) in the hidden states' type, which has the same relative precision for every probability; the
+backward pass then takes 4 N V D operations. Tokens that are ignored leave before the first product, and tokens without
+upstream gradient before the backward pass.
 
 Legend: N tokens, M kept tokens, n tokens of a chunk, V columns of this rank's vocabulary shard, D hidden width, S
 segments, K tiles.
 """
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 
 from ctrl_kernels import reference
-from ctrl_kernels.backend import Backend, check_kernel_dtype, resolve_backend
-from ctrl_kernels.projection import WORKSPACE_MB, Projection, matrix, propagate
-from ctrl_kernels.shard import check_targets, gather_statistics, softmax_options
+from ctrl_kernels.operators import first_order, operator
+from ctrl_kernels.options import (
+    Backend,
+    Shard,
+    SoftmaxOptions,
+    check_kernel_dtype,
+    check_targets,
+    compute_dtype,
+    flat,
+    refuse,
+    resolve_backend,
+    schema,
+    softmax_options,
+    with_options,
+)
+from ctrl_kernels.projection import Projection, default_workspace_mb, matrix, propagate
 from ctrl_kernels.softmax_gradient import logits_gradient, weights_gradient
-from ctrl_kernels.softmax_statistics import combine_segments
+from ctrl_kernels.softmax_statistics import combine_segments, gather_statistics
+
+Rows: TypeAlias = torch.Tensor | None  # distinct increasing indices of tokens; None: all of them
 
 
-def check_linear(hidden: torch.Tensor, weight: torch.Tensor) -> None:
-    """Raise ValueError unless ``hidden`` [N, D] and ``weight`` [V, D] can be multiplied."""
+def check_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise ValueError unless ``hidden`` [N, D], ``weight`` [V, D] and ``bias`` [V] fit together.
+
+    Beside hidden states in half precision the weight may be fp32, as a master weight under AMP is.
+    """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden (N, D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if hidden.dtype != weight.dtype or hidden.device != weight.device:
+    mixed = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+    if (hidden.dtype != weight.dtype and not mixed) or hidden.device != weight.device:
         raise ValueError(
             f"hidden and weight must share dtype and device, got {hidden.dtype} on {hidden.device} "
             f"and {weight.dtype} on {weight.device}"
         )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+        raise ValueError(f"bias must have shape ({len(weight)},) on {weight.device}, got {tuple(bias.shape)}")
 
 
 def check_main_grad(main_grad: torch.Tensor | None, weight: torch.Tensor) -> None:
@@ -48,23 +72,300 @@ def check_main_grad(main_grad: torch.Tensor | None, weight: torch.Tensor) -> Non
         )
 
 
-def take(x: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-    """The rows of ``x`` at distinct increasing indices; a view of ``x`` if those are all or a slice."""
-    if isinstance(rows, slice):
-        return x[rows]
-    return x if len(rows) == len(x) else x.index_select(0, rows)
+def check_workspace(workspace_mb: int | None, device: torch.device) -> int:
+    """What the linear functions may take, by the card unless given; ValueError for less than a MiB."""
+    if workspace_mb is None:
+        return default_workspace_mb(device)
+    if workspace_mb < 1:
+        raise ValueError(f"workspace_mb={workspace_mb} must be at least 1")
+    return workspace_mb
 
 
-def part(rows: torch.Tensor, chunk: slice, length: int) -> torch.Tensor | slice:
-    """A chunk of distinct increasing indices below ``length``: as a slice if they are all of them."""
-    return chunk if len(rows) == length else rows[chunk]
+def chosen_rows(wanted_N: torch.Tensor, host_sync: bool) -> Rows:
+    """The tokens that are wanted, or all where that is what they are or where the host may not wait to know."""
+    if not host_sync:
+        return None
+    rows = wanted_N.nonzero().squeeze(1)
+    return None if len(rows) == len(wanted_N) else rows
 
 
-def spread(x: torch.Tensor, rows: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """``x`` at the given rows of a tensor of this length and type that is 0 elsewhere."""
-    if len(rows) == length:
-        return x.to(dtype)
-    return x.new_zeros((length, *x.shape[1:]), dtype=dtype).index_copy_(0, rows, x.to(dtype))
+def count(rows: Rows, x: torch.Tensor) -> int:
+    """How many rows of ``x`` are chosen."""
+    return len(x) if rows is None else len(rows)
+
+
+def take(x: torch.Tensor, rows: Rows, chunk: slice = slice(None)) -> torch.Tensor:
+    """A chunk of the chosen rows of ``x``; a view of it if all are."""
+    return x[chunk] if rows is None else x.index_select(0, rows[chunk])
+
+
+def spread(x: torch.Tensor, rows: Rows, length: int, fill: float = 0.0) -> torch.Tensor:
+    """``x`` at the chosen rows of a tensor of this length that is ``fill`` elsewhere."""
+    return x if rows is None else x.new_full((length, *x.shape[1:]), fill).index_copy_(0, rows, x)
+
+
+def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, save: bool, *rest: Any) -> Any:
+    _, _, workspace_mb, backend, *values = rest
+    dtype = compute_dtype(hidden, weight)
+    projection = Projection(weight=weight, options=Shard.of(tuple(values)), workspace_mb=workspace_mb)
+    saved = projection.saved(len(targets) if save else 0, hidden.dtype if backend == "triton" else dtype)
+    return *(hidden.new_empty(len(targets), dtype=dtype) for _ in range(3)), *saved
+
+
+@operator(
+    "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, bool save_logits, bool padded, "
+    f"bool host_sync, int workspace_mb, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    save_logits: bool,
+    padded: bool,
+    host_sync: bool,
+    workspace_mb: int,
+    backend: str,
+    *values: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Log-probs, entropies and log-sum-exps [N]; the softmax weights [M, V] and tile maxima [M, K] to save.
+
+    With ``padded`` the latter have N rows, so that their shape does not depend on the targets. The PyTorch backend
+    saves logits in their stead.
+    """
+    options = Shard.of(values)
+    rows = chosen_rows(targets != options.ignore_index, host_sync)
+    kept = count(rows, targets)
+    projection = Projection(
+        weight=weight.to(hidden.dtype).contiguous(), options=options, workspace_mb=workspace_mb, bias=bias
+    )
+    dtype = hidden.dtype if backend == "triton" else compute_dtype(hidden, weight)
+    weights, tile_max = projection.saved((len(targets) if padded else kept) if save_logits else 0, dtype)
+    if backend == "torch":
+        saved = weights if save_logits else None
+        return *reference.linear_forward(hidden, weight, bias, targets, options, saved), weights, tile_max
+    targets_M = take(targets, rows)
+    statistics = hidden.new_empty((projection.segment_count, kept, 4), dtype=torch.float32)
+    chunks = projection.chunks(kept, 4 * projection.segment + hidden.element_size() * hidden.shape[1])
+    workspace = projection.workspace(chunks, projection.segment, torch.float32)
+    for chunk in chunks:
+        projection.statistics(
+            take(hidden, rows, chunk),
+            targets_M[chunk],
+            statistics[:, chunk],
+            workspace,
+            weights[chunk] if save_logits else None,
+            tile_max[chunk] if save_logits else None,
+        )
+    outputs = combine(statistics, targets_M, options)
+    return *(spread(x, rows, len(targets), fill) for x, fill in zip(outputs, FILLS, strict=True)), weights, tile_max
+
+
+FILLS = (0.0, 0.0, float("inf"))
+"""Log-prob, entropy and log-sum-exp of ignored tokens: the last makes every probability 0."""
+
+
+def combine(statistics: torch.Tensor, targets: torch.Tensor, options: Shard) -> tuple[torch.Tensor, ...]:
+    """``combine_segments`` over the group's ranks; nothing, on every rank, for no tokens."""
+    if len(targets) == 0:
+        return tuple(statistics.new_empty(0) for _ in range(3))
+    return combine_segments(gather_statistics(statistics, options), targets, options)
+
+
+def _fake_backward(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any) -> Any:
+    main_grad, d_hidden, d_weight, d_bias = rest[8:12]
+    like = torch.contiguous_format
+    return (
+        torch.empty_like(hidden, memory_format=like) if d_hidden else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=like) if d_weight and main_grad is None else weight.new_empty(0),
+        torch.empty_like(bias, memory_format=like) if d_bias else weight.new_empty(0),
+    )
+
+
+@operator(
+    "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor logprob, "
+    "Tensor entropy, Tensor lse, Tensor weights, Tensor tile_max, Tensor? d_logprob, Tensor? d_entropy, "
+    "Tensor(a!)? main_grad, bool train_hidden, bool train_weight, bool train_bias, bool saved, bool host_sync, "
+    f"int workspace_mb, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+def _backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    logprob: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
+    weights: torch.Tensor,
+    tile_max: torch.Tensor,
+    d_logprob: torch.Tensor | None,
+    d_entropy: torch.Tensor | None,
+    main_grad: torch.Tensor | None,
+    train_hidden: bool,
+    train_weight: bool,
+    train_bias: bool,
+    saved: bool,
+    host_sync: bool,
+    workspace_mb: int,
+    backend: str,
+    *values: Any,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of hidden states, weight and bias, nothing in place of those not asked for or added elsewhere."""
+    options = Shard.of(values)
+    nothing = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
+    asked = (train_hidden, train_weight, train_bias)
+    if backend == "torch":
+        kept_logits = weights if saved else None
+        gradients = reference.linear_backward(
+            hidden, weight, bias, targets, entropy, lse, kept_logits, d_logprob, d_entropy, options
+        )
+        if train_weight and main_grad is not None:
+            main_grad += gradients[1]
+            asked = (train_hidden, False, train_bias)
+        like = (hidden, weight, bias)
+        return tuple(
+            g.to(x.dtype) if a and x is not None else n
+            for g, x, a, n in zip(gradients, like, asked, nothing, strict=True)
+        )
+    projection = Projection(
+        weight=weight.to(hidden.dtype).contiguous(), options=options, workspace_mb=workspace_mb, bias=bias
+    )
+    active = targets != options.ignore_index
+    if host_sync:
+        slopes = [g != 0 for g in (d_logprob, d_entropy) if g is not None]
+        active = active & (slopes[0] | slopes[-1])
+    rows = chosen_rows(active, host_sync)
+    scores = [take(x, rows) for x in (targets, logprob, lse, entropy)]
+    slopes = [None if g is None else take(g, rows).contiguous() for g in (d_logprob, d_entropy)]
+    kept = None
+    if saved:
+        position = (targets != options.ignore_index).cumsum(0) - 1 if host_sync else None
+        kept = (weights, tile_max, None if position is None else take(position, rows))
+    d_hidden, d_weight, d_bias = _propagate(
+        projection, hidden, rows, scores, slopes, kept, asked, main_grad, weight.dtype
+    )
+    if d_hidden is not None:
+        d_hidden = spread(d_hidden, rows, len(hidden))
+        if options.ranks > 1:
+            dist.all_reduce(d_hidden, group=options.process_group)
+        d_hidden = d_hidden.to(hidden.dtype)
+    if main_grad is not None:
+        d_weight = None
+    types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    found = zip((d_hidden, d_weight, d_bias), types, nothing, strict=True)
+    return tuple(n if g is None else g.to(t) for g, t, n in found)
+
+
+def _propagate(
+    projection: Projection,
+    hidden: torch.Tensor,
+    rows: Rows,
+    scores: list[torch.Tensor],
+    slopes: list[torch.Tensor | None],
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None,
+    asked: tuple[bool, bool, bool],
+    main_grad: torch.Tensor | None,
+    weight_dtype: torch.dtype,
+) -> list[torch.Tensor | None]:
+    """The gradients [M, D], [V, D] and [V] of the chosen tokens, as far as asked for.
+
+    That of the weight is added to ``main_grad``, if given; in one product it comes in the weight's type, else in fp32.
+    """
+    segment, valid, width = projection.segment, projection.options.valid, hidden.element_size()
+    a_token = width * (segment + hidden.shape[1])
+    chunks = projection.chunks(count(rows, hidden), a_token, whole_waves=True)
+    space = projection.workspace(chunks, segment, hidden.dtype)
+    parts = [p for c in chunks for p in projection.parts(c, a_token)] if saved is None else []
+    logits_space = projection.workspace(parts, segment, torch.float32)
+    d_hidden = hidden.new_empty((count(rows, hidden), hidden.shape[1]), dtype=torch.float32) if asked[0] else None
+    d_weight = main_grad
+    if asked[1] and main_grad is None:
+        dtype = weight_dtype if len(chunks) <= 1 else torch.float32
+        d_weight = torch.empty_like(projection.weight, dtype=dtype)
+    d_bias = torch.zeros_like(projection.weight[:, 0], dtype=torch.float32) if asked[2] else None
+    for number, chunk in enumerate(chunks):
+        hidden_n = take(hidden, rows, chunk)
+        ones = hidden_n.new_ones((1, len(hidden_n)))
+        scores_n = [x[chunk] for x in scores]
+        slopes_n = [None if g is None else g[chunk] for g in slopes]
+        for index, columns in projection.segments():
+            d_logits = matrix(space, len(hidden_n), columns.stop - columns.start)
+            if saved is None:
+                parts = projection.parts(chunk, a_token)
+                _from_products(projection, parts, hidden_n, columns, logits_space, d_logits, scores_n, slopes_n)
+            else:
+                _from_weights(projection, saved, chunk, index, columns, d_logits, scores_n, slopes_n)
+            to_hidden = None if d_hidden is None else d_hidden[chunk]
+            to_weight = d_weight[columns] if asked[1] and d_weight is not None else None
+            propagate(to_hidden, d_logits, projection.weight[columns], first=index == 0)
+            propagate(to_weight, d_logits.T, hidden_n, first=number == 0 and main_grad is None)
+            propagate(None if d_bias is None else d_bias[None, columns], ones, d_logits, first=number == 0)
+    if d_hidden is not None and valid == 0:
+        d_hidden.zero_()
+    if d_weight is not None and main_grad is None:
+        d_weight[valid if chunks else 0 :] = 0.0
+    return [d_hidden, d_weight if asked[1] else None, d_bias]
+
+
+def _from_products(
+    projection: Projection,
+    parts: list[slice],
+    hidden_nD: torch.Tensor,
+    columns: slice,
+    logits_space: torch.Tensor,
+    d_logits_nV: torch.Tensor,
+    scores: list[torch.Tensor],
+    slopes: list[torch.Tensor | None],
+) -> None:
+    """Fill a segment's gradient from logits that are formed again, part by part."""
+    for part in parts:
+        targets, _, lse, entropy = (x[part] for x in scores)
+        d_logprob, d_entropy = (None if g is None else g[part] for g in slopes)
+        logits_gradient(
+            projection.logits(hidden_nD[part], columns, logits_space),
+            d_logits_nV[part],
+            targets,
+            lse,
+            entropy,
+            d_logprob,
+            d_entropy,
+            projection.options,
+            first_column=columns.start,
+            bias_V=projection.bias_of(columns),
+        )
+
+
+def _from_weights(
+    projection: Projection,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    chunk: slice,
+    index: int,
+    columns: slice,
+    d_logits_nV: torch.Tensor,
+    scores: list[torch.Tensor],
+    slopes: list[torch.Tensor | None],
+) -> None:
+    """Fill a segment's gradient from the softmax weights that the forward pass kept."""
+    weights, tile_max, position = saved
+    tiles = slice(index * projection.segment_tiles, (index + 1) * projection.segment_tiles)
+    d_logprob, d_entropy = slopes
+    targets, logprob, lse, entropy = scores
+    weights_gradient(
+        take(weights[:, columns], position, chunk),
+        d_logits_nV,
+        take(tile_max[:, tiles], position, chunk),
+        targets,
+        logprob,
+        lse,
+        entropy,
+        torch.zeros_like(lse) if d_logprob is None else d_logprob,
+        d_entropy,
+        projection.options,
+        segment=projection.segment,
+        first_column=columns.start,
+    )
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -73,176 +374,89 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         targets: torch.Tensor,
         main_grad: torch.Tensor | None,
-        projection: Projection,
+        options: Shard,
         save_logits: bool,
+        host_sync: bool,
+        workspace_mb: int,
+        backend: str,
     ) -> Any:
-        options = projection.options
-        kept = (targets != options.ignore_index).nonzero().squeeze(1)
-        targets_M = take(targets, kept)
-        statistics = hidden.new_empty((projection.segment_count, len(kept), 4), dtype=torch.float32)
-        weights = tile_max = None
-        if save_logits:
-            weights = hidden.new_empty((len(kept), options.valid))
-            tiles = projection.segment_count * projection.segment_tiles
-            tile_max = hidden.new_empty((len(kept), tiles), dtype=torch.float32)
-        chunks = projection.chunks(len(kept), 4 * projection.segment + hidden.element_size() * hidden.shape[1])
-        workspace = projection.workspace(chunks, projection.segment, torch.float32)
-        for rows in chunks:
-            projection.statistics(
-                take(hidden, part(kept, rows, len(hidden))),
-                targets_M[rows],
-                statistics[:, rows],
-                workspace,
-                None if weights is None else weights[rows],
-                None if tile_max is None else tile_max[rows],
-            )
-        kept_logprob, kept_entropy, lse = _combine(statistics, targets_M, projection)
-        ctx.save_for_backward(hidden, weight, targets_M, kept, kept_logprob, kept_entropy, lse, weights, tile_max)
-        ctx.projection, ctx.main_grad = projection, main_grad
+        save_logits = save_logits and any(ctx.needs_input_grad)
+        padded = torch.compiler.is_compiling() or not host_sync
+        common = (host_sync, workspace_mb, backend, *flat(options))
+        logprob, entropy, lse, weights, tile_max = _forward(hidden, weight, bias, targets, save_logits, padded, *common)
+        ctx.save_for_backward(hidden, weight, bias, targets, logprob, entropy, lse, weights, tile_max)
+        ctx.main_grad, ctx.save_logits, ctx.common = main_grad, save_logits, common
         ctx.set_materialize_grads(False)
-        return tuple(spread(x, kept, len(targets), torch.float32) for x in (kept_logprob, kept_entropy))
+        return logprob, entropy
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None) -> Any:
-        hidden, weight, _, kept, *_ = ctx.saved_tensors
         if d_logprob is None and d_entropy is None:
-            return (None,) * 6
-        d_logprob_M, d_entropy_M = (None if g is None else take(g, kept).contiguous() for g in (d_logprob, d_entropy))
-        active = sum((g != 0 for g in (d_logprob_M, d_entropy_M) if g is not None), torch.zeros_like(kept))
-        active = active.nonzero().squeeze(1)
-        d_hidden = d_weight = None
-        if ctx.needs_input_grad[0]:
-            d_hidden = hidden.new_empty((len(active), hidden.shape[1]), dtype=torch.float32)
-        if ctx.needs_input_grad[1]:
-            d_weight = weight.new_empty(weight.shape, dtype=torch.float32) if ctx.main_grad is None else ctx.main_grad
-        _backpropagate(ctx, d_logprob_M, d_entropy_M, active, d_hidden, d_weight)
-        if d_hidden is not None:
-            d_hidden = spread(d_hidden, active, len(kept), torch.float32)
-            if ctx.projection.options.ranks > 1:
-                dist.all_reduce(d_hidden, group=ctx.projection.options.group)
-            d_hidden = spread(d_hidden, kept, len(hidden), hidden.dtype)
-        if d_weight is not None:
-            d_weight = d_weight.to(weight.dtype) if ctx.main_grad is None else None
-        return d_hidden, d_weight, None, None, None, None
+            return (None,) * 10
+        wanted = ctx.needs_input_grad[:3]
+        gradients = _backward(
+            *ctx.saved_tensors, d_logprob, d_entropy, ctx.main_grad, *wanted, ctx.save_logits, *ctx.common
+        )
+        given = (wanted[0], wanted[1] and ctx.main_grad is None, wanted[2])
+        return *(g if w else None for g, w in zip(gradients, given, strict=True)), *(None,) * 7
 
 
-def _combine(statistics: torch.Tensor, targets: torch.Tensor, projection: Projection) -> tuple[torch.Tensor, ...]:
-    """``combine_segments`` over the group's ranks; nothing, on every rank, for no tokens."""
-    if len(targets) == 0:
-        return tuple(statistics.new_empty((3, 0)).unbind(0))
-    return combine_segments(gather_statistics(statistics, projection.options), targets, projection.options)
-
-
-def _backpropagate(
-    ctx: Any,
-    d_logprob_M: torch.Tensor | None,
-    d_entropy_M: torch.Tensor | None,
-    active: torch.Tensor,
-    d_hidden: torch.Tensor | None,
-    d_weight: torch.Tensor | None,
-) -> None:
-    """Fill ``d_hidden`` [active, D] and ``d_weight`` [V, D], or add to the latter if it is ``main_grad``; both fp32."""
-    hidden, weight, targets_M, kept, logprob, entropy, lse, weights, tile_max = ctx.saved_tensors
-    projection: Projection = ctx.projection
-    width = hidden.element_size()
-    narrow = 0 if weights is None and hidden.dtype == torch.float32 else width
-    wide = 4 if weights is None else 0
-    chunks = projection.chunks(len(active), projection.segment * (wide + narrow) + width * hidden.shape[1])
-    logits_space = projection.workspace(chunks, projection.segment, torch.float32) if wide else None
-    gradient_space = projection.workspace(chunks, projection.segment, hidden.dtype) if narrow else logits_space
-    assert gradient_space is not None
-    for number, rows in enumerate(chunks):
-        chosen = part(active, rows, len(kept))
-        everything = isinstance(chosen, slice) and len(kept) == len(hidden)
-        hidden_n = take(hidden, chosen if everything else kept[chosen])
-        targets_n, logprob_n, entropy_n, lse_n = (x[chosen] for x in (targets_M, logprob, entropy, lse))
-        d_logprob_n, d_entropy_n = (None if g is None else g[chosen] for g in (d_logprob_M, d_entropy_M))
-        for index, columns in projection.segments():
-            d_logits = matrix(gradient_space, len(hidden_n), columns.stop - columns.start)
-            if weights is None:
-                assert logits_space is not None
-                logits = projection.logits(hidden_n, columns, logits_space)
-                scores = (targets_n, lse_n, entropy_n, d_logprob_n, d_entropy_n)
-                logits_gradient(logits, d_logits, *scores, projection.options, first_column=columns.start)
-            else:
-                tiles = slice(index * projection.segment_tiles, (index + 1) * projection.segment_tiles)
-                weights_gradient(
-                    take(weights[:, columns], chosen),
-                    d_logits,
-                    take(tile_max[:, tiles], chosen),
-                    targets_n,
-                    logprob_n,
-                    lse_n,
-                    entropy_n,
-                    torch.zeros_like(lse_n) if d_logprob_n is None else d_logprob_n,
-                    d_entropy_n,
-                    projection.options,
-                    segment=projection.segment,
-                    first_column=columns.start,
-                )
-            propagate(
-                d_logits,
-                hidden_n,
-                weight[columns],
-                None if d_hidden is None else d_hidden[rows],
-                None if d_weight is None else d_weight[columns],
-                first_hidden=index == 0,
-                first_weight=number == 0 and ctx.main_grad is None,
-            )
-    if d_hidden is not None and projection.options.valid == 0:
-        d_hidden.zero_()
-    if d_weight is not None and ctx.main_grad is None:
-        d_weight[projection.options.valid if chunks else 0 :] = 0.0
-
-
+@with_options(SoftmaxOptions)
 def linear_token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     *,
-    temperature: float = 1.0,
-    group: dist.ProcessGroup | None = None,
-    vocab_start: int = 0,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
+    bias: torch.Tensor | None = None,
     return_entropy: bool = False,
-    softcap: float | None = None,
     save_logits: bool | None = None,
     main_grad: torch.Tensor | None = None,
-    workspace_mb: int = WORKSPACE_MB,
+    host_sync: bool = True,
+    workspace_mb: int | None = None,
     backend: Backend = "auto",
+    **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``token_logprobs(hidden [N, D] @ weight [V, D].T, targets [N])``, with that function's options and results.
+    """``token_logprobs(hidden [N, D] @ weight [V, D].T + bias [V], targets [N])``, with its options and results.
 
-    With a process ``group``, ``weight`` holds this rank's rows of the output layer, and the gradient of ``hidden`` is
-    summed over the group inside, exactly once. ``save_logits`` trades memory, N x V in the hidden states' type, for a
-    quarter of the operations; None saves where the logits fit in a small buffer on the PyTorch backend and recomputes
-    otherwise. ``main_grad``, fp32 [V, D]: the weight's gradient is added to it instead of being returned.
-    ``workspace_mb`` bounds the Triton backend's memory beyond results and accumulators.
+    With a process ``group``, ``weight`` and ``bias`` hold this rank's rows of the output layer, and the gradient of
+    ``hidden`` is summed over the group inside, exactly once. ``save_logits`` trades memory, N x V in the hidden states'
+    type, for a quarter of the operations; None saves where the logits fit in a small buffer on the PyTorch backend and
+    recomputes otherwise. ``main_grad``, fp32 [V, D]: the weight's gradient is added to it instead of being returned.
+    ``workspace_mb`` bounds the Triton backend's memory beyond results and accumulators; None: a fortieth of the card's,
+    2 GiB at most. ``host_sync=False`` never waits for the device, as CUDA graphs need: rows that are ignored then go
+    through the products too, and must be finite.
+
+    ``hidden`` and ``weight`` have one type; beside hidden states in half precision the weight may be fp32, and is
+    rounded to theirs for each product, while its gradient is not. Autocast has no say.
     """
-    check_linear(hidden, weight)
+    softmax = softmax_options(options)
+    refuse("linear_token_logprobs", options, SoftmaxOptions)
+    check_linear(hidden, weight, bias)
     check_targets(targets, len(hidden), hidden.device)
     check_main_grad(main_grad, weight)
-    if workspace_mb < 1:
-        raise ValueError(f"workspace_mb={workspace_mb} must be at least 1")
-    options = softmax_options(
-        len(weight),
-        temperature=temperature,
-        group=group,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        softcap=softcap,
+    workspace_mb = check_workspace(workspace_mb, hidden.device)
+    shard = softmax.shard(len(weight))
+    chosen = resolve_backend(backend, hidden)
+    if chosen == "triton":
+        check_kernel_dtype(hidden=hidden, weight=weight, bias=bias)
+    elif save_logits is None:
+        save_logits = len(targets) * shard.valid <= reference.CHUNK_ELEMENTS
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    logprobs, entropy = _LinearTokenLogprobs.apply(
+        hidden.contiguous(),
+        weight,
+        bias,
+        targets.contiguous(),
+        main_grad,
+        shard,
+        bool(save_logits),
+        host_sync,
+        workspace_mb,
+        chosen,
     )
-    if resolve_backend(backend, hidden) == "triton":
-        check_kernel_dtype(hidden=hidden, weight=weight)
-        trained = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-        projection = Projection(weight=weight.detach().contiguous(), options=options, workspace_mb=workspace_mb)
-        logprobs, entropy = _LinearTokenLogprobs.apply(
-            hidden.contiguous(), weight, targets.contiguous(), main_grad, projection, bool(save_logits) and trained
-        )
-    else:
-        logprobs, entropy = reference.linear_token_logprobs(hidden, weight, targets, options, save_logits, main_grad)
     return (logprobs, entropy) if return_entropy else logprobs

@@ -1,27 +1,50 @@
 """The vocabulary projection in pieces: logits of a chunk of tokens and a segment of the vocabulary at a time.
 
 Logits exist only as ``n x segment`` in fp32, which one pass of ``ctrl_kernels.softmax_statistics`` reduces: the
-product is cuBLAS's, at its full speed, and the logits are never rounded. Gradients accumulate in fp32.
+product is cuBLAS's, at its full speed, and the logits are never rounded. Gradients accumulate in fp32, and are rounded
+once, by the product itself where that is the only one.
 
 Legend: n tokens of a chunk, V columns of this rank's vocabulary shard, D hidden width, S segments, K tiles of the
 shard.
 """
+# mypy: disable-error-code="no-untyped-def"
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
+import triton.language as tl
 
-from ctrl_kernels.matmul import accumulate, multiply
-from ctrl_kernels.shard import SoftmaxOptions
+from ctrl_kernels.options import Shard, ceil_div
 from ctrl_kernels.softmax_statistics import segment_columns, segment_count, softmax_statistics, tile_shape
 
 CHUNK_MULTIPLE = 128  # tokens of a chunk: whole tiles of a matrix product
 TILE_COLUMNS = 256
-PROCESSORS = 132  # of an H100 or H200; chunks are cut alike on other machines
-WORKSPACE_MB = 480
+PROCESSORS = 132  # of an H100 or H200, where there is no GPU to ask
+WORKSPACE_MB = 2048  # where a fortieth of the card's memory allows it
+LOGITS_PART = 4  # of the workspace, what is left to fp32 logits beside what stays of a chunk, at least
+SCALE_BLOCK = 4096
+SCALE_PROGRAMS = 528  # a few a processor: idle ones end at once
+
+
+@lru_cache(maxsize=32)
+def _card(device: torch.device) -> tuple[int, int]:
+    """A device's processors and MiB of memory."""
+    if device.type != "cuda":
+        return PROCESSORS, 40 * WORKSPACE_MB
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.total_memory >> 20
+
+
+def default_workspace_mb(device: torch.device) -> int:
+    """What the linear functions may take unless told otherwise: a fortieth of the card, 2 GiB at most."""
+    if torch.compiler.is_compiling():
+        return 0  # asked by the operator: what a card has is no business of a trace
+    return max(64, min(WORKSPACE_MB, _card(device)[1] // 40))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +52,9 @@ class Projection:
     """The rows [V, D] of the output layer that belong to this rank, cut into segments."""
 
     weight: torch.Tensor
-    options: SoftmaxOptions
-    workspace_mb: int
+    options: Shard
+    workspace_mb: int  # 0: by the card
+    bias: torch.Tensor | None = None
 
     @property
     def segment(self) -> int:
@@ -40,7 +64,7 @@ class Projection:
     @property
     def segment_tiles(self) -> int:
         """Tiles of a segment."""
-        return triton.cdiv(self.segment, tile_shape(self.segment)[1])
+        return ceil_div(self.segment, tile_shape(self.segment)[1])
 
     @property
     def segment_count(self) -> int:
@@ -57,29 +81,63 @@ class Projection:
     def chunks(self, tokens: int, bytes_per_token: int, *, whole_waves: bool = False) -> list[slice]:
         """Even chunks of tokens, as few as the workspace allows.
 
-        With ``whole_waves``, for chunks whose gradient [n, D] is one product over all of V: sized so that the tiles of
-        these products fill the processors in few waves, all chunks together, where a further chunk, which reads and
-        writes the weight's gradient once more, counts as half a wave.
+        With ``whole_waves``, for chunks that end in products [n, D] and [V, D]: sized so that the tiles of the former
+        fill the processors in few waves, all chunks together, where a further chunk, which reads and writes the
+        latter once more, counts as half a wave. These leave room for ``parts``.
         """
         if tokens == 0:
             return []
-        most = max(1, (self.workspace_mb << 20) // bytes_per_token // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
-        step = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        space = self._workspace_bytes
+        if whole_waves:
+            space -= space // LOGITS_PART
+        most = max(1, space // bytes_per_token // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        step = _even(tokens, most)
         if whole_waves and step < tokens:
-            sizes = range(CHUNK_MULTIPLE, step + 1, CHUNK_MULTIPLE)
-            step = min(sizes, key=lambda n: 2 * _waves(tokens, n, self.weight.shape[1]) + triton.cdiv(tokens, n))
+            # Up to the largest chunk that fits: uneven ones may fill whole waves where even ones do not.
+            sizes = range(CHUNK_MULTIPLE, min(most, tokens) + 1, CHUNK_MULTIPLE)
+            step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + ceil_div(tokens, n), -n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
+
+    def parts(self, chunk: slice, bytes_per_token: int) -> list[slice]:
+        """A chunk, of which each token takes so much, in even parts whose fp32 logits of a segment fit beside it."""
+        tokens, space = chunk.stop - chunk.start, self._workspace_bytes
+        left = max(space - bytes_per_token * tokens, space // LOGITS_PART)
+        most = max(1, left // (4 * self.segment) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        step = _even(tokens, most)
+        return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
+
+    @property
+    def _workspace_bytes(self) -> int:
+        return (self.workspace_mb or default_workspace_mb(self.weight.device)) << 20
+
+    def _waves(self, tokens: int, step: int) -> int:
+        """Waves of tiles that the products [n, D] take for all chunks of ``step`` tokens."""
+        processors, _ = _card(self.weight.device)
+        whole, rest = divmod(tokens, step)
+        across = ceil_div(self.weight.shape[1], TILE_COLUMNS)
+        waves = [ceil_div(ceil_div(n, CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
+        return whole * waves[0] + waves[1]
 
     def workspace(self, chunks: list[slice], columns: int, dtype: torch.dtype) -> torch.Tensor:
         """Memory for the longest chunk's ``n x columns``."""
         tokens = max((chunk.stop - chunk.start for chunk in chunks), default=0)
         return self.weight.new_empty(tokens * columns, dtype=dtype)
 
+    def saved(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for the softmax weights [tokens, V] and the tile maxima [tokens, K] that a backward pass needs."""
+        tiles = self.segment_count * self.segment_tiles
+        weights = self.weight.new_empty((tokens, self.options.valid), dtype=dtype)
+        return weights, self.weight.new_empty((tokens, tiles), dtype=torch.float32)
+
     def logits(self, hidden_nD: torch.Tensor, columns: slice, workspace: torch.Tensor) -> torch.Tensor:
         """The logits [n, columns] in the workspace's type and memory."""
         logits_nV = matrix(workspace, len(hidden_nD), columns.stop - columns.start)
         multiply(hidden_nD, self.weight[columns].T, logits_nV)
         return logits_nV
+
+    def bias_of(self, columns: slice) -> torch.Tensor | None:
+        """The bias of these columns."""
+        return None if self.bias is None else self.bias[columns]
 
     def statistics(
         self,
@@ -102,17 +160,15 @@ class Projection:
                 self.options,
                 segment=self.segment,
                 first_column=columns.start,
+                bias_V=self.bias_of(columns),
                 weights_NV=None if weights_nV is None else weights_nV[:, columns],
                 tile_max_NK=None if tile_max_nK is None else tile_max_nK[:, index * self.segment_tiles :],
             )
 
 
-def _waves(tokens: int, step: int, width: int) -> int:
-    """Waves of tiles that the products [n, D] take for all chunks of ``step`` tokens."""
-    whole, rest = divmod(tokens, step)
-    across = triton.cdiv(width, TILE_COLUMNS)
-    waves = [triton.cdiv(triton.cdiv(n, CHUNK_MULTIPLE) * across, PROCESSORS) for n in (step, rest)]
-    return whole * waves[0] + waves[1]
+def _even(tokens: int, most: int) -> int:
+    """The size of the fewest even chunks of at most so many tokens, rounded up to whole tiles."""
+    return ceil_div(ceil_div(tokens, ceil_div(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
 def matrix(workspace: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -120,27 +176,74 @@ def matrix(workspace: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return workspace[: rows * columns].view(rows, columns)
 
 
-def propagate(
-    d_logits_nV: torch.Tensor,
-    hidden_nD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    d_hidden_nD: torch.Tensor | None,
-    d_weight_VD: torch.Tensor | None,
-    *,
-    first_hidden: bool,
-    first_weight: bool,
-) -> None:
-    """Add the gradients of a chunk's hidden states and of a segment's weights to fp32 accumulators.
+def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = a @ b``, rounded once, to the type of ``out``: that of the factors or float32.
 
-    The first product into an accumulator overwrites it, which spares clearing and reading it.
+    The product is cuBLAS's, as PyTorch calls it. Factors stay as they are where PyTorch can widen within a product (on
+    CUDA, from 2.8 on); elsewhere they are widened first.
     """
-    for total, a, b, first in (
-        (d_hidden_nD, d_logits_nV, weight_VD, first_hidden),
-        (d_weight_VD, d_logits_nV.T, hidden_nD, first_weight),
-    ):
-        if total is None:
-            continue
-        if first:
-            multiply(a, b, total)
-        else:
-            accumulate(total, a, b)
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif _widens("mm", a.is_cuda):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        with _exact_tf32(a):
+            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` in the type of ``total``: that of the factors or float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif _widens("addmm", a.is_cuda):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        with _exact_tf32(a):
+            total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+@lru_cache(maxsize=4)
+def _widens(product: str, is_cuda: bool) -> bool:
+    """Whether this product takes half-precision factors to an fp32 result: PyTorch's, on CUDA."""
+    return is_cuda and any("out_dtype" in str(s) for s in torch._C._jit_get_schemas_for_operator(f"aten::{product}"))
+
+
+@contextmanager
+def _exact_tf32(a: torch.Tensor) -> Iterator[None]:
+    """Let fp32 products on CUDA use TF32, which holds bf16 and fp16 exactly; for factors widened from these."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or (a.is_cuda and a.dtype in (torch.bfloat16, torch.float16))
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def propagate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """``total += a @ b``; the first product into it overwrites what it holds, which spares clearing and reading it."""
+    if total is None:
+        return
+    if first:
+        multiply(a, b, total)
+    else:
+        accumulate(total, a, b)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        for begin in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            index = begin + tl.arange(0, BLOCK).to(tl.int64)
+            x = tl.load(x_ptr + index, mask=index < count, other=0.0)
+            tl.store(x_ptr + index, (x * factor).to(x_ptr.dtype.element_ty), mask=index < count)
+
+
+def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``x *= factor`` for a dense ``x`` and a scalar tensor, without a wait for the device; idle if the factor is 1."""
+    if type(x) is not torch.Tensor:  # fake: nothing to launch for
+        return x.mul_(factor)
+    if x.numel():
+        programs = min(ceil_div(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        _scale_kernel[(programs,)](x, factor.float(), x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+    return x

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ctrl_kernels.backend import compute_dtype
-from ctrl_kernels.reference_loss import policy_loss
-from ctrl_kernels.shard import FLOOR, SoftmaxOptions, combine_statistics, gather_statistics
-
-__all__ = ["gae", "group_advantages", "linear_token_logprobs", "policy_loss", "token_logprobs"]
+from ctrl_kernels.options import FLOOR, K3_LIMIT, LOG_RATIO_LIMIT, Aggregation, PolicyOptions, Shard, compute_dtype
+from ctrl_kernels.softmax_statistics import gather_statistics
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: small models take one chunk, large ones stay in the cache's reach
 
@@ -31,15 +27,15 @@ def _chunks(tokens: int, columns: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
 
 
-def scores(logits: torch.Tensor, options: SoftmaxOptions) -> torch.Tensor:
+def scores(logits: torch.Tensor, options: Shard) -> torch.Tensor:
     """``softcap * tanh(logits / softcap) / temperature``; returns ``logits`` itself where that is the identity."""
-    if options.softcap is not None:
+    if options.softcap > 0:
         logits = torch.tanh(logits / options.softcap) * options.softcap
     return logits if options.temperature == 1.0 else logits / options.temperature
 
 
-def shard_statistics(scores_nV: torch.Tensor, targets_n: torch.Tensor, options: SoftmaxOptions) -> torch.Tensor:
-    """(max, sum, weighted, target) of a chunk [1, n, 4], as ``ctrl_kernels.shard`` defines them."""
+def shard_statistics(scores_nV: torch.Tensor, targets_n: torch.Tensor, options: Shard) -> torch.Tensor:
+    """(max, sum, weighted, target) of a chunk [1, n, 4], as ``ctrl_kernels.softmax_statistics`` defines them."""
     statistics_n4 = scores_nV.new_empty((len(scores_nV), 4))
     if scores_nV.shape[1] == 0:
         return statistics_n4.copy_(scores_nV.new_tensor([-math.inf, 0.0, 0.0, math.nan])).unsqueeze(0)
@@ -63,7 +59,7 @@ def logits_gradient(
     entropy_n: torch.Tensor,
     d_logprob_n: torch.Tensor | None,
     d_entropy_n: torch.Tensor | None,
-    options: SoftmaxOptions,
+    options: Shard,
 ) -> torch.Tensor:
     """The gradient of a chunk's logits [n, V]: ``(g (1[j = target] - p_j) - h p_j (log p_j + H)) / temperature``.
 
@@ -87,7 +83,7 @@ def logits_gradient(
         held_n = (local_n >= 0) & (local_n < gradient_nV.shape[1])
         at_target_n = torch.where(held_n, d_logprob_n, 0.0)
         gradient_nV.scatter_add_(1, torch.where(held_n, local_n, 0).unsqueeze(1), at_target_n.unsqueeze(1))
-    if options.softcap is not None:
+    if options.softcap > 0:
         gradient_nV.mul_(1 - torch.tanh(logits_nV / options.softcap).square_())
     return gradient_nV if options.temperature == 1.0 else gradient_nV.div_(options.temperature)
 
@@ -97,135 +93,337 @@ def _upstream(gradient: torch.Tensor | None, kept: torch.Tensor, dtype: torch.dt
     return None if gradient is None else torch.where(kept, gradient.to(dtype), 0.0)
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, options: SoftmaxOptions) -> Any:
-        dtype = compute_dtype(logits)
-        statistics = logits.new_empty((1, len(logits), 4), dtype=dtype)
-        for rows in _chunks(*logits.shape):
-            scores_nV = scores(logits[rows, : options.valid].to(dtype), options)
-            statistics[:, rows] = shard_statistics(scores_nV, targets[rows], options)
-        logprob, entropy, lse = combine_statistics(gather_statistics(statistics, options))
-        kept = targets != options.ignore_index
-        logprob, entropy = torch.where(kept, logprob, 0.0), torch.where(kept, entropy, 0.0)
-        ctx.save_for_backward(logits, targets, lse, entropy)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
+def combine_statistics(statistics_PN4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, entropies and log-sum-exps [N] of a whole vocabulary from the statistics of its parts.
 
-    @staticmethod
-    def backward(ctx: Any, d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None) -> Any:
-        logits, targets, lse, entropy = ctx.saved_tensors
-        options: SoftmaxOptions = ctx.options
-        if d_logprob is None and d_entropy is None:
-            return None, None, None
-        kept = targets != options.ignore_index
-        lse = torch.where(kept, lse, math.inf)
-        d_logprob, d_entropy = (_upstream(g, kept, lse.dtype) for g in (d_logprob, d_entropy))
-        gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
-        for rows in _chunks(*logits.shape):
-            gradient[rows, : options.valid] = logits_gradient(
-                logits[rows, : options.valid].to(lse.dtype),
-                targets[rows],
-                lse[rows],
-                entropy[rows],
-                None if d_logprob is None else d_logprob[rows],
-                None if d_entropy is None else d_entropy[rows],
-                options,
-            )
-        return gradient.masked_fill_(~kept.unsqueeze(1), 0.0), None, None
+    A target that no part holds gives a NaN log-prob and log-sum-exp, so that its gradient is NaN too: loud, and
+    without waiting for the device. A row of -inf alone gives log-prob -inf, entropy 0 and log-sum-exp +inf, so that
+    its gradient is 0.
+    """
+    max_PN, sum_PN, weighted_PN, target_PN = statistics_PN4.unbind(2)
+    max_N = max_PN.amax(0)
+    max_N = torch.where(max_N == -math.inf, 0.0, max_N)
+    shift_PN = (max_PN - max_N).clamp_min(FLOOR)
+    scale_PN = shift_PN.exp()
+    sum_N = (sum_PN * scale_PN).sum(0)
+    weighted_N = ((weighted_PN + sum_PN * shift_PN) * scale_PN).sum(0)
+    held_PN = ~target_PN.isnan()
+    held_N = held_PN.any(0)
+    target_N = torch.where(held_PN, target_PN, 0.0).sum(0)
+    empty_N = sum_N == 0
+    lse_N = max_N + sum_N.log()
+    logprob_N = torch.where(held_N, torch.where(empty_N, -math.inf, target_N - lse_N), math.nan)
+    entropy_N = torch.where(empty_N, 0.0, sum_N.log() - weighted_N / sum_N)
+    lse_N = torch.where(held_N, torch.where(empty_N, math.inf, lse_N), math.nan)
+    return logprob_N, entropy_N, lse_N
 
 
-def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, options: SoftmaxOptions
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [N] of ``targets`` [N] under ``logits`` [N, V]; both 0 at ignored targets."""
-    return _TokenLogprobs.apply(logits, targets, options)
+def logprobs_forward(
+    logits: torch.Tensor, targets: torch.Tensor, options: Shard
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probs, entropies and log-sum-exps [N] of ``targets`` [N] under ``logits`` [N, V].
+
+    At ignored targets, whose rows are not read, the first two are 0 and the third is +inf.
+    """
+    dtype = compute_dtype(logits)
+    kept = (targets != options.ignore_index).nonzero().squeeze(1)
+    targets_M = targets[kept]
+    statistics = logits.new_empty((1, len(kept), 4), dtype=dtype)
+    for rows in _chunks(len(kept), logits.shape[1]):
+        scores_nV = scores(_rows(logits, kept, rows)[:, : options.valid].to(dtype), options)
+        statistics[:, rows] = shard_statistics(scores_nV, targets_M[rows], options)
+    return _spread(combine_statistics(gather_statistics(statistics, options)), kept, len(targets))
 
 
-class _LinearTokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        options: SoftmaxOptions,
-        save_logits: bool | None,
-        main_grad: torch.Tensor | None,
-    ) -> Any:
-        dtype = compute_dtype(hidden, weight)
-        kept = (targets != options.ignore_index).nonzero().squeeze(1)
-        hidden_ND = hidden.index_select(0, kept).to(dtype)
-        weight_VD = weight[: options.valid].to(dtype)
-        kept_targets = targets[kept]
-        statistics = hidden_ND.new_empty((1, len(kept), 4))
-        if save_logits is None:
-            save_logits = len(kept) * options.valid <= CHUNK_ELEMENTS
-        saved_logits = []
-        for rows in _chunks(len(kept), options.valid):
-            logits_nV = hidden_ND[rows] @ weight_VD.T
-            statistics[:, rows] = shard_statistics(scores(logits_nV, options), kept_targets[rows], options)
-            if save_logits and any(ctx.needs_input_grad):
-                saved_logits.append(logits_nV)
-        kept_logprob, kept_entropy, lse = combine_statistics(gather_statistics(statistics, options))
-        logprob = statistics.new_zeros(len(targets)).index_copy_(0, kept, kept_logprob)
-        entropy = statistics.new_zeros(len(targets)).index_copy_(0, kept, kept_entropy)
-        ctx.save_for_backward(hidden, weight, targets, kept, lse, kept_entropy, *saved_logits)
-        ctx.options, ctx.main_grad = options, main_grad
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx: Any, d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None) -> Any:
-        hidden, weight, targets, kept, lse, entropy, *saved_logits = ctx.saved_tensors
-        options: SoftmaxOptions = ctx.options
-        if d_logprob is None and d_entropy is None:
-            return (None,) * 6
-        d_logprob, d_entropy = (None if g is None else g[kept].to(lse.dtype) for g in (d_logprob, d_entropy))
-        hidden_ND, weight_VD = hidden.index_select(0, kept).to(lse.dtype), weight[: options.valid].to(lse.dtype)
-        d_hidden_ND = torch.zeros_like(hidden_ND)
-        d_weight = torch.zeros_like(weight, dtype=lse.dtype)
-        for index, rows in enumerate(_chunks(len(kept), options.valid)):
-            d_logits_nV = logits_gradient(
-                saved_logits[index] if saved_logits else hidden_ND[rows] @ weight_VD.T,
-                targets[kept[rows]],
-                lse[rows],
-                entropy[rows],
-                None if d_logprob is None else d_logprob[rows],
-                None if d_entropy is None else d_entropy[rows],
-                options,
-            )
-            if ctx.needs_input_grad[0]:
-                torch.mm(d_logits_nV, weight_VD, out=d_hidden_ND[rows])
-            if ctx.needs_input_grad[1]:
-                d_weight[: options.valid].addmm_(d_logits_nV.T, hidden_ND[rows])
-        d_hidden = None
-        if ctx.needs_input_grad[0]:
-            if options.ranks > 1:
-                dist.all_reduce(d_hidden_ND, group=options.group)
-            d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-            d_hidden.index_copy_(0, kept, d_hidden_ND.to(hidden.dtype))
-        if ctx.main_grad is not None:
-            ctx.main_grad += d_weight
-        returned = ctx.needs_input_grad[1] and ctx.main_grad is None
-        return d_hidden, d_weight.to(weight.dtype) if returned else None, None, None, None, None
+def _rows(x: torch.Tensor, kept: torch.Tensor, chunk: slice) -> torch.Tensor:
+    """A chunk of the rows that are kept: a view where these are all."""
+    return x[chunk] if len(kept) == len(x) else x[kept[chunk]]
 
 
-def linear_token_logprobs(
+def _spread(outputs: tuple[torch.Tensor, ...], kept: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Log-probs, entropies and log-sum-exps of the kept tokens among all."""
+    fills = (0.0, 0.0, math.inf)
+    return tuple(x.new_full((tokens,), f).index_copy_(0, kept, x) for x, f in zip(outputs, fills, strict=True))
+
+
+def _with_gradient(
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    d_logprob: torch.Tensor | None,
+    d_entropy: torch.Tensor | None,
+    options: Shard,
+) -> torch.Tensor:
+    """Indices of the tokens that are not ignored and get an upstream gradient, or are to be loudly NaN."""
+    asked = lse.isnan()
+    for gradient in (d_logprob, d_entropy):
+        if gradient is not None:
+            asked |= gradient != 0
+    return (asked & (targets != options.ignore_index)).nonzero().squeeze(1)
+
+
+def logprobs_backward(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
+    d_logprob: torch.Tensor | None,
+    d_entropy: torch.Tensor | None,
+    options: Shard,
+) -> torch.Tensor:
+    """The gradient of ``logits`` [N, V] from those of the log-probs and entropies [N]."""
+    active = _with_gradient(targets, lse, d_logprob, d_entropy, options)
+    gradient = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+    for rows in _chunks(len(active), logits.shape[1]):
+        chosen = active[rows]
+        d_logits_nV = logits_gradient(
+            _rows(logits, active, rows)[:, : options.valid].to(lse.dtype),
+            targets[chosen],
+            lse[chosen],
+            entropy[chosen],
+            None if d_logprob is None else d_logprob[chosen].to(lse.dtype),
+            None if d_entropy is None else d_entropy[chosen].to(lse.dtype),
+            options,
+        )
+        gradient[:, : options.valid].index_copy_(0, chosen, d_logits_nV.to(gradient.dtype))
+    return gradient
+
+
+def linear_forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     targets: torch.Tensor,
-    options: SoftmaxOptions,
-    save_logits: bool | None = None,
-    main_grad: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [N] of ``targets`` [N] under the logits ``hidden`` [N, D] @ ``weight`` [V, D].T.
+    options: Shard,
+    saved_MV: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``logprobs_forward`` of the logits ``hidden`` [N, D] @ ``weight`` [V, D].T + ``bias`` [V].
 
-    The gradient of ``hidden`` is summed over the group's ranks. ``save_logits`` None keeps the logits for the backward
-    pass if they fit in one chunk. ``main_grad``, if given, takes the weight's gradient in addition to what it holds.
+    The logits of the tokens that are not ignored go to ``saved_MV``, if given.
     """
-    return _LinearTokenLogprobs.apply(hidden, weight, targets, options, save_logits, main_grad)
+    dtype = compute_dtype(hidden, weight)
+    kept = (targets != options.ignore_index).nonzero().squeeze(1)
+    targets_M, weight_VD = targets[kept], weight[: options.valid].to(dtype)
+    statistics = hidden.new_empty((1, len(kept), 4), dtype=dtype)
+    for rows in _chunks(len(kept), options.valid):
+        logits_nV = _linear(_rows(hidden, kept, rows).to(dtype), weight_VD, bias, options)
+        if saved_MV is not None:
+            saved_MV[rows] = logits_nV
+        statistics[:, rows] = shard_statistics(scores(logits_nV, options), targets_M[rows], options)
+    return _spread(combine_statistics(gather_statistics(statistics, options)), kept, len(targets))
+
+
+def _linear(
+    hidden_nD: torch.Tensor, weight_VD: torch.Tensor, bias: torch.Tensor | None, options: Shard
+) -> torch.Tensor:
+    logits_nV = hidden_nD @ weight_VD.T
+    return logits_nV if bias is None else logits_nV.add_(bias[: options.valid].to(logits_nV.dtype))
+
+
+def linear_backward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    entropy: torch.Tensor,
+    lse: torch.Tensor,
+    saved_MV: torch.Tensor | None,
+    d_logprob: torch.Tensor | None,
+    d_entropy: torch.Tensor | None,
+    options: Shard,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of ``hidden``, summed over the group's ranks, ``weight`` and ``bias``, in what is computed in."""
+    dtype = lse.dtype
+    active = _with_gradient(targets, lse, d_logprob, d_entropy, options)
+    position = (targets != options.ignore_index).cumsum(0) - 1
+    weight_VD = weight[: options.valid].to(dtype)
+    d_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
+    d_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    d_bias = weight.new_zeros(len(weight), dtype=dtype)
+    for rows in _chunks(len(active), options.valid):
+        chosen = active[rows]
+        hidden_nD = _rows(hidden, active, rows).to(dtype)
+        d_logits_nV = logits_gradient(
+            _linear(hidden_nD, weight_VD, bias, options) if saved_MV is None else saved_MV[position[chosen]],
+            targets[chosen],
+            lse[chosen],
+            entropy[chosen],
+            None if d_logprob is None else d_logprob[chosen].to(dtype),
+            None if d_entropy is None else d_entropy[chosen].to(dtype),
+            options,
+        )
+        d_hidden.index_copy_(0, chosen, d_logits_nV @ weight_VD)
+        d_weight[: options.valid].addmm_(d_logits_nV.T, hidden_nD)
+        d_bias[: options.valid] += d_logits_nV.sum(0)
+    if options.ranks > 1:
+        dist.all_reduce(d_hidden, group=options.process_group)
+    return d_hidden, d_weight, d_bias
+
+
+def _kl(logprobs_BT: torch.Tensor, ref_BT: torch.Tensor, estimator: str) -> torch.Tensor:
+    """An estimate of KL(policy || reference) a token (Schulman 2020, "Approximating KL divergence")."""
+    log_ratio_BT = (logprobs_BT - ref_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    if estimator == "k1":
+        return log_ratio_BT
+    if estimator == "k2":
+        return 0.5 * log_ratio_BT.square()
+    return ((-log_ratio_BT).exp() + log_ratio_BT - 1).clamp(-K3_LIMIT, K3_LIMIT)
+
+
+def _token_weights(
+    active_BT: torch.Tensor, count_B1: torch.Tensor, denominator: float | torch.Tensor | None, options: PolicyOptions
+) -> torch.Tensor:
+    """What each token counts for in the loss; zero at masked ones and, with nothing to count, everywhere."""
+    weights_BT = active_BT.to(count_B1.dtype)
+    if denominator is None:
+        counted = count_B1 if options.aggregation == "token-mean" else (count_B1 > 0).to(count_B1.dtype)
+        denominator = counted.sum().clamp_min(1)
+    if options.aggregation == "seq-mean-token-mean":
+        weights_BT = weights_BT / count_B1.clamp_min(1)
+    if isinstance(denominator, torch.Tensor):
+        denominator = denominator.detach().to(weights_BT.dtype).reshape(())
+        return torch.where(denominator > 0, weights_BT / denominator, 0.0)
+    return weights_BT / denominator
+
+
+def _sequence_ratio(
+    log_ratio_BT: torch.Tensor, advantages_BT: torch.Tensor, count_B1: torch.Tensor, options: PolicyOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sequence's ratio, and where GMPO's clipping stopped the gradient."""
+    clipped_BT = torch.zeros_like(log_ratio_BT, dtype=torch.bool)
+    if options.objective == "gmpo":
+        bounded_BT = log_ratio_BT.clamp(-options.clip_low, options.clip_high)
+        sign_BT = advantages_BT.sign()
+        clipped_BT = sign_BT * log_ratio_BT > sign_BT * bounded_BT
+        log_ratio_BT = sign_BT * torch.where(clipped_BT, sign_BT * bounded_BT, sign_BT * log_ratio_BT)
+    mean_B1 = log_ratio_BT.sum(1, keepdim=True) / count_B1.clamp_min(1)
+    return mean_B1.exp().expand_as(log_ratio_BT), clipped_BT
+
+
+def _surrogate(
+    logprobs_BT: torch.Tensor,
+    old_BT: torch.Tensor,
+    advantages_BT: torch.Tensor,
+    ratio_BT: torch.Tensor,
+    options: PolicyOptions,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What multiplies -w A in a token's term, and where clipping and dual clipping act; for all but GMPO."""
+    rises_BT, low, high = advantages_BT > 0, options.clip_low, options.clip_high
+    none_BT = torch.zeros_like(rises_BT)
+    if options.objective == "sapo":
+        tau_BT = torch.where(rises_BT, options.tau_positive, options.tau_negative)
+        return torch.sigmoid(tau_BT * (ratio_BT - 1)) * 4 / tau_BT, none_BT, none_BT
+    if options.objective == "cispo":
+        bounded_BT = ratio_BT.detach().clamp(1 - low, 1 + high)
+        return bounded_BT * logprobs_BT, bounded_BT != ratio_BT, none_BT
+    if options.objective in ("dppo_tv", "dppo_kl"):
+        p_BT, q_BT = logprobs_BT.detach().exp(), old_BT.exp()
+        if options.objective == "dppo_tv":
+            clipped_BT = torch.where(rises_BT, p_BT - q_BT > high, q_BT - p_BT > low)
+        else:
+            rest_BT = ((1 - q_BT + 1e-8) / (1 - p_BT + 1e-8)).log()
+            divergence_BT = q_BT * (old_BT - logprobs_BT.detach()) + (1 - q_BT) * rest_BT
+            up_BT, down_BT = (divergence_BT > high) & (p_BT > q_BT), (divergence_BT > low) & (p_BT < q_BT)
+            clipped_BT = torch.where(rises_BT, up_BT, down_BT)
+        capped_BT = ratio_BT.detach().clamp(max=options.ratio_cap) if options.ratio_cap else ratio_BT.detach()
+        return torch.where(clipped_BT, 0.0, capped_BT * logprobs_BT), clipped_BT, none_BT
+    # min(A r, A clip(r)) differs from A r exactly where the ratio left the interval in the direction A rewards.
+    over_BT, under_BT = rises_BT & (ratio_BT > 1 + high), (advantages_BT < 0) & (ratio_BT < 1 - low)
+    bounded_BT = torch.where(over_BT, 1 + high, torch.where(under_BT, 1 - low, ratio_BT))
+    dual_BT = none_BT
+    if options.dual_clip is not None:
+        dual_BT = (advantages_BT < 0) & (ratio_BT > options.dual_clip)
+        bounded_BT = torch.where(dual_BT, options.dual_clip, bounded_BT)
+    return bounded_BT, over_BT | under_BT, dual_BT
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    options: PolicyOptions,
+    *,
+    ref_logprobs: torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
+    drift_weights: torch.Tensor | None = None,
+    entropy: torch.Tensor | None = None,
+    denominator: float | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and its metrics, as ``ctrl_kernels.policy_loss`` defines them: autograd differentiates it."""
+    dtype = compute_dtype(logprobs, old_logprobs, advantages)
+    active_BT = mask != 0
+
+    def active(tensor: torch.Tensor, *, constant: bool = True) -> torch.Tensor:
+        return torch.where(active_BT, (tensor.detach() if constant else tensor).to(dtype), 0.0)
+
+    count_B1 = active_BT.sum(1, keepdim=True).to(dtype)
+    logprobs_BT, old_BT, advantages_BT = active(logprobs, constant=False), active(old_logprobs), active(advantages)
+    log_ratio_BT = (logprobs_BT - old_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio_BT = log_ratio_BT.exp()
+    geometric_BT = torch.zeros_like(active_BT)
+    if options.by_sequence:
+        ratio_BT, geometric_BT = _sequence_ratio(log_ratio_BT, advantages_BT, count_B1, options)
+    if options.ratio == "sequence-token":
+        ratio_BT = ratio_BT.detach() * (log_ratio_BT - log_ratio_BT.detach()).exp()
+    if options.objective == "gmpo":
+        factor_BT, clipped_BT, dual_BT = ratio_BT, geometric_BT, torch.zeros_like(geometric_BT)
+    else:
+        factor_BT, clipped_BT, dual_BT = _surrogate(logprobs_BT, old_BT, advantages_BT, ratio_BT, options)
+    surrogate_BT = -advantages_BT * factor_BT
+    if drift_weights is not None:
+        surrogate_BT = surrogate_BT + active(drift_weights) * log_ratio_BT.abs()
+    if importance_weights is not None:
+        surrogate_BT = surrogate_BT * active(importance_weights)
+    weights_BT = _token_weights(active_BT, count_B1, denominator, options)
+    policy_term = (surrogate_BT * weights_BT).sum()
+    loss = policy_term
+    kl_BT = entropy_BT = torch.zeros_like(logprobs_BT)
+    if ref_logprobs is not None:
+        kl_BT = _kl(logprobs_BT, active(ref_logprobs), options.kl_estimator) * active_BT
+        if options.kl_coef != 0:
+            corrected_BT = kl_BT * ratio_BT if options.kl_correction else kl_BT
+            loss = loss + options.kl_coef * (corrected_BT * weights_BT).sum()
+    if entropy is not None:
+        entropy_BT = active(entropy, constant=False)
+        if options.entropy_coef != 0:
+            loss = loss - options.entropy_coef * (entropy_BT * weights_BT).sum()
+    with torch.no_grad():
+        tokens = count_B1.sum()
+        sums = [
+            x.to(dtype).sum()
+            for x in (clipped_BT & active_BT, dual_BT, -log_ratio_BT, ratio_BT * active_BT, kl_BT, entropy_BT)
+        ]
+        names = ("clip_fraction", "dual_clip_fraction", "approx_kl", "ratio", "kl", "entropy")
+        metrics = {name: total / tokens.clamp_min(1) for name, total in zip(names, sums, strict=True)}
+    return loss, {"policy_loss": policy_term.detach(), "tokens": tokens, **metrics}
+
+
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip: float | None,
+    aggregation: Aggregation,
+    denominator: float | torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss and its metrics, as ``ctrl_kernels.value_loss`` defines them: autograd differentiates it."""
+    dtype = compute_dtype(values, old_values, returns)
+    active_BT = mask != 0
+    values_BT, old_BT, returns_BT = (torch.where(active_BT, x.to(dtype), 0.0) for x in (values, old_values, returns))
+    square_BT = (values_BT - returns_BT.detach()).square()
+    worse_BT = square_BT
+    if clip is not None:
+        bounded_BT = values_BT.clamp(old_BT.detach() - clip, old_BT.detach() + clip)
+        bounded_square_BT = (bounded_BT - returns_BT.detach()).square()
+        worse_BT = torch.where(bounded_square_BT > square_BT, bounded_square_BT, square_BT)
+    count_B1 = active_BT.sum(1, keepdim=True).to(dtype)
+    weights_BT = _token_weights(active_BT, count_B1, denominator, PolicyOptions(aggregation=aggregation))
+    loss = 0.5 * (worse_BT * weights_BT).sum()
+    tokens = count_B1.sum()
+    means = [x.detach().to(dtype).sum() / tokens.clamp_min(1) for x in (worse_BT > square_BT, square_BT)]
+    return loss, {"tokens": tokens, "clip_fraction": means[0], "error": means[1]}
 
 
 def group_advantages(
@@ -252,7 +450,7 @@ def group_advantages(
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns [B, T] by the reverse recurrence that ``ctrl_kernels.generalized_advantage`` states."""
+    """Advantages and returns [B, T] by the reverse recurrence that ``ctrl_kernels.advantages`` states."""
     dtype = compute_dtype(rewards, values)
     active_BT = mask != 0
     rewards_BT = torch.where(active_BT, rewards.to(dtype), 0.0)

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ctrl_kernels.shard import SoftmaxOptions
+from ctrl_kernels.options import Shard, ceil_div, next_power_of_2
 from ctrl_kernels.softmax_statistics import LN2, LOG2_FLOOR, LOG2E, TILE_ELEMENTS, softcapped, tile_shape
 
 GRADIENT_WARPS = 4
@@ -27,6 +27,7 @@ GRADIENT_WARPS = 4
 def _logits_gradient_kernel(
     logits_ptr,
     logits_stride,
+    bias_ptr,
     out_ptr,
     out_stride,
     targets_ptr,
@@ -57,7 +58,11 @@ def _logits_gradient_kernel(
     target = tl.load(targets_ptr + row, mask=row_inside, other=ignore_index)
     lse = tl.load(lse_ptr + row, mask=row_inside, other=0.0)
     kept = (target != ignore_index) & (lse != float("inf"))  # a row of -inf alone has no gradient
-    x = tl.load(logits_ptr + row[:, None] * logits_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(logits_ptr + row[:, None] * logits_stride + column[None, :], mask=inside & kept[:, None], other=0.0).to(
+        tl.float32
+    )
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + column, mask=column < valid, other=0.0).to(tl.float32)[None, :]
     if HAS_SOFTCAP:
         x = softcapped(x, softcap)
     logp = (x * inverse_temperature - lse[:, None]) * LOG2E
@@ -114,20 +119,21 @@ def _weights_gradient_kernel(
     column = begin + (tile % tiles_per_segment) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside = row < tokens
     inside = row_inside[:, None] & (column < end)[None, :]
-    e = tl.load(weights_ptr + row[:, None] * weights_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    m = tl.load(tile_max_ptr + row * tile_max_stride + tile, mask=row_inside, other=0.0)
     lse = tl.load(lse_ptr + row, mask=row_inside, other=0.0)
+    kept = row_inside & (lse != float("inf"))  # neither ignored nor -inf alone
+    read = kept[:, None] & (column < end)[None, :]
+    e = tl.load(weights_ptr + row[:, None] * weights_stride + column[None, :], mask=read, other=0.0).to(tl.float32)
+    m = tl.load(tile_max_ptr + row * tile_max_stride + tile, mask=kept, other=0.0)
     target = tl.load(targets_ptr + row, mask=row_inside, other=-1)
     at_target = column[None, :] == (target.to(tl.int64) - start)[:, None]
     logprob = tl.load(logprob_ptr + row, mask=row_inside, other=0.0)
     p = e * tl.exp2((m - lse) * LOG2E)[:, None]
     p = tl.where(at_target, tl.exp2(logprob * LOG2E)[:, None], p)
-    g = tl.load(d_logprob_ptr + row, mask=row_inside, other=0.0) * inverse_temperature
-    g = tl.where(lse == float("inf"), 0.0, g)
+    g = tl.load(d_logprob_ptr + row, mask=kept, other=0.0) * inverse_temperature
     factor = g[:, None]
     log_e = tl.where(e > 0.0, tl.log2(tl.where(e > 0.0, e, 1.0)), LOG2_FLOOR) * LN2
     if HAS_ENTROPY:
-        h = tl.load(d_entropy_ptr + row, mask=row_inside, other=0.0) * inverse_temperature
+        h = tl.load(d_entropy_ptr + row, mask=kept, other=0.0) * inverse_temperature
         entropy = tl.load(entropy_ptr + row, mask=row_inside, other=0.0)
         logp = tl.where(at_target, logprob[:, None], log_e + (m - lse)[:, None])
         factor += h[:, None] * (tl.maximum(logp, LOG2_FLOOR * LN2) + entropy[:, None])
@@ -147,19 +153,24 @@ def logits_gradient(
     entropy_N: torch.Tensor,
     d_logprob_N: torch.Tensor | None,
     d_entropy_N: torch.Tensor | None,
-    options: SoftmaxOptions,
+    options: Shard,
     *,
     first_column: int = 0,
+    bias_V: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradient of the logits to ``out_NV``, which may be ``logits_NV``: columns from ``first_column`` on."""
+    """Write the gradient of the logits to ``out_NV``, which may be ``logits_NV``: columns from ``first_column`` on.
+
+    ``bias_V``, sliced likewise, is added to the logits. Rows whose targets are ignored are not read and get 0.
+    """
     tokens, columns = logits_NV.shape
     if columns == 0:
         return
-    block_v = min(triton.next_power_of_2(columns), TILE_ELEMENTS)
+    block_v = min(next_power_of_2(columns), TILE_ELEMENTS)
     block_n = TILE_ELEMENTS // block_v
-    _logits_gradient_kernel[(triton.cdiv(tokens, block_n) * triton.cdiv(columns, block_v),)](
+    _logits_gradient_kernel[(ceil_div(tokens, block_n) * ceil_div(columns, block_v),)](
         logits_NV,
         logits_NV.stride(0),
+        bias_V,
         out_NV,
         out_NV.stride(0),
         targets_N,
@@ -175,10 +186,10 @@ def logits_gradient(
         options.start + first_column,
         options.ignore_index,
         1.0 / options.temperature,
-        options.softcap or 1.0,
+        options.softcap,
         HAS_LOGPROB=d_logprob_N is not None,
         HAS_ENTROPY=d_entropy_N is not None,
-        HAS_SOFTCAP=options.softcap is not None,
+        HAS_SOFTCAP=options.softcap > 0,
         BLOCK_N=block_n,
         BLOCK_V=block_v,
         num_warps=GRADIENT_WARPS,
@@ -195,19 +206,19 @@ def weights_gradient(
     entropy_N: torch.Tensor,
     d_logprob_N: torch.Tensor,
     d_entropy_N: torch.Tensor | None,
-    options: SoftmaxOptions,
+    options: Shard,
     *,
     segment: int,
     first_column: int = 0,
 ) -> None:
     """Write the gradient of the logits behind ``weights_NV`` to ``out_NV`` (or in place): valid columns only.
 
-    The weights are the shard's columns from ``first_column`` on, and the tile maxima are sliced likewise. No target
-    may be ignored.
+    The weights are the shard's columns from ``first_column`` on, and the tile maxima are sliced likewise. Rows with
+    a log-sum-exp of +inf, as ignored ones have, are not read and get 0.
     """
     tokens, tiles = tile_max_NK.shape
     rows, columns = tile_shape(segment)
-    _weights_gradient_kernel[(triton.cdiv(tokens, rows) * tiles,)](
+    _weights_gradient_kernel[(ceil_div(tokens, rows) * tiles,)](
         weights_NV,
         weights_NV.stride(0),
         out_NV,
@@ -226,9 +237,9 @@ def weights_gradient(
         tiles,
         options.start + first_column,
         1.0 / options.temperature,
-        0.0 if options.softcap is None else options.temperature / options.softcap,
+        options.temperature / options.softcap if options.softcap > 0 else 0.0,
         HAS_ENTROPY=d_entropy_N is not None,
-        HAS_SOFTCAP=options.softcap is not None,
+        HAS_SOFTCAP=options.softcap > 0,
         BLOCK_N=rows,
         BLOCK_V=columns,
         num_warps=GRADIENT_WARPS,

@@ -1,8 +1,17 @@
 """Statistics of a softmax over the vocabulary: one read of the logits, one exponential each.
 
+The statistics of one part of the vocabulary, for scaled logits z, are four numbers a token:
+
+    max m = max z;  sum s = sum exp(z - m);  weighted w = sum exp(z - m) (z - m);  target t = z[target], NaN if
+    elsewhere.
+
+Parts combine exactly: with M the largest m, S = sum s exp(m - M) and W = sum (w + s (m - M)) exp(m - M), the
+log-sum-exp is M + log S, the log-prob is t - (M + log S), and the entropy is log S - W / S. Shifting by the maximum
+keeps every number small, so that neither logits near +-500 nor -inf lose anything.
+
 The vocabulary, over all ranks, is cut into 8 segments. One program reads one segment of a few rows in tiles of fixed
-width. Each of its lanes keeps online three of the numbers that ``ctrl_kernels.shard`` defines, for the columns it
-reads: with d = x - m for the largest raw logit m so far and c = 1 / temperature,
+width. Rows whose targets are ignored are not read. Each of its lanes keeps online three of these numbers for the
+columns it reads: with d = x - m for the largest raw logit m so far and c = 1 / temperature,
 
     s <- s exp((m_old - m) c) + sum exp(d c),        w <- (w + s (m_old - m) c) exp((m_old - m) c) + sum exp(d c) d c.
 
@@ -21,10 +30,11 @@ of this rank.
 # mypy: disable-error-code="no-untyped-def"
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 
-from ctrl_kernels.shard import SoftmaxOptions
+from ctrl_kernels.options import Shard, ceil_div, next_power_of_2
 
 SEGMENTS = 8
 TILE_ELEMENTS = 2048
@@ -39,7 +49,7 @@ LOG2_FLOOR = tl.constexpr(-200.0)  # exp2(-200) is 0 in fp32: stands in for -inf
 def segment_columns(columns: int, ranks: int) -> int:
     """The width of a segment of a shard with ``columns`` columns."""
     segments = max(1, SEGMENTS // ranks)
-    return max(16, triton.cdiv(triton.cdiv(columns, segments), 16) * 16)
+    return max(16, ceil_div(ceil_div(columns, segments), 16) * 16)
 
 
 def segment_count(ranks: int) -> int:
@@ -49,7 +59,7 @@ def segment_count(ranks: int) -> int:
 
 def tile_shape(segment: int) -> tuple[int, int]:
     """Rows and columns of a tile for segments of this width: both depend on nothing else."""
-    columns = min(triton.next_power_of_2(segment), TILE_ELEMENTS)
+    columns = min(next_power_of_2(segment), TILE_ELEMENTS)
     return TILE_ELEMENTS // columns, columns
 
 
@@ -115,6 +125,7 @@ def _row_maximum(m):
 def _statistics_kernel(
     logits_ptr,
     logits_stride,
+    bias_ptr,
     targets_ptr,
     statistics_ptr,
     weights_ptr,
@@ -126,6 +137,7 @@ def _statistics_kernel(
     segment,
     segments,
     start,
+    ignore_index,
     inverse_temperature,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -139,8 +151,12 @@ def _statistics_kernel(
     part = tl.program_id(0) % segments
     row = (tl.program_id(0) // segments).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = row < tokens
+    target = tl.load(targets_ptr + row, mask=row_inside, other=ignore_index).to(tl.int64)
     begin = part * segment
     end = tl.minimum(begin + segment, valid)
+    if tl.max((target != ignore_index).to(tl.int32), 0) == 0:
+        end = begin  # nothing but ignored rows: no logit is read
+    row_inside = row_inside & (target != ignore_index)
     row_ptr = logits_ptr + row * logits_stride
     scale = inverse_temperature * LOG2E
     m = tl.full([BLOCK_N, LANES], float("-inf"), tl.float32)
@@ -156,6 +172,8 @@ def _statistics_kernel(
     for number in range(whole):
         column = begin + number * BLOCK_V + lane
         x = following
+        if bias_ptr is not None:
+            x = x.to(tl.float32) + tl.load(bias_ptr + column).to(tl.float32)[None, :]
         more = row_inside[:, None] & (column + BLOCK_V < whole_end)[None, :]
         following = tl.load(row_ptr[:, None] + (column + BLOCK_V)[None, :], mask=more, other=float("-inf"))
         m, s, w, e = _absorb(x, inside, m, s, w, scale, softcap, HAS_SOFTCAP, BLOCK_N, REPEATS, LANES, VECTOR)
@@ -169,6 +187,8 @@ def _statistics_kernel(
         column = whole_end + lane
         inside = row_inside[:, None] & (column < end)[None, :]
         x = tl.load(row_ptr[:, None] + column[None, :], mask=inside, other=float("-inf"))
+        if bias_ptr is not None:
+            x = x.to(tl.float32) + tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
         m, s, w, e = _absorb(x, inside, m, s, w, scale, softcap, HAS_SOFTCAP, BLOCK_N, REPEATS, LANES, VECTOR)
         if STORE_WEIGHTS:
             m_row = _row_maximum(m)
@@ -179,9 +199,11 @@ def _statistics_kernel(
     m_row = _row_maximum(m)
     shift = tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR)
     decay = tl.exp2(shift)
-    local = tl.load(targets_ptr + row, mask=row_inside, other=-1).to(tl.int64) - start
+    local = target - start
     held = row_inside & (local >= begin) & (local < end)
     t = tl.load(row_ptr + local, mask=held, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        t += tl.load(bias_ptr + local, mask=held, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:
         t = softcapped(t, softcap)
     out_ptr = statistics_ptr + (part.to(tl.int64) * tokens + row) * 4
@@ -206,7 +228,7 @@ def _combine_kernel(
     s = tl.zeros([BLOCK_N], tl.float32)
     w = tl.zeros([BLOCK_N], tl.float32)
     t = tl.zeros([BLOCK_N], tl.float32)
-    held = tl.zeros([BLOCK_N], tl.int1)
+    held = t != t  # of no part yet
     part_ptr = statistics_ptr + row * 4
     for _ in range(parts):
         shift = tl.maximum((tl.load(part_ptr, mask=inside, other=0.0) - m_safe) * LOG2E, LOG2_FLOOR)
@@ -230,27 +252,39 @@ def _combine_kernel(
     tl.store(lse_ptr + row, tl.where(kept, tl.where(held, lse, float("nan")), float("inf")), mask=inside)
 
 
+def gather_statistics(statistics_PN4: torch.Tensor, options: Shard) -> torch.Tensor:
+    """The statistics of every rank's parts, in rank order: the one collective of a forward pass."""
+    if options.ranks == 1:
+        return statistics_PN4
+    parts, tokens, four = statistics_PN4.shape
+    gathered = statistics_PN4.new_empty((options.ranks * parts, tokens, four))
+    dist.all_gather_into_tensor(gathered, statistics_PN4.contiguous(), group=options.process_group)
+    return gathered
+
+
 def softmax_statistics(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
     statistics_SN4: torch.Tensor,
-    options: SoftmaxOptions,
+    options: Shard,
     *,
     segment: int,
     first_column: int = 0,
+    bias_V: torch.Tensor | None = None,
     weights_NV: torch.Tensor | None = None,
     tile_max_NK: torch.Tensor | None = None,
 ) -> None:
     """Fill ``statistics_SN4`` for ``logits_NV``, whose columns are those of the shard from ``first_column`` on.
 
-    With ``weights_NV`` and ``tile_max_NK`` (both sliced likewise) fill these too. The last dimension of every tensor
-    must be dense.
+    ``bias_V`` is added to them. With ``weights_NV`` and ``tile_max_NK`` (all sliced likewise) fill these too. The last
+    dimension of every tensor must be dense. What ignored rows get means nothing.
     """
     segments, tokens, _ = statistics_SN4.shape
     rows, columns = tile_shape(segment)
-    _statistics_kernel[(triton.cdiv(tokens, rows) * segments,)](
+    _statistics_kernel[(ceil_div(tokens, rows) * segments,)](
         logits_NV,
         logits_NV.stride(0),
+        bias_V,
         targets_N,
         statistics_SN4,
         logits_NV if weights_NV is None else weights_NV,
@@ -262,9 +296,10 @@ def softmax_statistics(
         segment,
         segments,
         options.start + first_column,
+        options.ignore_index,
         1.0 / options.temperature,
-        options.softcap or 0.0,
-        HAS_SOFTCAP=options.softcap is not None,
+        options.softcap,
+        HAS_SOFTCAP=options.softcap > 0,
         STORE_WEIGHTS=weights_NV is not None,
         BLOCK_N=rows,
         **lanes(columns),
@@ -273,15 +308,15 @@ def softmax_statistics(
 
 
 def combine_segments(
-    statistics_PN4: torch.Tensor, targets_N: torch.Tensor, options: SoftmaxOptions
+    statistics_PN4: torch.Tensor, targets_N: torch.Tensor, options: Shard
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, entropies and log-sum-exps [N] as ``ctrl_kernels.shard.combine_statistics`` defines them.
+    """Log-probs, entropies and log-sum-exps [N] as ``ctrl_kernels.reference.combine_statistics`` defines them.
 
     At ignored targets the first two are 0 and the third is +inf, which makes every probability 0.
     """
     parts, tokens, _ = statistics_PN4.shape
-    logprob_N, entropy_N, lse_N = statistics_PN4.new_empty((3, tokens)).unbind(0)
-    _combine_kernel[(triton.cdiv(tokens, COMBINE_ROWS),)](
+    logprob_N, entropy_N, lse_N = (statistics_PN4.new_empty(tokens) for _ in range(3))
+    _combine_kernel[(ceil_div(tokens, COMBINE_ROWS),)](
         statistics_PN4,
         targets_N,
         logprob_N,

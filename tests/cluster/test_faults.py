@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb_records
 from one_host_slurm import SlurmCluster
-
-from ctrl_hpc.tracking import wandb_file
-from ctrl_hpc.tracking.tracker import run_id
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
@@ -92,12 +90,6 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def in_wandb(run_dir: Path, stage: str) -> list[int]:
-    """The steps of a stage in its wandb run: every piece of it, in the order in which a sync sends them."""
-    files = wandb_file.of_run(run_dir, run_id(run_dir, stage))
-    return [step for file in files for step in wandb_file.rows(file) if step is not None]
-
-
 def account(run_dir: Path) -> dict[str, Any]:
     """What was done: every sample and step of a run, in order."""
     steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
@@ -108,7 +100,7 @@ def account(run_dir: Path) -> dict[str, Any]:
         "critiques": [row["id"] for row in rows(run_dir / "synthesize" / "critiques.jsonl")],
         "sft steps": [row["step"] for row in rows(run_dir / "sft" / "metrics.jsonl")],
         "rl steps": [row["step"] for row in rows(run_dir / "rl" / "metrics.jsonl")],
-        "steps in wandb": {stage: in_wandb(run_dir, stage) for stage in ("sft", "rl")},
+        "steps in wandb": {stage: wandb_records.steps(run_dir, stage) for stage in ("sft", "rl")},
         "rollouts": {file.name: Counter(row["solution_id"] for row in rows(file)) for file in steps},
         "masked": sum(row["masked"] for file in steps for row in rows(file)),
         "staleness": {row["rl/staleness"] for row in rows(run_dir / "rl" / "metrics.jsonl")},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,11 @@ from ctrl_hpc.cluster.registry import DriverWatch, Registry
 
 def rewrite(file: Path, **values: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def beat(file: Path, since_s: float = 0.0) -> None:
+    """A heartbeat of ``since_s`` ago."""
+    os.utime(file, (time.time() - since_s,) * 2)
 
 
 def test_a_registered_service_is_found_until_it_withdraws(run_dir: Path) -> None:
@@ -31,26 +37,38 @@ def test_heartbeats_refresh_the_entry(run_dir: Path) -> None:
         first = registry.read_entry(file)
         assert first is not None
         deadline = time.monotonic() + 20
-        while (now := registry.read_entry(file)) is not None and now.count < first.count + 3:
+        beats = {first.beat}
+        while len(beats) < 4:
+            now = registry.read_entry(file)
+            assert now is not None and time.monotonic() < deadline
+            beats.add(now.beat)
+
+
+def test_an_entry_removed_by_mistake_comes_back(run_dir: Path) -> None:
+    with Registry(run_dir, heartbeat_s=0.02).register("executor", "http://a", id="0"):
+        Registry(run_dir).remove(lambda _: False)
+        deadline = time.monotonic() + 20
+        while Registry(run_dir).endpoints("executor") != ["http://a"]:
             assert time.monotonic() < deadline
 
 
 def test_a_silent_service_is_dead_by_the_readers_clock(run_dir: Path, monkeypatch: object) -> None:
     registration = Registry(run_dir, heartbeat_s=600).register("executor", "http://a", id="0")
     file = run_dir / "services" / "executor" / "0.json"
-    rewrite(file, machine="elsewhere", beat=time.time() + 10_000)  # a node whose clock is fast
+    rewrite(file, machine="elsewhere")
+    beat(file, -10_000)  # a node whose clock is fast
     clock = [100.0]
     monkeypatch.setattr(registry.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
     reader = Registry(run_dir, dead_after_s=30)
     assert reader.endpoints("executor") == ["http://a"]
     clock[0] += 29
     assert reader.endpoints("executor") == ["http://a"]
-    rewrite(file, count=1)
+    beat(file)
     clock[0] += 29
     assert reader.endpoints("executor") == ["http://a"]  # it beat in between
     clock[0] += 31
     assert reader.endpoints("executor") == []
-    rewrite(file, count=2)
+    beat(file, 1)
     clock[0] += 1
     assert reader.endpoints("executor") == ["http://a"]  # a lost heartbeat came back
     registration.close()
@@ -58,7 +76,9 @@ def test_a_silent_service_is_dead_by_the_readers_clock(run_dir: Path, monkeypatc
 
 def test_an_old_entry_is_dead_at_first_sight(run_dir: Path) -> None:
     registration = Registry(run_dir, heartbeat_s=600).register("executor", "http://a", id="0")
-    rewrite(run_dir / "services" / "executor" / "0.json", machine="elsewhere", beat=time.time() - 100)
+    file = run_dir / "services" / "executor" / "0.json"
+    rewrite(file, machine="elsewhere")
+    beat(file, 100)
     assert Registry(run_dir, dead_after_s=30).endpoints("executor") == []
     registration.close()
 

@@ -19,7 +19,7 @@ from wandb_server import Store
 
 from ctrl_hpc.cli import main
 from ctrl_hpc.config import ROOT, load, value
-from ctrl_hpc.experiments import sweep
+from ctrl_hpc.experiments import suite, sweep
 
 BIN = Path(sys.executable).parent
 FILES = sorted((ROOT / "configs" / "sweep").glob("*.yaml"))
@@ -104,13 +104,22 @@ def test_a_trial_that_fails_is_told_and_the_others_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(tmp_path / "cheap.yaml", tmp_path / "runs" / "one", "disabled")
-    codes = iter((2, 0))
-    monkeypatch.setattr(sweep, "_wait", lambda command: next(codes))
+    failures: list[Exception | None] = [RuntimeError("its disk is full"), None]
+
+    def run_member(member: suite.Member, others: list[suite.Member]) -> None:
+        failure = failures.pop(0)
+        if failure is not None:
+            raise failure
+
+    monkeypatch.setattr(suite, "_run_member", run_member)
     monkeypatch.setattr(sweep, "_objective", lambda run_dir: 0.5)
     assert main(["sweep", str(file), "--local", "wandb.mode=disabled"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    folder = tmp_path / "runs" / "sweeps" / "cheap"
-    assert line == f"ctrl-hpc: trial 0 of 2 failed (see above, and {folder}); the same command tries again"
+    folder, said = tmp_path / "runs" / "sweeps" / "cheap", capsys.readouterr().err
+    assert "trial-000: its disk is full" in said
+    assert (
+        said.splitlines()[-1]
+        == f"ctrl-hpc: trial 0 of 2 failed (see above, and {folder}); the same command tries again"
+    )
     assert [row["eval/pass_at_1"] for row in json.loads((folder / "sweep.json").read_text())] == [None, 0.5]
     assert main(["sweep", str(file), "--local", "--count", "0"]) == 2
     assert "--count: 0 is not allowed" in capsys.readouterr().err

@@ -6,9 +6,9 @@ from typing import Any
 import interpreter_rounding
 import pytest
 import torch
-from ctrl_kernels.backend import interpreted
+from ctrl_kernels.options import INTERPRETED
 
-if not torch.cuda.is_available() and not interpreted():
+if not torch.cuda.is_available() and not INTERPRETED:
     raise pytest.UsageError("tests/kernels need a GPU, or TRITON_INTERPRET=1 in the environment before Python starts")
 
 

@@ -7,7 +7,7 @@ import ctrl_kernels
 import numpy as np
 import pytest
 import torch
-from ctrl_kernels.shard import SoftmaxOptions, softmax_options
+from ctrl_kernels.options import Shard, SoftmaxOptions
 from ctrl_kernels.softmax_gradient import logits_gradient, weights_gradient
 from ctrl_kernels.softmax_statistics import combine_segments, segment_columns, segment_count, softmax_statistics
 from kernel_oracle import dense_logprobs, relative_error
@@ -17,9 +17,8 @@ BACKENDS = ["triton", "torch"]
 FAR = 2**31
 
 
-def options(columns: int, **changes: Any) -> SoftmaxOptions:
-    defaults = {"temperature": 1.0, "group": None, "vocab_start": 0, "vocab_size": None, "ignore_index": -100}
-    return softmax_options(columns, **{"softcap": None, **defaults, **changes})
+def options(columns: int, **changes: Any) -> Shard:
+    return SoftmaxOptions(**changes).shard(columns)
 
 
 def linear_problem(

@@ -350,7 +350,6 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
     from ctrl_hpc.megatron import checkpoint
     from ctrl_hpc.train.batch import collate
     from ctrl_hpc.train.losses import SFTLoss
-    from ctrl_hpc.train.rl import check
 
     def wrong_checkpoint() -> None:
         policy = _policy(config, world, folder, "llama-untied")
@@ -362,7 +361,7 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
         policy.update(batch, SFTLoss(n_tokens=60), 1e-3)
 
     def layout(size: int, **parallel: Any) -> None:
-        parallel_state.check(replace(config, parallel=ParallelConfig(**parallel)), size, "cpu")
+        ParallelConfig(**parallel).check(size)
 
     broken = folder / "broken"
     broken.mkdir()
@@ -378,8 +377,6 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
         "too_long": too_long,
         "ranks": lambda: layout(3, tensor=2),
         "sequence": lambda: layout(1, sequence=True),
-        "staleness": lambda: check(RLConfig(max_staleness=-1)),
-        "group": lambda: check(RLConfig(group_size=1)),
     }
     said = {}
     for name, attempt in attempts.items():

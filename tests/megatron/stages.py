@@ -30,7 +30,7 @@ from ctrl_hpc.config import (
     WandbConfig,
 )
 from ctrl_hpc.records import Chat, Execution, Generation, Sampling, Verdict
-from ctrl_hpc.train import ahead, rl, sft
+from ctrl_hpc.train import collect, rl, sft
 from ctrl_hpc.train.rollouts import Rollout
 
 KILLS = (2, 7, 12, 18, 21, 5)
@@ -172,7 +172,7 @@ def count_calls(work: Callable[[], None], kill_at: int | None) -> int:
 def live(config: Config, run_dir: Path, staleness: int, **changes: Any) -> None:
     """RL with the services above; leaves what they were told in services.json."""
     services = Services(run_dir)
-    ahead.connect = lambda *_: services  # type: ignore[assignment]
+    collect.connect = lambda *_: services  # type: ignore[assignment]
     options = replace(config.rl, replay=None, max_staleness=staleness, importance_cap=2.0, **{"steps": 3, **changes})
     rl.run(replace(config, rl=options), run_dir)
     told = {"published": services.published, "drawn": services.drawn}

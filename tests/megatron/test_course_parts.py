@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ctrl_kernels.backend import Backend
+from ctrl_kernels import Backend
 
 from ctrl_hpc.config import OptimizerConfig, RLConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict

@@ -9,7 +9,8 @@ import random_qwen
 
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem, Solution, StdinTest, Verdict
-from ctrl_hpc.train.drafts import DraftPool, prompt_ids
+from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.train.drafts import DraftPool
 
 
 def pool_of(sizes: list[int]) -> DraftPool:
@@ -40,7 +41,7 @@ def test_prompts_that_are_too_long_are_left_out_and_told(tmp_path: Path, capsys:
     random_qwen.build(tmp_path / "critic")
     tokenizer, prompts = AutoTokenizer.from_pretrained(tmp_path / "critic"), Prompts.load("default")
     pool = pool_of([1, 40, 400, 2])
-    lengths = [len(prompt_ids(tokenizer, prompts.critique(*pair))) for pair in pool.pairs]
+    lengths = [len(chat_ids(tokenizer, prompts.critique(*pair))) for pair in pool.pairs]
     kept = pool.fitting(prompts, tokenizer, lengths[1])
     assert [draft.id for _, draft in kept.pairs] == ["s0", "s1", "s3"]
     assert f"1 of 4 drafts left out: their prompts have more than {lengths[1]} tokens" in capsys.readouterr().out

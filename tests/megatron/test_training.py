@@ -95,9 +95,7 @@ def test_a_value_network_is_part_of_the_checkpoint(behaviour: dict[str, Any]) ->
         ("wrong_checkpoint", ["step-000003", "does not fit this critic"]),
         ("too_long", ["trainer.micro_batch_tokens=64", "119 tokens"]),
         ("ranks", ["parallel.tensor x parallel.pipeline = 2 x 1", "3 ranks"]),
-        ("sequence", ["parallel.sequence=true", "parallel.tensor"]),
-        ("staleness", ["rl.max_staleness=-1", "allowed: 0"]),
-        ("group", ["rl.group_size=1", ">= 2"]),
+        ("sequence", ["parallel.sequence: true", "parallel.tensor"]),
     ],
 )
 def test_what_cannot_work_is_one_line_that_names_it(behaviour: dict[str, Any], case: str, words: list[str]) -> None:

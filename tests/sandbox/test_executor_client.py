@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,8 +14,8 @@ from typing import Any
 import pytest
 
 from ctrl_hpc.records import Execution, Limits, StdinTest
-from ctrl_hpc.sandbox import client as client_module
 from ctrl_hpc.sandbox.client import ExecutorClient
+from ctrl_hpc.service import fleet
 
 Answer = Callable[[list[dict[str, Any]], dict[str, str]], tuple[int, Any]]
 
@@ -62,8 +64,8 @@ def service(answer: Answer) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "POLL_S", 0.02)
-    monkeypatch.setattr(client_module, "COOL_DOWN_S", (0.01, 0.05))
+    monkeypatch.setattr(fleet, "POLL_S", 0.02)
+    monkeypatch.setattr(fleet, "COOL_DOWN_S", (0.01, 0.05))
 
 
 def statuses(urls: list[str], count: int, **options: Any) -> list[str]:
@@ -160,6 +162,71 @@ def test_nobody_there_and_refusals_are_errors() -> None:
         with pytest.raises(ValueError, match="refuses: 401"):
             statuses([url], 1)
     assert statuses([], 0) == []
+
+
+def test_an_execution_too_large_ends_alone() -> None:
+    def answer(items: list[dict[str, Any]], _: dict[str, str]) -> tuple[int, Any]:
+        return (413, {"detail": "too large"}) if any(item["program"] == "5" for item in items) else judged(items)
+
+    with service(answer) as url, ExecutorClient(lambda: [url]) as executor:
+        verdicts = executor.run_many(executions(40))
+    assert [verdict.status for verdict in verdicts] == [*EXPECTED[:5], "sandbox_error", *EXPECTED[6:]]
+    assert verdicts[5].detail == f"executor {url}/run_tests refuses: 413 too large"
+
+
+def test_answers_that_are_none_are_losses() -> None:
+    answers = iter([{}, {"verdicts": [{"status": "fine"}]}, {"verdicts": []}, "text"])
+
+    def answer(items: list[dict[str, Any]], _: dict[str, str]) -> tuple[int, Any]:
+        told = next(answers, None)
+        return judged(items) if told is None else (200, told)
+
+    with service(answer) as url:
+        assert statuses([url], 2) == EXPECTED[:2]
+
+
+def test_a_look_at_who_is_there_that_hangs_stops_no_work() -> None:
+    first, hangs, release = iter([True]), threading.Event(), threading.Event()
+
+    def answer(items: list[dict[str, Any]], _: dict[str, str]) -> tuple[int, Any]:
+        return judged(items) if hangs.wait(30) else (400, {})
+
+    with service(answer) as url:
+
+        def endpoints() -> list[str]:
+            if not next(first, False):
+                hangs.set()
+                release.wait(30)
+            return [url]
+
+        with ExecutorClient(endpoints) as executor:
+            assert [verdict.status for verdict in executor.run_many(executions(40))] == EXPECTED
+            assert hangs.is_set() and not release.is_set()
+            release.set()
+
+
+def test_a_service_that_is_silent_though_listed_loses_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "QUESTION_S", 0.05)
+    monkeypatch.setattr(fleet, "SILENT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as mute:  # takes connections, answers nothing
+        hung = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        with service(lambda items, _: judged(items)) as sound:
+            assert statuses([hung, sound], 40) == EXPECTED
+
+
+def test_a_slow_service_that_answers_about_its_health_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "QUESTION_S", 0.05)
+    monkeypatch.setattr(fleet, "SILENT_S", 0.3)
+    asked: list[str] = []
+
+    def answer(items: list[dict[str, Any]], _: dict[str, str]) -> tuple[int, Any]:
+        asked.extend(item["program"] for item in items)
+        time.sleep(1.0)
+        return judged(items)
+
+    with service(answer) as slow:  # it knows no /health: 501 is a sign of life, too
+        assert statuses([slow], 4) == EXPECTED[:4]
+    assert sorted(asked) == ["0", "1", "2", "3"]
 
 
 def test_the_token_is_sent() -> None:

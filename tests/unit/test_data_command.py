@@ -117,7 +117,9 @@ def test_further_benchmarks_and_places_of_their_own(places):
         eval_names=(),
         benchmarks={"jsonl": str(places / "benchmark.jsonl")},
     )
-    problems, left_out = catalog.training(data, 0)
+    found = catalog.prepared(data, 0)
+    problems, left_out = found.problems, found.decontamination
+    assert left_out is not None
     assert [item.id for item in problems] == ["taco/train/1"]
     assert (left_out["n_before"], left_out["n_after"]) == (2, 1)
     data = DataConfig(eval_path="/everywhere", eval_paths={"humaneval": "/here"})
@@ -148,7 +150,7 @@ def test_nothing_left_is_one_line(places):
         eval_path=str(places / "benchmark.jsonl"),
     )
     with pytest.raises(ValueError, match=r"^data\.decontaminate: every problem of jsonl is like one of jsonl$"):
-        catalog.training(data, 0)
+        catalog.prepared(data, 0)
 
 
 def test_every_expected_size_belongs_to_a_data_set():

@@ -11,6 +11,11 @@ def problem(identity, prompt, starter_code=None):
     return Problem(id=identity, source="s", split="train", prompt=prompt, tests=(), starter_code=starter_code)
 
 
+TEXT = st.lists(st.sampled_from("alpha beta gamma delta one two three four".split()), min_size=1, max_size=40).map(
+    " ".join
+)
+
+
 STATEMENT = (
     "You are given an array of n integers and an integer k. In one operation you may choose any element and replace it "
     "by its remainder modulo k. Print the least number of operations after which all elements are equal."
@@ -72,6 +77,42 @@ def test_short_statements_are_compared_whole():
     assert [(item.train_id, item.reason) for item in left_out] == [("t/0", "same text"), ("t/1", "contained text")]
 
 
+def test_a_short_statement_inside_a_benchmark_is_found():
+    words_of = "Reverse the words of the given line of text."
+    bench = {"bench": [problem("b/0", f"Story first. {words_of} Then print it, in capital letters, on one line.")]}
+    kept, left_out = decontaminate([problem("t/0", words_of), problem("t/1", "Reverse it.")], bench)
+    assert [item.id for item in kept] == ["t/1"]
+    assert [(item.benchmark_id, item.reason) for item in left_out] == [("b/0", "contained text")]
+
+
+def test_only_the_same_text():
+    training = [problem("t/0", STATEMENT.lower()), problem("t/1", f"Story. {STATEMENT}")]
+    kept, left_out = decontaminate(training, BENCHMARK, threshold=None)
+    assert ([item.id for item in kept], [item.train_id for item in left_out]) == (["t/1"], ["t/0"])
+
+
+@settings(derandomize=True, max_examples=200)
+@given(texts=st.lists(TEXT, min_size=1, max_size=5), bench=st.lists(TEXT, min_size=1, max_size=5))
+def test_what_is_found_is_what_comparing_each_pair_finds(texts, bench):
+    training = [problem(f"t/{number}", text) for number, text in enumerate(texts)]
+    kept, _ = decontaminate(training, {"b": [problem(f"b/{number}", text) for number, text in enumerate(bench)]})
+    assert [item.prompt for item in kept] == [text for text in texts if not any(alike(text, other) for other in bench)]
+
+
+def alike(text, other):
+    """The rules, pair by pair."""
+    if text == other:
+        return True
+    ours, theirs = (
+        {tuple(part.split()[start : start + 10]) for start in range(len(part.split()) - 9)} for part in (text, other)
+    )
+    if ours and theirs:
+        return len(ours & theirs) / min(len(ours), len(theirs)) >= 0.5
+    shorter = min(text, other, key=lambda part: len(part.split()))
+    longer = other if shorter == text else text
+    return 8 <= len(shorter.split()) < 10 and f" {shorter} " in f" {longer} "
+
+
 def test_starter_code_counts():
     code = "def longest_path(towns, roads):\n    'Return the length of the longest path between any two towns.'\n"
     bench = {"bench": [problem("b/0", "Complete this function.", code)]}
@@ -97,11 +138,6 @@ def test_the_report():
         "  bench (2 problems): 1 contained text, 1 same text\n"
         "  clean (1 problems): none"
     )
-
-
-TEXT = st.lists(st.sampled_from("alpha beta gamma delta one two three four".split()), min_size=1, max_size=40).map(
-    " ".join
-)
 
 
 @settings(derandomize=True, max_examples=100)

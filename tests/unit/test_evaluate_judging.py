@@ -11,7 +11,7 @@ from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.data import judgebench
 from ctrl_hpc.evaluate import judgebench as judging
 from ctrl_hpc.evaluate import results
-from ctrl_hpc.evaluate.judgebench import Votes, winners
+from ctrl_hpc.evaluate.judgebench import Votes, pairs_file, winners
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.comparison import compared, comparison_chat, comparison_template, judged_apart, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
@@ -95,6 +95,11 @@ def test_what_votes_decide():
         ("```\nBetter answer: A\n```", None),
         ("Overall judgment: answer b", "B"),
         ("The better answer is (A)", "A"),
+        ("**Better answer：** \\boxed{B}<|im_end|>", "B"),
+        ("So: $\\boxed{\\text{A}}$", "A"),
+        ("My choice: [[B]]", "B"),
+        ("<think>Better answer: A</think>\nBetter answer: B.", "B"),
+        ("<think>Better answer: A", None),
         ("", None),
     ],
 )
@@ -139,6 +144,7 @@ def evaluated(tmp_path, file, *overrides):
     config = load(ROOT / "configs" / "tiny.yaml", [*settings, "wandb.mode=disabled", "prompts.folder=default"])
     connections = toy_world.Connections()
     connections.critic = Judge()
+    jsonl.write(pairs_file(tmp_path / "run"), judgebench.load(config.judge.path, config.judge.split))
     run(config, tmp_path / "run", connections, {}, Prompts.load("default"))
     asked = connections.critic.asked
     run(config, tmp_path / "run", connections, {}, Prompts.load("default"))

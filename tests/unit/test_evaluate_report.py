@@ -221,10 +221,7 @@ def test_a_sample_of_the_environments_fault_is_left_out(finished, tmp_path):
     assert len(found.problem_N) == 2 * COUNT - 1
 
 
-def test_transitions_and_differences():
-    right, wrong = Verdict(status="accepted"), Verdict(status="wrong_answer")
-    pairs = [(wrong, right), (right, wrong), (right, right), (wrong, wrong)]
-    assert tuple(samples.transition(*pair) for pair in pairs) == samples.TRANSITIONS
+def test_differences():
     assert samples.diff("a\nb\nc", "a\nx\nc") == [[" ", "a"], ["-", "b"], ["+", "x"], [" ", "c"]]
     assert samples.diff("a", "a") == []
 

@@ -92,7 +92,9 @@ def test_the_paths_of_a_tree_that_stopped_in_part():
 
 @pytest.mark.parametrize("widths", ["[3]", "[1,0]", "[0,1]"])
 def test_widths_that_cannot_be_are_one_line(widths):
-    with pytest.raises(ValueError, match=r"^eval\.widths: \[.*\] is not allowed; drafts a problem, then critiques"):
+    with pytest.raises(
+        ValueError, match=r"^eval\.widths: \[.*\] is not allowed; (it must be the drafts of a problem|each must be)"
+    ):
         load(ROOT / "configs" / "tiny.yaml", [f"eval.widths={widths}"])
 
 

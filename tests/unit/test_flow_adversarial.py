@@ -8,11 +8,11 @@ import sys
 import pytest
 
 from ctrl_hpc import jsonl, pipeline
-from ctrl_hpc.config import ROOT, LimitsConfig, load
+from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.flow.adversarial import mutations, strengthen
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import execute
-from ctrl_hpc.records import Generation, Problem, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import Generation, Limits, Problem, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox
 
 CANONICAL = "print(abs(int(input())))"
@@ -58,7 +58,7 @@ class InProcess:
 
 def drafts(*programs):
     made = [Solution(id=f"p/{k}", problem_id="p", text="", program=text) for k, text in enumerate(programs)]
-    return execute([(PROBLEM, item) for item in made], InProcess(), LimitsConfig())
+    return execute([(PROBLEM, item) for item in made], InProcess(), Limits())
 
 
 def test_a_number_is_changed_and_a_count_is_not():
@@ -74,24 +74,24 @@ def test_tests_are_added_that_break_a_draft_which_had_passed():
     right, wrong = drafts(RIGHT_ON_THE_TESTS, WRONG)
     assert right.verdict.accepted and not wrong.verdict.accepted
     agreeing = drafts(RIGHT_ON_THE_TESTS, WRONG, CANONICAL, CANONICAL)
-    (stronger,) = strengthen([PROBLEM], agreeing, executor, LimitsConfig(), n=2, seed=0)
+    (stronger,) = strengthen([PROBLEM], agreeing, executor, Limits(), n=2, seed=0)
     added = stronger.tests[2:]
     assert stronger.tests[:2] == PROBLEM.tests
     assert 1 <= len(added) <= 2
     assert all(int(test.expected_stdout) == abs(int(test.stdin)) for test in added)
     (again,) = execute(
-        [(stronger, Solution(id="p/0", problem_id="p", text="", program=RIGHT_ON_THE_TESTS))], executor, LimitsConfig()
+        [(stronger, Solution(id="p/0", problem_id="p", text="", program=RIGHT_ON_THE_TESTS))], executor, Limits()
     )
     assert not again.verdict.accepted
-    assert strengthen([PROBLEM], agreeing, executor, LimitsConfig(), n=2, seed=0) == [stronger]
+    assert strengthen([PROBLEM], agreeing, executor, Limits(), n=2, seed=0) == [stronger]
 
 
 def test_an_input_on_which_the_passing_drafts_disagree_with_the_canonical_solution_is_not_used():
     executor = InProcess()
     disagreeing = drafts(RIGHT_ON_THE_TESTS, RIGHT_ON_THE_TESTS, RIGHT_ON_THE_TESTS, WRONG)
-    (stronger,) = strengthen([PROBLEM], disagreeing, executor, LimitsConfig(), n=4, seed=0)
+    (stronger,) = strengthen([PROBLEM], disagreeing, executor, Limits(), n=4, seed=0)
     right = Solution(id="p/0", problem_id="p", text="", program=RIGHT_ON_THE_TESTS)
-    assert execute([(stronger, right)], executor, LimitsConfig())[0].verdict.accepted
+    assert execute([(stronger, right)], executor, Limits())[0].verdict.accepted
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,12 @@ def test_without_an_answer_nothing_is_added(problem):
             return Verdict(status="runtime_error", tests=tuple(TestResult(status="runtime_error") for _ in item.tests))
 
     executor = Broken() if problem.canonical_solution else InProcess()
-    assert strengthen([problem], drafts(WRONG), executor, LimitsConfig(), n=3, seed=0) == [problem]
+    assert strengthen([problem], drafts(WRONG), executor, Limits(), n=3, seed=0) == [problem]
 
 
 def test_with_the_real_executor():
     with Sandbox(workers=1) as sandbox:
-        limits = LimitsConfig(cpu_s=2.0, wall_s=4.0)
+        limits = Limits(cpu_s=2.0, wall_s=4.0)
         made = [Solution(id="p/0", problem_id="p", text="", program=WRONG)]
         executed = execute([(PROBLEM, made[0])], sandbox, limits)
         (stronger,) = strengthen([PROBLEM], executed, sandbox, limits, n=3, seed=0)

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctrl_hpc.flow import text as fences
-from ctrl_hpc.flow.text import NOT_PROGRAMS, extract_program
+from ctrl_hpc.flow import fences
+from ctrl_hpc.flow.fences import NOT_PROGRAMS, well_formed
+from ctrl_hpc.flow.text import asked_for, extract_program
+from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest
 
 CASES = {
     "one block": ("Sure.\n```python\nprint(1)\n```\nDone.", "print(1)"),
@@ -35,6 +37,48 @@ CASES = {
     "no fence": ("print(1)", None),
     "shell only": ("```bash\npip install x\n```", None),
     "empty": ("", None),
+    # fences as models write them
+    "an opening behind text": ("The program: ```python\nprint(1)\n```\nDone.", "print(1)"),
+    "an opening behind a list's text": ("1. Code: ```python\n   print(1)\n   ```", "print(1)"),
+    "a closing behind the code": ("```python\nprint(1)```\nDone.", "print(1)"),
+    "a closing behind the code, then output": ("```python\nprint(1)```\nOutput:\n```\n1\n```", "print(1)"),
+    "all on one line": ("Answer: ```python print(input())```, as asked.", "print(input())"),
+    "code behind the tag": ("```python print(1)\nprint(2)\n```", "print(1)\nprint(2)"),
+    "words behind the closing": ("```python\nprint(1)\n```Done.\nmore", "print(1)"),
+    "a sentence behind the closing": ("```python\nprint(1)\n``` That is all.\nmore", "print(1)"),
+    "words behind the tag": ("```Python code\nprint(1)\n```", "print(1)"),
+    "a span in a docstring at the line's end": (
+        '```python\ndef f():\n    """Example: ```\n    f()\n    ```\n    """\n    return 1\n```',
+        'def f():\n    """Example: ```\n    f()\n    ```\n    """\n    return 1',
+    ),
+    "a control token behind the fence": ("```python\nprint(1)\n```<|im_end|>", "print(1)"),
+    "a control token behind glued code": ("```python\nprint(1)```<|eot_id|>", "print(1)"),
+    "a control token in an open block": ("```python\nprint(1)<|im_end|>", "print(1)"),
+    "an end of sentence": ("```python\nprint(1)\n```\n</s>", "print(1)"),
+    "a further turn": ("```python\na\n```<|im_end|>\n<|im_start|>user\n```python\nb\n```", "a"),
+    "answer tags": ("<answer>```python\nprint(1)\n```</answer>", "print(1)"),
+    # which block
+    "usage": ("```python\ndef add(a): ...\n```\nExample usage:\n```python\nprint(4)\n```", "def add(a): ..."),
+    "a call of what is defined": ("```python\ndef f(a): ...\n```\nThen\n```python\nprint(f(1))\n```", "def f(a): ..."),
+    "another language after": ("```python\nprint(4)\n```\nIn C++:\n```cpp\nint main(){}\n```", "print(4)"),
+    "another language after untagged": ("```\nprint(4)\n```\nIn C++:\n```cpp\nint main(){}\n```", "print(4)"),
+    "a session after": ("```python\nprint(4)\n```\n```pycon\n>>> 4\n```", "print(4)"),
+    "a session tagged Python": ("```python\nprint(1)\n```\n```python\n>>> print(1)\n1\n```", "print(1)"),
+    "data after": ("```python\nprint(4)\n```\n```json5\n{}\n```\n```example\n4\n```", "print(4)"),
+    "untagged output after an untagged program": ("```\nprint(4)\n```\nOutput:\n\n```\n4\n```", "print(4)"),
+    # thoughts
+    "a program in a thought": ("<think>\n```python\na\n```\n</think>\n```python\nb\n```", "b"),
+    "only in a thought": ("<think>\n```python\na\n```\n</think>\nNo code.", None),
+    "a thought cut off": ("<think>\n```python\na\n```", None),
+    "a thought that the template began": ("Hm. ```python\na\n</think>\n```python\nb\n```", "b"),
+    "tags in the program's strings": ("```python\nprint('<think>', '</think>')\n```", "print('<think>', '</think>')"),
+    "a tag on a line of the program": ("```python\ns = '''\n<think>\n'''\n```", "s = '''\n<think>\n'''"),
+    "an analysis channel": (
+        "<|channel|>analysis<|message|>```python\na\n```<|end|><|start|>assistant<|channel|>final<|message|>"
+        "```python\nb\n```<|return|>",
+        "b",
+    ),
+    "an analysis cut off": ("<|channel|>analysis<|message|>```python\na\n```", None),
 }
 
 
@@ -115,3 +159,81 @@ def test_a_forgotten_closing_fence_does_not_swallow_the_next_block(first, second
 def test_a_longer_fence_may_hold_a_shorter_one(program, tag):
     inner = f"```text\nx\n```\n{program}"
     assert extract_program(f"````{tag}\n{inner}\n````") == inner
+
+
+DEFINITION = "def asked(x):\n    return x"
+OTHERS = st.sampled_from(
+    ["print(asked(1))", "def helper():\n    return 2", "asked(3) == 3", "import sys\nprint(sys.argv)", "x = asked", "@"]
+)
+
+
+@settings(derandomize=True, max_examples=200)
+@given(before=st.lists(OTHERS, max_size=3), after=st.lists(OTHERS, max_size=3), prose=PROSE, closed=st.booleans())
+def test_the_block_that_defines_what_is_asked_for_wins(before, after, prose, closed):
+    blocks = [f"{prose}\n```python\n{code}\n```" for code in [*before, DEFINITION, *after]]
+    text = "\n".join(blocks) if closed else "\n".join(blocks).removesuffix("\n```")
+    assert extract_program(text, {"asked"}) == DEFINITION
+
+
+@settings(derandomize=True, max_examples=100)
+@given(first=OTHERS, name=st.sampled_from(["Solution", "asked"]))
+def test_of_two_definitions_the_last_wins(first, name):
+    code = "class Solution:\n    def asked(self): ..."
+    blocks = [code, first, f"{code} # better", first]
+    text = "\n".join(f"```python\n{block}\n```" for block in blocks)
+    assert extract_program(text, {name}) == f"{code} # better"
+
+
+THINK = st.sampled_from(
+    [
+        ("<think>", "</think>"),
+        ("<Think>\n", "\n</Think>"),
+        ("<thinking>", "</thinking>"),
+        ("[THINK]", "[/THINK]"),
+        ("", "</think>"),
+    ]
+)
+CONTROL = st.sampled_from(
+    ["", "<|im_end|>", "</s>", "<|eot_id|>", "<|endoftext|>", " <|im_end|>\n", "<｜end▁of▁sentence｜>"]
+)
+GLUE = st.sampled_from(
+    ["{p}```python\n{c}\n```", "{p}\n```python\n{c}```", "{p}\n```py\n{c}\n``` and so on.", "{p} ```python\n{c}```"]
+)
+
+
+@settings(derandomize=True, max_examples=300)
+@given(tags=THINK, thought=PROSE, wrong=PROGRAM, prose=LINE, glue=GLUE, control=CONTROL, number=st.integers(0, 99))
+def test_any_wrapping_gives_the_program(tags, thought, wrong, prose, glue, control, number):
+    code = f"n = {number}\nprint(n)"
+    text = f"{tags[0]}{thought}\n```python\n{wrong}\n{tags[1]}\n" + glue.format(p=prose, c=code) + control
+    assert extract_program(text) == code
+
+
+@settings(derandomize=True, max_examples=200)
+@given(tags=THINK, thought=PROSE, wrong=PROGRAM, prose=PROSE, ends=st.booleans())
+def test_nothing_is_taken_from_a_thought(tags, thought, wrong, prose, ends):
+    opening = tags[0] if ends else tags[0] or "<think>"
+    text = f"{opening}{thought}\n```python\n{wrong}\n```\n" + (f"{tags[1]}\n{prose}" if ends else "")
+    assert extract_program(text) is None
+
+
+def test_what_a_problem_asks_for():
+    def problem(*tests, **more):
+        return Problem(id="p", source="s", split="test", prompt="", tests=tests, **more)
+
+    assert asked_for(problem(StdinTest(stdin="", expected_stdout="1"))) == set()
+    assert asked_for(problem(FunctionTest(name="f", args=(), expected=1))) == {"f"}
+    code = "import math\ndef check(c):\n    assert math.isclose(c(1), max(2, 3))\ncheck(triple)"
+    assert asked_for(problem(AssertTest(code=code))) == {"triple"}
+    solution = "def triple(x):\n    return 3 * half(x)\ndef half(x): ..."
+    assert asked_for(problem(AssertTest(code=code), canonical_solution=solution)) == {"triple"}
+    assert asked_for(problem(AssertTest(code="def ("))) == set()
+
+
+@pytest.mark.parametrize("text", ["\ud83d\ude00 \ud83d", "\udfff", "a\ud800b"])
+def test_text_that_cannot_be_encoded_is_made_well_formed(text):
+    assert "\ufffd" in well_formed(text)
+    assert well_formed(text).encode()
+    assert well_formed("\ud83d\ude00") == "😀"
+    assert extract_program(f"```python\nprint({text!r})\n```") == f"print({text!r})"
+    assert extract_program(f"```python\nprint('{text}')\n```") == f"print('{text}')"

@@ -26,9 +26,48 @@ CASES = {
     "Analysis: fine.\r\nOverall judgment: Correct\r\n": "correct",
     "Overall judgment: Correct\nOverall judgment: Correct": "correct",
     "Overall judgment: (Correct/Incorrect)\nOverall judgment: Correct": "correct",
+    # as critics write them
+    "Correct": "correct",
+    "The loop ends early.\n\n**Incorrect.**": "incorrect",
+    "Incorrect\n\nThe loop ends early.": "incorrect",
+    "✅ Correct": "correct",
+    "❌ Incorrect": "incorrect",
+    "Overall judgment: ✅ Correct": "correct",
+    "Overall judgment: Incorrect ❌": "incorrect",
+    "\\boxed{Correct}": "correct",
+    "So the answer is $\\boxed{\\text{Incorrect}}$.": "incorrect",
+    "Overall judgment: \\boxed{Incorrect}": "incorrect",
+    "\\[\\boxed{\\textbf{Correct}}\\]": "correct",
+    "Correct<|im_end|>": "correct",
+    "Overall judgment: Incorrect<|eot_id|>": "incorrect",
+    "Overall judgment: Correct</s>": "correct",
+    "Overall judgment: Correct<|im_end|>\n<|im_start|>user\nOverall judgment: Incorrect": "correct",
+    "Overall judgment：Incorrect。": "incorrect",
+    "**Overall judgment：** **Incorrect**！": "incorrect",
+    "Overall judgment: 「Correct」": "correct",
+    "Overall judgment: 【Incorrect】": "incorrect",
+    "Overall judgment: Incorrect، see above": "incorrect",
+    "***Overall judgment: Correct***": "correct",
+    "<b>Overall judgment:</b> <i>Incorrect</i>": "incorrect",
+    "| Overall judgment | Incorrect |": "incorrect",
+    "Overall judgment is: Correct": "correct",
+    "Overall judgment: The program is incorrect.": "incorrect",
+    "Final verdict: **Incorrect**": "incorrect",
+    "<think> Overall judgment: Correct ... </think> Overall judgment: Incorrect": "incorrect",
+    "Overall judgment: Correct? No.\n</think>\n\nOverall judgment: Incorrect": "incorrect",
+    "[THINK]Correct[/THINK]\nIncorrect": "incorrect",
     # none, or several that disagree
+    "<think>\nOverall judgment: Correct": None,
+    "<think>Overall judgment: Correct</think>": None,
+    "Correct\nIncorrect": None,
+    "❌ Correct": None,
+    "Overall judgment: ~~Correct~~ Incorrect": None,
+    "Overall judgment: Correct？": None,
+    "Overall judgment: the program is not correct": None,
+    "\\boxed{Correct} \\boxed{Incorrect}": None,
+    "```\nCorrect\n```": None,
+    "> Correct": None,
     "": None,
-    "Correct": None,
     "This is correct.": None,
     "Overall judgment:": None,
     "Overall judgment: Correct\nOverall judgment: Incorrect": None,
@@ -124,3 +163,43 @@ def test_a_judgement_after_a_fence_that_is_never_closed_is_inside_code(verdict, 
 @given(first=VERDICT, second=VERDICT, label=SPELLING)
 def test_a_judgement_and_a_quoted_one(first, second, label):
     assert parse_judgement(f"> {label}: {first}\n\n{label}: {second}") == second.lower()
+
+
+THINK = st.sampled_from(
+    [
+        ("<think>\n", "\n</think>\n"),
+        ("", "</think>\n\n"),
+        ("<thinking>", "</thinking>\n"),
+        ("[THINK]", "[/THINK]\n"),
+    ]
+)
+DRESS = st.sampled_from(
+    [
+        "{v}",
+        "**{v}**",
+        "{v}.",
+        "\\boxed{{{v}}}",
+        "$\\boxed{{\\text{{{v}}}}}$",
+        "`{v}`",
+        "__{v}__",
+        "「{v}」",
+        "{v}。",
+        "*{v}*!",
+        "Overall judgment: {v}",
+        "**Overall judgment:** \\boxed{{{v}}}",
+        "Overall judgment： {v}。",
+        "### Overall judgment\n\n{v}",
+        "<b>Overall judgment</b>: {v}",
+        "- Overall judgment: **{v}**.",
+        "| Overall judgment | {v} |",
+    ]
+)
+CONTROL = st.sampled_from(["", "<|im_end|>", "</s>", "<|eot_id|>\n", " <|endoftext|>", "<｜end▁of▁sentence｜>"])
+
+
+@settings(derandomize=True, max_examples=300)
+@given(tags=THINK, thought=VERDICT, verdict=VERDICT, dress=DRESS, control=CONTROL, analysis=PROSE)
+def test_any_wrapping_gives_the_judgement(tags, thought, verdict, dress, control, analysis):
+    said = dress.format(v=verdict)
+    text = f"{tags[0]}Overall judgment: {thought}{tags[1]}{analysis}\n{said}{control}"
+    assert parse_judgement(text) == verdict.lower()

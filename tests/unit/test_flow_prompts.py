@@ -11,7 +11,7 @@ from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.prompts import PACKAGED, Prompts
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Problem, Solution
-from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.chat import chat_ids
 
 PROBLEM = Problem(id="p", source="s", split="test", prompt="Print <n> & {{ n }}.", tests=())
 SOLUTION = Solution(id="p/0", problem_id="p", text="Here:\n```python\nprint(1)\n```", program="print(1)")
@@ -167,11 +167,7 @@ def test_the_chat_template_is_the_tokenizers(tmp_path):
     )
     tokenizer = AutoTokenizer.from_pretrained(random_qwen.build(tmp_path))
     tokenizer.chat_template = template
-    client = RolloutClient(list, tokenizer)
-    try:
-        said = tokenizer.decode(client._prompt_ids(Prompts.load("tiny").solution(PROBLEM)))
-        assert said == f"[own][user]{PROBLEM.prompt}[assistant]"
-        said = tokenizer.decode(client._prompt_ids(Prompts.load("tiny", system="S").solution(PROBLEM)))
-        assert said == f"[system]S[user]{PROBLEM.prompt}[assistant]"
-    finally:
-        client.close()
+    said = tokenizer.decode(chat_ids(tokenizer, Prompts.load("tiny").solution(PROBLEM)))
+    assert said == f"[own][user]{PROBLEM.prompt}[assistant]"
+    said = tokenizer.decode(chat_ids(tokenizer, Prompts.load("tiny", system="S").solution(PROBLEM)))
+    assert said == f"[system]S[user]{PROBLEM.prompt}[assistant]"

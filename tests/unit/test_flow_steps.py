@@ -2,7 +2,6 @@
 
 import pytest
 
-from ctrl_hpc.config.sections import LimitsConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
@@ -125,7 +124,7 @@ def test_nothing_is_asked_when_all_drafts_are_kept():
 def test_identical_programs_of_a_problem_are_executed_once():
     judge = Judge("a")
     records = [(P, solution(P, 0, "a")), (P, solution(P, 1, "a")), (Q, solution(Q, 0, "a")), (P, solution(P, 2, "b"))]
-    done = execute(records, judge, LimitsConfig())
+    done = execute(records, judge, Limits())
     assert [item.verdict.status for item in done] == ["accepted", "accepted", "accepted", "wrong_answer"]
     assert [[item.program for item in call] for call in judge.calls] == [["a", "a", "b"]]
     assert [item.id for item in done] == ["p/0", "p/1", "q/0", "p/2"]
@@ -133,7 +132,7 @@ def test_identical_programs_of_a_problem_are_executed_once():
 
 def test_an_answer_without_a_program_is_wrong_without_execution():
     judge = Judge()
-    (done,) = execute([(P, solution(P, 0, None))], judge, LimitsConfig())
+    (done,) = execute([(P, solution(P, 0, None))], judge, Limits())
     assert done.verdict == Verdict(
         status="wrong_answer", tests=(TestResult(status="not_run"),) * 2, detail="no program in the answer"
     )
@@ -142,13 +141,13 @@ def test_an_answer_without_a_program_is_wrong_without_execution():
 
 def test_a_verdict_at_hand_is_kept():
     judge, verdict = Judge(), Verdict(status="time_limit")
-    (done,) = execute([(P, solution(P, 0, verdict=verdict))], judge, LimitsConfig())
+    (done,) = execute([(P, solution(P, 0, verdict=verdict))], judge, Limits())
     assert done.verdict == verdict
     assert judge.calls == []
 
 
 def test_the_problems_limits_win_and_wall_time_follows_cpu_time():
-    default = LimitsConfig(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3)
+    default = Limits(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3)
     assert limits(P, default) == Limits(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3)
     tight = Problem(id="t", source="s", split="test", prompt="", tests=TESTS, cpu_s=2.0, memory_mb=64)
     assert limits(tight, default) == Limits(cpu_s=2.0, wall_s=5.0, memory_mb=64, output_bytes=100, processes=3)

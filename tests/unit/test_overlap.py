@@ -56,7 +56,7 @@ def test_ahead_it_waits_for_what_the_update_does_not_cover(max_staleness: int) -
 def test_a_slow_trainer_has_the_versions_that_the_producer_gives_it(
     max_staleness: int, versions: tuple[int, ...]
 ) -> None:
-    """The same table as in tests/megatron/test_producer.py."""
+    """The same table as in tests/megatron/test_ahead.py."""
     slow = TRACE | {"steps": [STEP | {"trainer_s": 10.0}]}
     waits = overlap.simulate(slow, ONE, max_staleness=max_staleness, steps=6)
     assert waits.versions == versions

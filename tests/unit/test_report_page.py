@@ -88,11 +88,11 @@ def test_filters_work(pages, browser):
     assert everything == f"{total} of {total} samples"
     browser.run("document.getElementById('more').click()")
     assert browser.run("document.querySelectorAll('article.sample').length") == min(20, total)
-    expected = browser.run("samples.filter(s => s.transition === 'fixed').length")
-    assert choose(browser, "transition", "fixed") == f"{expected} of {total} samples"
+    expected = browser.run("samples.filter(s => s.transition === 'fix').length")
+    assert choose(browser, "transition", "fix") == f"{expected} of {total} samples"
     shown = "[...document.querySelectorAll('article.sample .tag:nth-of-type(1)')].map(e => e.textContent)"
-    assert set(browser.run(shown)) == {"fixed"}
-    expected = browser.run("samples.filter(s => s.transition === 'fixed' && s.difficulty === 'easy').length")
+    assert set(browser.run(shown)) == {"fix"}
+    expected = browser.run("samples.filter(s => s.transition === 'fix' && s.difficulty === 'easy').length")
     assert choose(browser, "difficulty", "easy") == f"{expected} of {total} samples"
     choose(browser, "transition", "")
     choose(browser, "difficulty", "")

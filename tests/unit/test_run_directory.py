@@ -17,11 +17,77 @@ def test_the_same_configuration_comes_back_and_another_is_refused(tmp_path: Path
     folder = directory.prepare(config)
     assert load(folder / "config.yaml") == config
     assert directory.prepare(config) == folder
+    directory.mark_done(folder, "rl", 1.0)
     before = (folder / "config.yaml").read_bytes()
     other = load(TINY, [f"run_dir={tmp_path / 'run'}", "rl.steps=3"])
-    with pytest.raises(ValueError, match=r"belongs to another configuration: rl.steps is 100 there and 3 now"):
+    told = r"belongs to another configuration: rl.steps is 100 there and 3 now, and rl is done with it"
+    with pytest.raises(ValueError, match=told):
         directory.prepare(other)
     assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_what_no_stage_with_records_has_read_may_change(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}"]
+    folder = directory.prepare(load(TINY, base))
+    directory.mark_done(folder, "sample", 1.0)
+    directory.mark_done(folder, "synthesize", 1.0)
+    later = [*base, "rl.steps=3", "sft.epochs=1", "eval.critics=[none]", "data.n_eval=5", "name=b"]
+    assert load(directory.prepare(load(TINY, later)) / "config.yaml") == load(TINY, later)
+    for wrong, told in {
+        "sample.n_samples=2": "sample.n_samples is 1 there and 2 now, and sample is done",
+        "synthesize.balance=false": "synthesize.balance is True there and False now, and synthesize is done",
+        "seed=1": "seed is 0 there and 1 now, and sample is done",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            directory.check(load(TINY, [*later, wrong]))
+    (folder / "rl" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"rl\.steps is 3 there and 4 now, and rl has begun with it"):
+        directory.check(load(TINY, [*later, "rl.steps=4"]))
+    with pytest.raises(ValueError, match=r"sft\.epochs is 1 there and 2 now, and rl has begun with it"):
+        directory.check(load(TINY, [*later, "sft.epochs=2"]))  # its records are read by rl
+    directory.check(load(TINY, [*later, "eval.turns=1", "tiny.require_conditions=false"]))
+
+
+def test_benchmarks_matter_to_training_problems_that_are_kept_apart_from_them(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}", "data.name=taco"]
+    folder = directory.prepare(load(TINY, base))
+    directory.mark_done(folder, "sample", 1.0)
+    directory.check(load(TINY, [*base, "data.n_eval=5"]))
+    with pytest.raises(ValueError, match=r"is \['tiny'\] there and \['humaneval'\] now, and sample is done"):
+        directory.check(load(TINY, [*base, "data.eval_names=[humaneval]"]))
+
+
+def test_problems_of_another_configuration_are_made_anew(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}"]
+    problems = directory.prepare(load(TINY, base)) / "problems"
+    problems.mkdir()
+    for name in ("train.jsonl", "train-original.jsonl", "decontamination.json", "eval-tiny.jsonl"):
+        (problems / name).write_text("")
+    directory.prepare(load(TINY, [*base, "rl.steps=1"]))
+    assert len(list(problems.iterdir())) == 4
+    directory.prepare(load(TINY, [*base, "data.n_eval=5"]))
+    assert sorted(file.name for file in problems.glob("*.jsonl")) == ["train-original.jsonl", "train.jsonl"]
+    directory.prepare(load(TINY, [*base, "data.n_eval=5", "data.n_train=5"]))
+    assert list(problems.iterdir()) == []
+
+
+def test_what_is_told_of_the_problems_goes_with_them(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}"]
+    problems = directory.prepare(load(TINY, base)) / "problems"
+    problems.mkdir()
+    told = ("judgebench.jsonl", "ledger.json", "ledger.json.part", "left-out-tiny.json", "left-out.json")
+    kept = {
+        "data.n_train=7": ("judgebench.jsonl", "left-out-tiny.json"),
+        "data.n_eval=7": ("judgebench.jsonl", "ledger.json", "ledger.json.part", "left-out.json"),
+        "judge.split=claude": told[1:],
+        "executor.limits.cpu_s=3": ("judgebench.jsonl", "left-out-tiny.json", "left-out.json"),
+    }
+    for change, names in kept.items():
+        for name in told:
+            (problems / name).touch()
+        directory.prepare(load(TINY, [*base, change]))
+        assert tuple(sorted(file.name for file in problems.iterdir())) == names, change
+        directory.prepare(load(TINY, base))
 
 
 def test_models_and_the_run_itself_may_move_but_not_change(tmp_path: Path) -> None:
@@ -34,7 +100,7 @@ def test_models_and_the_run_itself_may_move_but_not_change(tmp_path: Path) -> No
         judges = f"executor.judges={{mine: {checkout / 'judge.py'}:{function}}}"
         return load(TINY, [f"run_dir={run}", f"generator={checkout / 'models'}", judges])
 
-    directory.prepare(asked(tmp_path / "checkout", tmp_path / "run"))
+    directory.mark_done(directory.prepare(asked(tmp_path / "checkout", tmp_path / "run")), "sample", 1.0)
     (tmp_path / "checkout").rename(tmp_path / "moved")
     (tmp_path / "run").rename(tmp_path / "moved-run")
     moved = asked(tmp_path / "moved", tmp_path / "moved-run")
@@ -83,7 +149,7 @@ def test_where_a_run_runs_may_change(tmp_path: Path) -> None:
 
 def test_the_trainers_layout_may_change_but_not_the_format_of_its_optimizer(tmp_path: Path) -> None:
     base = [f"run_dir={tmp_path / 'run'}"]
-    directory.prepare(load(TINY, base))
+    directory.mark_done(directory.prepare(load(TINY, base)), "sft", 1.0)
     wider = [*base, "trainer.nodes=2", "parallel.tensor=4", "parallel.sequence=true", "trainer.micro_batch_tokens=512"]
     folder = directory.prepare(load(TINY, wider))
     assert load(folder / "config.yaml").parallel.tensor == 4

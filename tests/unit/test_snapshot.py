@@ -115,7 +115,7 @@ def test_a_copy_that_was_cut_short_is_no_copy(tmp_path: Path, sources: Path, mon
     assert copy is not None and (copy / "__main__.py").is_file()
 
 
-def test_a_program_goes_on_from_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeued_driver_has_the_code_of_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 
     def execv(program: str, words: list[str]) -> None:
@@ -124,25 +124,37 @@ def test_a_program_goes_on_from_the_copy(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "execv", execv)
     run = tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", ["ctrl-hpc", "run", TINY, f"run_dir={run}", "cluster=slurm"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    copy = snapshot.place(run, "new")
-    asked = run / "code" / "config.yaml"
-    assert calls == [[sys.executable, str(copy), "-m", "ctrl_hpc.cli", "run", str(asked)]]
-    config = load(TINY, [f"run_dir={run}", "cluster=slurm"])
-    assert load(asked) == config and directory.check(config) == run  # a run that has not begun
-
-    monkeypatch.setattr(sys, "argv", ["ctrl-hpc", "eval", TINY, f"run_dir={run}", "launch.snapshot=none", "rl.steps=x"])
-    assert cli.main() == 2 and len(calls) == 1
-
+    keep = [f"run_dir={run}", "cluster=slurm", "launch.snapshot=keep"]
+    snapshot.continue_kept(load(TINY, keep), "sample", keep)  # its first start
+    assert not calls
     snapshot.begin(run, "new")
-    words = [f"run_dir={run}", "cluster=slurm", "launch.snapshot=keep"]
-    monkeypatch.setattr(sys, "argv", ["ctrl-hpc", "sample", TINY, *words])
+    copy = snapshot.latest(run)
+    monkeypatch.setattr(sys, "argv", ["ctrl-hpc", "sample", TINY, *keep])
     with pytest.raises(SystemExit):
         cli.main()
-    expected = ["sample", f"{run}/config.yaml", words[0], words[2]]
-    assert calls[1] == [sys.executable, str(copy), "-m", "ctrl_hpc.cli", *expected]
+    expected = ["sample", f"{run}/config.yaml", keep[0], keep[2]]
+    assert calls == [[sys.executable, str(copy), "-m", "ctrl_hpc.cli", *expected]]
+    assert directory.check(load(TINY, keep[:2])) == run  # a run that has not begun
+
+
+LATE = """
+import sys
+from pathlib import Path
+import ctrl_hpc.run.snapshot as snapshot
+copy = snapshot.take(sys.argv[1], "new")
+snapshot.import_from(copy)
+import ctrl_hpc.flow.prompts, ctrl_kernels, ctrl_hpc.run.disk
+for module in (ctrl_hpc.flow.prompts, ctrl_kernels, ctrl_hpc.run.disk):
+    assert Path(module.__file__).is_relative_to(copy), module
+assert snapshot.take(sys.argv[1], "new") == copy
+"""
+
+
+def test_what_is_imported_later_comes_from_the_copy(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_whole_configuration_needs_no_profile(tmp_path: Path) -> None:

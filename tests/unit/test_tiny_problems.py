@@ -11,6 +11,7 @@ import pytest
 from ctrl_hpc.records import Problem, StdinTest
 from ctrl_hpc.tiny import grammar
 from ctrl_hpc.tiny import world as tiny
+from ctrl_hpc.tiny.grammar import Composition
 
 
 def output(program: str, stdin: str) -> str:
@@ -134,11 +135,21 @@ def test_splits_are_disjoint_in_meaning() -> None:
             assert split_of.setdefault(signature, split) == split, problem.id
 
 
+def confusions(composition: Composition) -> list[Composition]:
+    """The four compositions in which one step is taken for its partner."""
+    out = []
+    for slot, operation in enumerate(composition):
+        mutant = list(composition)
+        mutant[slot] = grammar.partner(operation)
+        out.append((mutant[0], mutant[1], mutant[2], mutant[3]))
+    return out
+
+
 def test_canonical_solutions_pass_and_confusions_fail() -> None:
     world = tiny.world()
     problems = [problem for members in world.splits.values() for problem in members][::23]
     for problem in problems:
         assert problem.canonical_solution is not None
         assert passes(problem.canonical_solution, problem), problem.id
-        for mutant in tiny.confusions(world.compositions[problem.id]):
+        for mutant in confusions(world.compositions[problem.id]):
             assert not passes(grammar.program(mutant), problem), (problem.id, mutant)

@@ -17,16 +17,18 @@ import posix as os
 import resource
 import sys
 
+import paths
+import recursion
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import types
     import typing
-    from collections.abc import Callable
 
 RUN, SERVE, CHECK, PUT, FETCH = range(5)
 """Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them; files put into
 /tmp; files fetched from it."""
-PROGRAM_NAME = "solution.py"
+PROGRAM_NAME = paths.PROGRAM_NAME
 SCRATCH = "/tmp"
 _HARNESS = "/runner"
 _RAISE = compile("raise", "", "exec").co_code[2]
@@ -46,6 +48,9 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
     """
     _limit(*limits)
     source = _read(fds[0])
+    preamble = b""
+    if kind in (RUN, SERVE):
+        preamble, _, source = source.partition(b"\0")
     # Received descriptors are numbered upwards from 3, so no dup2 overwrites one still to be moved.
     for target, fd in enumerate(fds[1:]):
         assert fd > target
@@ -55,19 +60,22 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     gc.enable()
+    if kind in (RUN, SERVE):
+        recursion.lift()
+        paths.serve(source)
     pending[0] = 0
     pending.close()
     if kind == CHECK:
         _module("checker").main(source)
     if kind in (PUT, FETCH):
         _move_files(kind, source)
-    harness = _module("solution") if kind == SERVE else None
+    serving = _module("solution") if kind == SERVE else None
     name = "__main__" if kind == RUN else "solution"
     module = type(sys)(name)
-    module.__dict__.update(__builtins__=builtins, __file__=PROGRAM_NAME)
+    module.__dict__.update(__builtins__=builtins, __file__=PROGRAM_NAME, __loader__=paths.Loader(source))
     sys.modules[name] = module
     sys.argv = [PROGRAM_NAME]
-    _execute(source, module.__dict__, note, harness and (lambda: harness.serve(module.__dict__)))
+    _execute(preamble, source, module.__dict__, note, serving)
 
 
 def _module(name: str) -> typing.Any:
@@ -94,10 +102,12 @@ def _limit(cpu_ns: int, memory: int, file_size: int, processes: int, stack: int)
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_FSIZE, file_size),
         (resource.RLIMIT_NPROC, processes),
-        (resource.RLIMIT_STACK, stack),
         (resource.RLIMIT_AS, memory),
     ):
         resource.setrlimit(which, (value, value))
+    # The hard limit stays open, as judges leave it: programs raise their own. Memory is bounded otherwise.
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (stack if hard == resource.RLIM_INFINITY else min(stack, hard), hard))
 
 
 def _read(fd: int) -> bytes:
@@ -105,7 +115,8 @@ def _read(fd: int) -> bytes:
 
 
 def _open_streams() -> None:
-    stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape")
+    # Newlines are left as they are ("\n" translates none), as an interpreter's own streams do here.
+    stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape", "\n")
     stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "surrogateescape", "\n")
     stderr = io.TextIOWrapper(
         io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace", "\n", line_buffering=True
@@ -113,17 +124,24 @@ def _open_streams() -> None:
     vars(sys).update(stdin=stdin, __stdin__=stdin, stdout=stdout, __stdout__=stdout, stderr=stderr, __stderr__=stderr)
 
 
-def _execute(source: bytes, namespace: dict, note: mmap.mmap, then: Callable[[], None] | None) -> None:
-    """Run the program as a script would be run, then leave as an interpreter would, without tearing it down."""
-    stdout, leave = sys.stdout, os._exit
+def _execute(preamble: bytes, source: bytes, namespace: dict, note: mmap.mmap, serving: typing.Any) -> None:
+    """Run the program as a script would be run, then leave as an interpreter would, without tearing it down.
+
+    The preamble is trusted and comes first. With ``__any_exit__`` it says that no exit of the program is an error.
+    """
+    stdout, leave, any_exit = sys.stdout, os._exit, False
     try:
+        if preamble:
+            exec(compile(preamble, "preamble", "exec", dont_inherit=True), namespace)
+            any_exit = namespace.pop("__any_exit__", False)
+        given = dict(namespace)
         code = compile(source, PROGRAM_NAME, "exec", dont_inherit=True)
         exec(code, namespace)
-        if then is not None:
-            then()
+        if serving is not None:
+            serving.serve(namespace, given)
         status = 0
     except SystemExit as error:
-        status = _exit_status(error)
+        status = 0 if any_exit else _exit_status(error)
     except BaseException as error:  # noqa: BLE001 (whatever the program raises ends up in its stderr)
         status = 1
         _report(error, source, note)

@@ -1,8 +1,8 @@
 """Plain data as JSON lines between a solution and its judge, inside the jail and outside; standard library only.
 
 What crosses: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range, deque, Decimal,
-Fraction and finite iterators. Subclasses cross as their plain base, so no method of the sender ever runs at the
-receiver. Everything else raises :class:`Unsupported`.
+Fraction, numpy's scalars, the plain types themselves and finite iterators. Subclasses cross as their plain base, so no
+method of the sender ever runs at the receiver. Everything else raises :class:`Unsupported`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 MAX_DEPTH = 60
 MAX_ITEMS = 1_000_000
 _BIG = 1 << 62
+_TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)
 
 
 class Unsupported(Exception):
@@ -62,6 +63,8 @@ def _encode_collection(value: Any, depth: int) -> object:
             items = [encode(item, depth + 1) for item in base.__iter__(value)]
             return items if base is list else {base.__name__: items}
     name = type(value).__name__
+    if isinstance(value, type) and value in _TYPES:
+        return {"type": value.__name__}
     if isinstance(value, range):
         return {"range": [encode(value.start), encode(value.stop), encode(value.step)]}
     if name == "deque":
@@ -70,6 +73,8 @@ def _encode_collection(value: Any, depth: int) -> object:
         return {name: str(value)}
     if name in ("dict_keys", "dict_values", "dict_items"):
         return {name: [encode(item, depth + 1) for item in value]}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return encode(value.item(), depth + 1)
     if hasattr(type(value), "__next__"):
         return {"iterator": [encode(item, depth + 1) for item in _bounded(value)]}
     raise Unsupported(f"a value of type {name} cannot cross")
@@ -130,6 +135,7 @@ def _fraction(body: Any) -> object:
 
 _DECODERS: dict[str, Callable[[Any], object]] = {
     "int": _integer,
+    "type": lambda body: {kind.__name__: kind for kind in _TYPES}[body],
     "complex": lambda body: complex(*body),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,

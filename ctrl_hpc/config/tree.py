@@ -1,0 +1,137 @@
+"""The configuration as a whole: its sections, and what must hold between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from ctrl_hpc.config.facts import Example, Fact, Free, IsPath, Must, NotNegative, facts, is_url
+from ctrl_hpc.config.machine import (
+    EndpointConfig,
+    ExecutorConfig,
+    LaunchConfig,
+    ParallelConfig,
+    PlanConfig,
+    RolloutConfig,
+    TrainerConfig,
+    WandbConfig,
+)
+from ctrl_hpc.config.method import (
+    CriticConfig,
+    DataConfig,
+    EvalConfig,
+    JudgeConfig,
+    PromptConfig,
+    RLConfig,
+    SampleConfig,
+    SFTConfig,
+    SynthesizeConfig,
+    TinyConfig,
+)
+from ctrl_hpc.stages import STAGES
+
+ORACLE = "oracle"
+"""The generator that answers with the canonical solutions."""
+_IS_STAGE = Must(STAGES.__contains__, f"be one of {', '.join(STAGES)}")
+_IS_NAME = Must(lambda name: bool(name) and "/" not in name, "be a name without slashes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    name: Annotated[str, _IS_NAME]
+    """Name of the run."""
+    run_dir: Free[str] | None = None
+    """Folder of everything the run writes; None: ``runs/NAME``."""
+    seed: NotNegative[int] = 0
+    """Seed of every random choice."""
+    cluster: Free[str] = "local"
+    """Profile of ``configs/cluster`` (or a YAML file) that fills ``launch``: local, slurm, testcluster."""
+    generator: Annotated[str, IsPath(names=(ORACLE,)), Example("https://api.openai.com/v1")] = "models/tiny/generator"
+    """The fixed generator: a Hugging Face folder, the URL of an OpenAI-compatible endpoint, or ``oracle``."""
+    generator_model: str | None = None
+    """Model name asked for when ``generator`` is a URL."""
+    stages: Free[tuple[Annotated[str, _IS_STAGE], ...]] = tuple(STAGES)
+    """Stages of ``ctrl-hpc run``, in order."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """The generator's endpoint, when it is a URL."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Problems."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    """The miniature world."""
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    """Templates."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Drafts."""
+    synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
+    """Hinted critiques."""
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    """Stage I."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Stage II."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """JudgeBench."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The trainer's processes."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Megatron's parallelism."""
+    plan: Free[PlanConfig] = field(default_factory=PlanConfig)
+    """Rates that the plan counts with."""
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    """The executor array."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The rollout arrays."""
+    launch: Free[LaunchConfig] = field(default_factory=LaunchConfig)
+    """Slurm or local."""
+    wandb: Free[WandbConfig] = field(default_factory=WandbConfig)
+    """Tracking."""
+
+    @property
+    def generator_is_url(self) -> bool:
+        """Whether the generator is an endpoint that somebody else serves."""
+        return is_url(self.generator)
+
+    @property
+    def generator_is_served(self) -> bool:
+        """Whether the generator is a folder, which an array of the run serves."""
+        return not (self.generator_is_url or self.generator == ORACLE)
+
+
+def known() -> dict[str, Fact]:
+    """The facts of every key, sections among them, by dotted key, in order."""
+    return dict(facts(Config))
+
+
+def value(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raises ValueError, in one line that names the key, the value and what is allowed, for the first that is wrong."""
+    for key, fact in facts(Config).items():
+        if not fact.is_section:
+            fact.check(value(config, key))
+    _check_combinations(config)
+
+
+def _check_combinations(config: Config) -> None:
+    config.parallel.check(config.trainer.nodes * config.trainer.ranks_per_node)
+    if config.rl.estimator != "gae" and config.rl.group_size == 1:
+        raise ValueError(f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=gae")
+    samples = config.rl.prompts_per_step * config.rl.group_size
+    if samples < config.rl.minibatches:
+        raise ValueError(f"rl.minibatches: {config.rl.minibatches} is more than the {samples} critiques of a step")
+    if config.generator_is_served and config.rollout.generator_elements == 0:
+        raise ValueError(
+            "rollout.generator_elements: 0 leaves the generator's folder unserved; at least 1, or generator=URL"
+        )
+    if config.generator_is_url and not config.generator_model:
+        raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

@@ -1,0 +1,205 @@
+"""The rollouts of a step, by rank 0: drafts critiqued, revised, executed and rewarded (paper, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Self
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.cluster.connect import Connections, connect, spent
+from ctrl_hpc.config import Config
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.reward import score, score_verdict, verdict_only
+from ctrl_hpc.flow.steps import critique, execute, revise
+from ctrl_hpc.records import Problem, Sampling, Solution
+from ctrl_hpc.seeds import sampling_seed
+from ctrl_hpc.train.ahead import weights_folder
+from ctrl_hpc.train.drafts import DraftPool, side_by_side
+from ctrl_hpc.train.loop import Clock
+from ctrl_hpc.train.rollouts import Cell, Experience, Rollout, learnable_groups, record_file, replay, rows
+from ctrl_hpc.train.validation import Validation, problems_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collector:
+    """What a step's rollouts are made of: drafts, prompts and the services (None of these where they are replayed)."""
+
+    config: Config
+    stage: Path
+    """Folder of the stage; rollouts are recorded in its ``rollouts``."""
+    prompts: Prompts
+    pool: DraftPool | None = None
+    connections: Connections | None = None
+    validation: Validation | None = None
+
+    @classmethod
+    def open(cls, config: Config, run_dir: Path) -> Self:
+        """Connect to the services of the run. Raises ValueError when there is no draft to critique."""
+        from transformers import AutoTokenizer
+
+        stage, prompts = run_dir / "rl", Prompts.load(config.prompts.folder, config.prompts.system)
+        if config.rl.replay is not None:
+            return cls(config=config, stage=stage, prompts=prompts)
+        # An input is a token shorter than its sequence.
+        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens
+        limit = min(room, config.rl.max_prompt_tokens or room)
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / "sft" / "hf")
+        pool = DraftPool.load(run_dir, config.seed).fitting(prompts, tokenizer, limit)
+        validated = problems_of(config, run_dir)
+        problems = [problem for problem, _ in pool.pairs] + [item for items in validated.values() for item in items]
+        connections = connect(config, run_dir, problems)
+        validation = Validation(
+            config=config, folder=stage / "validation", connections=connections, prompts=prompts, problems=validated
+        )
+        return cls(
+            config=config,
+            stage=stage,
+            prompts=prompts,
+            pool=pool,
+            connections=connections,
+            validation=validation if validated else None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give up the requests in flight, too."""
+        if self.connections is not None:
+            self.connections.close()
+
+    def load(self, version: int) -> None:
+        """Let the critic's servers load a published version, between two steps' rollouts.
+
+        A server that is lost and comes back, or joins, loads the same before it is asked.
+        """
+        if self.connections is not None:
+            self.connections.critic.update_weights(str(weights_folder(self.stage, version)), version)
+
+    def samples(self, step: int, count: int) -> list[list[Cell]]:
+        """Rows of ``rollouts.COLUMNS``: the first ``count`` rollouts of a step, for people to read."""
+        file = record_file(self.stage / "rollouts", step)
+        if not file.exists():
+            return []
+        drafts = {} if self.pool is None else {pair[1].id: pair for pair in self.pool.pairs}
+        return rows(step, list(islice(jsonl.iterate(Rollout, file), count)), drafts)
+
+
+def collect(collector: Collector, step: int, position: int, version: int) -> Experience:
+    """The experience of a step, by rank 0, from drafts at ``position`` on, by critics of ``version``; recorded on disk.
+
+    With ``rl.refill_rounds`` more drafts are drawn in place of those whose critiques all earned the same. Raises
+    RuntimeError for a critique by weights of another version.
+    """
+    options, clock = collector.config.rl, Clock()
+    with clock("load"):
+        collector.load(version)
+    validated: dict[str, float] = {}
+    if collector.validation is not None and collector.validation.due(step):
+        with clock("validate"):
+            validated = collector.validation.metrics()
+    if options.replay is not None:
+        return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
+    assert collector.pool is not None
+    rollouts: list[Rollout] = []
+    executed, refills = 0, 0
+    for turn in range(1 + options.refill_rounds):
+        missing = options.prompts_per_step - len(learnable_groups(rollouts))
+        if missing == 0:
+            break
+        pairs = collector.pool.draw(position, missing, {item.solution_id for item in rollouts})
+        position += missing
+        if not pairs:
+            continue
+        seed = sampling_seed(collector.config.seed, step, f"critiques, round {turn}")
+        made, n_runs = roll_out(collector, pairs, seed, clock)
+        refills += turn > 0
+        rollouts += made
+        executed += n_runs
+    others = {item.version for item in rollouts} - {version}
+    if others:
+        raise RuntimeError(
+            f"rl: step {step}: asked version {version} for critiques, but version {min(others)} answered"
+        )
+    jsonl.write(record_file(collector.stage / "rollouts", step), rollouts)
+    times = clock.take()
+    assert collector.connections is not None
+    rates = {
+        "rollout/tokens_per_s": _rate(sum(len(item.token_ids) for item in rollouts), times["time/rollout_s"]),
+        "executor/runs": float(executed),
+        "executor/runs_per_s": _rate(executed, times["time/execute_s"]),
+        "rl/refills": float(refills),
+    }
+    metrics = times | validated | rates | spent(collector.connections.generator)
+    return Experience.of(rollouts, version=step, position=position, metrics=metrics)
+
+
+def _rate(count: float, seconds: float) -> float:
+    return count / seconds if seconds > 0 else 0.0
+
+
+def roll_out(
+    collector: Collector, pairs: Sequence[tuple[Problem, Solution]], seed: int, clock: Clock
+) -> tuple[list[Rollout], int]:
+    """The rollouts of drafts, in order, and the number of programs executed.
+
+    Chunks of ``rl.chunk`` drafts go their way each by itself, ``rl.chunks_in_flight`` at a time: some are executed
+    while others are still sampled. What comes out is the same for every size.
+    """
+    options = collector.config.rl
+    judged_alone = verdict_only([draft for _, draft in pairs], options.verdict_only_share, seed)
+    sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens, n=options.group_size, seed=seed)
+    size = options.chunk or len(pairs)
+
+    def chunk(first: int) -> tuple[list[Rollout], int]:
+        part = pairs[first : first + size]
+        return roll_out_chunk(collector, part, judged_alone, replace(sampling, first=first), clock)
+
+    made = side_by_side(chunk, range(0, len(pairs), size), options.chunks_in_flight)
+    return [item for rollouts, _ in made for item in rollouts], sum(n_runs for _, n_runs in made)
+
+
+def roll_out_chunk(
+    collector: Collector,
+    pairs: Sequence[tuple[Problem, Solution]],
+    judged_alone: frozenset[str],
+    sampling: Sampling,
+    clock: Clock,
+) -> tuple[list[Rollout], int]:
+    """The method: critiques of drafts, the fixed generator's greedy revisions, their execution, the reward.
+
+    Also the number of programs executed.
+    """
+    config, options, services = collector.config, collector.config.rl, collector.connections
+    assert services is not None
+    greedy = Sampling(temperature=0.0, max_tokens=options.max_revision_tokens)
+    with clock("rollout"):
+        critiques = critique(pairs, services.critic, collector.prompts, sampling)
+    repeated = [pair for pair in pairs for _ in range(options.group_size)]
+    triples = [(problem, draft, item) for (problem, draft), item in zip(repeated, critiques, strict=True)]
+    with clock("revise"):
+        revisions = revise(triples, services.generator, collector.prompts, greedy, skip=judged_alone)
+    todo = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
+    runs = {(problem.id, item.program) for problem, item in todo if item.verdict is None and item.program is not None}
+    with clock("execute"):
+        revisions = execute(todo, services.executor, config.executor)
+    rollouts = []
+    for (_, draft, item), revision in zip(triples, revisions, strict=True):
+        assert draft.verdict is not None
+        if draft.id in judged_alone:
+            reward = score_verdict(item, draft.verdict)
+        else:
+            reward = score(
+                item,
+                revision,
+                draft.verdict,
+                verdict_coef=options.verdict_coef,
+                transitions=options.transition_reward,
+                leak_penalty=options.leak_penalty,
+                draft_program=draft.program,
+            )
+        rollouts.append(Rollout.of(item, revision, draft.verdict, reward))
+    return rollouts, len(runs)
