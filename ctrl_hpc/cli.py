@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, data, report
+from ctrl_hpc.commands import bench, config, data, report
 from ctrl_hpc.stages import STAGES
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--dry-run", action="store_true", help="check every configuration and list the runs")
     suite.set_defaults(command=_suite)
     data.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
+    config.add(commands.add_parser("config", help="what a key means and allows; where the values of a file come from"))
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
     for name, text, command in (
         ("status", "jobs, stages, steps and the last errors of a run", _status),

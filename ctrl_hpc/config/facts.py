@@ -88,6 +88,13 @@ class Fact:
         return _docstrings(self.owner).get(self.key.rpartition(".")[2], "")
 
     @property
+    def element(self) -> Any:
+        """The type of each of its values where it has several; else its own."""
+        places: dict[Any, int] = {tuple: 0, dict: 1}
+        origin = get_origin(self.kind)
+        return get_args(self.kind)[places[origin]] if origin in places else self.kind
+
+    @property
     def is_section(self) -> bool:
         """Whether it holds keys."""
         return is_dataclass(self.kind)
@@ -100,14 +107,12 @@ class Fact:
     @property
     def choices(self) -> tuple[str, ...]:
         """The words that it takes, where it takes no others."""
-        element = _element(self.kind)
-        return get_args(element) if get_origin(element) is Literal else ()
+        return get_args(self.element) if get_origin(self.element) is Literal else ()
 
     @property
     def type_name(self) -> str:
         """Its type in words, null among them where that is allowed."""
-        element = _element(self.kind)
-        name = "word" if self.choices else "section" if is_dataclass(element) else TYPE_NAMES[element]
+        name = "word" if self.choices else "section" if is_dataclass(self.element) else TYPE_NAMES[self.element]
         form = {tuple: f"list of {name}", dict: f"{name} by name"}.get(get_origin(self.kind), name)
         return form + " or null" * self.optional
 
@@ -117,7 +122,7 @@ class Fact:
         told = [f"must {words}" for mark in self.marks if (words := _told(mark))]
         told += [f"each must {words}" for mark in self.each if (words := _told(mark))]
         if self.choices:
-            told.append(f"{'each ' * (self.kind is not _element(self.kind))}must be one of {', '.join(self.choices)}")
+            told.append(f"{'each ' * (self.kind is not self.element)}must be one of {', '.join(self.choices)}")
         return "; ".join(told) + ", or null" * (bool(told) and self.optional)
 
     def said[M](self, kind: type[M]) -> M | None:
@@ -178,13 +183,6 @@ def _unwrapped(hint: Any) -> tuple[Any, bool, tuple[Any, ...], tuple[Any, ...]]:
         kind, _, each, _ = _unwrapped(arguments[0 if origin is tuple else 1])
         return GenericAlias(origin, (kind, ...) if origin is tuple else (str, kind)), False, (), each
     return hint, False, (), ()
-
-
-def _element(kind: Any) -> Any:
-    """The type of each value of a list or of things by name; else the type itself."""
-    places: dict[Any, int] = {tuple: 0, dict: 1}
-    origin = get_origin(kind)
-    return get_args(kind)[places[origin]] if origin in places else kind
 
 
 def _told(mark: Any) -> str:
