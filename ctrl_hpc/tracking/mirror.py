@@ -446,19 +446,20 @@ class LiveMirror:
         self._config, self._run_dir, self._online = config, run_dir, config.wandb.mode == "online"
         self._closed, self._ended = threading.Event(), threading.Event()
         self._exit_code = 0
-        self._exit = ExitStack()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._online:
-            try:
-                server.check(server_url())
-            except RuntimeError as error:
-                raise RuntimeError(f"wandb: {error}; wandb.mode=offline needs no server") from None
         for name, file in journal.journals(self._run_dir).items():
             adopt(self._run_dir, name, file)
         self._mirror = Mirror(self._config, self._run_dir, online=self._online)
-        self._exit.enter_context(environment(self._run_dir))
+        with ExitStack() as stack:
+            stack.enter_context(environment(self._run_dir))  # before the library first reads it
+            if self._online:
+                try:
+                    server.check(server_url())
+                except RuntimeError as error:
+                    raise RuntimeError(f"wandb: {error}; wandb.mode=offline needs no server") from None
+            self._exit = stack.pop_all()
         self._thread.start()
         return self
 
