@@ -8,15 +8,17 @@ help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: .venv/.ready  ## Python environment and system libraries
+	@echo "setup: done. Next:  source .venv/bin/activate   (puts ctrl-hpc on the path of this shell; $(RUN)/ctrl-hpc works without)"
+	@echo "              then:  ctrl-hpc doctor   and   ctrl-hpc run configs/tiny.yaml   (or make tiny)"
 
 .venv/.ready: pyproject.toml uv.lock scripts/setup
 	scripts/setup
 	@touch $@
 
-tiny: setup  ## the main job: the whole CTRL pipeline on the CPU (ARGS="seed=1 tiny.rebuild=true")
+tiny: .venv/.ready  ## the main job: the whole CTRL pipeline on the CPU (ARGS="seed=1 tiny.rebuild=true")
 	$(RUN)/ctrl-hpc run configs/tiny.yaml $(ARGS)
 
-lint: setup  ## style and types
+lint: .venv/.ready  ## style and types
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy

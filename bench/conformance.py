@@ -19,11 +19,9 @@ from pathlib import Path
 import official
 from pairs import PAIRS, Pair, digest
 
-from ctrl_hpc.config import ExecutorConfig
-from ctrl_hpc.config.machine import OverrideConfig
 from ctrl_hpc.data import catalog
 from ctrl_hpc.flow.steps import execution
-from ctrl_hpc.records import Problem, Verdict
+from ctrl_hpc.records import Override, Problem, Rules, Verdict
 from ctrl_hpc.sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +29,12 @@ FACTS = ROOT / "tests/sandbox/conformance.json"
 """``{data set: {"pairs": digest, "harness": what was run, "passed": a digit a pair}}``"""
 DISAGREEMENTS = ROOT / "tests/sandbox/disagreements.toml"
 """``[data set]`` of a pair's id and the reason why the official verdict is not ours."""
-SETTINGS = ExecutorConfig(
+SETTINGS = Rules(
     overrides={
-        "livecodebench": OverrideConfig(cpu_s=6.0, memory_mb=4096),
-        "taco": OverrideConfig(cpu_s=4.0, comparison="taco"),
-        "humaneval": OverrideConfig(cpu_s=3.0),
-        "mbppplus": OverrideConfig(cpu_s=6.0),
+        "livecodebench": Override(cpu_s=6.0, memory_mb=4096),
+        "taco": Override(cpu_s=4.0, comparison="taco"),
+        "humaneval": Override(cpu_s=3.0),
+        "mbppplus": Override(cpu_s=6.0),
     }
 )
 """The limits of the official graders, and for TACO its own comparison."""
@@ -56,7 +54,7 @@ def problems(dataset: str, pairs: list[Pair]) -> list[Problem]:
     return [known[numbers[json.dumps(pair.row, sort_keys=True)]] for pair in pairs]
 
 
-def ours(dataset: str, pairs: list[Pair], settings: ExecutorConfig = SETTINGS, workers: int = 2) -> list[Verdict]:
+def ours(dataset: str, pairs: list[Pair], settings: Rules = SETTINGS, workers: int = 2) -> list[Verdict]:
     """Our verdict on each pair."""
     executions = [
         execution(problem, pair.program, settings)

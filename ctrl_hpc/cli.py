@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, config, data, report
+from ctrl_hpc.commands import bench, config, data, report, sbatch
+from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.stages import STAGES
 
 if TYPE_CHECKING:
@@ -55,19 +56,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options and overrides may come in any order, which argparse's sub-commands do not allow by themselves."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    complete(parser)
+    given = sys.argv[1:] if arguments is None else arguments
+    options, rest = parser.parse_known_args(given or ["help"])
+    if hasattr(options, "sbatch_options"):
+        options.sbatch_options = [text for text in rest if text.startswith("--") and "=" in text]
+        rest = [text for text in rest if text not in options.sbatch_options]
     wrong = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(options, "overrides")]
     if wrong:
-        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+        options.parser.refuse(wrong)
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ctrl-hpc", description="Train code critics with reinforcement learning (CTRL)."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="ctrl-hpc",
+        description="Train code critics with reinforcement learning (CTRL).",
+        epilog="ctrl-hpc help COMMAND tells more; the whole pipeline in miniature: ctrl-hpc run tiny",
     )
+    parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
@@ -76,9 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         if name != "report":
             _configured(commands.add_parser(name, help=stage.about), _stage(name))
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
+    sbatch.add(commands.add_parser("sbatch", help="run as a Slurm job: the driver, too, which submits the others"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
-    suite.add_argument("suite", metavar="SUITE.yaml")
-    suite.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every run, after the suite's own")
+    add_file(suite, "suite", "SUITE", folder="suite")
+    add_overrides(suite, help="for every run, after the suite's own")
     suite.add_argument("--only", action="append", default=[], metavar="NAME", help="run this variant (again: more)")
     suite.add_argument("--dry-run", action="store_true", help="check every configuration and list the runs")
     suite.set_defaults(command=_suite)
@@ -110,26 +120,39 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
     )
     bench.add(commands.add_parser("bench", help="measure: executor, trainer"))
+    add_help(commands, parser)
+    name_leaves(parser)
     return parser
 
 
+class _Version(argparse.Action):
+    """``--version``: which code this is."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="version, code and place of this program")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version())
+        parser.exit()
+
+
 def _configured(parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    add_file(parser, "config", "CONFIG")
+    add_overrides(parser)
     parser.set_defaults(command=command)
 
 
 def _sweep_parsers(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="trials over configuration keys, here or on a wandb server")
-    sweep.add_argument("file", metavar="SWEEP.yaml", help="a wandb sweep, see configs/sweep")
-    sweep.add_argument("overrides", nargs="*", metavar="a.b.c=value", help="for every trial")
+    add_file(sweep, "file", "SWEEP", folder="sweep")
+    add_overrides(sweep, help="for every trial")
     sweep.add_argument("--local", action="store_true", help="grid or random search here, without a server")
     sweep.add_argument("--count", type=int, default=None, help="trials (default: the whole grid)")
     sweep.add_argument("--seed", type=int, default=0, help="of a random search")
     sweep.set_defaults(command=_sweep)
     agent = commands.add_parser("trial", help="one trial, as wandb's agent starts it")
     agent.add_argument("config", nargs="?", metavar="CONFIG.yaml")
-    agent.add_argument("overrides", nargs="*", metavar="a.b.c=value")
+    add_overrides(agent)
     agent.add_argument("--again", action="store_true", help="continue the trial that CTRL_HPC_TRIAL names")
     agent.set_defaults(command=_trial)
 
@@ -186,14 +209,20 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     if options.dry_run:
+        lacking = _lacking(config)
         print(dump(config), end="")
         _print_scripts(config)
-        return _plan(config)
+        _plan(config)
+        print("".join(f"# missing here: {text}\n" for text in lacking), end="")
+        return 0
     _keep_code(config, "run", options)
     from ctrl_hpc import pipeline
+    from ctrl_hpc.run import directory
 
-    folder = pipeline.run(config)
-    print(f"report: {folder / 'report' / 'index.html'}")
+    before = directory.is_done(Path(config.run_dir or ""), "report")  # else the stage itself says where it is
+    folder = pipeline.run(config, checked=options.is_program)
+    if before:
+        print(f"report: {folder / 'report' / 'index.html'}")
     return 0
 
 
@@ -206,11 +235,23 @@ def _print_scripts(config: Config) -> None:
             print("\n".join([f"# batch script of {role}:", *(f"#   {line}" for line in text.splitlines())]))
 
 
-def _plan(config: Config) -> int:
+def _lacking(config: Config) -> list[str]:
+    """What this machine lacks for a run. Raises ValueError for what is wrong anywhere."""
+    from ctrl_hpc import preflight
+
+    lacking = []
+    for finding in preflight.findings(config):
+        if not finding.here:
+            raise ValueError(finding.text)
+        lacking.append(finding.text)
+    return lacking
+
+
+def _plan(config: Config) -> None:
     """Print the plan as comments, so that the output stays a configuration. Raises ValueError when it does not fit."""
     if not {"sft", "rl"} & set(config.stages):
         print("# plan: no stage of this configuration trains")
-        return 0
+        return
     from ctrl_hpc.plan.plan import plan
 
     found = plan(config)
@@ -219,7 +260,6 @@ def _plan(config: Config) -> int:
         print(f"#   {line}")
     if found.fits is False:
         raise ValueError(f"does not fit: {found.verdict()}")
-    return 0
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], int]:
@@ -230,7 +270,7 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         _keep_code(config, name, options)
         from ctrl_hpc import pipeline
 
-        pipeline.run(config, stages=(name,))
+        pipeline.run(config, stages=(name,), checked=options.is_program)
         return 0
 
     return command
@@ -239,11 +279,12 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
 def _keep_code(config: Config, command: str, options: argparse.Namespace) -> None:
     """Where this is a program of its own: what it imports later is the code as it is now (or was, with ``keep``)."""
     if options.is_program:
-        from ctrl_hpc.run import directory, snapshot
+        from ctrl_hpc import preflight
+        from ctrl_hpc.run import snapshot
 
         if config.launch.snapshot == "keep":
             snapshot.continue_kept(config, command, options.overrides)
-        directory.check(config)
+        preflight.check(config, None if command == "run" else (command,))
         copy = snapshot.take(config.run_dir or "", config.launch.snapshot)
         if copy is not None and snapshot.own(config.run_dir or "") is None:
             snapshot.import_from(copy)
@@ -256,8 +297,10 @@ def _suite(options: argparse.Namespace) -> int:
         from rich.console import Console
 
         read = suite.read(options.suite)
-        console = Console()
-        console.print(suite.plan_table(read, suite.members(read, options.suite, options.overrides)))
+        members = suite.members(read, options.suite, options.overrides)
+        Console().print(suite.plan_table(read, members))
+        for told in suite.check(members, dry=True):
+            print(f"missing here: {told}")
         return 0
     suite.run(options.suite, options.overrides, options.only)
     return 0
@@ -334,13 +377,15 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from ctrl_hpc.config.load import find
     from ctrl_hpc.experiments import sweep
 
     if options.local:
         print(f"trials: {sweep.run_here(options.file, options.overrides, count=options.count, seed=options.seed)}")
         return 0
     sweep.read(options.file)
-    return subprocess.run([sys.executable, "-m", "wandb", "sweep", options.file], check=False).returncode
+    file = str(find(options.file, "sweep"))
+    return subprocess.run([sys.executable, "-m", "wandb", "sweep", file], check=False).returncode
 
 
 def _trial(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.monitor import Monitor, direct
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.config import Config
+from ctrl_hpc.store.tests import folder_of
 
 
 def this_node() -> str:
@@ -63,6 +64,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             judges=config.executor.judges,
             python=config.executor.python,
             packages=config.executor.packages,
+            tests_dir=folder_of(run_dir),
         )
 
 

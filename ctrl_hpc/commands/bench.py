@@ -29,11 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_executor(options: argparse.Namespace) -> int:
-    from ctrl_hpc.config import ROOT
+    from ctrl_hpc.config import SHARE
 
-    script = ROOT / "bench" / "executor.py"
-    if not script.is_file():
-        raise ValueError(f"bench executor: needs a checkout of the project (there is no {script})")
+    script = SHARE / "bench" / "executor.py"
     beside = ["--beside", options.beside] if options.beside else []
     sys.argv = [str(script), "--seconds", str(options.seconds), "--workers", str(options.workers), *beside]
     runpy.run_path(str(script), run_name="__main__")

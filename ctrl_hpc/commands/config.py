@@ -21,12 +21,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """A key explained; without one, the tree of a configuration, or of the defaults, with the origin of each value."""
-    from ctrl_hpc.config.load import load_with_layers
-    from ctrl_hpc.config.tree import check
+    from ctrl_hpc.config.load import load_with_layers, packaged
+    from ctrl_hpc.config.tree import check, known
 
     overrides = [*(text for text in options.targets if "=" in text), *options.overrides]
     targets = [text for text in options.targets if "=" not in text]
-    files = [text for text in targets if text.endswith((".yaml", ".yml"))]
+    files = [text for text in targets if text.endswith((".yaml", ".yml")) or (text not in known() and packaged(text))]
     keys = [text for text in targets if text not in files]
     if len(files) > 1 or len(keys) > 1:
         raise ValueError(

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ctrl_hpc.config.load import packaged
+
 
 def add(parser: argparse.ArgumentParser, stage: Callable[[argparse.Namespace], int]) -> None:
     """The command's arguments; ``stage`` runs the stage ``report`` of a configuration."""
@@ -21,7 +23,7 @@ def run(options: argparse.Namespace, stage: Callable[[argparse.Namespace], int])
     overrides = [text for text in options.targets if text not in targets] + options.overrides
     if not targets:
         raise ValueError(f"report: {overrides[0]!r} is an override; name a configuration or a run directory first")
-    if targets[0].endswith((".yaml", ".yml")):
+    if targets[0].endswith((".yaml", ".yml")) or (not Path(targets[0]).exists() and packaged(targets[0])):
         if len(targets) > 1 or options.out is not None:
             raise ValueError("report: one configuration at a time, without --out; several runs by their directories")
         options.config, options.overrides = targets[0], overrides

@@ -1,12 +1,11 @@
 """The configuration: one tree of frozen dataclasses, read from YAML with ``a.b=c`` overrides."""
 
-from ctrl_hpc.config.load import ROOT, dump, load
+from ctrl_hpc.config.load import ROOT, SHARE, dump, load
 from ctrl_hpc.config.machine import (
     EndpointConfig,
     ExecutorConfig,
     JobConfig,
     LaunchConfig,
-    OverrideConfig,
     ParallelConfig,
     PlanConfig,
     RolloutConfig,
@@ -31,6 +30,7 @@ from ctrl_hpc.config.tree import Config, check, value
 
 __all__ = [
     "ROOT",
+    "SHARE",
     "Config",
     "CriticConfig",
     "DataConfig",
@@ -42,7 +42,6 @@ __all__ = [
     "JudgeConfig",
     "LaunchConfig",
     "OptimizerConfig",
-    "OverrideConfig",
     "ParallelConfig",
     "PlanConfig",
     "PromptConfig",

@@ -19,7 +19,10 @@ from ctrl_hpc.config.facts import IsPath, facts, is_url
 from ctrl_hpc.config.tree import Config, check, value
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The project's folder: configs, models and slurm lie there in a checkout."""
+"""The folder that holds the package: the project's in a checkout, else site-packages or a run's copy of the code."""
+_INSTALLED = ROOT / "ctrl_hpc" / "share"
+SHARE = _INSTALLED if _INSTALLED.is_dir() else ROOT
+"""Where ``configs``, ``models`` and ``slurm`` lie: within an installed package, in a checkout the project's folder."""
 REMOVED = {"tiny.models": "generator and critic.model name the folders"}
 """Keys of earlier versions, which the configurations of old runs still hold (ignored there), and what to use now."""
 
@@ -45,10 +48,11 @@ class Layer:
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), *, validate: bool = True) -> Config:
-    """The configuration of a YAML file with ``a.b=c`` overrides.
+    """The configuration of a YAML file, or a packaged one by its name, with ``a.b=c`` overrides.
 
-    Relative model and data paths that do not exist from the working directory are taken from the project's root (the
-    folder above ``configs``). Raises ValueError with one line that names the key, the value and what is allowed.
+    Relative model and data paths that do not exist from the working directory are taken from the folder above
+    ``configs``, the project's or the package's. Raises ValueError with one line that names the key, the value and what
+    is allowed.
     Without ``validate`` values are taken as they are, as of a run whose files may have moved since.
     """
     config, _ = load_with_layers(path, overrides)
@@ -59,7 +63,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, validate: bool = Tr
 
 def load_with_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Layer]]:
     """A configuration whose values have not been checked, and what it was made of, the winning layer last."""
-    path = Path(path)
+    path = find(path)
     schema, file = OmegaConf.structured(Config), _file(path)
     whole = _is_whole(file.tree)
     if whole:
@@ -86,6 +90,39 @@ def origin(layers: Sequence[Layer], key: str) -> str:
     return next((found for layer in reversed(layers) if (found := layer.origin(key))), "default")
 
 
+def find(given: str | Path, folder: str = "") -> Path:
+    """A configuration's file: as given, or a packaged one by its name (``tiny``) or path (``configs/tiny.yaml``).
+
+    ``folder`` is that of ``configs`` to look in, such as ``suite``. A file that is nowhere is returned as given.
+    """
+    path = Path(given).expanduser()
+    if path.exists() and not (path.is_dir() and packaged(str(given), folder)):
+        return path
+    return packaged(str(given), folder) or path
+
+
+def packaged(given: str, folder: str = "") -> Path | None:
+    """The packaged configuration that a name or a path of the form ``configs/NAME.yaml`` means; None: there is none."""
+    if given.startswith("configs/"):
+        file = SHARE / given
+    else:
+        file = SHARE / "configs" / folder / (given if given.endswith(".yaml") else f"{given}.yaml")
+    return file if file.is_file() and SHARE / "configs" in file.parents else None
+
+
+def packaged_names(folder: str = "") -> list[str]:
+    """The names of the packaged configurations."""
+    return sorted(file.stem for file in (SHARE / "configs" / folder).glob("*.yaml"))
+
+
+def no_such(path: Path, what: str, folder: str = "") -> str:
+    """``PATH: no such WHAT``, with the nearest file beside it, or the nearest packaged name, or all of these."""
+    beside = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    names = packaged_names(folder) if path.name == str(path) else []
+    near = close_to(path.name, [*beside, *names])
+    return f"{path}: no such {what}{near or ('; packaged: ' + ', '.join(names) if names else '')}"
+
+
 def dump(config: Config) -> str:
     """The whole configuration as YAML, defaults included; ``load`` reads it back to an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
@@ -106,8 +143,9 @@ def _is_whole(file: Any) -> bool:
 
 def _file(path: Path) -> Layer:
     if not path.is_file():
-        near = close_to(path.name, [file.name for file in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise ValueError(f"{path}: no such configuration file{near}")
+        raise ValueError(
+            f"{path}: is a folder, no configuration" if path.is_dir() else no_such(path, "configuration file")
+        )
     try:
         tree = OmegaConf.load(path)
         lines = dict(_lines(yaml.compose(path.read_text(encoding="utf-8")), ""))
@@ -173,7 +211,8 @@ def _one_line(error: Exception) -> str:
 def _profile(name: str, path: Path) -> Path | None:
     """The file of a cluster profile: a path, or a name looked up beside the configuration and in the project."""
     places = [Path(name).expanduser()] if name.endswith((".yaml", ".yml")) else []
-    folders = [path.parent / "cluster", path.parent.parent / "cluster", ROOT / "configs" / "cluster"]
+    beside = [path.parent / "cluster", path.parent.parent / "cluster", Path("configs/cluster")]
+    folders = [*beside, SHARE / "configs" / "cluster"]
     places += [folder / f"{name}.yaml" for folder in folders]
     for place in places:
         if place.is_file():
@@ -188,7 +227,7 @@ def _profile(name: str, path: Path) -> Path | None:
 
 
 def _absolute_paths(config: Config, file: Path) -> Config:
-    roots = [Path.cwd(), *file.resolve().parents, ROOT]
+    roots = [Path.cwd(), *file.resolve().parents, SHARE]
 
     def absolute(text: str, kind: IsPath) -> str:
         if not text or is_url(text) or text in kind.names or (kind.or_name and "/" not in text):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from ctrl_hpc.config.facts import Example, Free, FunctionName, Must, NotNegative, Positive
-from ctrl_hpc.records import Limits
+from ctrl_hpc.records import Limits, Override, Rules
 
 Device = Literal["auto", "cpu", "cuda"]
 """auto: cuda where there is one; :func:`resolve_device` says which."""
@@ -91,23 +91,11 @@ class RolloutConfig:
     running batch, seeded together. auto: continuous on cuda, padded on a CPU."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OverrideConfig:
-    """What holds for the programs of one data set, whatever its problems say; None leaves a thing as it is."""
-
-    cpu_s: float | None = None
-    """CPU seconds of a test, > 0; not multiplied by ``time_factor``. Wall-clock time follows in proportion."""
-    memory_mb: int | None = None
-    """Peak memory in MiB, > 0."""
-    comparison: str | None = None
-    """How outputs are compared: a name of ``ctrl_hpc.sandbox.judge``, with options, or of a special judge."""
-
-
-def _is_override(given: OverrideConfig) -> bool:
+def _is_override(given: Override) -> bool:
     return all(limit is None or limit > 0 for limit in (given.cpu_s, given.memory_mb))
 
 
-Override = Annotated[OverrideConfig, Must(_is_override, "have a cpu_s and a memory_mb greater than 0, or null")]
+OneOverride = Annotated[Override, Must(_is_override, "have a cpu_s and a memory_mb greater than 0, or null")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,14 +112,27 @@ class ExecutorConfig:
     """Special judges by name, each FILE.py:FUNCTION; problems ask for one by ``comparison``."""
     limits: Positive[Limits] = field(default_factory=Limits)
     """Limits of a test where the problem names none."""
+    time_budget_s: Positive[float] | None = None
+    """Wall-clock seconds of all tests of a program together, beyond which it is a time_limit; None: each test's limit
+    alone. SandboxFusion gives LiveCodeBench's 160."""
     time_factor: Positive[float] = 1.0
     """Multiplies the time limits, those that problems state for faster languages among them."""
-    overrides: Annotated[dict[str, Override], Example("{livecodebench: {cpu_s: 6}}")] = field(default_factory=dict)
+    overrides: Annotated[dict[str, OneOverride], Example("{livecodebench: {cpu_s: 6}}")] = field(default_factory=dict)
     """Limits and comparison by data set, as ``overrides.livecodebench.cpu_s=6``."""
     python: str = ""
     """Interpreter that programs run with, on every node: CPython 3.11 or newer by path or name; empty: this one."""
     packages: tuple[str, ...] = ("numpy",)
     """Packages of that interpreter that programs may import, with what they require; read-only."""
+
+    @property
+    def rules(self) -> Rules:
+        """By which programs are judged."""
+        return Rules(
+            limits=self.limits,
+            time_budget_s=self.time_budget_s,
+            time_factor=self.time_factor,
+            overrides=self.overrides,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,9 @@ _SPECIAL = {0: "any", 1: "any", 2: "nocase", 3: "float"}
 _LONGEST_EXAMPLE = 400
 
 
-def load(path: str | None, split: str, *, list_streams: bool = True) -> Loaded[Problem]:
+def load(
+    path: str | None, split: str, *, list_streams: bool = True, keep: table.Keep = table.as_it_is
+) -> Loaded[Problem]:
     """TACO with all its tests; the split ``all`` is both. Without ``list_streams`` stdin tests given as lists go."""
     table.require_split("taco", split, *SIZES)
     found: Loaded[Problem] = Loaded(items=[])
@@ -35,7 +37,8 @@ def load(path: str | None, split: str, *, list_streams: bool = True) -> Loaded[P
     for part in ("train", "test") if split == "all" else (split,):
         rows = table.rows(path, hub="BAAI/TACO", files=(f"{part}/*.arrow",), split=part)
         judges = special if part == "test" else {}
-        loaded = table.problems(rows, partial(_problem, split=part, special=judges, list_streams=list_streams))
+        made = partial(_problem, split=part, special=judges, list_streams=list_streams)
+        loaded = table.problems(rows, made, keep)
         found.items.extend(loaded.items)
         found.left_out.extend(loaded.left_out)
     return found
@@ -114,9 +117,14 @@ def tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, ..
         return ()
     data = row.decoded("input_output")
     inputs, outputs = data.get("inputs", []), data.get("outputs", [])
+    for key, given in (("inputs", inputs), ("outputs", outputs)):
+        if not isinstance(given, list):
+            raise ValueError(f"input_output: {key}: expected a list, got {type(given).__name__}")
     if len(inputs) != len(outputs):
         raise ValueError(f"{row.where}: input_output: {len(inputs)} inputs but {len(outputs)} outputs")
     name = data.get("fn_name")
+    if name and not isinstance(name, str):
+        raise ValueError(f"input_output: fn_name: expected text, got {type(name).__name__}")
     pairs = list(zip(inputs, outputs, strict=True))
     if not name:
         return tuple(
@@ -156,8 +164,16 @@ def _integer_keys(value: Any) -> Any:
 
 
 def _stream(value: Any) -> str:
-    """A stream given as text, or as a list of its lines."""
-    return "".join(f"{line}\n" for line in value) if isinstance(value, list) else str(value)
+    """A stream given as text or a number, or as a list of its lines."""
+    if isinstance(value, list):
+        return "".join(f"{_line(line)}\n" for line in value)
+    return _line(value)
+
+
+def _line(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"input_output: expected text or a list of lines, got {type(value).__name__}")
+    return str(value)
 
 
 def seconds(limit: str | None) -> float | None:

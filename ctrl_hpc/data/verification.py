@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config.machine import ExecutorConfig
-from ctrl_hpc.flow.steps import Settings, execution
+from ctrl_hpc.flow.steps import execution
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import Execution, Executor, Problem, Status, Verdict
 
@@ -68,7 +68,7 @@ class _Found:
     detail: str
 
 
-def verify(problems: Sequence[Problem], executor: Executor, settings: Settings, journal: Path) -> Ledger:
+def verify(problems: Sequence[Problem], executor: Executor, settings: ExecutorConfig, journal: Path) -> Ledger:
     """Run every canonical solution, and every known-wrong one, through the executors.
 
     What was found is kept in ``journal``, so that a verification that was stopped goes on where it was; a fault of the
@@ -79,7 +79,7 @@ def verify(problems: Sequence[Problem], executor: Executor, settings: Settings, 
     with Steps("verify", sum(1 for _ in _all(problems))) as steps:
         todo: dict[str, Execution] = {}
         for right, program, problem in _all(problems):
-            run = replace(execution(problem, program, settings), stop_at_first_failure=True)
+            run = execution(problem, program, settings.rules, stop_at_first_failure=True)
             key = _key(run, settings)
             programs.append((right, key, problem.id))
             if key not in found:
@@ -101,10 +101,9 @@ def _all(problems: Sequence[Problem]) -> Iterator[tuple[bool, str, Problem]]:
             yield False, program, problem
 
 
-def _key(run: Execution, settings: Settings) -> str:
+def _key(run: Execution, settings: ExecutorConfig) -> str:
     """Of all that a verdict depends on."""
-    python = (settings.python, settings.packages) if isinstance(settings, ExecutorConfig) else ()
-    return hashlib.sha256(f"{python}{jsonl.line(run)}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{settings.python, settings.packages}{jsonl.line(run)}".encode()).hexdigest()[:32]
 
 
 def _read(journal: Path) -> dict[str, _Found]:

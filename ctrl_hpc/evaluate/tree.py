@@ -14,12 +14,20 @@ from pathlib import Path
 from ctrl_hpc import jsonl
 from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.steps import Settings, execute, revise
-from ctrl_hpc.records import Critique, Executor, Generator, Judgement, Problem, Revision, Sampling, Solution, Verdict
+from ctrl_hpc.flow.steps import execute, revise
+from ctrl_hpc.records import (
+    Critique,
+    Executor,
+    Generator,
+    Judgement,
+    Problem,
+    Revision,
+    Rules,
+    Sampling,
+    Solution,
+    Verdict,
+)
 from ctrl_hpc.seeds import derived_seed
-
-KEPT_BYTES = 2000
-"""Bytes of a failed test's output that are kept in the records."""
 
 Sample = tuple[Problem, Solution]
 """A problem and the state of its solution; its id is that of the node."""
@@ -54,7 +62,7 @@ class Environment:
     generator: Generator
     executor: Executor
     prompts: Prompts
-    limits: Settings
+    rules: Rules
     revision: Sampling
     """How revisions are decoded."""
     stop_when_correct: bool = True
@@ -154,8 +162,8 @@ def _turn(
     pairs = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
 
     def executed() -> list[Verdict]:
-        records = execute(pairs, environment.executor, environment.limits)
-        return [trimmed(record.verdict) for record in records if record.verdict is not None]
+        records = execute(pairs, environment.executor, environment.rules)
+        return [record.verdict for record in records if record.verdict is not None]
 
     verdicts = journal.once("verdicts", number, Verdict, executed)
     nodes = []
@@ -182,15 +190,6 @@ def _slim(critique: Critique) -> Critique:
     if critique.generation is None:
         return critique
     return replace(critique, generation=replace(critique.generation, text="", prompt_ids=(), logprobs=()))
-
-
-def trimmed(verdict: Verdict) -> Verdict:
-    """The verdict with the output of failed tests cut to :data:`KEPT_BYTES`, and none of passed ones."""
-    tests = []
-    for test in verdict.tests:
-        kept = 0 if test.status == "accepted" else KEPT_BYTES
-        tests.append(replace(test, stdout=test.stdout[:kept], stderr=test.stderr[-kept:] if kept else b""))
-    return replace(verdict, tests=tuple(tests))
 
 
 def _carry(

@@ -17,17 +17,19 @@ from rich.table import Table
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
+from ctrl_hpc.config.load import find, no_such
 from ctrl_hpc.run import directory
 from ctrl_hpc.stages import depends, reads
+from ctrl_hpc.store.tests import folder_of
 
 
 def read_yaml(path: Path, what: str) -> Any:
     """What a file holds; raises ValueError with one line where there is no such ``what``, or it is not YAML."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such {what}")
+        raise ValueError(no_such(path, f"{what} file", what))
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -91,7 +93,7 @@ class Member:
 
 def read(file: str | Path) -> Suite:
     """A suite's file; raises ValueError with one line for what is wrong in it."""
-    path = Path(file)
+    path = find(file, "suite")
     data = read_yaml(path, "suite")
     try:
         suite: Suite = jsonl.decode(Suite, data)
@@ -111,7 +113,7 @@ def members(suite: Suite, file: str | Path, overrides: Sequence[str] = ()) -> li
 
     Raises ValueError naming the variant whose configuration is wrong.
     """
-    here = Path(file).resolve().parent
+    here = find(file, "suite").resolve().parent
     folder = Path(suite.folder or Path("runs") / suite.name).absolute()
     out = []
     for variant in suite.variants:
@@ -129,6 +131,24 @@ def members(suite: Suite, file: str | Path, overrides: Sequence[str] = ()) -> li
     return sorted(out, key=lambda member: member.seed)
 
 
+def check(wanted: Sequence[Member], *, dry: bool = False) -> list[str]:
+    """Look at every member that is not done before the first of them starts.
+
+    With ``dry``, returns what this machine lacks, each once. Raises ValueError naming the member and what is wrong.
+    """
+    from ctrl_hpc import preflight
+
+    lacking: dict[str, None] = {}
+    for member in wanted:
+        if member.done:
+            continue
+        for finding in preflight.findings(member.config):
+            if not (dry and finding.here):
+                raise ValueError(f"{member.folder.name}: {finding.text}")
+            lacking[finding.text] = None
+    return list(lacking)
+
+
 def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Path:
     """Run what is not done, then report all that is; returns the report's folder.
 
@@ -137,6 +157,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     suite = read(file)
     every = members(suite, file, overrides)
     wanted = _chosen(every, only)
+    check(wanted)
     failed = [member.folder.name for member, error in run_members(suite.name, wanted, every, suite.share) if error]
     finished = [member for member in every if member.done and "report" in member.config.stages]
     out = Path(suite.folder or Path("runs") / suite.name).absolute() / "report"
@@ -191,7 +212,7 @@ def _run_member(member: Member, others: Sequence[Member]) -> None:
             take_over(donor.folder, member.folder, stage)
             console.print(f"{stage}: taken over from {donor.folder.name}")
     _share_evaluation(member, others)
-    pipeline.run(member.config)
+    pipeline.run(member.config, checked=True)
 
 
 def _donor(member: Member, others: Sequence[Member], stage: str) -> Member | None:
@@ -216,6 +237,12 @@ def take_over(source: Path, target: Path, stage: str) -> None:
     for file in (source / "problems").iterdir():
         if not file.name.startswith("eval-") and not (target / "problems" / file.name).exists():
             os.link(file, target / "problems" / file.name)
+    tests = folder_of(source)
+    if tests.is_dir():
+        folder_of(target).mkdir(exist_ok=True)
+        for file in sorted(tests.iterdir()):
+            if not (folder_of(target) / file.name).exists():
+                os.link(file, folder_of(target) / file.name)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ctrl_hpc import config as configuration
 from ctrl_hpc import jsonl
+from ctrl_hpc.config.load import find
 from ctrl_hpc.experiments import suite
 
 OBJECTIVE = "eval/pass_at_1"
@@ -47,8 +48,8 @@ def read(file: str | Path) -> Sweep:
 
     Raises ValueError naming the key that is missing or wrong.
     """
-    path = Path(file)
-    data = suite.read_yaml(path, "sweep file")
+    path = find(file, "sweep")
+    data = suite.read_yaml(path, "sweep")
     for key in ("method", "metric", "parameters", "command"):
         if not isinstance(data, dict) or key not in data:
             raise ValueError(f"{path}: {key}: missing; a sweep names method, metric, parameters and command")
@@ -148,6 +149,7 @@ def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, s
     first = configuration.load(sweep.config, [*fixed, *_arguments(settings[0])])
     folder = Path(first.run_dir or "").parent / "sweeps" / Path(file).stem
     members = [_member(sweep, fixed, trial, folder / f"trial-{i:03d}") for i, trial in enumerate(settings)]
+    suite.check(members)
     rows: list[dict[str, Any]] = []
     for number, (member, failure) in enumerate(suite.run_members(sweep.name, members, members, share=True)):
         objective = _objective(member.folder) if failure is None else None

@@ -12,8 +12,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ctrl_hpc.flow.steps import Settings, execution
-from ctrl_hpc.records import Executor, Problem, Solution, StdinTest
+from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.records import Executor, Problem, Rules, Solution, StdinTest
 
 CANDIDATES = 4
 """Changed inputs tried for each test wanted."""
@@ -58,7 +58,7 @@ def strengthen(
     problems: Sequence[Problem],
     drafts: Sequence[Solution],
     executor: Executor,
-    limits: Settings,
+    rules: Rules,
     *,
     n: int,
     seed: int,
@@ -68,9 +68,9 @@ def strengthen(
     for draft in drafts:
         by_problem.setdefault(draft.problem_id, []).append(draft)
     proposed = _answered(
-        [(problem, _inputs(problem, by_problem.get(problem.id, []), n, seed)) for problem in problems], executor, limits
+        [(problem, _inputs(problem, by_problem.get(problem.id, []), n, seed)) for problem in problems], executor, rules
     )
-    chosen = _breaking(proposed, by_problem, executor, limits, n)
+    chosen = _breaking(proposed, by_problem, executor, rules, n)
     return [
         replace(problem, tests=(*problem.tests, *chosen[problem.id])) if chosen.get(problem.id) else problem
         for problem in problems
@@ -84,9 +84,9 @@ def _inputs(problem: Problem, drafts: Sequence[Solution], n: int, seed: int) -> 
     known = {test.stdin for test in problem.tests if isinstance(test, StdinTest)}
     failed: dict[str, None] = {}
     for draft in drafts:
-        results = draft.verdict.tests if draft.verdict is not None else ()
-        for test, result in zip(problem.tests, results, strict=False):
-            failing = result.status not in ("accepted", "not_run", "sandbox_error", "unsupported")
+        statuses = draft.verdict.statuses if draft.verdict is not None else ()
+        for test, status in zip(problem.tests, statuses, strict=False):
+            failing = status not in ("accepted", "not_run", "sandbox_error", "unsupported")
             if failing and isinstance(test, StdinTest) and len(test.stdin) <= LONGEST_INPUT:
                 failed[test.stdin] = None
     rng = random.Random(f"adversarial {seed} {problem.id}")
@@ -96,14 +96,15 @@ def _inputs(problem: Problem, drafts: Sequence[Solution], n: int, seed: int) -> 
     return list(dict.fromkeys(changed))[: CANDIDATES * n]
 
 
-def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, limits: Settings) -> list[_Proposal]:
+def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, rules: Rules) -> list[_Proposal]:
     """The canonical solutions' outputs; those kept that a second run repeats."""
     asked = [(problem, inputs) for problem, inputs in wanted if inputs]
     blank = [
         replace(problem, tests=tuple(StdinTest(stdin=stdin, expected_stdout="") for stdin in inputs))
         for problem, inputs in asked
     ]
-    first = executor.run_many([execution(problem, problem.canonical_solution or "", limits) for problem in blank])
+    printed = [replace(execution(problem, problem.canonical_solution or "", rules), outputs=None) for problem in blank]
+    first = executor.run_many(printed)
     filled = []
     for problem, verdict in zip(blank, first, strict=True):
         tests = [
@@ -113,14 +114,14 @@ def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, l
         ]
         if tests:
             filled.append(replace(problem, tests=tuple(tests)))
-    again = executor.run_many([execution(problem, problem.canonical_solution or "", limits) for problem in filled])
+    again = executor.run_many([execution(problem, problem.canonical_solution or "", rules) for problem in filled])
     return [
         _Proposal(
             problem=problem,
             tests=tuple(
                 test
-                for test, result in zip(problem.tests, verdict.tests, strict=False)
-                if isinstance(test, StdinTest) and result.status == "accepted"
+                for test, status in zip(problem.tests, verdict.statuses, strict=False)
+                if isinstance(test, StdinTest) and status == "accepted"
             ),
         )
         for problem, verdict in zip(filled, again, strict=True)
@@ -138,7 +139,7 @@ def _breaking(
     proposed: Sequence[_Proposal],
     drafts: Mapping[str, list[Solution]],
     executor: Executor,
-    limits: Settings,
+    rules: Rules,
     n: int,
 ) -> dict[str, list[StdinTest]]:
     """Up to ``n`` tests of each problem that break a draft, those first that break one which had passed."""
@@ -149,13 +150,13 @@ def _breaking(
         if draft.program is not None and proposal.tests
     ]
     executions = [
-        execution(replace(proposal.problem, tests=proposal.tests), draft.program or "", limits)
+        execution(replace(proposal.problem, tests=proposal.tests), draft.program or "", rules)
         for proposal, draft in todo
     ]
     broken: dict[str, list[tuple[bool, list[bool]]]] = {}
     for (proposal, draft), verdict in zip(todo, executor.run_many(executions), strict=True):
         passed = draft.verdict is not None and draft.verdict.accepted
-        failures = [result.status not in ("accepted", "sandbox_error", "not_run") for result in verdict.tests]
+        failures = [status not in ("accepted", "sandbox_error", "not_run") for status in verdict.statuses]
         broken.setdefault(proposal.problem.id, []).append((passed, failures))
     out: dict[str, list[StdinTest]] = {}
     for proposal in proposed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ctrl_hpc.config.machine import ExecutorConfig, OverrideConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
@@ -19,13 +18,15 @@ from ctrl_hpc.records import (
     Generator,
     Judgement,
     Limits,
+    Override,
     Problem,
     Revision,
+    Rules,
     Sampling,
     Solution,
-    TestResult,
     Verdict,
 )
+from ctrl_hpc.verdicts import unrun
 
 
 def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, sampling: Sampling) -> list[Solution]:
@@ -45,19 +46,14 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
     ]
 
 
-Settings = ExecutorConfig | Limits
-"""How programs are executed; default limits alone stand for an executor's other defaults."""
-
-
-def limits(problem: Problem, settings: Settings) -> Limits:
+def limits(problem: Problem, rules: Rules) -> Limits:
     """The limits of one test: those of the data set's override, else the problem's, else the default.
 
     Times are multiplied by ``time_factor``, but for an override's. Wall-clock time grows and shrinks with the CPU time,
     in the proportion of the default.
     """
-    executor, override = _executor(settings, problem)
-    default = executor.limits
-    cpu_s = override.cpu_s or (problem.cpu_s or default.cpu_s) * executor.time_factor
+    default, override = rules.limits, _override(problem, rules)
+    cpu_s = override.cpu_s or (problem.cpu_s or default.cpu_s) * rules.time_factor
     return Limits(
         cpu_s=cpu_s,
         wall_s=default.wall_s * cpu_s / default.cpu_s,
@@ -67,33 +63,42 @@ def limits(problem: Problem, settings: Settings) -> Limits:
     )
 
 
-def _executor(settings: Settings, problem: Problem) -> tuple[ExecutorConfig, OverrideConfig]:
-    executor = settings if isinstance(settings, ExecutorConfig) else ExecutorConfig(limits=settings)
-    return executor, executor.overrides.get(problem.source, OverrideConfig())
+def _override(problem: Problem, rules: Rules) -> Override:
+    return rules.overrides.get(problem.source, Override())
 
 
-def execution(problem: Problem, program: str, settings: Settings) -> Execution:
-    """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
-    preamble, program = prepared(problem.harness or "", problem.starter_code, program)
+def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_failure: bool = False) -> Execution:
+    """What the executor takes: a program with its problem's tests, limits and so on, for a slim verdict."""
+    override = _override(problem, rules)
+    harness = problem.harness if problem.language in (None, "python") else None
+    preamble, program = prepared(harness or "", problem.starter_code, program)
     return Execution(
         program=program,
         preamble=preamble or None,
+        language=problem.language,
         tests=problem.tests,
-        limits=limits(problem, settings),
-        comparison=_executor(settings, problem)[1].comparison or problem.comparison or "exact",
+        limits=limits(problem, rules),
+        comparison=override.comparison or problem.comparison or "exact",
+        stop_at_first_failure=stop_at_first_failure,
+        time_budget_s=rules.time_budget_s,
+        outputs="shown",
     )
 
 
 def no_program(problem: Problem) -> Verdict:
     """The verdict of an answer that holds no program."""
-    tests = tuple(TestResult(status="not_run") for _ in problem.tests)
-    return Verdict(status="wrong_answer", tests=tests, detail="no program in the answer")
+    verdict = Verdict(status="wrong_answer", detail="no program in the answer")
+    return unrun(len(problem.tests), "not_run", verdict)
 
 
 def execute[R: (Solution, Revision)](
-    problems_and_records: Sequence[tuple[Problem, R]], executor: Executor, settings: Settings
+    problems_and_records: Sequence[tuple[Problem, R]],
+    executor: Executor,
+    rules: Rules,
+    *,
+    stop_at_first_failure: bool = False,
 ) -> list[R]:
-    """The same records with their verdicts, in order.
+    """The same records with their verdicts, in order; ``stop_at_first_failure`` where only the status matters.
 
     Records that have a verdict (kept drafts) keep it; identical programs of one problem are executed once, all in one
     call of the executor.
@@ -102,7 +107,7 @@ def execute[R: (Solution, Revision)](
     todo: dict[tuple[str, str | None], Execution] = {}
     for key, (problem, record) in zip(keys, problems_and_records, strict=True):
         if record.verdict is None and record.program is not None and key not in todo:
-            todo[key] = execution(problem, record.program, settings)
+            todo[key] = execution(problem, record.program, rules, stop_at_first_failure=stop_at_first_failure)
     verdicts = dict(zip(todo, executor.run_many(list(todo.values())), strict=True)) if todo else {}
     return [
         record

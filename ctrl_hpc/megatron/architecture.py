@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ctrl_hpc.config import ROOT, ParallelConfig
+from ctrl_hpc.config import SHARE, ParallelConfig
 
 HUGGINGFACE = "huggingface"
 """Sub-folder of a checkpoint with the critic's configuration and tokenizer."""
-KNOWN = ROOT / "configs" / "models.json"
+KNOWN = SHARE / "configs" / "models.json"
 """Configurations of well-known models by name, for plans where the model's folder is elsewhere."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")

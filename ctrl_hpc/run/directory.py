@@ -105,7 +105,7 @@ def _state(folder: Path, stage: str) -> str:
 def _is_ours(folder: Path) -> bool:
     """Whether a command of ours has begun here, and not yet written the configuration."""
     begun = any((snapshot.folder_of(folder) / name).is_file() for name in (snapshot.ASKED, snapshot.STARTS))
-    return begun or all(entry.name == "code" for entry in folder.iterdir())
+    return begun or all(entry.name in ("code", "logs") for entry in folder.iterdir())
 
 
 def prepare(config: Config) -> Path:

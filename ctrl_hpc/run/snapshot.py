@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import ROOT, Config
+from ctrl_hpc.config import ROOT, SHARE, Config
 
 Mode = Literal["new", "keep", "none"]
 PACKAGES = ("ctrl_hpc", "ctrl_kernels")
 _DATA = ("configs/models.json",)
-"""Files of the project's folder that the packages read."""
+"""Files beside the packages that they read; the configurations and models of an installed package are not copied."""
 _ORIGIN = "origin.json"
 ASKED = "config.yaml"
 """Beside the copies: the whole configuration that was asked for from Python, paths made absolute."""
@@ -68,7 +68,9 @@ def _code(record: dict[str, Any]) -> Code:
 
 
 def _git(*words: str) -> str | None:
-    """What git says of the checkout; None where there is none."""
+    """What git says of the checkout; None where there is none (an installed package may lie within another's)."""
+    if not (ROOT / ".git").exists():
+        return None
     try:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -188,9 +190,10 @@ def _sources() -> dict[str, Path]:
         top = Path(spec.origin).parent
         for file in top.rglob("*"):
             inside = file.relative_to(top)
-            if file.is_file() and file.suffix != ".pyc" and not any(part.startswith(".") for part in inside.parts):
+            left_out = inside.parts[0] == "share" or any(part.startswith(".") for part in inside.parts)
+            if file.is_file() and file.suffix != ".pyc" and not left_out:
                 found[f"{name}/{inside.as_posix()}"] = file
-    found |= {name: ROOT / name for name in _DATA if (ROOT / name).is_file()}
+    found |= {name: SHARE / name for name in _DATA}
     return dict(sorted(found.items()))
 
 

@@ -15,7 +15,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.reward import agrees
 from ctrl_hpc.flow.steps import critique, draft, execute, revise
 from ctrl_hpc.flow.text import parse_judgement
-from ctrl_hpc.records import Critique, Executor, Generator, Limits, Problem, Sampling, Solution
+from ctrl_hpc.records import Critique, Executor, Generator, Problem, Rules, Sampling, Solution
 from ctrl_hpc.tiny import grammar, text, world
 
 DRAFTED = 320
@@ -111,15 +111,15 @@ def probe(
     critic: Generator,
     executor: Executor,
     prompts: Prompts,
-    limits: Limits | None = None,
+    rules: Rules | None = None,
 ) -> list[Condition]:
     """Measure every condition with the real generator, base critic and executor.
 
-    ``problems`` are problems of the tiny world; the first ones are used. ``limits`` holds where the problems name none.
+    ``problems`` are problems of the tiny world; the first ones are used.
     """
-    limits = limits or Limits()
-    conditions = _drafting(problems[:DRAFTED], generator, critic, executor, prompts, limits)
-    return conditions + _revising(problems[:REVISED], generator, executor, prompts, limits)
+    rules = rules or Rules()
+    conditions = _drafting(problems[:DRAFTED], generator, critic, executor, prompts, rules)
+    return conditions + _revising(problems[:REVISED], generator, executor, prompts, rules)
 
 
 def _condition(name: str, value: float, low: float, high: float) -> Condition:
@@ -132,12 +132,12 @@ def _drafting(
     critic: Generator,
     executor: Executor,
     prompts: Prompts,
-    limits: Limits,
+    rules: Rules,
 ) -> list[Condition]:
     sampled = draft(problems, generator, prompts, Sampling(temperature=1.0, max_tokens=MAX_TOKENS, seed=1))
     greedy = draft(problems, generator, prompts, Sampling(temperature=0.0, max_tokens=MAX_TOKENS))
     twice = [*problems, *problems]
-    solutions = execute(list(zip(twice, [*sampled, *greedy], strict=True)), executor, limits)
+    solutions = execute(list(zip(twice, [*sampled, *greedy], strict=True)), executor, rules)
     passed = [solution.verdict is not None and solution.verdict.accepted for solution in solutions]
     sampled_rate, greedy_rate = (
         sum(part) / len(problems) for part in (passed[: len(problems)], passed[len(problems) :])
@@ -153,12 +153,12 @@ def _drafting(
 
 
 def _revising(
-    problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, limits: Limits
+    problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, rules: Rules
 ) -> list[Condition]:
     triples = [_put(told, number, problem) for told in TOLD for number, problem in enumerate(problems)]
     sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
     revisions = revise(triples, generator, prompts, sampling, gate=False)
-    executed = execute([(triple[0], one) for triple, one in zip(triples, revisions, strict=True)], executor, limits)
+    executed = execute([(triple[0], one) for triple, one in zip(triples, revisions, strict=True)], executor, rules)
     passed = [one.verdict is not None and one.verdict.accepted for one in executed]
     conditions = []
     for index, told in enumerate(TOLD):

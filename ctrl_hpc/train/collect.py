@@ -185,7 +185,8 @@ def roll_out_chunk(
     todo = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
     runs = {(problem.id, item.program) for problem, item in todo if item.verdict is None and item.program is not None}
     with clock("execute"):
-        revisions = execute(todo, services.executor, config.executor)
+        stop = options.stop_at_first_failure
+        revisions = execute(todo, services.executor, config.executor.rules, stop_at_first_failure=stop)
     rollouts = []
     for (_, draft, item), revision in zip(triples, revisions, strict=True):
         assert draft.verdict is not None

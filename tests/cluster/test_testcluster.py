@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -216,9 +217,11 @@ while true; do sleep 0.1; done
 """
     )
     driver.chmod(0o755)
-    options = ["--parsable", f"--chdir={tmp_path}", f"--export=ALL,PATH={driver.parent}:/usr/bin:/bin", "--time=5"]
-    out = slurm_cluster.run("sbatch", *options, ROOT / "slurm" / "run.sbatch", "configs/tiny.yaml", "rl.steps=3")
-    job = int(out)
+    submit = ["env", f"CTRL_HPC_PROGRAM={driver}", sys.executable, "-m", "ctrl_hpc.cli", "sbatch", "tiny"]
+    own = [f"run_dir={tmp_path / 'run'}", "cluster=testcluster", f"--chdir={tmp_path}", "--partition=gpu", "--time=5"]
+    said = slurm_cluster.run(*submit, "rl.steps=3", *own)
+    job = int(said.split()[1].rstrip(":"))
+    assert said.rstrip().endswith(f"its log: {tmp_path / 'run' / 'logs' / 'driver.log'}")
     slurm_cluster.wait_for("the driver works", lambda: "restart=0" in text(tmp_path / "calls"))
     slurm_cluster.run("scancel", "--batch", "--signal=USR2", str(job))
     slurm_cluster.wait_for("the driver works again", lambda: "restart=1" in text(tmp_path / "calls"))
@@ -226,9 +229,30 @@ while true; do sleep 0.1; done
         "it ends", lambda: slurm_cluster.accounted(job, "State", "ExitCode")[-1:] == [["FAILED", "7:0"]]
     )
     first, told, second = (tmp_path / "calls").read_text().splitlines()
-    assert first == "run configs/tiny.yaml rl.steps=3 cluster=slurm restart=0 wandb=offline hub=1 cpus=2"
+    words = f"{ROOT / 'configs' / 'tiny.yaml'} rl.steps=3 run_dir={tmp_path / 'run'} cluster=testcluster"
+    assert first == f"run {words} restart=0 wandb=offline hub=1 cpus=2"
+    assert "near the time limit, requeued" not in text(tmp_path / "run" / "logs" / "driver.log").partition("start 2")[2]
+    assert "start 1: ctrl-hpc run" in text(tmp_path / "run" / "logs" / "driver.log")
     assert told == "told to end"
     assert second == first.replace("rl.steps", "launch.snapshot=keep rl.steps").replace("restart=0", "restart=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("launch.trainer.partition=gpus", "launch.trainer.partition: 'gpus' is refused by Slurm for the trainer: "),
+        ("launch.rollout.cpus=4000", "launch.rollout is refused by Slurm for the critic: "),
+    ],
+)
+def test_what_slurm_would_refuse_is_told_before_anything_is_submitted(
+    slurm_cluster: SlurmCluster, tmp_path: Path, override: str, told: str
+) -> None:
+    words = [sys.executable, "-m", "ctrl_hpc.cli", "run", "tiny", "cluster=testcluster", f"run_dir={tmp_path / 'run'}"]
+    done = slurm_cluster.call(*words, override)
+    assert done.returncode == 2
+    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ctrl_hpc.config import ExecutorConfig, OverrideConfig
 from ctrl_hpc.flow.steps import execution, limits
 from ctrl_hpc.harness import HARNESSES, prepared
-from ctrl_hpc.records import Execution, FunctionTest, Limits, Problem, StdinTest
+from ctrl_hpc.records import Execution, FunctionTest, Limits, Override, Problem, Rules, StdinTest, TestCase
 from ctrl_hpc.sandbox import Sandbox, fusion, interpreter, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
 
@@ -76,6 +77,33 @@ def sandbox() -> Iterator[Sandbox]:
 def test_honest_programs_are_accepted(sandbox: Sandbox, name: str) -> None:
     verdict = sandbox.run_tests(THREE[name], [StdinTest(stdin="3\n", expected_stdout="3\n")], LIMITS)
     assert verdict.accepted, verdict
+
+
+KINDS = tomllib.loads(Path(__file__).with_name("honest_programs.toml").read_text(encoding="utf-8"))
+
+
+def _honest(given: dict[str, Any]) -> Execution:
+    tests: tuple[TestCase, ...]
+    if "call" in given:
+        name, args, expected = json.loads(given["call"])
+        tests = (FunctionTest(name=name, args=tuple(args), expected=expected),) * given.get("times", 1)
+    else:
+        tests = (StdinTest(stdin=given.get("stdin", ""), expected_stdout=given["stdout"]),)
+    harness = given.get("harness", "codecontests")
+    problem = Problem(id="p", source=harness, split="test", prompt="", tests=tests, harness=harness)
+    problem = replace(problem, comparison=given.get("comparison"), starter_code=given.get("starter"))
+    return execution(problem, given["program"], Rules())
+
+
+def test_right_programs_of_many_kinds_are_accepted(sandbox: Sandbox) -> None:
+    """Recursion through C, numbers of many digits, ways to read and write, what stands around a program."""
+    verdicts = sandbox.run_many([_honest(given) for given in KINDS.values()])
+    refused = {
+        name: f"{verdict.status} {verdict.detail}"
+        for name, verdict in zip(KINDS, verdicts, strict=True)
+        if not verdict.accepted
+    }
+    assert refused == {}
 
 
 @pytest.mark.slow
@@ -153,7 +181,7 @@ def test_a_run_and_submit_share_the_harness(sandbox: Sandbox, program: str, name
         config=fusion.TestConfig(dataset_type="LiveCodeBenchDataset", provided_data={"test": tests}),
     )
     by_http, _ = fusion.submission(body)
-    in_a_run = execution(problem, program, Limits())
+    in_a_run = execution(problem, program, Rules())
     assert (by_http.program, by_http.preamble) == (in_a_run.program, in_a_run.preamble)
     for verdict in sandbox.run_many([by_http, in_a_run]):
         assert verdict.accepted, verdict
@@ -161,13 +189,13 @@ def test_a_run_and_submit_share_the_harness(sandbox: Sandbox, program: str, name
 
 def test_a_name_that_only_the_preamble_has_is_no_solution(sandbox: Sandbox) -> None:
     problem = replace(LIVE, tests=(FunctionTest(name="gcd", args=(4, 6), expected=2),))
-    (verdict,) = sandbox.run_many([execution(problem, "x = 1", Limits())])
+    (verdict,) = sandbox.run_many([execution(problem, "x = 1", Rules())])
     assert verdict.status == "runtime_error" and "does not define gcd" in verdict.detail
 
 
 def test_errors_keep_the_programs_own_lines(sandbox: Sandbox) -> None:
     problem = replace(LIVE, tests=(StdinTest(stdin="", expected_stdout=""),))
-    (verdict,) = sandbox.run_many([execution(problem, "x = 1\n1 / 0", Limits())])
+    (verdict,) = sandbox.run_many([execution(problem, "x = 1\n1 / 0", Rules())])
     assert b'File "solution.py", line 2, in <module>\n    1 / 0' in verdict.tests[0].stderr
 
 
@@ -175,7 +203,7 @@ def test_livecodebench_takes_no_account_of_the_exit_code(sandbox: Sandbox) -> No
     for source, status in (("livecodebench", "accepted"), ("codecontests", "runtime_error")):
         problem = replace(LIVE, harness=source, tests=(StdinTest(stdin="", expected_stdout="1\n"),))
         for program in ("print(1)\nraise SystemExit('x')", "import sys\nprint(1)\nsys.exit(1)"):
-            (verdict,) = sandbox.run_many([execution(problem, program, Limits())])
+            (verdict,) = sandbox.run_many([execution(problem, program, Rules())])
             assert verdict.status == status
 
 
@@ -196,7 +224,7 @@ HUMAN = (
 def test_answers_to_humaneval_need_not_repeat_the_prompt(sandbox: Sandbox, program: str) -> None:
     test = FunctionTest(name="top", args=([1, 3],), expected=3)
     problem = replace(LIVE, harness="humaneval", source="humaneval", starter_code=HUMAN, tests=(test,))
-    (verdict,) = sandbox.run_many([execution(problem, program, Limits())])
+    (verdict,) = sandbox.run_many([execution(problem, program, Rules())])
     assert verdict.accepted, verdict
 
 
@@ -215,15 +243,24 @@ def test_an_unknown_harness_lists_the_choices() -> None:
     assert set(HARNESSES) == {"", "livecodebench", "taco", "humaneval", "mbpp", "codecontests"}
 
 
+def test_livecodebenchs_rule_takes_decimals_as_they_are_and_another_can_be_asked_for(sandbox: Sandbox) -> None:
+    """As its grader has it, and within an error where a configuration says so."""
+    printed = "print(0.1 + 0.2, '1.4142135623')"
+    test = StdinTest(stdin="", expected_stdout="0.3 1.41421356237310\n")
+    problem = replace(LIVE, tests=(test,), comparison="livecodebench")
+    lax = Rules(overrides={"livecodebench": Override(comparison="float")})
+    runs = [execution(problem, printed, rules) for rules in (Rules(), lax)]
+    assert [verdict.status for verdict in sandbox.run_many(runs)] == ["wrong_answer", "accepted"]
+
+
 def test_limits_by_factor_and_by_data_set() -> None:
     slow = replace(LIVE, cpu_s=2.0, memory_mb=64)
-    given = ExecutorConfig(time_factor=3.0, overrides={"taco": OverrideConfig(cpu_s=30.0, comparison="taco")})
+    given = Rules(time_factor=3.0, overrides={"taco": Override(cpu_s=30.0, comparison="taco")})
     assert (limits(slow, given).cpu_s, limits(slow, given).wall_s, limits(slow, given).memory_mb) == (6.0, 12.0, 64)
     other = replace(slow, source="taco", comparison="float:abs=0.1")
     assert (limits(other, given).cpu_s, limits(other, given).wall_s) == (30.0, 60.0)
     assert (
-        execution(other, "", given).comparison == "taco"
-        and execution(other, "", Limits()).comparison == "float:abs=0.1"
+        execution(other, "", given).comparison == "taco" and execution(other, "", Rules()).comparison == "float:abs=0.1"
     )
 
 

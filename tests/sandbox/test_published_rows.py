@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from ctrl_hpc.config import ExecutorConfig
 from ctrl_hpc.data import catalog
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.records import Rules
 from ctrl_hpc.sandbox import Sandbox
 
 
@@ -147,7 +147,7 @@ def test_right_is_right_and_wrong_is_not(name, sandbox, tmp_path):
     data_set, row, right, wrong = CASES[name]
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     (problem,) = catalog.whole(data_set, str(tmp_path / "test.jsonl"), "test")
-    verdicts = sandbox.run_many([execution(problem, program, ExecutorConfig()) for program in (right, wrong)])
+    verdicts = sandbox.run_many([execution(problem, program, Rules()) for program in (right, wrong)])
     assert verdicts[0].status == "accepted", verdicts[0].detail
     assert verdicts[1].status in ("wrong_answer", "runtime_error")
 
@@ -164,5 +164,5 @@ def test_another_right_answer_is_not_called_wrong(sandbox, tmp_path):
     row = contests("If there are several answers, print any of them.", "3\n", "1 2\n")
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     (problem,) = catalog.whole("codecontests", str(tmp_path / "test.jsonl"), "test")
-    programs = [execution(problem, program, ExecutorConfig()) for program in ("print(1, 2)", "print(2, 1)")]
+    programs = [execution(problem, program, Rules()) for program in ("print(1, 2)", "print(2, 1)")]
     assert [verdict.status for verdict in sandbox.run_many(programs)] == ["accepted", "unsupported"]

@@ -1,5 +1,6 @@
 """The command line answers at once and says what is wrong in one line."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,70 @@ def test_wrong_input_ends_with_2_and_one_line(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_unknown_options_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("rnu configs/tiny.yaml", "ctrl-hpc: COMMAND: there is no 'rnu' (did you mean run?); allowed: run, sample, "),
+        ("serve exectuor --port 1", "ctrl-hpc serve: KIND: there is no 'exectuor' (did you mean executor?); allowed: "),
+        (
+            "bench trainer --recompute al",
+            "--recompute: there is no 'al'; allowed: none, selective, full; see ctrl-hpc b",
+        ),
+        (
+            "run configs/tiny.yaml --dryrun",
+            "ctrl-hpc run: --dryrun: no such option (did you mean --dry-run?); see ctrl",
+        ),
+        ("status runs/a runs/b", "ctrl-hpc status: 'runs/b': one argument too many; see ctrl-hpc status --help"),
+        ("status", "ctrl-hpc status: the following arguments are required: RUN; see ctrl-hpc status --help"),
+        ("logs runs/a --lines many", "ctrl-hpc logs: --lines: invalid int value: 'many'; see ctrl-hpc logs --help"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_what_was_perhaps_meant(
+    line: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main(["run", TINY, "--fast"])
+        cli.main(line.split())
     assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help", "serve", "executor"]) == 0
+    assert "usage: ctrl-hpc serve executor" in capsys.readouterr().out
+    assert cli.main([]) == 0
+    assert "usage: ctrl-hpc [-h]" in capsys.readouterr().out
+    assert cli.main(["help", "lgos"]) == 2
+    assert "help: 'lgos' is no command (did you mean logs?)" in capsys.readouterr().err
+
+
+def test_version_names_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("ctrl-hpc ") and said.rstrip().endswith(str(ROOT / "ctrl_hpc"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("ctrl-hpc re", ["report "]),
+        ("ctrl-hpc run configs/tiny.yaml rl.est", ["rl.estimator="]),
+        ("ctrl-hpc run configs/tiny.yaml rl.ratio=", ["rl.ratio=token", "rl.ratio=sequence"]),
+        ("ctrl-hpc sft configs/tiny.yaml sft.lora", []),
+        ("ctrl-hpc run configs/tiny.yaml --dr", ["--dry-run "]),
+    ],
+)
+def test_tab_completes_commands_options_and_keys(typed: str, offered: list[str], tmp_path: Path) -> None:
+    """What the function that ``ctrl-hpc completion bash`` defines asks for."""
+    out = tmp_path / "offered"
+    asked = {
+        **{"_ARGCOMPLETE": "1", "_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": "\n", "COMP_TYPE": "9"},
+        **{"COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE_STDOUT_FILENAME": str(out)},
+    }
+    code = "import sys; from ctrl_hpc.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | asked, cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert [text for text in out.read_text().split("\n") if text] == offered

@@ -13,7 +13,7 @@ from ctrl_hpc.data import catalog, evalplus, humaneval
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import draft, execute
-from ctrl_hpc.records import Limits, Sampling
+from ctrl_hpc.records import Limits, Rules, Sampling
 from ctrl_hpc.sandbox import Sandbox
 
 
@@ -44,7 +44,7 @@ def test_every_canonical_solution_passes_through_prompts_extraction_and_sandbox(
     prompts = Prompts.load("default")
     drafts = draft(problems, OracleGenerator(problems, prompts), prompts, Sampling(temperature=0.0))
     with Sandbox(workers=2) as sandbox:
-        executed = execute(list(zip(problems, drafts, strict=True)), sandbox, Limits())
+        executed = execute(list(zip(problems, drafts, strict=True)), sandbox, Rules())
     assert [solution.id for solution in executed if not solution.verdict.accepted] == []
 
 
@@ -59,7 +59,7 @@ def test_wrong_solutions_do_not_pass(problems):
         for item, code in zip(drafts, bodies, strict=True)
     ]
     with Sandbox(workers=2) as sandbox:
-        executed = execute(list(zip(chosen, broken, strict=True)), sandbox, Limits(cpu_s=1.0, wall_s=2.0))
+        executed = execute(list(zip(chosen, broken, strict=True)), sandbox, Rules(limits=Limits(cpu_s=1.0, wall_s=2.0)))
     assert [solution.id for solution in executed if solution.verdict.accepted] == []
 
 

@@ -76,7 +76,7 @@ CASES = [(page.name, command, needs) for page in PAGES for command, needs in com
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the project's, with the files that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "Makefile", "tests"):
+    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "Makefile", "tests"):
         (folder / name).symlink_to(ROOT / name)
     tests = (StdinTest(stdin="1 2\n", expected_stdout="3\n"),)
     jsonl.write(
@@ -127,6 +127,11 @@ def test_a_command(
         target = place / arguments[-1]
         assert target.exists()
         (shutil.rmtree if target.is_dir() else Path.unlink)(target)
+    elif program == "source":
+        assert arguments == [".venv/bin/activate"]  # which `make setup` makes, and says so
+    elif program == "eval":
+        inner = re.fullmatch(r"\$\((ctrl-hpc .*)\)", arguments[0])
+        assert inner is not None and cli.main(inner[1].split()[1:]) == 0
     elif program == "curl":
         route = re.search(r"https?://[\w.-]+(?::\d+)?(/[\w/]+)", command)
         assert route is not None and route[1] in ROUTES, f"{page}: {command}: no such route"
@@ -146,7 +151,7 @@ def ctrl_hpc(arguments: list[str]) -> None:
         if any("my_prompts" in word for word in arguments):
             shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
         assert cli.main(dry) == 0
-    elif name in ("data", "report", "status", "logs", "stop") and not placeholder:
+    elif name in ("help", "completion", "data", "report", "status", "logs", "stop") and not placeholder:
         assert cli.main(arguments) == 0
     elif name == "doctor":
         assert cli.main(arguments) in (0, 1)  # it names what this machine lacks

@@ -12,8 +12,9 @@ from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.flow.adversarial import mutations, strengthen
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import execute
-from ctrl_hpc.records import Generation, Limits, Problem, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import Generation, Limits, Problem, Rules, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox
+from ctrl_hpc.verdicts import answered
 
 CANONICAL = "print(abs(int(input())))"
 RIGHT_ON_THE_TESTS = "n = int(input())\nprint(n if n >= -5 else 0) if n > 0 else print(-n if n > -8 else 0)"
@@ -35,7 +36,7 @@ class InProcess:
         self.runs = 0
 
     def run_many(self, executions):
-        return [self._run(item) for item in executions]
+        return [answered(item, self._run(item)) for item in executions]
 
     def _run(self, item):
         results = []
@@ -58,7 +59,7 @@ class InProcess:
 
 def drafts(*programs):
     made = [Solution(id=f"p/{k}", problem_id="p", text="", program=text) for k, text in enumerate(programs)]
-    return execute([(PROBLEM, item) for item in made], InProcess(), Limits())
+    return execute([(PROBLEM, item) for item in made], InProcess(), Rules())
 
 
 def test_a_number_is_changed_and_a_count_is_not():
@@ -74,24 +75,24 @@ def test_tests_are_added_that_break_a_draft_which_had_passed():
     right, wrong = drafts(RIGHT_ON_THE_TESTS, WRONG)
     assert right.verdict.accepted and not wrong.verdict.accepted
     agreeing = drafts(RIGHT_ON_THE_TESTS, WRONG, CANONICAL, CANONICAL)
-    (stronger,) = strengthen([PROBLEM], agreeing, executor, Limits(), n=2, seed=0)
+    (stronger,) = strengthen([PROBLEM], agreeing, executor, Rules(), n=2, seed=0)
     added = stronger.tests[2:]
     assert stronger.tests[:2] == PROBLEM.tests
     assert 1 <= len(added) <= 2
     assert all(int(test.expected_stdout) == abs(int(test.stdin)) for test in added)
     (again,) = execute(
-        [(stronger, Solution(id="p/0", problem_id="p", text="", program=RIGHT_ON_THE_TESTS))], executor, Limits()
+        [(stronger, Solution(id="p/0", problem_id="p", text="", program=RIGHT_ON_THE_TESTS))], executor, Rules()
     )
     assert not again.verdict.accepted
-    assert strengthen([PROBLEM], agreeing, executor, Limits(), n=2, seed=0) == [stronger]
+    assert strengthen([PROBLEM], agreeing, executor, Rules(), n=2, seed=0) == [stronger]
 
 
 def test_an_input_on_which_the_passing_drafts_disagree_with_the_canonical_solution_is_not_used():
     executor = InProcess()
     disagreeing = drafts(RIGHT_ON_THE_TESTS, RIGHT_ON_THE_TESTS, RIGHT_ON_THE_TESTS, WRONG)
-    (stronger,) = strengthen([PROBLEM], disagreeing, executor, Limits(), n=4, seed=0)
+    (stronger,) = strengthen([PROBLEM], disagreeing, executor, Rules(), n=4, seed=0)
     right = Solution(id="p/0", problem_id="p", text="", program=RIGHT_ON_THE_TESTS)
-    assert execute([(stronger, right)], executor, Limits())[0].verdict.accepted
+    assert execute([(stronger, right)], executor, Rules())[0].verdict.accepted
 
 
 @pytest.mark.parametrize(
@@ -107,17 +108,17 @@ def test_without_an_answer_nothing_is_added(problem):
             return Verdict(status="runtime_error", tests=tuple(TestResult(status="runtime_error") for _ in item.tests))
 
     executor = Broken() if problem.canonical_solution else InProcess()
-    assert strengthen([problem], drafts(WRONG), executor, Limits(), n=3, seed=0) == [problem]
+    assert strengthen([problem], drafts(WRONG), executor, Rules(), n=3, seed=0) == [problem]
 
 
 def test_with_the_real_executor():
     with Sandbox(workers=1) as sandbox:
-        limits = Limits(cpu_s=2.0, wall_s=4.0)
+        rules = Rules(limits=Limits(cpu_s=2.0, wall_s=4.0))
         made = [Solution(id="p/0", problem_id="p", text="", program=WRONG)]
-        executed = execute([(PROBLEM, made[0])], sandbox, limits)
-        (stronger,) = strengthen([PROBLEM], executed, sandbox, limits, n=3, seed=0)
+        executed = execute([(PROBLEM, made[0])], sandbox, rules)
+        (stronger,) = strengthen([PROBLEM], executed, sandbox, rules, n=3, seed=0)
         right = Solution(id="p/1", problem_id="p", text="", program=CANONICAL)
-        again = execute([(stronger, right), (stronger, made[0])], sandbox, limits)
+        again = execute([(stronger, right), (stronger, made[0])], sandbox, rules)
     added = stronger.tests[2:]
     assert added and all(int(test.expected_stdout) == abs(int(test.stdin)) for test in added)
     assert [item.verdict.accepted for item in again] == [True, False]

@@ -6,7 +6,18 @@ from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, critique_with_hints, draft, execute, limits, revise
-from ctrl_hpc.records import Critique, Generation, Limits, Problem, Sampling, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import (
+    Critique,
+    Generation,
+    Limits,
+    Problem,
+    Rules,
+    Sampling,
+    Solution,
+    StdinTest,
+    Summary,
+    Verdict,
+)
 
 TESTS = (StdinTest(stdin="", expected_stdout="1"), StdinTest(stdin="", expected_stdout="2"))
 P, Q = (
@@ -124,33 +135,41 @@ def test_nothing_is_asked_when_all_drafts_are_kept():
 def test_identical_programs_of_a_problem_are_executed_once():
     judge = Judge("a")
     records = [(P, solution(P, 0, "a")), (P, solution(P, 1, "a")), (Q, solution(Q, 0, "a")), (P, solution(P, 2, "b"))]
-    done = execute(records, judge, Limits())
+    done = execute(records, judge, Rules())
     assert [item.verdict.status for item in done] == ["accepted", "accepted", "accepted", "wrong_answer"]
     assert [[item.program for item in call] for call in judge.calls] == [["a", "a", "b"]]
     assert [item.id for item in done] == ["p/0", "p/1", "q/0", "p/2"]
 
 
+def test_stopping_at_the_first_failure_and_the_time_budget_reach_the_executor():
+    judge, rules = Judge(), Rules(time_budget_s=160.0)
+    execute([(P, solution(P, 0))], judge, rules)
+    execute([(P, solution(P, 0))], judge, rules, stop_at_first_failure=True)
+    asked = [(item.stop_at_first_failure, item.time_budget_s) for call in judge.calls for item in call]
+    assert asked == [(False, 160.0), (True, 160.0)]
+
+
 def test_an_answer_without_a_program_is_wrong_without_execution():
     judge = Judge()
-    (done,) = execute([(P, solution(P, 0, None))], judge, Limits())
-    assert done.verdict == Verdict(
-        status="wrong_answer", tests=(TestResult(status="not_run"),) * 2, detail="no program in the answer"
-    )
+    (done,) = execute([(P, solution(P, 0, None))], judge, Rules())
+    summary = Summary(statuses=(("not_run", 2),))
+    assert done.verdict == Verdict(status="wrong_answer", detail="no program in the answer", summary=summary)
+    assert (done.verdict.passed, done.verdict.total) == (0, 2)
     assert judge.calls == []
 
 
 def test_a_verdict_at_hand_is_kept():
     judge, verdict = Judge(), Verdict(status="time_limit")
-    (done,) = execute([(P, solution(P, 0, verdict=verdict))], judge, Limits())
+    (done,) = execute([(P, solution(P, 0, verdict=verdict))], judge, Rules())
     assert done.verdict == verdict
     assert judge.calls == []
 
 
 def test_the_problems_limits_win_and_wall_time_follows_cpu_time():
-    default = Limits(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3)
-    assert limits(P, default) == Limits(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3)
+    rules = Rules(limits=Limits(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3))
+    assert limits(P, rules) == Limits(cpu_s=10.0, wall_s=25.0, memory_mb=512, output_bytes=100, processes=3)
     tight = Problem(id="t", source="s", split="test", prompt="", tests=TESTS, cpu_s=2.0, memory_mb=64)
-    assert limits(tight, default) == Limits(cpu_s=2.0, wall_s=5.0, memory_mb=64, output_bytes=100, processes=3)
+    assert limits(tight, rules) == Limits(cpu_s=2.0, wall_s=5.0, memory_mb=64, output_bytes=100, processes=3)
 
 
 def test_the_oracle_answers_every_turn_with_the_canonical_solution():
