@@ -35,6 +35,17 @@ def work(run_dir: Path) -> tuple[int, int]:
     return len(times), max(times, default=0)
 
 
+def progress(run_dir: Path) -> float:
+    """How far a run has come: the stages that are done, and the share that is done of one that trains."""
+    total = 0.0
+    for name in pipeline.STAGES:
+        if directory.is_done(run_dir, name):
+            total += 1.0
+        elif name in journal.STAGES and (found := journal.progress(run_dir, name)):
+            total += found["step"] / found["steps"]
+    return total
+
+
 @dataclass(slots=True, kw_only=True)
 class Before:
     """What a run was like when a fault struck."""
