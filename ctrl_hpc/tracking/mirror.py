@@ -91,6 +91,13 @@ def adopt(run_dir: Path, name: str, file: Path) -> None:
         set_mark(file, id, Mark(told=line["step"], sent=line["step"]))
 
 
+def leave_out(run_dir: Path, name: str) -> None:
+    """Take the lines of a journal for told: it is another run's, which tells them itself."""
+    file = journal.place(run_dir, name)
+    if (line := journal.last(file)) is not None:
+        set_mark(file, run_id(run_dir, name), Mark(told=line["step"], sent=line["step"]))
+
+
 def run_id(run_dir: Path, name: str) -> str:
     """The wandb id of a journal: the same for every start of its role in this run directory, and no other run's.
 
@@ -194,7 +201,7 @@ class MirroredRun:
         """After the end of wandb's process: mark what was told; what the server did not take, in words."""
         if self._run is None:
             return []
-        refused = [*self.missing, *_refused(self.log)] if self._online else []
+        refused = [*self.missing, *refused_by(self.log)] if self._online else []
         for source in self._sources.values():
             sent = {"sent": source.told} if self._online and not refused else {}
             source.set(told=source.mark.told if refused else source.told, open=None, **sent)
@@ -294,7 +301,7 @@ def _step_of(rows: int, after: int, lines: Sequence[dict[str, Any]]) -> int:
     return steps[rows] if rows < len(steps) else steps[-1] + rows - len(steps) + 1
 
 
-def _refused(log: Path | None) -> list[str]:
+def refused_by(log: Path | None) -> list[str]:
     """What wandb's log of a piece says was given up, in words."""
     found: list[str] = []
     for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []:

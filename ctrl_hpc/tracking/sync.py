@@ -172,8 +172,13 @@ def _send_piece(piece: Path, say: Callable[[str], None]) -> None:
     retries = {f"WANDB_X_{part}_RETRY_MAX": str(mirror.RETRIES) for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
     environment = retries | environment | {"WANDB_BASE_URL": url, "WANDB_DIR": str(piece.parent.parent)}
     command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-synced", str(piece)]
+    logs = lambda: set(piece.parent.glob("logs/debug-sync.*.log"))  # noqa: E731
+    before = logs()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0 or not _sent_mark(piece).exists():
         words = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         told = words[-1].removeprefix("wandb: ").removeprefix("ERROR ")[:300] if words else "it printed nothing"
         raise RuntimeError(f"{_id_of(piece)}: not sent: {told}; the same command sends what is left")
+    if refused := [words for log in sorted(logs() - before) for words in mirror.refused_by(log)]:
+        _sent_mark(piece).unlink()
+        raise RuntimeError(f"{_id_of(piece)}: not sent whole: {refused[0]}; the same command sends what is left")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -253,3 +255,31 @@ def test_no_key_and_no_server_are_one_line(
 def test_a_folder_without_journals_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sync", str(run_dir)]) == 2
     assert "no journals of a run there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_of_an_earlier_version_is_sent_once(
+    server: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(ROOT / "tests" / "data" / "run_of_8c4b07b.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    old = tmp_path / "old"
+    server.refuse = lambda path: 403 if path.endswith("model.safetensors") else 0
+    assert main(["sync", str(old)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run_id(old, 'report')}: not sent whole: " in line and "403" in line
+    server.refuse = lambda path: 0
+    for sent in (1, 0):  # the others are there
+        assert main(["sync", str(old)]) == 0
+        assert f"{sent} sent" in capsys.readouterr().out
+        for stage, name in (("sft", "sft/loss"), ("rl", "rl/reward")):
+            lines = sync.journal.lines(old / stage / "metrics.jsonl")
+            found = [(row["step"], row[name]) for row in server.runs[run_id(old, stage)]["rows"] if name in row]
+            assert found == [(line["step"], line[name]) for line in lines] and found
+    results = json.loads((old / "report" / "results.json").read_text())["datasets"]["tiny"]["critics"]
+    report = server.runs[run_id(old, "report")]
+    assert report["summary"]["eval/tiny/rl/pass_at_1"] == results["rl"]["pass_at_1"][1]
+    assert {run["type"] for run in server.runs.values()} == {"sft", "rl", "executor", "critic", "generator", "report"}
+    assert {run["group"] for run in server.runs.values()} == {"old"}
+    assert len([name for name in server.files if name.startswith("samples_")]) == 3
+    assert {("report", "old-report"), ("model", "old-sft"), ("model", "old-rl")} < set(server.artifacts)
