@@ -45,9 +45,11 @@ def run(config: str | None, overrides: Sequence[str], again: bool) -> Path:
     loaded = configuration.load(config, overrides)
     folder = Path(loaded.run_dir or "").parent / "sweeps" / sweep / trial
     group = [] if loaded.wandb.group else [f"wandb.group={trial}"]  # the trial's jobs, apart from other trials'
-    from ctrl_hpc import pipeline
+    from ctrl_hpc import pipeline, preflight
 
-    pipeline.run(configuration.load(config, [*overrides, *group, f"run_dir={folder}"]))
+    made = configuration.load(config, [*overrides, *group, f"run_dir={folder}"])
+    preflight.check(made)
+    pipeline.run(made)
     if file is not None:
         file.unlink(missing_ok=True)
     return folder
