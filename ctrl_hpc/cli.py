@@ -109,9 +109,9 @@ def _parser() -> Parser:
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     _sweep_parsers(commands)
-    sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
+    sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")
-    sync.add_argument("--again", action="store_true", help="what was sent before too")
+    sync.add_argument("--again", action="store_true", help="ask of what was sent before, too")
     sync.set_defaults(command=_sync)
     doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
     doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
@@ -404,7 +404,7 @@ def _trial(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from ctrl_hpc.tracking.sync import sync
 
-    print(f"{sync(options.run_dir, again=options.again)} pieces sent")
+    print(f"{sync(options.run_dir, again=options.again)} sent")
     return 0
 
 
