@@ -83,7 +83,9 @@ def _parser() -> Parser:
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, stage in STAGES.items():
         if name != "report":
-            _configured(commands.add_parser(name, help=stage.about), _stage(name))
+            one = commands.add_parser(name, help=stage.about)
+            _configured(one, _stage(name))
+            one.add_argument("--redo", action="store_true", help="put the records aside and make them again")
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     sbatch.add(commands.add_parser("sbatch", help="run as a Slurm job: the driver, too, which submits the others"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
@@ -182,6 +184,9 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
     rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
     rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    rollout.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the weights' own where it pays"
+    )
     rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
     rollout.add_argument("--max-batch-tokens", type=int, default=65536, help="largest padded batch (default: 65536)")
     rollout.set_defaults(command=_serve_rollout)
@@ -268,6 +273,10 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
+        if options.redo:
+            from ctrl_hpc.pipeline import redo
+
+            redo(config, name)
         _begin(config, name, options)
         from ctrl_hpc import pipeline
 
@@ -337,6 +346,7 @@ def _serve_rollout(options: argparse.Namespace) -> int:
         port=options.port,
         threads=options.threads,
         device=resolve_device("--device", options.device),
+        dtype=options.dtype,
         batching=options.batching,
         max_batch_tokens=options.max_batch_tokens,
         token=_token(options.token_env),

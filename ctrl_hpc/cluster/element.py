@@ -99,6 +99,7 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             on_ready=this.ready,
             threads=config.rollout.threads,
             device=resolve_device("rollout.device", config.rollout.device),
+            dtype=config.rollout.dtype,
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
             token=token(config, run_dir),

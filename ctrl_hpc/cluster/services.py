@@ -60,7 +60,7 @@ class Services:
     def __enter__(self) -> Self:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
-        self._refuse_second_driver()
+        self.refuse_second_driver()
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
@@ -131,8 +131,11 @@ class Services:
             self._driver.close()
             self._driver = None
 
-    def _refuse_second_driver(self) -> None:
-        """A job that Slurm has started again takes over from its first start, which may live on a lost node."""
+    def refuse_second_driver(self) -> None:
+        """Raises ValueError where another driver lives.
+
+        A job that Slurm has started again takes over from its first start, which may live on a lost node.
+        """
         own_job = os.environ.get("SLURM_JOB_ID", "")
         for service in self.registry.services():
             again = bool(own_job) and service.job_id == own_job
