@@ -79,7 +79,7 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
     """
     from ctrl_hpc import config as configuration
     from ctrl_hpc import jsonl
-    from ctrl_hpc.run import directory, snapshot
+    from ctrl_hpc.run import directory, disk, snapshot
 
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
@@ -87,6 +87,7 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
         raise ValueError("overrides go with the path of a YAML file, not with a configuration that is already built")
     configuration.check(config)
     folder = directory.check(config)
+    disk.make_private(folder)
     asked = snapshot.folder_of(folder) / snapshot.ASKED
     jsonl.write_text(asked, configuration.dump(config))
     log = folder / "logs" / "driver.log"

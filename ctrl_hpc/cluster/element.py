@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import signal
 import socket
 import threading
@@ -18,8 +17,9 @@ from urllib.parse import urlsplit
 import submitit
 
 from ctrl_hpc.cluster import processes
-from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
+from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry, folder_of
 from ctrl_hpc.config import Config
+from ctrl_hpc.service import http
 from ctrl_hpc.tracking.service_log import ServiceLog, direct
 
 
@@ -58,7 +58,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             port=0,
             workers=config.executor.workers,
             cache_dir=Path(run_dir) / "verdicts" if config.executor.cache else None,
-            token=token(config, run_dir),
+            token=token(run_dir),
             on_ready=this.ready,
             judges=config.executor.judges,
             python=config.executor.python,
@@ -97,7 +97,7 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             device=config.rollout.device,
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
-            token=token(config, run_dir),
+            token=token(run_dir),
         )
 
 
@@ -135,7 +135,7 @@ class _Element:
             session=self._session,
             healthy=partial(answers, url),
         )
-        key = token(self._config, self._run_dir)
+        key = token(self._run_dir)
         self._log = ServiceLog(self._config, self._run_dir, self._role, self._element, url, key).start()
 
     def _advertised(self, url: str) -> str:
@@ -183,17 +183,6 @@ def _leave(number: int, _: FrameType | None) -> None:
     raise SystemExit(processes.INTERRUPTED)
 
 
-def token(config: Config, run_dir: str | Path) -> str | None:
-    """The bearer token services ask for where they listen on more than loopback; made once a run, readable by its
-    owner only."""
-    if config.launch.bind.startswith("127.") or config.launch.bind == "localhost":
-        return None
-    file = Path(run_dir) / "services" / "token"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        return file.read_text(encoding="ascii")
-    with os.fdopen(descriptor, "w", encoding="ascii") as out:
-        out.write(secrets.token_urlsafe(32))
-    return file.read_text(encoding="ascii")
+def token(run_dir: str | Path) -> str:
+    """The bearer token that a run's services ask for; made once a run, readable by its owner only."""
+    return http.token_in(folder_of(run_dir) / "token")

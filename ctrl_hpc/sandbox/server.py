@@ -134,6 +134,7 @@ def create_app(
     sandbox: Sandbox,
     *,
     token: str | None = None,
+    own_user: bool = False,
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     on_started: Callable[[], Awaitable[None]] | None = None,
@@ -153,6 +154,7 @@ def create_app(
     app.add_middleware(
         http.Gate,  # type: ignore[arg-type]
         token=token,
+        own_user=own_user,
         max_body_bytes=max_body_bytes,
         open_paths=frozenset({"/health"}),
     )
@@ -235,6 +237,7 @@ def serve(
     workers: int = 2,
     cache_dir: str | Path | None = None,
     token: str | None = None,
+    own_user: bool = False,
     on_ready: Callable[[str], None] | None = None,
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -247,8 +250,10 @@ def serve(
 
     ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers;
     ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`.
+    ``token`` and ``own_user``: see :func:`ctrl_hpc.service.http.access`.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
+    token, own_user = http.access(host, token, own_user)
     sock = http.listen(host, port)
     try:
         special = judge.load(judges or {})
@@ -264,9 +269,16 @@ def serve(
                     server.should_exit = True
 
             app = create_app(
-                sandbox, token=token, max_waiting=max_waiting, max_body_bytes=max_body_bytes, on_started=ready
+                sandbox,
+                token=token,
+                own_user=own_user,
+                max_waiting=max_waiting,
+                max_body_bytes=max_body_bytes,
+                on_started=ready,
             )
-            config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_s)
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, http=http.Protocol, timeout_graceful_shutdown=drain_s
+            )
             server = http.DrainingServer(config)
             server.run(sockets=[sock])
             if failures:
