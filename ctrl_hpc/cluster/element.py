@@ -147,11 +147,14 @@ class _Element:
 
 
 def answers(url: str) -> bool:
-    """Whether the service at ``url`` answers on ``/health``, whatever it says."""
+    """Whether this process's service at ``url`` answers on ``/health``; it leaves when the service says it is dead."""
     try:
         with direct.open(f"{url}/health", timeout=HEALTH_S):
             return True
-    except HTTPError:
+    except HTTPError as error:
+        if b'"dead"' in error.read(1000):
+            print("the service's worker has ended: leaving", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
         return True
     except OSError:
         return False

@@ -34,8 +34,7 @@ _MAX_TESTS_BYTES = 1 << 28
 ALIASES = {"python": ("python", "Python", "py", "Python3", "python3", "PY")}
 """What fences call the languages."""
 _IMPORT, _DEFINITION = re.compile(r"(?:import|from|#)[^\n]"), re.compile(r"(?:def|class) [^\n]")
-_FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
-_OPEN_FENCE = re.compile(r"```([^\n]*)\n(.*)", re.DOTALL)
+_FENCE = "```"
 
 
 class RunCodeBody(BaseModel):
@@ -135,14 +134,53 @@ def extract(completion: str, language: str = "python") -> str:
     Without a fence, the first run of lines that looks like a definition of Python's; else "".
     """
     aliases = ALIASES[language]
-    for pattern in (_FENCED, _OPEN_FENCE):
-        blocks = pattern.findall(completion)
+    for blocks in (_fenced(completion), _left_open(completion)):
         tagged = [code for tag, code in blocks if tag.strip() in aliases]
         if tagged:
             return tagged[0]
         if blocks:
             return blocks[0][1]
     return _first_definition(completion) if language == "python" else ""
+
+
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Tags and contents of fenced blocks, in time linear in the text.
+
+    They are what the expression ```` ```([^\\n]*)\\n(.*?)\\n\\s*``` ```` finds.
+    """
+    blocks, at = [], 0
+    while (opened := _opened(text, at)) and (end := _end_of_block(text, opened[1] + 1)):
+        tag_start, line_end = opened
+        blocks.append((text[tag_start:line_end], text[line_end + 1 : end[0]]))
+        at = end[1]
+    return blocks
+
+
+def _left_open(text: str) -> list[tuple[str, str]]:
+    """The tag of the first fence, and all that follows it; empty where there is none."""
+    opened = _opened(text, 0)
+    return [(text[opened[0] : opened[1]], text[opened[1] + 1 :])] if opened else []
+
+
+def _opened(text: str, at: int) -> tuple[int, int] | None:
+    """Where the tag of the first fence from there on starts, and where its line ends."""
+    fence = text.find(_FENCE, at)
+    line_end = text.find("\n", fence) if fence >= 0 else -1
+    return (fence + len(_FENCE), line_end) if line_end >= 0 else None
+
+
+def _end_of_block(text: str, start: int) -> tuple[int, int] | None:
+    """Where a block's contents end, and where its closing fence does: the first on a line of its own."""
+    fence = text.find(_FENCE, start)
+    while fence >= 0:
+        blank = fence
+        while blank > start and text[blank - 1].isspace():
+            blank -= 1
+        line_end = text.find("\n", blank, fence)
+        if line_end >= 0:
+            return line_end, fence + len(_FENCE)
+        fence = text.find(_FENCE, fence + 1)
+    return None
 
 
 def _first_definition(text: str) -> str:

@@ -187,7 +187,8 @@ def _add_error_handlers(app: FastAPI, state: Service) -> None:
 def _add_routes(app: FastAPI, state: Service) -> None:
     @app.post("/run_tests")
     async def run_tests(request: Request) -> Response:
-        verdicts = await state.run(_executions(await request.body()))
+        sent = await request.body()
+        verdicts = await state.run(await _apart(len(sent), _executions, sent))
         body = json.dumps({"verdicts": jsonl.encode(verdicts)}, separators=(",", ":"))
         return Response(body, media_type="application/json")
 
@@ -204,19 +205,33 @@ def _add_routes(app: FastAPI, state: Service) -> None:
 
     @app.post("/submit")
     async def submit(body: fusion.SubmitBody) -> JSONResponse:
-        execution, code = fusion.submission(body)
+        execution, code = await _apart(_size(body), fusion.submission, body)
         (verdict,) = await state.run([execution])
         return JSONResponse(fusion.submit_response(body, execution, code, verdict, state.host))
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        status = "draining" if state.draining else "ok"
+        status = "draining" if state.draining else "ok" if state.sandbox.alive else "dead"
         answer = {"status": status, "workers": state.sandbox.workers, "waiting": state.sandbox.unfinished}
-        return JSONResponse(answer, status_code=503 if state.draining else 200)
+        return JSONResponse(answer, status_code=200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+_LARGE = 1 << 16
+"""What takes longer to read than a moment is read in a thread, so that other requests are answered meanwhile."""
+
+
+async def _apart[A, R](size: int, read: Callable[[A], R], body: A) -> R:
+    return await asyncio.to_thread(read, body) if size > _LARGE else read(body)
+
+
+def _size(body: fusion.SubmitBody) -> int:
+    data = body.config.provided_data
+    tests = data.get("test") if isinstance(data, dict) else None
+    return len(body.completion) + (len(tests) if isinstance(tests, str) else _LARGE)
 
 
 def _executions(body: bytes) -> list[Execution]:
