@@ -58,7 +58,7 @@ class Services:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        disk.make_private(self.run_dir)
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
         self.refuse_second_driver()
         end_recorded(self.run_dir)
@@ -66,7 +66,7 @@ class Services:
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
         if changed:
             console.print(changed, highlight=False, soft_wrap=True)
-        token(self.config, self.run_dir)
+        token(self.run_dir)
         log = self.run_dir / "logs" / "driver.log"
         self._driver = self.registry.register(
             "driver", "", id="driver", job_id=os.environ.get("SLURM_JOB_ID", ""), log=str(log), session=self.session
