@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctrl_hpc.commands import bench, config, data, report, sbatch
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
-from ctrl_hpc.stages import STAGES
+from ctrl_hpc.config.stages import STAGES
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
@@ -209,10 +209,13 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load(options.config, options.overrides)
     if options.dry_run:
+        lacking = _lacking(config)
         print(dump(config), end="")
         _print_scripts(config)
-        return _plan(config)
-    _keep_code(config, "run", options)
+        _plan(config)
+        print("".join(f"# missing here: {text}\n" for text in lacking), end="")
+        return 0
+    _begin(config, "run", options)
     from ctrl_hpc import pipeline
     from ctrl_hpc.run import directory
 
@@ -232,11 +235,23 @@ def _print_scripts(config: Config) -> None:
             print("\n".join([f"# batch script of {role}:", *(f"#   {line}" for line in text.splitlines())]))
 
 
-def _plan(config: Config) -> int:
+def _lacking(config: Config) -> list[str]:
+    """What this machine lacks for a run. Raises ValueError for what is wrong anywhere."""
+    from ctrl_hpc import preflight
+
+    lacking = []
+    for finding in preflight.findings(config):
+        if not finding.here:
+            raise ValueError(finding.text)
+        lacking.append(finding.text)
+    return lacking
+
+
+def _plan(config: Config) -> None:
     """Print the plan as comments, so that the output stays a configuration. Raises ValueError when it does not fit."""
     if not {"sft", "rl"} & set(config.stages):
         print("# plan: no stage of this configuration trains")
-        return 0
+        return
     from ctrl_hpc.plan.plan import plan
 
     found = plan(config)
@@ -245,7 +260,6 @@ def _plan(config: Config) -> int:
         print(f"#   {line}")
     if found.fits is False:
         raise ValueError(f"does not fit: {found.verdict()}")
-    return 0
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], int]:
@@ -253,7 +267,7 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
-        _keep_code(config, name, options)
+        _begin(config, name, options)
         from ctrl_hpc import pipeline
 
         pipeline.run(config, stages=(name,))
@@ -262,14 +276,15 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
     return command
 
 
-def _keep_code(config: Config, command: str, options: argparse.Namespace) -> None:
-    """Where this is a program of its own: what it imports later is the code as it is now (or was, with ``keep``)."""
-    if options.is_program:
-        from ctrl_hpc.run import directory, snapshot
+def _begin(config: Config, command: str, options: argparse.Namespace) -> None:
+    """The check before anything starts; what a program of its own imports later is the code as it is now (or was)."""
+    from ctrl_hpc import preflight
+    from ctrl_hpc.run import snapshot
 
-        if config.launch.snapshot == "keep":
-            snapshot.continue_kept(config, command, options.overrides)
-        directory.check(config)
+    if options.is_program and config.launch.snapshot == "keep":
+        snapshot.continue_kept(config, command, options.overrides)
+    preflight.check(config, None if command == "run" else (command,))
+    if options.is_program:
         copy = snapshot.take(config.run_dir or "", config.launch.snapshot)
         if copy is not None and snapshot.own(config.run_dir or "") is None:
             snapshot.import_from(copy)
@@ -282,8 +297,10 @@ def _suite(options: argparse.Namespace) -> int:
         from rich.console import Console
 
         read = suite.read(options.suite)
-        console = Console()
-        console.print(suite.plan_table(read, suite.members(read, options.suite, options.overrides)))
+        members = suite.members(read, options.suite, options.overrides)
+        Console().print(suite.plan_table(read, members))
+        for told in suite.check(members, dry=True):
+            print(f"missing here: {told}")
         return 0
     suite.run(options.suite, options.overrides, options.only)
     return 0
@@ -309,6 +326,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
 
 
 def _serve_rollout(options: argparse.Namespace) -> int:
+    from ctrl_hpc.config.machine import resolve_device
     from ctrl_hpc.rollout.server import serve
 
     serve(
@@ -316,7 +334,7 @@ def _serve_rollout(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         threads=options.threads,
-        device=options.device,
+        device=resolve_device("--device", options.device),
         batching=options.batching,
         max_batch_tokens=options.max_batch_tokens,
         token=_token(options.token_env),

@@ -78,15 +78,14 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
     anything starts, when the configuration is wrong or the run's folder belongs to another one.
     """
     from ctrl_hpc import config as configuration
-    from ctrl_hpc import jsonl
-    from ctrl_hpc.run import directory, snapshot
+    from ctrl_hpc import jsonl, preflight
+    from ctrl_hpc.run import snapshot
 
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif overrides:
         raise ValueError("overrides go with the path of a YAML file, not with a configuration that is already built")
-    configuration.check(config)
-    folder = directory.check(config)
+    folder = preflight.check(config)
     asked = snapshot.folder_of(folder) / snapshot.ASKED
     jsonl.write_text(asked, configuration.dump(config))
     log = folder / "logs" / "driver.log"

@@ -20,6 +20,8 @@ import submitit
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.machine import resolve_device
+from ctrl_hpc.store.tests import folder_of
 from ctrl_hpc.tracking.service_log import ServiceLog, direct
 
 
@@ -63,6 +65,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             judges=config.executor.judges,
             python=config.executor.python,
             packages=config.executor.packages,
+            tests_dir=folder_of(run_dir),
         )
 
 
@@ -94,7 +97,7 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             port=0,
             on_ready=this.ready,
             threads=config.rollout.threads,
-            device=config.rollout.device,
+            device=resolve_device("rollout.device", config.rollout.device),
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
             token=token(config, run_dir),

@@ -29,8 +29,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check, submit, and say where the driver's log is."""
+    from ctrl_hpc import preflight
     from ctrl_hpc.config import load
-    from ctrl_hpc.run import directory
 
     overrides = list(options.overrides)
     config = load(options.config, overrides)
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         config = load(options.config, overrides)
     if shutil.which("sbatch") is None:
         raise ValueError("sbatch: there is no such command here; submit from a login node (or `ctrl-hpc run` here)")
-    folder = directory.check(config)
+    folder = preflight.check(config)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     words = command(config, options.config, overrides, options.sbatch_options)
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | environment())

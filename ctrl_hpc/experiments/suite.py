@@ -17,9 +17,10 @@ from rich.table import Table
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
+from ctrl_hpc.config.changes import depends, reads
 from ctrl_hpc.config.load import find, no_such
 from ctrl_hpc.run import directory
-from ctrl_hpc.stages import depends, reads
+from ctrl_hpc.store.tests import folder_of
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -130,6 +131,24 @@ def members(suite: Suite, file: str | Path, overrides: Sequence[str] = ()) -> li
     return sorted(out, key=lambda member: member.seed)
 
 
+def check(wanted: Sequence[Member], *, dry: bool = False) -> list[str]:
+    """Look at every member that is not done before the first of them starts.
+
+    With ``dry``, returns what this machine lacks, each once. Raises ValueError naming the member and what is wrong.
+    """
+    from ctrl_hpc import preflight
+
+    lacking: dict[str, None] = {}
+    for member in wanted:
+        if member.done:
+            continue
+        for finding in preflight.findings(member.config):
+            if not (dry and finding.here):
+                raise ValueError(f"{member.folder.name}: {finding.text}")
+            lacking[finding.text] = None
+    return list(lacking)
+
+
 def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> Path:
     """Run what is not done, then report all that is; returns the report's folder.
 
@@ -138,6 +157,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     suite = read(file)
     every = members(suite, file, overrides)
     wanted = _chosen(every, only)
+    check(wanted)
     failed = [member.folder.name for member, error in run_members(suite.name, wanted, every, suite.share) if error]
     finished = [member for member in every if member.done and "report" in member.config.stages]
     out = Path(suite.folder or Path("runs") / suite.name).absolute() / "report"
@@ -217,6 +237,12 @@ def take_over(source: Path, target: Path, stage: str) -> None:
     for file in (source / "problems").iterdir():
         if not file.name.startswith("eval-") and not (target / "problems" / file.name).exists():
             os.link(file, target / "problems" / file.name)
+    tests = folder_of(source)
+    if tests.is_dir():
+        folder_of(target).mkdir(exist_ok=True)
+        for file in sorted(tests.iterdir()):
+            if not (folder_of(target) / file.name).exists():
+                os.link(file, folder_of(target) / file.name)
 
 
 def _link(source: Path, target: Path) -> None:

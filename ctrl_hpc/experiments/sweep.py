@@ -149,6 +149,7 @@ def run_here(file: str | Path, overrides: Sequence[str], *, count: int | None, s
     first = configuration.load(sweep.config, [*fixed, *_arguments(settings[0])])
     folder = Path(first.run_dir or "").parent / "sweeps" / Path(file).stem
     members = [_member(sweep, fixed, trial, folder / f"trial-{i:03d}") for i, trial in enumerate(settings)]
+    suite.check(members)
     rows: list[dict[str, Any]] = []
     for number, (member, failure) in enumerate(suite.run_members(sweep.name, members, members, share=True)):
         objective = _objective(member.folder) if failure is None else None

@@ -1,4 +1,4 @@
-"""SandboxFusion's protocol over our executor: ``/run_code`` and ``/submit`` for Python, as its PyPI client speaks it.
+"""SandboxFusion's protocol over our executor: ``/run_code`` and ``/submit``, as its PyPI client speaks it.
 
 A program's failure is always a ``Failed`` result, never ``SandboxError``: clients retry that one.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import inspect
 import io
 import json
 import pickle
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +21,7 @@ from pydantic import BaseModel
 
 from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import Execution, FunctionTest, Limits, StdinTest, TestCase, TestResult, Verdict
+from ctrl_hpc.sandbox import languages
 
 DEFAULT_MEMORY_MB = 1024
 IGNORED = "IGNORE_THIS_FILE"
@@ -31,8 +34,13 @@ _SHOWN_CHARACTERS = 1000
 _SHOWN_INPUT, _SHOWN_OUTPUT = 300, 200
 _MAX_LIVE_CODE_BENCH_S = 160
 _MAX_TESTS_BYTES = 1 << 28
-ALIASES = {"python": ("python", "Python", "py", "Python3", "python3", "PY")}
+ALIASES = {
+    languages.PYTHON: ("python", "Python", "py", "Python3", "python3", "PY"),
+    **{name: entry.aliases for name, entry in languages.LANGUAGES.items()},
+}
 """What fences call the languages."""
+_LANGUAGE_OF = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+_EXTRACTION_S = 10.0
 _IMPORT, _DEFINITION = re.compile(r"(?:import|from|#)[^\n]"), re.compile(r"(?:def|class) [^\n]")
 _FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
 _OPEN_FENCE = re.compile(r"```([^\n]*)\n(.*)", re.DOTALL)
@@ -57,6 +65,7 @@ class TestConfig(BaseModel):
     __test__ = False
     dataset_type: str | None = None
     language: str | None = None
+    compile_timeout: float | None = None
     run_timeout: float | None = None
     custom_extract_logic: str | None = None
     provided_data: list[dict[str, Any]] | dict[str, Any] | None = None
@@ -76,16 +85,18 @@ def limits(run_timeout_s: float, memory_mb: int = -1) -> Limits:
     """The limits of a run whose only stated limit is its wall-clock time; no time at all is a time limit, too."""
     if not run_timeout_s <= _MAX_TIMEOUT_S:
         raise ValueError(f"run_timeout: {run_timeout_s} is more than {_MAX_TIMEOUT_S} s")
-    wall_s = max(run_timeout_s, 0.001)
-    cpu_s = min(wall_s * _CORES, _MAX_TIMEOUT_S)
+    wall_s = max(run_timeout_s, 1e-6)
+    cpu_s = min(max(wall_s * _CORES, 0.001), _MAX_TIMEOUT_S)
     memory = memory_mb if memory_mb > 0 else DEFAULT_MEMORY_MB
     return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory, output_bytes=4 << 20, processes=64)
 
 
-def check_language(language: str | None, field: str) -> None:
-    """Raise ValueError unless the language is Python."""
-    if language != "python":
-        raise ValueError(f"{field}: {language!r} is not supported; allowed: python")
+def check_language(language: str | None, field: str) -> str | None:
+    """The language as executions name it, None for Python. Raises ValueError for one that there is not."""
+    if language not in (languages.PYTHON, *languages.LANGUAGES):
+        allowed = ", ".join([languages.PYTHON, *languages.LANGUAGES])
+        raise ValueError(f"{field}: {language!r} is not supported; allowed: {allowed}")
+    return None if languages.language(language) is None else language
 
 
 def run_result(test: TestResult) -> dict[str, Any]:
@@ -112,72 +123,165 @@ def _decoded(output: bytes) -> str:
         return f"[DecodeError] {error}"
 
 
-def run_response(test: TestResult, host: str, files: dict[str, str] | None = None) -> dict[str, Any]:
-    """A ``RunCodeResponse``: Success when the program ended by itself with exit code 0, whatever it printed."""
+def _compile_result(test: TestResult) -> dict[str, Any]:
+    """A ``CommandRunResult`` of the compiler, whose words are kept where it failed."""
+    if test.status != "compile_error":
+        return {"status": "Finished", "execution_time": 0.0, "return_code": 0, "stdout": "", "stderr": ""}
+    over_time = test.exit_code is None
+    return {
+        "status": "TimeLimitExceeded" if over_time else "Finished",
+        "execution_time": test.wall_s,
+        "return_code": test.exit_code,
+        "stdout": "",
+        "stderr": _decoded(test.stderr),
+    }
+
+
+def run_response(
+    test: TestResult, host: str, files: dict[str, str] | None = None, *, compiled: bool = False
+) -> dict[str, Any]:
+    """A ``RunCodeResponse``: Success when the program ended by itself with exit code 0, whatever it printed.
+
+    ``compiled``: in a language that is; a program that does not compile has a compiler's result alone.
+    """
     if test.status == "sandbox_error":
         message = test.stderr.decode("utf-8", "replace")
         return {"status": "SandboxError", "message": message, "executor_pod_name": host, "files": {}}
     succeeded = test.status in ("accepted", "wrong_answer")
-    message = "" if succeeded or test.status in ("time_limit", "runtime_error") else test.status
+    message = "" if succeeded or test.status in ("time_limit", "runtime_error", "compile_error") else test.status
+    not_compiled = test.status == "compile_error"
     return {
         "status": "Success" if succeeded else "Failed",
         "message": message,
-        "compile_result": None,
-        "run_result": run_result(test),
+        "compile_result": _compile_result(test) if compiled else None,
+        "run_result": None if not_compiled else run_result(test),
         "executor_pod_name": host,
         "files": files or {},
     }
 
 
-def extract(completion: str, language: str = "python") -> str:
+Block = tuple[int, str, str]
+"""A part of a completion that may be the program: priority, language ("" where it is not known), code."""
+
+
+def extract(completion: str, language: str = languages.PYTHON, custom: Sequence[Block] = ()) -> str:
     """SandboxFusion's rule: the first fenced block of the language, else the first fenced one, else one left open.
 
-    Without a fence, the first run of lines that looks like a definition of Python's; else "".
+    Without a fence, the first run of lines that looks like a definition of Python's; else "". ``custom`` blocks, which
+    a request's own logic found, come after those of the same priority.
     """
-    aliases = ALIASES[language]
-    for pattern in (_FENCED, _OPEN_FENCE):
-        blocks = pattern.findall(completion)
-        tagged = [code for tag, code in blocks if tag.strip() in aliases]
-        if tagged:
-            return tagged[0]
+    found = [*_blocks(completion, language), *custom]
+    highest = max((priority for priority, _, _ in found), default=0)
+    best = [block for block in found if block[0] == highest]
+    ours = [block for block in best if block[1] == language]
+    return (ours or best or [(0, "", "")])[0][2]
+
+
+def _blocks(completion: str, language: str) -> list[Block]:
+    for priority, pattern in ((30, _FENCED), (20, _OPEN_FENCE)):
+        blocks = [(priority, _LANGUAGE_OF.get(tag.strip(), ""), code) for tag, code in pattern.findall(completion)]
         if blocks:
-            return blocks[0][1]
-    return _first_definition(completion) if language == "python" else ""
+            return blocks
+    return [(10, language, code) for code in _definitions(completion)[:1]] if language == languages.PYTHON else []
 
 
-def _first_definition(text: str) -> str:
-    """The first ``def`` or ``class`` with an indented body, and the imports and remarks right before it."""
+def _definitions(text: str) -> list[str]:
+    """Each ``def`` or ``class`` with an indented body, and the imports and remarks right before it."""
     lines = [line for line in text.split("\n") if line.strip()]
-    first = 0
-    for index, line in enumerate(lines):
-        if _IMPORT.match(line):
-            continue
-        if _DEFINITION.match(line):
-            end = index + 1
+    found: list[str] = []
+    first = index = 0
+    while index < len(lines):
+        end = index + 1
+        if _DEFINITION.match(lines[index]):
             while end < len(lines) and lines[end][0].isspace():
                 end += 1
             if end > index + 1:
-                return "\n".join(lines[first:end]) + "\n"
-        first = index + 1
-    return ""
+                found.append("\n".join(lines[first:end]) + "\n")
+        if not _IMPORT.match(lines[index]):
+            first = end
+        index = end
+    return found
 
 
-def submission(body: SubmitBody) -> tuple[Execution, str]:
-    """What to execute for a submission, and the program extracted from it. Raises ValueError naming the field."""
+_EXTRACTOR = """
+import dataclasses, json, re, sys
+
+given, out, sys.stdout = json.load(sys.stdin), sys.stdout, sys.stderr
+
+@dataclasses.dataclass(kw_only=True)
+class CodeBlock:
+    priority: int
+    language: str
+    code: str
+
+def submit_code_blocks(blocks):
+    for block in blocks:
+        assert isinstance(block, CodeBlock), "extracted code must be of class CodeBlock"
+        found.append(block)
+
+def extract_fenced_code(text):
+    blocks = re.findall(given["fence"], text, re.DOTALL)
+    return [CodeBlock(priority=30, language=given["aliases"].get(tag.strip(), ""), code=code) for tag, code in blocks]
+
+_IMPORT, _DEFINITION = map(re.compile, given["patterns"])
+
+def extract_heuristic_code(text, language=""):
+    codes = _definitions(text) if language == "python" else []
+    return [CodeBlock(priority=10, language="python", code=code) for code in codes]
+
+found = []
+exec(given["logic"], {
+    "CodeBlock": CodeBlock, "completion": given["completion"], "submit_code_blocks": submit_code_blocks,
+    "extract_fenced_code": extract_fenced_code, "extract_heuristic_code": extract_heuristic_code,
+})
+print(json.dumps([[block.priority, block.language, block.code] for block in found]), file=out)
+"""
+
+
+def extraction(body: SubmitBody) -> Execution:
+    """The run, in a jail, of a request's own logic, which hands over blocks of code."""
+    given = {
+        "completion": body.completion,
+        "logic": body.config.custom_extract_logic,
+        "aliases": _LANGUAGE_OF,
+        "fence": _FENCED.pattern,
+        "patterns": [_IMPORT.pattern, _DEFINITION.pattern],
+    }
+    test = StdinTest(stdin=json.dumps(given), expected_stdout="")
+    program = inspect.getsource(_definitions) + _EXTRACTOR
+    return Execution(program=program, tests=(test,), limits=limits(_EXTRACTION_S))
+
+
+def extracted(verdict: Verdict) -> list[Block]:
+    """The blocks that a request's own logic found; ValueError when it failed."""
+    result = verdict.tests[0]
+    try:
+        blocks = json.loads(result.stdout)
+        return [(int(priority), str(language), str(code)) for priority, language, code in blocks]
+    except (ValueError, TypeError):
+        last = (result.stderr.decode("utf-8", "replace").strip().splitlines() or [result.status])[-1]
+        raise ValueError(f"config.custom_extract_logic: it fails: {last[:300]}") from None
+
+
+def submission(body: SubmitBody, custom: Sequence[Block] = ()) -> tuple[Execution, str]:
+    """What to execute for a submission, and the program extracted from it. Raises ValueError naming the field.
+
+    ``custom``: what the request's own logic extracted.
+    """
     config = body.config
-    if config.custom_extract_logic:
-        raise ValueError("config.custom_extract_logic: running the caller's code outside a jail is not supported")
     kind = config.dataset_type or body.dataset
     if kind not in DATASETS:
         raise ValueError(f"config.dataset_type: {kind!r} is not one of {', '.join(DATASETS)}")
-    if kind == "CommonOJDataset" or config.language is not None:
-        check_language(config.language, "config.language")
+    language = check_language(config.language, "config.language") if kind == "CommonOJDataset" else None
     tests = DATASETS[kind](_row(body))
-    code = extract(body.completion)
+    code = extract(body.completion, language or languages.PYTHON, custom)
     preamble, program = prepared(_HARNESS[kind], None, code)
-    run_limits, budget_s = _times(kind, config.run_timeout, len(tests))
+    default_s = languages.COMPILE_S if language is not None else _RUN_TIMEOUT_S[kind]
+    run_limits, budget_s = _times(kind, config.run_timeout or default_s, len(tests))
     execution = Execution(
         program=program,
+        language=language,
+        compile_timeout_s=(config.compile_timeout or languages.COMPILE_S) if language is not None else None,
         preamble=preamble or None,
         tests=tests,
         limits=run_limits,
@@ -188,9 +292,8 @@ def submission(body: SubmitBody) -> tuple[Execution, str]:
     return execution, code
 
 
-def _times(kind: str, run_timeout: float | None, tests: int) -> tuple[Limits, float | None]:
+def _times(kind: str, timeout_s: float, tests: int) -> tuple[Limits, float | None]:
     """A test's limits, and the time of all of them together where SandboxFusion has one."""
-    timeout_s = run_timeout or _RUN_TIMEOUT_S[kind]
     if kind != "LiveCodeBenchDataset":
         return limits(timeout_s), None
     whole_s = int(min(timeout_s, _MAX_TIMEOUT_S))
@@ -296,7 +399,7 @@ def submit_response(body: SubmitBody, execution: Execution, code: str, verdict: 
         tests = [
             {
                 "passed": result.status == "accepted",
-                "exec_info": run_response(result, host),
+                "exec_info": run_response(result, host, compiled=execution.language is not None),
                 "test_info": _info(case, whole or result.status != "accepted"),
             }
             for case, result in zip(execution.tests, verdict.tests, strict=True)

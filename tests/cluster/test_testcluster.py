@@ -238,6 +238,24 @@ while true; do sleep 0.1; done
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("launch.trainer.partition=gpus", "launch.trainer.partition: 'gpus' is refused by Slurm for the trainer: "),
+        ("launch.rollout.cpus=4000", "launch.rollout is refused by Slurm for the critic: "),
+    ],
+)
+def test_what_slurm_would_refuse_is_told_before_anything_is_submitted(
+    slurm_cluster: SlurmCluster, tmp_path: Path, override: str, told: str
+) -> None:
+    words = [sys.executable, "-m", "ctrl_hpc.cli", "run", "tiny", "cluster=testcluster", f"run_dir={tmp_path / 'run'}"]
+    done = slurm_cluster.call(*words, override)
+    assert done.returncode == 2
+    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_requeued_job_runs_again(slurm_cluster: SlurmCluster, slow_jobs: SlowJobs) -> None:
     slurm_cluster.finish(slow_jobs.requeued, ["REQUEUED", "COMPLETED"])
     assert started(slow_jobs.folder / "requeued") == ["start 0", "start 1"]
