@@ -6,11 +6,13 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +113,9 @@ def _parser() -> Parser:
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     _sweep_parsers(commands)
-    sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
+    sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")
-    sync.add_argument("--again", action="store_true", help="what was sent before too")
+    sync.add_argument("--again", action="store_true", help="ask of what was sent before, too")
     sync.set_defaults(command=_sync)
     doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
     doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
@@ -177,6 +179,7 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
     executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
+    executor.add_argument("--testlib", default="", metavar="FILE", help="testlib.h, for problems with a checker")
     executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
@@ -318,19 +321,21 @@ def _suite(options: argparse.Namespace) -> int:
 def _serve_executor(options: argparse.Namespace) -> int:
     from ctrl_hpc.sandbox.server import serve
 
-    serve(
-        host=options.host,
-        port=options.port,
-        workers=options.workers,
-        cache_dir=options.cache,
-        token=_token(options.token_env),
-        on_ready=_say,
-        judges=dict(options.judge),
-        python=options.python,
-        packages=[name for name in options.packages.split(",") if name],
-        max_waiting=options.max_waiting,
-        max_body_bytes=options.max_body_mb << 20,
-    )
+    with _token(options) as access:
+        serve(
+            host=options.host,
+            port=options.port,
+            workers=options.workers,
+            cache_dir=options.cache,
+            **access,
+            on_ready=_say,
+            judges=dict(options.judge),
+            python=options.python,
+            packages=[name for name in options.packages.split(",") if name],
+            testlib=options.testlib,
+            max_waiting=options.max_waiting,
+            max_body_bytes=options.max_body_mb << 20,
+        )
     return 0
 
 
@@ -338,26 +343,40 @@ def _serve_rollout(options: argparse.Namespace) -> int:
     from ctrl_hpc.config.machine import resolve_device
     from ctrl_hpc.rollout.server import serve
 
-    serve(
-        options.model,
-        host=options.host,
-        port=options.port,
-        threads=options.threads,
-        device=resolve_device("--device", options.device),
-        dtype=options.dtype,
-        batching=options.batching,
-        max_batch_tokens=options.max_batch_tokens,
-        token=_token(options.token_env),
-        on_ready=_say,
-    )
+    with _token(options) as access:
+        serve(
+            options.model,
+            host=options.host,
+            port=options.port,
+            threads=options.threads,
+            device=resolve_device("--device", options.device),
+            dtype=options.dtype,
+            batching=options.batching,
+            max_batch_tokens=options.max_batch_tokens,
+            **access,
+            on_ready=_say,
+        )
     return 0
 
 
-def _token(variable: str | None) -> str | None:
-    token = os.environ.get(variable) if variable else None
-    if variable and not token:
-        raise ValueError(f"--token-env: the environment variable {variable} is not set")
-    return token
+@contextlib.contextmanager
+def _token(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Who may ask: whoever has the token in the variable named, or, on loopback, in a file that is made for it."""
+    from ctrl_hpc.service import http
+
+    variable = options.token_env
+    if variable:
+        token = os.environ.get(variable)
+        if not token:
+            raise ValueError(f"--token-env: the environment variable {variable} is not set")
+        yield {"token": token}
+        return
+    http.access(options.host, None)
+    with tempfile.TemporaryDirectory(prefix="ctrl-hpc-serve-") as folder:
+        file = Path(folder) / "token"
+        token = http.token_in(file)
+        print(f"this user's programs may ask; others need the bearer token in {file}", file=sys.stderr, flush=True)
+        yield {"token": token, "own_user": True}
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -412,7 +431,7 @@ def _trial(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from ctrl_hpc.tracking.sync import sync
 
-    print(f"{sync(options.run_dir, again=options.again)} pieces sent")
+    print(f"{sync(options.run_dir, again=options.again)} sent")
     return 0
 
 

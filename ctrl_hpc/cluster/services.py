@@ -22,6 +22,7 @@ from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.run import disk, snapshot
+from ctrl_hpc.service import access
 
 POLL_S = 0.2
 """Seconds between looks while arrays start."""
@@ -58,7 +59,7 @@ class Services:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        access.make_private(self.run_dir)
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
         self.refuse_second_driver()
         end_recorded(self.run_dir)
@@ -66,7 +67,7 @@ class Services:
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
         if changed:
             console.print(changed, highlight=False, soft_wrap=True)
-        token(self.config, self.run_dir)
+        token(self.run_dir)
         log = self.run_dir / "logs" / "driver.log"
         self._driver = self.registry.register(
             "driver", "", id="driver", job_id=os.environ.get("SLURM_JOB_ID", ""), log=str(log), session=self.session
