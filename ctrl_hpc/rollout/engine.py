@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ctrl_hpc.records import Sampling
-from ctrl_hpc.rollout.decoding import Completion, Decoding, Follower, TopLogprobs, check_prompts
+from ctrl_hpc.rollout.continuous import ContinuousEngine
+from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
-from ctrl_hpc.rollout.weights import copy_weights
+from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
 
 GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
@@ -326,3 +329,67 @@ class _StopTables:
         """Whether each row's token is one of its stop tokens; ``rows``: the requests of the rows."""
         ids_RS = self._ids_BS if self._same else self._ids_BS[rows_R]
         return (token_R[:, None] == ids_RS).any(dim=-1)
+
+
+def _continuous(model: Any, stop_ids: frozenset[int], _: int) -> Engine:
+    return ContinuousEngine(model, stop_ids)
+
+
+def _padded(model: Any, stop_ids: frozenset[int], max_batch_tokens: int) -> Engine:
+    return PaddedEngine(model, stop_ids, max_batch_tokens=max_batch_tokens)
+
+
+BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": _padded, "continuous": _continuous}
+"""Engines by name, each made of a model, its stop ids and the largest padded batch in tokens."""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Weights and activations by name."""
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own; elsewhere it is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
+
+
+def stop_token_ids(folder: str | Path) -> frozenset[int]:
+    """The end-of-sequence ids a model folder names in its configuration files."""
+    ids: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return frozenset(ids)
+
+
+def load_engine(
+    folder: str,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    batching: str = "auto",
+    max_batch_tokens: int = 65536,
+    stop_ids: frozenset[int] = frozenset(),
+) -> Engine:
+    """The engine for a Hugging Face folder.
+
+    ``dtype`` is a key of ``DTYPES``, or auto: the folder's own on cuda; on CPUs bfloat16 for a folder in bfloat16 where
+    they multiply it, else float32. ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a
+    CPU. ``stop_ids`` come on top of those the folder names. Raises ValueError when there is no such model, device, type
+    or way of batching.
+    """
+    from transformers import AutoModelForCausalLM
+
+    weight_files(folder)
+    if batching == "auto":
+        batching = "continuous" if device == "cuda" else "padded"
+    if batching not in BATCHING:
+        raise ValueError(f"rollout.batching={batching}: allowed: auto, {', '.join(BATCHING)}")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"rollout.dtype={dtype}: allowed: auto, {', '.join(DTYPES)}")
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if stored_dtype(folder) == "BF16" and cpu_has_bfloat16() else "float32"
+    kind = DTYPES.get(dtype, "auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(device).eval()
+    return BATCHING[batching](model, stop_ids | stop_token_ids(folder), max_batch_tokens)
