@@ -109,9 +109,9 @@ def _parser() -> Parser:
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     _sweep_parsers(commands)
-    sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
+    sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")
-    sync.add_argument("--again", action="store_true", help="what was sent before too")
+    sync.add_argument("--again", action="store_true", help="ask of what was sent before, too")
     sync.set_defaults(command=_sync)
     doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
     doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
@@ -175,6 +175,7 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
     executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
+    executor.add_argument("--testlib", default="", metavar="FILE", help="testlib.h, for problems with a checker")
     executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
@@ -319,6 +320,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
         judges=dict(options.judge),
         python=options.python,
         packages=[name for name in options.packages.split(",") if name],
+        testlib=options.testlib,
         max_waiting=options.max_waiting,
         max_body_bytes=options.max_body_mb << 20,
     )
@@ -402,7 +404,7 @@ def _trial(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from ctrl_hpc.tracking.sync import sync
 
-    print(f"{sync(options.run_dir, again=options.again)} pieces sent")
+    print(f"{sync(options.run_dir, again=options.again)} sent")
     return 0
 
 

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,8 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
         with ExitStack() as stack:
             services = stack.enter_context(Services(here, folder))  # the only driver of the run from here on
             directory.prepare(config, jail=rootfs.contents(config.executor.python, config.executor.packages).named())
+            stack.enter_context(mirrored(config, folder))
+            stack.callback(services.keep, ())  # at the end, before the mirror waits for a server
             this = prepare(here, folder, todo)
             needed = roles(here, todo)
             services.submit(needed)
@@ -229,6 +231,15 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
                 services.await_first(roles(here, [name]))
                 run_stage(name, this, connections)
     return folder
+
+
+def mirrored(config: Config, folder: Path) -> AbstractContextManager[object]:
+    """Shows in wandb what the run journals, where that is wanted."""
+    if config.wandb.mode == "disabled":
+        return nullcontext()
+    from ctrl_hpc.tracking.mirror import LiveMirror
+
+    return LiveMirror(config, folder)
 
 
 def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:

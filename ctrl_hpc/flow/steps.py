@@ -37,7 +37,7 @@ def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, s
             id=f"{problem.id}/{k}",
             problem_id=problem.id,
             text=text,
-            program=extract_program(text, names),
+            program=extract_program(text, names, problem.language),
         )
         for problem, generations in zip(problems, answers, strict=True)
         for names in [asked_for(problem)]
@@ -76,6 +76,7 @@ def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_fai
         program=program,
         preamble=preamble or None,
         language=problem.language,
+        checker=problem.checker,
         tests=problem.tests,
         limits=limits(problem, rules),
         comparison=override.comparison or problem.comparison or "exact",
@@ -184,13 +185,14 @@ def revise(
         texts = dict(zip(chats, answers, strict=True))
     names = {problem.id: asked_for(problem) for index in texts for problem in [triples[index][0]]}
     return [
-        _revision(critique, texts[index], names[problem.id]) if index in texts else _kept(critique, solution)
+        _revision(problem, critique, texts[index], names[problem.id]) if index in texts else _kept(critique, solution)
         for index, (problem, solution, critique) in enumerate(triples)
     ]
 
 
-def _revision(critique: Critique, text: str, names: Collection[str]) -> Revision:
-    return Revision(critique_id=critique.id, text=text, program=extract_program(text, names), kept=False)
+def _revision(problem: Problem, critique: Critique, text: str, names: Collection[str]) -> Revision:
+    program = extract_program(text, names, problem.language)
+    return Revision(critique_id=critique.id, text=text, program=program, kept=False)
 
 
 def _kept(critique: Critique, solution: Solution) -> Revision:
