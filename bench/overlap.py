@@ -115,7 +115,7 @@ def record(run_dir: str | Path, note: str) -> dict[str, Any]:
             }
         )
     solutions = jsonl.read(Solution, folder / "sample" / "solutions.jsonl")
-    walls = [sum(test.wall_s for test in item.verdict.tests) for item in solutions if item.verdict is not None]
+    walls = [item.verdict.wall_s for item in solutions if item.verdict is not None]
     versions = json.loads((folder / "versions.json").read_text(encoding="utf-8"))
     provenance = {"run": config.name, "seed": config.seed, "machine": platform.platform(), "note": note}
     provenance |= {"git_commit": versions["git_commit"], "tensor": config.parallel.tensor}

@@ -175,26 +175,65 @@ class TestResult:
     cpu_s: float = 0.0
     wall_s: float = 0.0
     peak_memory_mb: float = 0.0
+    index: int | None = None
+    """Number of the test, from 0, in a slim verdict, which has the results of a few."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a slim verdict says of all tests."""
+
+    statuses: tuple[tuple[TestStatus, int], ...]
+    """The tests' statuses in order, run-length encoded."""
+    cpu_s: float = 0.0
+    """Of all tests together."""
+    wall_s: float = 0.0
+    """Of all tests together."""
+    peak_memory_mb: float = 0.0
+    """The highest of any test."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """The judgement of a program against all tests; ``status`` is the first test's that is not accepted."""
+    """The judgement of a program against all tests; ``status`` is the first test's that is not accepted.
+
+    A slim verdict has a ``summary``, and of the tests' results only the failures that are shown to anybody (see
+    ``ctrl_hpc.verdicts``).
+    """
 
     status: Status
     tests: tuple[TestResult, ...] = ()
     detail: str = ""
     """One line on what went wrong; empty when accepted."""
+    summary: Summary | None = None
+
+    @property
+    def statuses(self) -> list[TestStatus]:
+        """The status of every test, in order."""
+        if self.summary is None:
+            return [test.status for test in self.tests]
+        return [status for status, count in self.summary.statuses for _ in range(count)]
 
     @property
     def passed(self) -> int:
         """Number of accepted tests."""
-        return sum(test.status == "accepted" for test in self.tests)
+        return self.statuses.count("accepted")
 
     @property
     def total(self) -> int:
         """Number of tests, run or not."""
-        return len(self.tests)
+        return len(self.statuses)
+
+    @property
+    def wall_s(self) -> float:
+        """Wall-clock seconds of all tests together."""
+        return sum(test.wall_s for test in self.tests) if self.summary is None else self.summary.wall_s
+
+    def result(self, index: int) -> TestResult | None:
+        """The result of a test; None where the verdict does not hold it."""
+        if self.summary is None:
+            return self.tests[index] if index < len(self.tests) else None
+        return next((test for test in self.tests if test.index == index), None)
 
     @property
     def accepted(self) -> bool:
@@ -240,6 +279,8 @@ class Execution:
     """Leave out the tests after the first that is not accepted: the status is known."""
     time_budget_s: float | None = None
     """Wall-clock seconds of all tests together, a test beyond which is a ``time_limit``; None: none."""
+    outputs: Literal["shown"] | None = None
+    """``shown``: the verdict is slim, with the results of the failures that are shown; None: with every test's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -368,20 +409,4 @@ class Executor(Protocol):
 
     def run_many(self, executions: Sequence[Execution]) -> list[Verdict]:
         """A verdict for each execution, in order; an environment fault that persists is ``sandbox_error``."""
-        ...
-
-
-class Engine(Protocol):
-    """A model behind the rollout server: token ids in, token ids and log-probs out."""
-
-    version: int
-    max_positions: int
-    """Longest prompt and completion together, in tokens."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
-        """One completion for each prompt (``n`` and per-request seeds are resolved by the caller)."""
-        ...
-
-    def load_weights(self, folder: str, version: int) -> None:
-        """Replace the weights by those of a Hugging Face folder of the same architecture."""
         ...

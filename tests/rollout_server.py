@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import uvicorn
 from transformers import AutoTokenizer
 
-from ctrl_hpc.records import Engine
+from ctrl_hpc.rollout.decoding import Engine
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.server import Service, create_app
 from ctrl_hpc.rollout.worker import Worker

@@ -48,15 +48,20 @@ def _jsonl(path: str | None, split: str) -> Loaded[Problem]:
     if not Path(path).is_file():
         raise ValueError(f"data.path: {path}: no such file")
     rows = table.rows(path, hub="", split=split)
-    loaded = table.collect(rows, lambda row: table.usable(jsonl.decode(Problem, row.values)))
+    seen: set[str] = set()
+
+    def made(row: table.Row) -> Problem:
+        problem = table.usable(jsonl.decode(Problem, row.values))
+        if problem.split == split:
+            if problem.id in seen:
+                raise ValueError(f"id: an earlier problem has the id {problem.id!r} too")
+            seen.add(problem.id)
+        return problem
+
+    loaded = table.collect(rows, made)
     problems = [problem for problem in loaded.items if problem.split == split]
     if not problems:
         raise ValueError(f"data.path: {path}: no problem of the split {split!r}")
-    seen: set[str] = set()
-    for problem in problems:
-        if problem.id in seen:
-            raise ValueError(f"data.path: {path}: two problems have the id {problem.id!r}")
-        seen.add(problem.id)
     return Loaded(items=problems, left_out=loaded.left_out)
 
 

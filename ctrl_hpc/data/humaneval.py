@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 from ctrl_hpc.data import evalplus, table
@@ -52,6 +53,8 @@ def _problem(row: table.Row, source: str) -> Problem:
         test = row.text("test")
         if source == "humanevalplus":
             test = evalplus.without_numpy(test, row.where)
+        if not re.search(r"^def check\b", test, re.MULTILINE):
+            raise ValueError("test: does not define the function check")
         code = f"{given(prompt, entry_point, row.where)}{test}\ncheck({entry_point})\n"
     return Problem(
         id=row.text("task_id"),
@@ -75,5 +78,7 @@ def given(prompt: str, entry_point: str, where: str) -> str:
         tree = ast.parse(prompt)
     except SyntaxError as error:
         raise ValueError(f"{where}: prompt: not Python: {error.msg} in line {error.lineno}") from None
+    if not any(isinstance(node, ast.FunctionDef) and node.name == entry_point for node in tree.body):
+        raise ValueError(f"{where}: prompt: does not define {entry_point!r}, the entry point")
     kept = [node for node in tree.body if not (isinstance(node, ast.FunctionDef) and node.name == entry_point)]
     return "".join(ast.unparse(node) + "\n\n" for node in kept)

@@ -45,11 +45,9 @@ def _in(row: table.Row, ranges: list[tuple[int, int]]) -> bool:
 
 
 def _problem(row: table.Row) -> Problem:
-    number = row["task_id"]
-    if not isinstance(number, int):
-        raise ValueError(f"task_id: expected a number, got {type(number).__name__}")
+    number = _number(row)
     tests = _texts(row, "test_list")
-    setup = "".join(f"{line}\n" for line in [*row.get("test_imports", []), row.get("test_setup_code", "")] if line)
+    setup = _imports(row) + (f"{row.text('test_setup_code')}\n" if row.get("test_setup_code") else "")
     said = row.text("text" if "text" in row.values else "prompt").strip()
     part = next((name for name, (first, last) in _HUB_SPLITS.items() if first <= number <= last), "test")
     return Problem(
@@ -62,6 +60,21 @@ def _problem(row: table.Row) -> Problem:
         harness="mbpp",
         provenance=row.where,
     )
+
+
+def _number(row: table.Row) -> int:
+    number = row["task_id"]
+    if type(number) is not int:
+        raise ValueError(f"task_id: expected a number, got {type(number).__name__}")
+    return number
+
+
+def _imports(row: table.Row) -> str:
+    """The lines that a row's tests begin with."""
+    lines = row.get("test_imports", [])
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError("test_imports: expected a list of lines")
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 def _texts(row: table.Row, name: str) -> list[str]:
@@ -79,13 +92,12 @@ def load_plus(path: str | None, split: str) -> Loaded[Problem]:
 
 def _plus(row: table.Row) -> Problem:
     examples = _texts(row, "test_list")
-    imports = "".join(f"{line}\n" for line in row.get("test_imports", []))
     return Problem(
-        id=f"MBPP/{row['task_id']}",
+        id=f"MBPP/{_number(row)}",
         source="mbppplus",
         split="test",
         prompt=f"{row.text('prompt').strip()}\n\nYour code should pass this test:\n\n{examples[0]}",
-        tests=(AssertTest(code=imports + evalplus.without_numpy(row.text("test"), row.where)),),
+        tests=(AssertTest(code=_imports(row) + evalplus.without_numpy(row.text("test"), row.where)),),
         canonical_solution=row.text("code"),
         harness="mbpp",
         provenance=row.where,

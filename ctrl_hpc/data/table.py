@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
 import gzip
 import json
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.flow.fences import parsed, well_formed
+from ctrl_hpc.harness import harness
 from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest, TestCase
+from ctrl_hpc.sandbox.judge import COMPARISONS, rule
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
 """Files that can be read."""
@@ -140,18 +143,43 @@ def problems(rows: Iterable[Row], make: Callable[[Row], Problem]) -> Loaded[Prob
 
 
 def usable(problem: Problem) -> Problem:
-    """A problem with its texts well formed; raises ValueError when its tests check nothing or cannot be encoded."""
+    """A problem with its texts well formed, and only such limits and known-wrong programs as can be.
+
+    Raises ValueError when its tests check nothing or cannot be encoded, and for an unknown harness or comparison.
+    """
     if not problem.tests:
         raise ValueError("no tests")
+    tests = tuple(map(_encodable, problem.tests))
     printed = [test.expected_stdout for test in problem.tests if isinstance(test, StdinTest)]
     if len(printed) == len(problem.tests) and not any(map(str.strip, printed)):
         raise ValueError("every expected output is empty: a program that does nothing would pass")
+    harness(problem.harness or "")
+    if problem.comparison is not None and problem.comparison.partition(":")[0] in COMPARISONS:
+        rule(problem.comparison)
+    texts: dict[str, Any] = {name: _text(name, getattr(problem, name)) for name in _TEXTS}
+    for name in ("id", "prompt"):
+        if not texts[name].strip(" /\t\r\n\0"):
+            raise ValueError(f"{name}: empty")
+    wrong = [program for program in problem.wrong_solutions or () if isinstance(program, str)]
     return replace(
         problem,
-        prompt=well_formed(problem.prompt),
-        starter_code=problem.starter_code and well_formed(problem.starter_code),
-        tests=tuple(map(_encodable, problem.tests)),
+        **texts,
+        cpu_s=problem.cpu_s if problem.cpu_s is not None and 0 < problem.cpu_s <= _LONGEST_S else None,
+        memory_mb=problem.memory_mb if problem.memory_mb is not None and 0 < problem.memory_mb <= _LARGEST_MB else None,
+        wrong_solutions=None if problem.wrong_solutions is None else tuple(map(well_formed, wrong)),
+        tests=tests,
     )
+
+
+_TEXTS = ("id", "prompt", "starter_code", "difficulty", "canonical_solution", "provenance")
+_LONGEST_S, _LARGEST_MB = 3600.0, 1 << 20
+"""Limits beyond these are no judge's: the row's are unknown."""
+
+
+def _text(name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, got {type(value).__name__}")
+    return None if value is None else well_formed(value)
 
 
 def _encodable(test: TestCase) -> TestCase:
@@ -168,7 +196,26 @@ def _encodable(test: TestCase) -> TestCase:
             text.encode()
         except UnicodeEncodeError:
             raise ValueError(f"tests: {name}: holds a lone surrogate, which cannot be encoded") from None
+    if isinstance(test, AssertTest):
+        _require_check(test.code)
+    if isinstance(test, FunctionTest) and not test.name.isidentifier():
+        raise ValueError(f"tests: name: {test.name!r} is not a function's name")
     return test
+
+
+_TOO_LONG = 200_000
+"""Characters of test code that are not parsed here."""
+
+
+def _require_check(code: str) -> None:
+    """Raise ValueError for test code that is not Python, or that neither asserts nor calls anything."""
+    if len(code) > _TOO_LONG:
+        return
+    tree = parsed(code)
+    if tree is None:
+        raise ValueError("tests: code: not Python")
+    if not any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree)):
+        raise ValueError("tests: code: checks nothing: every program would pass")
 
 
 def _short(text: str) -> str:

@@ -114,9 +114,14 @@ def tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, ..
         return ()
     data = row.decoded("input_output")
     inputs, outputs = data.get("inputs", []), data.get("outputs", [])
+    for key, given in (("inputs", inputs), ("outputs", outputs)):
+        if not isinstance(given, list):
+            raise ValueError(f"input_output: {key}: expected a list, got {type(given).__name__}")
     if len(inputs) != len(outputs):
         raise ValueError(f"{row.where}: input_output: {len(inputs)} inputs but {len(outputs)} outputs")
     name = data.get("fn_name")
+    if name and not isinstance(name, str):
+        raise ValueError(f"input_output: fn_name: expected text, got {type(name).__name__}")
     pairs = list(zip(inputs, outputs, strict=True))
     if not name:
         return tuple(
@@ -156,8 +161,16 @@ def _integer_keys(value: Any) -> Any:
 
 
 def _stream(value: Any) -> str:
-    """A stream given as text, or as a list of its lines."""
-    return "".join(f"{line}\n" for line in value) if isinstance(value, list) else str(value)
+    """A stream given as text or a number, or as a list of its lines."""
+    if isinstance(value, list):
+        return "".join(f"{_line(line)}\n" for line in value)
+    return _line(value)
+
+
+def _line(value: Any) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"input_output: expected text or a list of lines, got {type(value).__name__}")
+    return str(value)
 
 
 def seconds(limit: str | None) -> float | None:

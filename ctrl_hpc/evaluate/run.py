@@ -18,7 +18,7 @@ from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate import judgebench
 from ctrl_hpc.evaluate.critics import Critic, Feedback, Oracles, check_oracles, critics, feedback_critiques, feedback_of
-from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown, trimmed
+from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown
 from ctrl_hpc.evaluate.write_ahead import Journal, RememberingExecutor, RememberingGenerator, in_parts
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.prompts import Prompts
@@ -202,8 +202,7 @@ def _drafts(
     pairs = [(by_id[solution.problem_id], solution) for solution in solutions]
 
     def executed() -> list[Solution]:
-        records = execute(pairs, environment.executor, environment.rules)
-        return [replace(item, verdict=trimmed(item.verdict)) if item.verdict else item for item in records]
+        return execute(pairs, environment.executor, environment.rules)
 
     return journal.once("executed", number, Solution, executed)
 

@@ -29,9 +29,6 @@ from ctrl_hpc.records import (
 )
 from ctrl_hpc.seeds import derived_seed
 
-KEPT_BYTES = 2000
-"""Bytes of a failed test's output that are kept in the records."""
-
 Sample = tuple[Problem, Solution]
 """A problem and the state of its solution; its id is that of the node."""
 Write = Callable[[Sequence[Sample], int, int], list[Critique]]
@@ -166,7 +163,7 @@ def _turn(
 
     def executed() -> list[Verdict]:
         records = execute(pairs, environment.executor, environment.rules)
-        return [trimmed(record.verdict) for record in records if record.verdict is not None]
+        return [record.verdict for record in records if record.verdict is not None]
 
     verdicts = journal.once("verdicts", number, Verdict, executed)
     nodes = []
@@ -193,15 +190,6 @@ def _slim(critique: Critique) -> Critique:
     if critique.generation is None:
         return critique
     return replace(critique, generation=replace(critique.generation, text="", prompt_ids=(), logprobs=()))
-
-
-def trimmed(verdict: Verdict) -> Verdict:
-    """The verdict with the output of failed tests cut to :data:`KEPT_BYTES`, and none of passed ones."""
-    tests = []
-    for test in verdict.tests:
-        kept = 0 if test.status == "accepted" else KEPT_BYTES
-        tests.append(replace(test, stdout=test.stdout[:kept], stderr=test.stderr[-kept:] if kept else b""))
-    return replace(verdict, tests=tuple(tests))
 
 
 def _carry(

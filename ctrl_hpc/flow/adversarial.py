@@ -84,9 +84,9 @@ def _inputs(problem: Problem, drafts: Sequence[Solution], n: int, seed: int) -> 
     known = {test.stdin for test in problem.tests if isinstance(test, StdinTest)}
     failed: dict[str, None] = {}
     for draft in drafts:
-        results = draft.verdict.tests if draft.verdict is not None else ()
-        for test, result in zip(problem.tests, results, strict=False):
-            failing = result.status not in ("accepted", "not_run", "sandbox_error", "unsupported")
+        statuses = draft.verdict.statuses if draft.verdict is not None else ()
+        for test, status in zip(problem.tests, statuses, strict=False):
+            failing = status not in ("accepted", "not_run", "sandbox_error", "unsupported")
             if failing and isinstance(test, StdinTest) and len(test.stdin) <= LONGEST_INPUT:
                 failed[test.stdin] = None
     rng = random.Random(f"adversarial {seed} {problem.id}")
@@ -103,7 +103,8 @@ def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, r
         replace(problem, tests=tuple(StdinTest(stdin=stdin, expected_stdout="") for stdin in inputs))
         for problem, inputs in asked
     ]
-    first = executor.run_many([execution(problem, problem.canonical_solution or "", rules) for problem in blank])
+    printed = [replace(execution(problem, problem.canonical_solution or "", rules), outputs=None) for problem in blank]
+    first = executor.run_many(printed)
     filled = []
     for problem, verdict in zip(blank, first, strict=True):
         tests = [
@@ -119,8 +120,8 @@ def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, r
             problem=problem,
             tests=tuple(
                 test
-                for test, result in zip(problem.tests, verdict.tests, strict=False)
-                if isinstance(test, StdinTest) and result.status == "accepted"
+                for test, status in zip(problem.tests, verdict.statuses, strict=False)
+                if isinstance(test, StdinTest) and status == "accepted"
             ),
         )
         for problem, verdict in zip(filled, again, strict=True)
@@ -155,7 +156,7 @@ def _breaking(
     broken: dict[str, list[tuple[bool, list[bool]]]] = {}
     for (proposal, draft), verdict in zip(todo, executor.run_many(executions), strict=True):
         passed = draft.verdict is not None and draft.verdict.accepted
-        failures = [result.status not in ("accepted", "sandbox_error", "not_run") for result in verdict.tests]
+        failures = [status not in ("accepted", "sandbox_error", "not_run") for status in verdict.statuses]
         broken.setdefault(proposal.problem.id, []).append((passed, failures))
     out: dict[str, list[StdinTest]] = {}
     for proposal in proposed:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ctrl_hpc.records import AssertTest, FunctionTest, Problem, Solution, StdinTest, TestCase, TestResult, Verdict
+from ctrl_hpc.verdicts import asked, shortest
 
 SHOWN_CHARACTERS = 600
 """Longest input, output or message shown; longer ones lose their middle."""
@@ -24,15 +25,17 @@ def execution_feedback(problem: Problem, solution: Solution) -> str:
         return f"All {verdict.total} tests passed."
     lines = [f"{verdict.passed} of {len(problem.tests)} tests passed: {verdict.status.replace('_', ' ')}."]
     failures = [
-        (test, result)
-        for test, result in zip(problem.tests, verdict.tests, strict=False)
-        if result.status not in ("accepted", "not_run")
+        number
+        for number, status in enumerate(verdict.statuses[: len(problem.tests)])
+        if status not in ("accepted", "not_run") and verdict.result(number) is not None
     ]
     if not failures:
         return "\n".join([*lines, verdict.detail]).rstrip()
-    test, result = min(failures, key=lambda failure: len(case(*failure)[0]))
-    asked, expected, actual = case(test, result)
-    lines += [f"Input:\n{shown(asked)}", f"Expected:\n{shown(expected)}"]
+    number = shortest(failures, problem.tests)
+    result = verdict.result(number)
+    assert result is not None
+    given, expected, actual = case(problem.tests[number], result)
+    lines += [f"Input:\n{shown(given)}", f"Expected:\n{shown(expected)}"]
     if result.status == "wrong_answer":
         lines.append(f"Actual:\n{shown(actual)}")
     elif result.status == "runtime_error":
@@ -45,12 +48,11 @@ def case(test: TestCase, result: TestResult) -> tuple[str, str, str]:
     actual = result.stdout.decode("utf-8", "replace")
     match test:
         case StdinTest():
-            return test.stdin, test.expected_stdout, actual
+            return asked(test), test.expected_stdout, actual
         case FunctionTest():
-            call = f"{test.name}({', '.join(map(repr, test.args))})"
-            return call, repr(test.expected), actual or last_line(result.stderr)
+            return asked(test), repr(test.expected), actual or last_line(result.stderr)
         case AssertTest():
-            return test.code, "the assertions hold", last_line(result.stderr) or "an assertion fails"
+            return asked(test), "the assertions hold", last_line(result.stderr) or "an assertion fails"
 
 
 def last_line(stderr: bytes) -> str:
@@ -118,21 +120,22 @@ def _fenced(code: str) -> str:
 
 
 def _first(verdict: Verdict, status: str) -> int | None:
-    return next((index for index, test in enumerate(verdict.tests) if test.status == status), None)
+    return next((index for index, found in enumerate(verdict.statuses) if found == status), None)
 
 
 def _partial_text(problem: Problem, verdict: Verdict) -> str:
     head = f"The answer is wrong: {verdict.passed} of {verdict.total} tests passed."
     index = _first(verdict, "wrong_answer")
-    if index is None or index >= len(problem.tests):
+    result = verdict.result(index) if index is not None else None
+    if index is None or result is None or index >= len(problem.tests):
         return head
-    asked, expected, actual = case(problem.tests[index], verdict.tests[index])
-    return f"{head}\nInput:\n{shown(asked)}\nExpected:\n{shown(expected)}\nActual:\n{shown(actual)}"
+    given, expected, actual = case(problem.tests[index], result)
+    return f"{head}\nInput:\n{shown(given)}\nExpected:\n{shown(expected)}\nActual:\n{shown(actual)}"
 
 
 def _error_text(program: str, verdict: Verdict) -> str:
     index = _first(verdict, "runtime_error")
-    result = verdict.tests[index] if index is not None else None
+    result = verdict.result(index) if index is not None else None
     stderr = result.stderr.decode("utf-8", "replace") if result is not None else ""
     error = _error_message(stderr) or _exit_message(result) or verdict.detail or "the program failed"
     line = error_line(program, stderr)

@@ -17,15 +17,25 @@ def well_formed(text: str) -> str:
 
 # --- the answer: without the thought before it and the control tokens after it
 
-_CONTROL = r"(?:<\|[\w/▁-]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:eos|bos|pad|eot|end_of_turn)>|\[/INST\])"
+_CONTROL = r"(?:<\|[\w/▁-]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:eos|bos|pad|eot|end_of_turn)>|\[/INST\]|\[EOS\])"
 """Tokens that end a turn, where a server has left them in the text."""
-_TURN = r"(?:<\|im_start\|>|<\|start_header_id\|>|<\|start\|>|<start_of_turn>|<｜(?:User|Assistant)｜>|\[INST\])"
+_TURN = (
+    r"(?:<\|im_start\|>|<\|(?:start_header_id|header_start)\|>|<\|start\|>|<start_of_turn>|<｜(?:User|Assistant)｜>"
+    r"|<\|START_OF_TURN_TOKEN\|>|\[INST\])"
+)
+_ASKS = rf"(?:{_TURN}\s*(?:<\|)?(?:user|human|system)\b|<\|(?:user|human|system)\|>|<｜User｜>|\[INST\])"
+"""What begins a turn that is not the model's, whatever stands before it."""
 _LAST_CONTROL = re.compile(rf"{_CONTROL}$", re.IGNORECASE)
 _LONGEST_CONTROL = 64
-_NEXT_TURN = re.compile(rf"{_CONTROL}\s*{_TURN}", re.IGNORECASE)
+_NEXT_TURN = re.compile(
+    rf"{_CONTROL}\s*{_TURN}|(?:^|```|~~~)[ \t]*{_ASKS}|<\|(?:user|human|system)\|>[ \t]*$", re.IGNORECASE | re.MULTILINE
+)
 _THOUGHT = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|seed:think|scratchpad)"
 _THINK = re.compile(
-    rf"<(?P<close>/?)\s*{_THOUGHT}\s*>|\[(?P<close2>/?)THINK\]|<\|(?P<mark>begin|end)_of_thought\|>", re.IGNORECASE
+    rf"(?:<|&lt;|<\||◁)(?P<close>/?)\s*{_THOUGHT}\s*(?:>|&gt;|\|>|▷)|\[(?P<close2>/?)THINK\]"
+    r"|<\|(?:(?P<mark>begin|end)_of_thought|(?P<mark2>start|end)_thinking)\|>"
+    r"|<unused94>(?=thought)|(?P<close3>)<unused95>",
+    re.IGNORECASE,
 )
 _QUOTES = frozenset("\"'`\\")
 _FINAL_CHANNEL = "<|channel|>final<|message|>"
@@ -45,7 +55,8 @@ def answer(text: str) -> str:
         return ""
     turn = _NEXT_TURN.search(text)
     if turn is not None:
-        text = text[: turn.start()]
+        fence = turn[0][:3] if turn[0][:3] in ("```", "~~~") else ""
+        text = text[: turn.start()] + fence
     return without_controls(_without_thoughts(text))
 
 
@@ -62,7 +73,8 @@ def _without_thoughts(text: str) -> str:
     position = 0
     thinking = False
     for tag in _THINK.finditer(text):
-        closes = bool(tag["close"] or tag["close2"] or tag["mark"] == "end")
+        mark = (tag["mark"] or tag["mark2"] or "").lower()
+        closes = bool(tag["close"] or tag["close2"] or tag["close3"] is not None or mark == "end")
         if thinking:
             if closes:
                 thinking, position = False, tag.end()
@@ -116,8 +128,11 @@ def _is_quoted(text: str, tag: re.Match[str]) -> bool:
 _FENCE = re.compile(r"^(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})(?P<info>.*)$")
 _GLUED = re.compile(r"^(?P<text>.*[^`~\s].*?)(?P<marks>`{3,})(?P<info>[ \t]*[\w.+#-]*[ \t]*)$")
 """A fence behind text on its line."""
+_QUOTE = re.compile(r"^ {0,3}>[ \t]?")
 _ONE_LINE = re.compile(r"(?P<marks>`{3,})(?P<tag>[\w.+#-]+)[ \t]+(?P<code>[^`\n]*[^`\s])[ \t]*(?P=marks)(?!`)")
 """A whole block on a line: a language's tag, then code."""
+_SPAN = re.compile(r"(?P<marks>`{3,})(?P<code>[^`\r\n]+)(?P=marks)")
+"""A whole line that is a span of code."""
 _CLOSING_SLACK = 3
 """Columns by which a closing fence may be indented more than its opening: more is text inside the block."""
 
@@ -162,6 +177,8 @@ class _Opening:
     code: str
     """Code behind the tag on the fence's line."""
     label: str
+    quoted: bool = False
+    """Whether the block stands in a quotation, each of its lines behind ``>``."""
     glued: bool = False
     """Whether text stands before the fence, so that the code's own indentation says where its first column is."""
 
@@ -179,6 +196,10 @@ class _Scanner:
     def read(self, lines: list[str]) -> None:
         """The next lines of a text."""
         for line in lines:
+            if self._opening is not None and self._opening.quoted:
+                if not _QUOTE.match(line):  # a quotation ends, and with it its block
+                    self._end(closed=False)
+                line = _QUOTE.sub("", line, count=1)
             bare = without_controls(line)
             fence = _FENCE.match(bare)
             if self._opening is None:
@@ -203,7 +224,13 @@ class _Scanner:
     def _outside_line(self, line: str, fence: re.Match[str] | None) -> None:
         """A line outside all blocks, which may open one, or hold one."""
         self._opening = _opened(fence, self._label) if fence else None
+        if self._opening is None and (quoted := _QUOTE.match(line)) and (fence := _FENCE.match(line[quoted.end() :])):
+            opening = _opened(fence, self._label)
+            self._opening = opening and replace(opening, quoted=True)
         if self._opening is not None:
+            return
+        if (alone := _SPAN.fullmatch(line.strip())) and _calls(alone["code"].strip()):
+            self._add("", alone["code"].strip(), closed=True)
             return
         if (whole := _ONE_LINE.search(line)) and whole["tag"].lower() in _TAGS:
             self._prose(line[: whole.start()])
@@ -257,9 +284,24 @@ def split(text: str) -> tuple[list[Block], list[str]]:
     behind its tag, be followed by words or by control tokens, or be forgotten.
     """
     scanner = _Scanner()
-    scanner.read(text.replace("\r\n", "\n").split("\n"))
+    scanner.read(_unwrapped(text.replace("\r\n", "\n").split("\n")))
     scanner.end()
     return scanner.blocks, scanner.outside
+
+
+_MARKDOWN = ("markdown", "md")
+
+
+def _unwrapped(lines: list[str]) -> list[str]:
+    """The lines of an answer that is one block of Markdown, without the block's own fences."""
+    filled = [index for index, line in enumerate(lines) if line.strip()]
+    fences = [found for line in lines if (found := _FENCE.match(without_controls(line)))]
+    if len(fences) < 2 or _FENCE.match(lines[filled[0]]) is None or _FENCE.match(lines[filled[-1]]) is None:
+        return lines
+    first, second, last = fences[0], fences[1], fences[-1]
+    wraps = first["info"].strip().lower() in _MARKDOWN and last["marks"] == first["marks"] and not last["info"].strip()
+    nested = len(fences) == 2 or second["marks"] != first["marks"] or bool(second["info"].strip())
+    return lines[filled[0] + 1 : filled[-1]] if wraps and nested else lines
 
 
 def _opened(fence: re.Match[str], label: str) -> _Opening | None:
@@ -340,3 +382,9 @@ def parsed(code: str) -> ast.Module | None:
 
 def _parses(code: str) -> bool:
     return parsed(code) is not None
+
+
+def _calls(code: str) -> bool:
+    """Whether code is Python that calls something."""
+    tree = parsed(code)
+    return tree is not None and any(isinstance(node, ast.Call) for node in ast.walk(tree))

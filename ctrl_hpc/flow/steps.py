@@ -24,9 +24,9 @@ from ctrl_hpc.records import (
     Rules,
     Sampling,
     Solution,
-    TestResult,
     Verdict,
 )
+from ctrl_hpc.verdicts import unrun
 
 
 def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, sampling: Sampling) -> list[Solution]:
@@ -68,7 +68,7 @@ def _override(problem: Problem, rules: Rules) -> Override:
 
 
 def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_failure: bool = False) -> Execution:
-    """What the executor takes: a program with its problem's tests, limits, comparison and harness."""
+    """What the executor takes: a program with its problem's tests, limits and so on, for a slim verdict."""
     override = _override(problem, rules)
     preamble, program = prepared(problem.harness or "", problem.starter_code, program)
     return Execution(
@@ -79,13 +79,14 @@ def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_fai
         comparison=override.comparison or problem.comparison or "exact",
         stop_at_first_failure=stop_at_first_failure,
         time_budget_s=rules.time_budget_s,
+        outputs="shown",
     )
 
 
 def no_program(problem: Problem) -> Verdict:
     """The verdict of an answer that holds no program."""
-    tests = tuple(TestResult(status="not_run") for _ in problem.tests)
-    return Verdict(status="wrong_answer", tests=tests, detail="no program in the answer")
+    verdict = Verdict(status="wrong_answer", detail="no program in the answer")
+    return unrun(len(problem.tests), "not_run", verdict)
 
 
 def execute[R: (Solution, Revision)](

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import re
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ def extract_program(text: str, names: Collection[str] = ()) -> str | None:
     answer has no complete one. None when there is no block: text in a thought or outside of fences is no program.
     """
     blocks, _ = split(answer(text))
+    blocks = [inner for block in blocks for inner in _inside(block)]
     programs = [block for block in blocks if block.content.strip() and block.tag not in NOT_PROGRAMS]
     if not programs:
         return None
@@ -45,10 +47,18 @@ def extract_program(text: str, names: Collection[str] = ()) -> str | None:
     return best
 
 
+def _inside(block: Block) -> list[Block]:
+    """The blocks that a block of Markdown holds; another block itself."""
+    return split(block.content)[0] if block.tag in ("markdown", "md") else [block]
+
+
+_SESSION = re.compile(r"\s*(?:>>>|\$ |% |!?(?:pip|python3?|conda) |In \[\d+\]:)")
+"""How what is typed at a prompt begins."""
+
+
 def _kind(block: Block, own: _Names, earlier: set[str]) -> int:
     """How much a block looks like the program asked for: 0 for one that shows something, 4 for tagged Python."""
-    session = block.content.lstrip().startswith(">>>")
-    if session or _SHOWS.search(block.label) or (own.used - own.defined) & earlier:
+    if _SESSION.match(block.content) or own.idle or _SHOWS.search(block.label) or (own.used - own.defined) & earlier:
         return 0
     if block.tag in PYTHON:
         return 4
@@ -69,6 +79,8 @@ class _Names:
     defined: frozenset[str] = frozenset()
     used: frozenset[str] = frozenset()
     acts: bool = False
+    idle: bool = False
+    """Whether there is nothing but assertions, ``pass``, constants and comments."""
 
     @classmethod
     def of(cls, code: str) -> _Names:
@@ -85,7 +97,12 @@ class _Names:
         }
         kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.Call)
         acts = any(isinstance(node, kinds) for node in ast.walk(tree))
-        return cls(defined=frozenset(made), used=frozenset(called - bound), acts=acts)
+        idle = all(
+            isinstance(node, (ast.Assert, ast.Pass))
+            or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+            for node in tree.body
+        )
+        return cls(defined=frozenset(made), used=frozenset(called - bound), acts=acts, idle=idle)
 
 
 _TOO_LONG = 200_000
@@ -128,29 +145,48 @@ def _free(code: str) -> Iterator[str]:
 # --- the judgement of a critique
 
 _LATEX = re.compile(
-    r"\\(?:boxed|fbox|text|textbf|textit|mathbf|mathrm|mathsf|texttt|bf|bm|emph|underline)\s*\{?|\\[\[\]()]|\$+"
+    r"\\*\b(?:boxed|fbox)\s*\{"
+    r"|\\(?:boldsymbol|textbf|textit|texttt|textsc|textsf|textrm|text|mathbf|mathrm|mathsf|mathit|bf|bm|emph|underline"
+    r"|large|Large|huge|Huge)\b\s*\{?|\\[\[\]()]|\$+"
 )
 _TAG = re.compile(
     r"</?(?:b|i|em|strong|u|mark|span|p|br|h[1-6]|font|code|answer|verdict|judge?ment)\b[^<>]*/?>", re.IGNORECASE
 )
 _GOOD, _BAD = "✅✔☑🟢👍🎉✓", "❌✖✗✘🔴👎🚫⛔⚠"
-_MARK = rf"[{_GOOD}{_BAD}\ufe0f\u200d]"
 _MARKUP = r"[*_=`]{0,6}"
-_OPEN = r"[\s*_=`\"'“‘«»「『【《〈(\[{<|:.-]{0,16}"
+_OPEN = r"[\s*_=`\"'“”„‘’«»「」『』【】《》〈〉〔〕(\[{<|:.→⇒-]{0,16}"
+_HEADS = (
+    r"(?:#{1,6}\s+|[-*+•]\s+|\(?(?:\d{1,2}|[a-z]|[ivx]{1,4})[.)]\s+|(?:step|part)\s+\d{1,2}\s*[:.)-]\s*|\|\s*|\{\s*)"
+)
 _LABEL = re.compile(
-    rf"^ {{0,3}}(?:#{{1,6}}\s+|[-*+•]\s+|\(?\d{{1,2}}[.)]\s+|\|\s*)*#{{0,6}}[\"']?{_MARKUP}"  # heading, item, key
-    r"(?:(?:final\s+)?overall[\s_]+(?:judge?ment|verdict|assessment)|final\s+(?:judge?ment|verdict)|judge?ment|verdict)"
-    rf"{_MARKUP}[\"']?(?:\s+is\b)?\s*(?P<sign>[:=|-]*){_MARKUP}\s*(?P<rest>.*)$",
+    rf"^ {{0,3}}{_HEADS}*#{{0,6}}[\"']?{_MARKUP}"  # heading, item, key
+    r"(?:(?:so|thus|hence|therefore),?\s+)?(?P<the>the\s+)?"
+    r"(?:(?:final\s+)?overall[\s_-]+(?:judge?ment|verdict|assessment)|final[\s_-]+(?:judge?ment|verdict)|judge?ment|verdict)"
+    rf"(?:\s*[(\[]\s*correct\s*(?:/|\||\bor\b)\s*incorrect\s*[)\]])?{_MARKUP}[\"']?(?P<is>\s+is\b)?\s*(?P<sign>[:=|→⇒-]*)"
+    rf"{_MARKUP}\s*(?P<rest>.*)$",
     re.IGNORECASE,
 )
-_THING = r"(?:code|program|solution|answer|draft|implementation|function|submission|it)"
-_SUBJECT = rf"(?:(?:the|this|that|your|its?)\s+)?(?:(?:[a-z]+\s+){{0,2}}?{_THING}\s+is\s+)?"
-_VERDICT = re.compile(rf"^{_OPEN}{_SUBJECT}{_OPEN}(?P<verdict>correct|incorrect)\b(?P<after>.*)$", re.IGNORECASE)
-_CLOSE = re.compile(r"^[\s*_=`\"'”’»」』】》〉)\]}>|]{0,16}")
+_THING = r"(?:code|program|solution|answer|draft|implementation|function|submission|it|this|that)"
+_SUBJECT = rf"(?:(?:the|this|that|your|its?)\s+)?(?:(?:[a-z]+\s+){{0,2}}?{_THING}(?:\s+is|'s)\s+)?"
+_VERDICT = re.compile(
+    rf"^{_OPEN}{_SUBJECT}{_OPEN}(?P<verdict>correct|incorrect)(?![^\W_])(?P<after>.*)$", re.IGNORECASE
+)
+_CLOSED = r"[\s*_=`\"'“”’»」』】》〉〕)\]}>|"
+_CLOSE = re.compile(rf"^{_CLOSED}]{{0,16}}")
 _ALTERNATIVE = re.compile(r"^\W*(?:(?:or|and)\W+)?(?:in)?correct\b|overall\s+judge?ment", re.IGNORECASE)
-_SENTENCE_ENDS = re.compile(r"^\s*(?:$|[.!,;:](?:\s|[*_`]*$)|[-(]|because\b|as\b|since\b)", re.IGNORECASE)
-_LONE = re.compile(rf"^{_OPEN}(?P<verdict>correct|incorrect)[\s*_=`\"'”’»」』】》〉)\]}}>|.!]{{0,16}}$", re.IGNORECASE)
-_BOXED = re.compile(r"\\boxed\s*\{\s*(?:\\\w+\s*\{\s*){0,3}(?P<verdict>correct|incorrect)\s*[.!]?\s*\}", re.IGNORECASE)
+_SENTENCE_ENDS = re.compile(
+    r"^\s*(?:$|[.!,;:।]+(?:\s|[*_`]*$)|[-(]|because\b|as\b|since\b|due\s+to\b|and\b)", re.IGNORECASE
+)
+_AT_FAULT = re.compile(r"^\s*(?:for|when|in|on|with|but|if|where|at|by)\b", re.IGNORECASE)
+"""What may follow ``Incorrect``, and tells where; behind ``Correct`` it takes some of it back."""
+_LONE = re.compile(
+    rf"^{_OPEN}#{{0,6}}\s*(?:{_MARKUP}(?:(?:final|overall)\s+)?(?:answer|conclusion|result|decision|evaluation|overall)"
+    rf"{_MARKUP}\s*:{_MARKUP}\s*)?{_OPEN}(?P<verdict>correct|incorrect){_CLOSED}.!।]{{0,16}}$",
+    re.IGNORECASE,
+)
+_BOXED = re.compile(
+    r"\bboxed\s*\{\s*(?:\\\w+\s*\{\s*){0,3}[\"']?(?P<verdict>correct|incorrect)\s*[.!]?\s*[\"']?\s*\}", re.IGNORECASE
+)
 
 
 def parse_judgement(text: str) -> Judgement | None:
@@ -172,7 +208,7 @@ def parse_judgement(text: str) -> Judgement | None:
         rest = label["rest"].strip()
         if not rest:
             rest = next((after.strip() for after in cleaned[index + 1 :] if after.strip()), "")
-        elif not label["sign"]:
+        elif not (label["sign"] or label["is"]) or (label["the"] and not label["is"] and ":" not in label["sign"]):
             continue
         found.add(_verdict(rest))
     found -= {None}
@@ -188,8 +224,14 @@ def plain(line: str) -> str:
     """A line without LaTeX, HTML emphasis and control tokens, in ASCII's punctuation; code and quotations unchanged."""
     if is_quoted(line):
         return line
-    line = _TAG.sub("", _LATEX.sub("", line.translate(PUNCTUATION)))
-    return without_controls(line)
+    line = unicodedata.normalize("NFKC", without_controls(line))
+    line = "".join(character for character in line if unicodedata.category(character) != "Cf")
+    return without_controls(_TAG.sub("", _LATEX.sub("", line.translate(PUNCTUATION))))
+
+
+def _unmarked(text: str) -> str:
+    """Text without emoji and the like."""
+    return "".join(character for character in text if unicodedata.category(character) not in ("So", "Mn"))
 
 
 def is_quoted(line: str) -> bool:
@@ -198,14 +240,15 @@ def is_quoted(line: str) -> bool:
 
 
 def _verdict(rest: str) -> Judgement | None:
-    marks = set(re.findall(_MARK, rest[:40]))
-    match = _VERDICT.match(re.sub(_MARK, "", rest))
+    marks = set(rest[:40])
+    match = _VERDICT.match(_unmarked(rest))
     if match is None or "~~" in rest:
         return None
     after = _CLOSE.sub("", match["after"])
-    if not _SENTENCE_ENDS.match(after) or _ALTERNATIVE.search(after):
-        return None
     verdict = _of(match["verdict"])
+    told = _SENTENCE_ENDS.match(after) or (verdict == "incorrect" and _AT_FAULT.match(after))
+    if not told or _ALTERNATIVE.search(after):
+        return None
     return None if marks & set(_BAD if verdict == "correct" else _GOOD) else verdict
 
 
@@ -213,7 +256,7 @@ def _lone(line: str) -> re.Match[str] | None:
     """A line that is nothing but a verdict."""
     if is_quoted(line) or "~~" in line:
         return None
-    match = _LONE.match(re.sub(_MARK, "", line))
+    match = _LONE.match(_unmarked(line).strip())
     if match is None:
         return None
     return None if set(line) & set(_BAD if _of(match["verdict"]) == "correct" else _GOOD) else match

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.records import Sampling
+from ctrl_hpc.rollout.decoding import Completion, Decoding, Follower, check_prompts
 from ctrl_hpc.rollout.weights import copy_weights
-from ctrl_hpc.rollout.worker import check_prompts
 from ctrl_hpc.seeds import derive_seed
 
 
@@ -25,54 +26,100 @@ class ContinuousEngine:
         self.model, self.stop_ids, self.options = model, stop_ids, options
         self.version = 0
         self.max_positions = int(model.config.max_position_embeddings)
+        self.vocabulary = int(model.config.vocab_size)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         copy_weights(self.model, folder)
         self.version = version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
-        """One completion for each prompt, in order; requests that sample alike are decoded together."""
-        check_prompts(prompts, self.max_positions, self.model.config.vocab_size)
-        groups: dict[tuple[float, float, int], list[int]] = {}
-        for row, item in enumerate(sampling):
-            groups.setdefault((item.temperature, item.top_p, item.max_tokens), []).append(row)
-        out: dict[int, Generation] = {}
-        for (temperature, top_p, max_tokens), rows in groups.items():
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        followers: Sequence[Follower] | None = None,
+    ) -> list[Completion]:
+        """One completion for each prompt, in order; requests that sample alike are decoded together.
+
+        Followers are told of a completion when it is done: what they end is cut there. Raises ValueError for
+        parameters that this scheduler does not know.
+        """
+        check_prompts(prompts, self.max_positions, self.vocabulary)
+        decodings = [
+            replace(item, max_tokens=min(item.max_tokens, self.max_positions - len(prompt)))
+            for item, prompt in zip(map(Decoding.of, sampling), prompts, strict=True)
+        ]
+        groups: dict[Decoding, list[int]] = {}
+        for row, decoding in enumerate(decodings):
+            _check_known(decoding)
+            groups.setdefault(replace(decoding, seed=None, n=1, first=0, prompt_logprobs=False), []).append(row)
+        out: dict[int, Completion] = {}
+        for alike, rows in groups.items():
             seeds = [item.seed for row in rows if (item := sampling[row]).seed is not None]
             seed = derive_seed(0, *seeds) if seeds else None
-            outputs = self._decode([list(prompts[row]) for row in rows], temperature, top_p, max_tokens, seed)
-            out.update(zip(rows, outputs, strict=True))
-        return [out[row] for row in range(len(prompts))]
+            out.update(zip(rows, self._decode([list(prompts[row]) for row in rows], alike, seed), strict=True))
+        from ctrl_hpc.rollout.engine import score_prompts
 
-    def _decode(
-        self, prompts: list[list[int]], temperature: float, top_p: float, max_tokens: int, seed: int | None
-    ) -> list[Generation]:
+        with torch.inference_mode():
+            scored = score_prompts(self.model, prompts, decodings)
+        for row, score in enumerate(scored):
+            if score is not None:
+                out[row] = replace(out[row], prompt_logprobs=score[0])
+        return [out[row] if followers is None else _followed(out[row], followers[row]) for row in range(len(prompts))]
+
+    def _decode(self, prompts: list[list[int]], decoding: Decoding, seed: int | None) -> list[Completion]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        sampled = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+        stop_ids = decoding.stop_ids(self.stop_ids)
+        if decoding.max_tokens == 0:
+            nothing = [Completion(text="", prompt_ids=tuple(prompt), finish_reason="length") for prompt in prompts]
+            return [replace(item, version=self.version) for item in nothing]
+        sampled = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
         generation = GenerationConfig(
-            max_new_tokens=max_tokens,
-            do_sample=temperature > 0,
-            eos_token_id=sorted(self.stop_ids) or None,
-            **sampled,
+            max_new_tokens=decoding.max_tokens,
+            do_sample=decoding.temperature > 0,
+            eos_token_id=sorted(stop_ids) or None,
+            **(sampled if decoding.temperature > 0 else {}),
         )
         batching = ContinuousBatchingConfig(return_logprobs=True, seed=seed, **self.options)
         with torch.no_grad():
             results = self.model.generate_batch(prompts, generation, batching)
         if len(results) != len(prompts):
             raise RuntimeError(f"the continuous batching scheduler answered {len(results)} of {len(prompts)} requests")
-        return [self._generation(prompt, result) for prompt, result in zip(prompts, results.values(), strict=True)]
+        return [self._completion(p, result, stop_ids) for p, result in zip(prompts, results.values(), strict=True)]
 
-    def _generation(self, prompt: list[int], result: Any) -> Generation:
+    def _completion(self, prompt: list[int], result: Any, stop_ids: frozenset[int]) -> Completion:
         if result.error is not None:
             raise RuntimeError(f"continuous batching failed: {result.error}")
         tokens = tuple(result.generated_tokens)
-        return Generation(
+        stopped = bool(tokens) and tokens[-1] in stop_ids
+        return Completion(
             text="",
             prompt_ids=tuple(prompt),
             token_ids=tokens,
             logprobs=tuple(result.logprobs),
-            finish_reason="stop" if tokens and tokens[-1] in self.stop_ids else "length",
+            finish_reason="stop" if stopped else "length",
             version=self.version,
+            matched=tokens[-1] if stopped else None,
         )
+
+
+def _check_known(decoding: Decoding) -> None:
+    asked = {
+        "min_p": decoding.min_p > 0.0,
+        "top_logprobs": decoding.top_logprobs > 0,
+        "penalties, logit_bias and min_tokens": decoding.adjusts_logits,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(f"{name}: not served with rollout.batching=continuous; rollout.batching=padded serves it")
+
+
+def _followed(completion: Completion, follower: Follower) -> Completion:
+    """The completion up to where its follower ends it."""
+    if follower.watches:
+        for count, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True), 1):
+            if follower.token(token, logprob, ()):
+                tokens, logprobs = completion.token_ids[:count], completion.logprobs[:count]
+                return replace(completion, token_ids=tokens, logprobs=logprobs, finish_reason="stop", matched=None)
+    return completion

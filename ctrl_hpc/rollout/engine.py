@@ -1,21 +1,22 @@
-"""A causal language model on one device: padded batches, their cache, and the sampler."""
+"""A causal language model on one device: padded batches and their cache."""
 
 from __future__ import annotations
 
 import json
-import secrets
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from ctrl_hpc.config.machine import resolve_device
-from ctrl_hpc.records import Engine, Generation, Sampling
+from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
+from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
+from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.weights import copy_weights, weight_files
-from ctrl_hpc.rollout.worker import check_prompts
 
 GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
@@ -72,66 +73,11 @@ class KVCache:
                 store[layer] = chosen
 
 
-def uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
-    """``[B, T]`` float64 numbers in [0, 1): row b is a Philox stream keyed by seed b, whatever the other rows."""
-    out_BT = np.empty((len(seeds), steps))
-    for row, seed in enumerate(seeds):
-        key = secrets.randbits(62) if seed is None else seed
-        out_BT[row] = np.random.Generator(np.random.Philox(key=key)).random(steps)
-    return torch.from_numpy(out_BT)
-
-
-class Sampler:
-    """Draws the next token of every row of a batch by inverting the cumulative distribution.
-
-    Log-probabilities are those of the softmax at the row's temperature before the nucleus cut (at temperature 1 for
-    greedy rows): what a trainer recomputes from the logits.
-    """
-
-    def __init__(self, sampling: Sequence[Sampling], device: torch.device) -> None:
-        steps = max(item.max_tokens for item in sampling)
-        greedy = [item.temperature == 0.0 for item in sampling]
-        self._greedy_B = torch.tensor(greedy, device=device)
-        self._all_greedy, self._none_greedy = all(greedy), not any(greedy)
-        scale = [1.0 if item.temperature == 0.0 else 1.0 / item.temperature for item in sampling]
-        self._scale_B1 = torch.tensor(scale, dtype=torch.float32, device=device)[:, None]
-        self._top_p_B1 = torch.tensor([item.top_p for item in sampling], dtype=torch.float64, device=device)[:, None]
-        self._nucleus = any(item.top_p < 1.0 for item in sampling)
-        seeds = [0 if item.temperature == 0.0 else item.seed for item in sampling]
-        self._uniforms_BT = uniforms(seeds, 1 if self._all_greedy else steps).to(device)
-
-    def keep(self, rows_K: torch.Tensor) -> None:
-        """Forget all rows but these."""
-        self._greedy_B = self._greedy_B[rows_K]
-        self._scale_B1, self._top_p_B1 = self._scale_B1[rows_K], self._top_p_B1[rows_K]
-        self._uniforms_BT = self._uniforms_BT[rows_K]
-
-    def draw(self, logits_BV: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(tokens [B], logprobs [B])`` of step ``step``, counted from 0."""
-        logprobs_BV = torch.log_softmax(logits_BV.float() * self._scale_B1, dim=-1)
-        if self._all_greedy:
-            tokens_B = logits_BV.argmax(dim=-1)
-        else:
-            tokens_B = self._invert(logprobs_BV, step)
-            if not self._none_greedy:
-                tokens_B = torch.where(self._greedy_B, logits_BV.argmax(dim=-1), tokens_B)
-        return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0]
-
-    def _invert(self, logprobs_BV: torch.Tensor, step: int) -> torch.Tensor:
-        probs_BV = logprobs_BV.exp().double()
-        if self._nucleus:
-            sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
-            above_BV = sorted_BV.cumsum(dim=-1) - sorted_BV  # mass of the strictly likelier tokens
-            kept_BV = torch.where(above_BV < self._top_p_B1, sorted_BV, 0.0)
-            probs_BV = torch.zeros_like(probs_BV).scatter_(1, order_BV, kept_BV)
-        cumulative_BV = probs_BV.cumsum(dim=-1)
-        target_B1 = self._uniforms_BT[:, step : step + 1] * cumulative_BV[:, -1:]
-        tokens_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
-        return tokens_B.clamp_(max=probs_BV.shape[1] - 1)
-
-
 COMPACT_BELOW = 0.75
 """Finished rows are dropped from a batch when fewer than this fraction of its rows is alive."""
+LENGTH, STOP, ABORT = 0, 1, 2
+FINISH: tuple[Literal["length", "stop", "abort"], ...] = ("length", "stop", "abort")
+"""Why a completion ended, by its number in a batch; one that goes on is on its way to its length."""
 
 
 class PaddedEngine:
@@ -146,28 +92,43 @@ class PaddedEngine:
         self.model, self.stop_ids, self.max_batch_tokens = model, stop_ids, max_batch_tokens
         self.version = 0
         self.max_positions = int(model.config.max_position_embeddings)
+        self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
-        self._stop_S = torch.tensor(sorted(stop_ids), dtype=torch.long, device=self._device)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         copy_weights(self.model, folder)
         self.version = version
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[Generation]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        followers: Sequence[Follower] | None = None,
+    ) -> list[Completion]:
         """One completion for each prompt, in order; ``text`` is empty and ``n`` must be 1.
 
-        A completion ends at a stop token, after ``max_tokens``, or where the model's positions end ("length").
-        Raises ValueError for a prompt that is empty or leaves no position for a completion.
+        A completion ends at a stop token, after ``max_tokens``, where the model's positions end ("length"), or when
+        its follower says so. Raises ValueError for a prompt that is empty or leaves no position for a completion.
         """
-        check_prompts(prompts, self.max_positions, self.model.config.vocab_size)
-        out: list[Generation | None] = [None] * len(prompts)
+        check_prompts(prompts, self.max_positions, self.vocabulary)
+        decodings = [
+            replace(item, max_tokens=min(item.max_tokens, self.max_positions - len(prompt)))
+            for item, prompt in zip(map(Decoding.of, sampling), prompts, strict=True)
+        ]
+        out: list[Completion | None] = [None] * len(prompts)
         with torch.inference_mode():
-            for rows in self._batches(prompts, sampling):
-                batch = _Batch([prompts[row] for row in rows], [sampling[row] for row in rows], self)
-                for row, generation in zip(rows, batch.run(), strict=True):
-                    out[row] = generation
-        return [generation for generation in out if generation is not None]
+            for rows in self._batches(prompts, decodings):
+                goes_along = None if followers is None else [followers[row] for row in rows]
+                batch = _Batch([prompts[row] for row in rows], [decodings[row] for row in rows], goes_along, self)
+                for row, completion in zip(rows, batch.run(), strict=True):
+                    out[row] = completion
+            scored = score_prompts(self.model, prompts, decodings)
+        return [
+            completion if score is None else replace(completion, prompt_logprobs=score[0], prompt_top_logprobs=score[1])
+            for completion, score in zip(out, scored, strict=True)
+            if completion is not None
+        ]
 
     def _batches(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> Iterator[list[int]]:
         order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), tuple(prompts[row])))
@@ -186,30 +147,53 @@ class PaddedEngine:
 class _Batch:
     """One padded batch, decoded to its end."""
 
-    def __init__(self, prompts: list[Sequence[int]], sampling: list[Sampling], engine: PaddedEngine) -> None:
-        self.prompts, self.engine = prompts, engine
+    def __init__(
+        self,
+        prompts: list[Sequence[int]],
+        decodings: list[Decoding],
+        followers: list[Follower] | None,
+        engine: PaddedEngine,
+    ) -> None:
+        self.prompts, self.decodings, self.followers, self.engine = prompts, decodings, followers, engine
         self.model, self.device = engine.model, engine._device
-        room = [engine.max_positions - len(prompt) for prompt in prompts]
-        self.limits = [min(item.max_tokens, left) for item, left in zip(sampling, room, strict=True)]
-        self.sampler = Sampler(sampling, self.device)
+        self.limits = [item.max_tokens for item in decodings]
+        self.sampler = Sampler(decodings, max(self.limits), self.device)
+        self.stop_ids = [item.stop_ids(engine.stop_ids) for item in decodings]
+        self.stop_tables = _StopTables(self.stop_ids, engine.stop_ids, self.device)
+        self.adjustments: Adjustments | None = None
+        if any(item.adjusts_logits for item in decodings):
+            vocabulary = self.model.config.vocab_size
+            self.adjustments = Adjustments(decodings, prompts, self.stop_ids, vocabulary, self.device)
+        self.top = max(item.top_logprobs for item in decodings)
+        self.tops: list[list[TopLogprobs]] = [[] for _ in prompts]
         self.cache = KVCache(self.model.config.num_hidden_layers)
 
-    def run(self) -> list[Generation]:
+    def run(self) -> list[Completion]:
         """Prefill, then a token a step for every live row."""
         steps, rows = max(self.limits), len(self.prompts)
         tokens_BT = torch.zeros(rows, steps, dtype=torch.long, device=self.device)
         logprobs_BT = torch.zeros(rows, steps, device=self.device)
         lengths_B = torch.tensor(self.limits, device=self.device)
-        stopped_B = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        ends_B = torch.full((rows,), LENGTH, device=self.device)
         alive_R = torch.arange(rows, device=self.device)  # request of each row still in the batch
+        if steps == 0:
+            return self._completions(tokens_BT, logprobs_BT, lengths_B, ends_B)
         logits_RV, pad_R = self._prefill()
         for step in range(steps):
-            token_R, logprob_R = self.sampler.draw(logits_RV, step)
-            running_R = ~stopped_B[alive_R] & (step < lengths_B[alive_R])
+            if self.adjustments is not None:
+                logits_RV = self.adjustments.apply(logits_RV, step)
+            token_R, logprob_R, logprobs_RV = self.sampler.draw(logits_RV, step)
+            running_R = (ends_B[alive_R] == LENGTH) & (step < lengths_B[alive_R])
             tokens_BT[alive_R, step] = torch.where(running_R, token_R, 0)
             logprobs_BT[alive_R, step] = torch.where(running_R, logprob_R, 0.0)
-            ended_R = running_R & torch.isin(token_R, self.engine._stop_S)
-            stopped_B[alive_R[ended_R]] = True
+            ended_R = running_R & self.stop_tables.ends(token_R, alive_R)
+            if self.adjustments is not None:
+                self.adjustments.note(token_R)
+            if self.top:
+                self._note_top(logprobs_RV, alive_R, running_R)
+            ends_B[alive_R[ended_R]] = STOP
+            if self.followers is not None:
+                ended_R |= self._follow(token_R, logprob_R, alive_R, running_R, ends_B)
             lengths_B[alive_R[ended_R]] = step + 1
             keep_K = torch.nonzero(running_R & ~ended_R & (step + 1 < lengths_B[alive_R]))[:, 0]
             if len(keep_K) == 0:
@@ -217,11 +201,46 @@ class _Batch:
             if len(keep_K) < COMPACT_BELOW * len(alive_R):
                 self.cache.keep(keep_K)
                 self.sampler.keep(keep_K)
+                if self.adjustments is not None:
+                    self.adjustments.keep(keep_K)
                 alive_R, token_R, pad_R = alive_R[keep_K], token_R[keep_K], pad_R[keep_K]
             logits_RV = self._decode(token_R, pad_R)
         if not torch.isfinite(logprobs_BT).all():
             raise RuntimeError(f"the logits are not finite: bad weights? (version {self.engine.version})")
-        return self._generations(tokens_BT, logprobs_BT, lengths_B, stopped_B)
+        return self._completions(tokens_BT, logprobs_BT, lengths_B, ends_B)
+
+    def _note_top(self, logprobs_RV: torch.Tensor, alive_R: torch.Tensor, running_R: torch.Tensor) -> None:
+        values_RK, ids_RK = logprobs_RV.topk(self.top, dim=-1)
+        lists = zip(alive_R.tolist(), running_R.tolist(), ids_RK.tolist(), values_RK.tolist(), strict=True)
+        for row, running, ids, values in lists:
+            if running:
+                self.tops[row].append(tuple(zip(ids, values, strict=True))[: self.decodings[row].top_logprobs])
+
+    def _follow(
+        self,
+        token_R: torch.Tensor,
+        logprob_R: torch.Tensor,
+        alive_R: torch.Tensor,
+        running_R: torch.Tensor,
+        ends_B: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tell the followers of their tokens; which rows they end, noted in ``ends_B``."""
+        assert self.followers is not None
+        ended_R = torch.zeros_like(running_R)
+        if not any(follower.watches or follower.aborted for follower in self.followers):
+            return ended_R
+        lists = zip(alive_R.tolist(), running_R.tolist(), token_R.tolist(), logprob_R.tolist(), strict=True)
+        for index, (row, running, token, logprob) in enumerate(lists):
+            follower = self.followers[row]
+            if not running:
+                continue
+            top = self.tops[row][-1] if self.tops[row] else ()
+            ends = STOP if follower.watches and follower.token(token, logprob, top) else LENGTH
+            if follower.aborted and ends == LENGTH and int(ends_B[row]) == LENGTH:
+                ends = ABORT
+            if ends != LENGTH:
+                ends_B[row], ended_R[index] = ends, True
+        return ended_R
 
     def _prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits after each request's prompt and its left padding; each distinct prompt is computed once."""
@@ -260,23 +279,76 @@ class _Batch:
         self.cache.advance(ids_BQ.shape[1])
         return out.logits[:, -1]
 
-    def _generations(
-        self, tokens_BT: torch.Tensor, logprobs_BT: torch.Tensor, lengths_B: torch.Tensor, stopped_B: torch.Tensor
-    ) -> list[Generation]:
-        rows = zip(
-            self.prompts, tokens_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), stopped_B.tolist(), strict=True
-        )
+    def _completions(
+        self, tokens_BT: torch.Tensor, logprobs_BT: torch.Tensor, lengths_B: torch.Tensor, ends_B: torch.Tensor
+    ) -> list[Completion]:
+        rows = zip(tokens_BT.tolist(), logprobs_BT.tolist(), lengths_B.tolist(), ends_B.tolist(), strict=True)
         return [
-            Generation(
+            Completion(
                 text="",
-                prompt_ids=tuple(prompt),
+                prompt_ids=tuple(self.prompts[row]),
                 token_ids=tuple(tokens[:length]),
                 logprobs=tuple(logprobs[:length]),
-                finish_reason="stop" if stopped else "length",
+                finish_reason=FINISH[end],
                 version=self.engine.version,
+                top_logprobs=tuple(self.tops[row]),
+                matched=tokens[length - 1] if end == STOP and tokens[length - 1] in self.stop_ids[row] else None,
             )
-            for prompt, tokens, logprobs, length, stopped in rows
+            for row, (tokens, logprobs, length, end) in enumerate(rows)
         ]
+
+
+class _StopTables:
+    """Which tokens end which rows."""
+
+    def __init__(self, stop_ids: Sequence[frozenset[int]], of_model: frozenset[int], device: torch.device) -> None:
+        self._same = all(ids == of_model for ids in stop_ids)
+        widest = len(of_model) if self._same else max(map(len, stop_ids))
+        lists = [sorted(of_model)] if self._same else [sorted(ids) for ids in stop_ids]
+        padded = [ids + [-1] * (widest - len(ids)) for ids in lists]
+        self._ids_BS = torch.tensor(padded, dtype=torch.long, device=device).view(len(lists), widest)
+
+    def ends(self, token_R: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """Whether each row's token is one of its stop tokens; ``rows``: the requests of the rows."""
+        ids_RS = self._ids_BS if self._same else self._ids_BS[rows_R]
+        return (token_R[:, None] == ids_RS).any(dim=-1)
+
+
+SCORED_AT_ONCE = 256
+"""Positions whose logits are held at a time when prompts are scored."""
+Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
+"""Log-probs of a prompt's tokens but the first, and the likeliest tokens there."""
+
+
+def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[Score | None]:
+    """The prompts' own log-probs at temperature 1, where they are asked for; equal prompts are computed once."""
+    known: dict[tuple[tuple[int, ...], int], Score] = {}
+    out: list[Score | None] = []
+    for prompt, decoding in zip(prompts, decodings, strict=True):
+        key = (tuple(prompt), decoding.top_logprobs)
+        if decoding.prompt_logprobs and key not in known:
+            known[key] = _score(model, *key)
+        out.append(known[key] if decoding.prompt_logprobs else None)
+    return out
+
+
+def _score(model: Any, prompt: tuple[int, ...], top: int) -> Score:
+    device = next(model.parameters()).device
+    ids_1T = torch.tensor([prompt], device=device)
+    hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, :-1]
+    values: list[float] = []
+    tops: list[TopLogprobs] = []
+    for start in range(0, len(hidden_TD), SCORED_AT_ONCE):
+        part_CD = hidden_TD[start : start + SCORED_AT_ONCE]
+        logprobs_CV = torch.log_softmax(model.get_output_embeddings()(part_CD).float(), dim=-1)
+        wanted_C1 = ids_1T[0, start + 1 : start + 1 + len(part_CD), None]
+        values += logprobs_CV.gather(1, wanted_C1)[:, 0].tolist()
+        likeliest = logprobs_CV.topk(top, dim=-1)
+        pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+        tops += [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
+    if not all(map(math.isfinite, values)):
+        raise RuntimeError("the logits are not finite: bad weights?")
+    return tuple(values), tuple(tops)
 
 
 def _continuous(model: Any, stop_ids: frozenset[int], _: int) -> Engine:

@@ -10,8 +10,9 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from ctrl_hpc.records import Generation, Sampling
-from ctrl_hpc.rollout.worker import Service, check_sampling
+from ctrl_hpc.records import Generation
+from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Decoding, check_decoding
+from ctrl_hpc.rollout.worker import Service
 
 
 class _Common(BaseModel):
@@ -60,7 +61,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody) -> dict[str, Any]:
         prompts = _prompt_ids(body.prompt, service)
-        groups = await service.complete(prompts, [_sampling(body, body.max_tokens)] * len(prompts))
+        groups = await service.complete(prompts, [_sampling(body, body.max_tokens, service)] * len(prompts))
         choices: list[dict[str, Any]] = []
         for generation, text, reason in _texts(groups, body.stop, service):
             choice = {"index": len(choices), "text": text, "finish_reason": reason, "logprobs": None}
@@ -75,7 +76,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         messages = [message.model_dump() for message in body.messages]
         ids = service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         limit = body.max_completion_tokens or body.max_tokens or service.worker.engine.max_positions - len(ids)
-        groups = await service.complete([ids], [_sampling(body, max(1, limit))])
+        groups = await service.complete([ids], [_sampling(body, max(1, limit), service)])
         choices: list[dict[str, Any]] = []
         for generation, text, reason in _texts(groups, body.stop, service):
             message = {"role": "assistant", "content": text}
@@ -88,11 +89,12 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         return _envelope("chat.completion", "chatcmpl", choices, groups, service)
 
 
-def _sampling(body: _Common, max_tokens: int) -> Sampling:
+def _sampling(body: _Common, max_tokens: int, service: Service) -> Decoding:
     if body.stream:
         raise ValueError("stream=true is not served here")
-    sampling = Sampling(temperature=body.temperature, top_p=body.top_p, max_tokens=max_tokens, n=body.n, seed=body.seed)
-    check_sampling(sampling)
+    temperature = 0.0 if 0.0 <= body.temperature < GREEDY_BELOW else body.temperature
+    sampling = Decoding(temperature=temperature, top_p=body.top_p, max_tokens=max_tokens, n=body.n, seed=body.seed)
+    check_decoding(sampling, service.worker.engine.vocabulary)
     return sampling
 
 

@@ -18,29 +18,41 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict
 
-from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Completion, Decoding, check_decoding
 from ctrl_hpc.rollout.openai_routes import add_openai_routes
-from ctrl_hpc.rollout.worker import Service, Worker, check_sampling
+from ctrl_hpc.rollout.worker import Service, Worker
 from ctrl_hpc.service import http as http_service
 
 MAX_BODY_BYTES = 1 << 28
 """Largest request."""
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_k": (-1, 0, 1 << 30),
-    "min_p": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "presence_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "min_new_tokens": (0,),
-    "stop": (None, []),
-    "stop_token_ids": (None, []),
-    "ignore_eos": (False,),
+    "stop": ([],),
     "skip_special_tokens": (True, False),
     "spaces_between_special_tokens": (True, False),
     "no_stop_trim": (True, False),
 }
 """Sampling parameters of SGLang that this server accepts only where they change nothing."""
-_KNOWN = ("temperature", "top_p", "max_new_tokens", "n", "sampling_seed")
+_NUMBERS: dict[str, tuple[str, float]] = {
+    "temperature": ("temperature", 1.0),
+    "top_p": ("top_p", 1.0),
+    "min_p": ("min_p", 0.0),
+    "frequency_penalty": ("frequency_penalty", 0.0),
+    "presence_penalty": ("presence_penalty", 0.0),
+    "repetition_penalty": ("repetition_penalty", 1.0),
+}
+"""SGLang's sampling parameters that are numbers: the field of ``Decoding`` and the default."""
+_INTEGERS: dict[str, tuple[str, int]] = {
+    "max_new_tokens": ("max_tokens", 128),
+    "n": ("n", 1),
+    "top_k": ("top_k", 0),
+    "min_new_tokens": ("min_tokens", 0),
+}
+"""... and those that are whole numbers."""
+_KNOWN = (*_NUMBERS, *_INTEGERS, "sampling_seed", "stop_token_ids", "ignore_eos", "logit_bias")
+MOST = 1 << 63
+"""No number of a request is larger."""
+ALL_TOKENS = frozenset({-1, 1 << 30})
+"""Values of ``top_k`` that mean all, beside 0."""
 
 
 class GenerateBody(BaseModel):
@@ -66,38 +78,70 @@ class UpdateBody(BaseModel):
     abort_all_requests: bool = False
 
 
-def sampling_of(params: dict[str, Any]) -> Sampling:
-    """SGLang's sampling parameters as a ``Sampling``; raises ValueError naming the parameter that is not served."""
-    for key, value in params.items():
+def sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
+    """SGLang's sampling parameters; raises ValueError naming the parameter that is not served."""
+    given = {key: value for key, value in params.items() if value is not None}
+    for key, value in given.items():
         if key in _KNOWN:
             continue
         if key not in _NEUTRAL:
             raise ValueError(f"sampling_params.{key} is unknown; allowed: {', '.join(_KNOWN)}")
         if value not in _NEUTRAL[key]:
             raise ValueError(f"sampling_params.{key}={value!r} is not served here")
-    sampling = Sampling(
-        temperature=_number(params, "temperature", 1.0),
-        top_p=_number(params, "top_p", 1.0),
-        max_tokens=_integer(params, "max_new_tokens", 128),
-        n=_integer(params, "n", 1),
-        seed=None if params.get("sampling_seed") is None else _integer(params, "sampling_seed", 0),
+    values: dict[str, Any] = {name: _number(given, key, default) for key, (name, default) in _NUMBERS.items()}
+    values |= {name: _integer(given, key, default) for key, (name, default) in _INTEGERS.items()}
+    if values["top_k"] in ALL_TOKENS:
+        values["top_k"] = 0
+    if 0.0 <= values["temperature"] < GREEDY_BELOW:
+        values["temperature"] = 0.0
+    decoding = Decoding(
+        **values,
+        seed=_integer(given, "sampling_seed", 0) if "sampling_seed" in given else None,
+        stop_token_ids=_ids(given, "stop_token_ids"),
+        ignore_eos=_flag(given, "ignore_eos"),
+        logit_bias=logit_bias(given.get("logit_bias", {})),
     )
-    check_sampling(sampling)
-    return sampling
+    check_decoding(decoding, vocabulary)
+    return decoding
+
+
+def logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """OpenAI's map of token ids, as text, to biases."""
+    wrong = ValueError(f"logit_bias={value!r}: must map token ids to numbers")
+    if not isinstance(value, dict):
+        raise wrong
+    try:
+        return tuple((int(token), _number(value, token, 0.0)) for token in value)
+    except (TypeError, ValueError):
+        raise wrong from None
 
 
 def _number(params: dict[str, Any], key: str, default: float) -> float:
     value = params.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > MOST:
         raise ValueError(f"{key}={value!r}: must be a number")
     return float(value)
 
 
 def _integer(params: dict[str, Any], key: str, default: int) -> int:
     value = params.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MOST:
         raise ValueError(f"{key}={value!r}: must be a whole number")
     return value
+
+
+def _flag(params: dict[str, Any], key: str) -> bool:
+    value = params.get(key, False)
+    if not isinstance(value, bool):
+        raise ValueError(f"{key}={value!r}: must be true or false")
+    return value
+
+
+def _ids(params: dict[str, Any], key: str) -> tuple[int, ...]:
+    value = params.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        raise ValueError(f"{key}={value!r}: must be a list of token ids")
+    return tuple(value)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -127,7 +171,7 @@ def create_app(service: Service) -> FastAPI:
         version = service.worker.engine.version + 1 if body.weight_version is None else int(body.weight_version)
         try:
             await asyncio.wrap_future(service.worker.update(body.model_path, version))
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             return JSONResponse({"success": False, "message": str(error), "num_paused_requests": 0}, status_code=400)
         return JSONResponse({"success": True, "message": f"weight version {version}", "num_paused_requests": 0})
 
@@ -143,7 +187,9 @@ def create_app(service: Service) -> FastAPI:
         return {"model_path": model, "tokenizer_path": model, "is_generation": True, "weight_version": version}
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Any:
+        if not service.worker.alive:
+            return JSONResponse({"status": "dead", "detail": "the model's thread has ended"}, status_code=503)
         return {"status": "ok", "weight_version": str(service.worker.engine.version), "waiting": service.worker.waiting}
 
     @app.get("/metrics")
@@ -169,7 +215,7 @@ async def _generate(service: Service, body: GenerateBody) -> Any:
     params = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params] * len(prompts)
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
-    sampling = [sampling_of(item) for item in params]
+    sampling = [sampling_of(item, service.worker.engine.vocabulary) for item in params]
     groups = await service.complete(prompts, sampling)
     flat = [generation for group in groups for generation in group]
     with_logprobs = body.return_logprob if isinstance(body.return_logprob, bool) else any(body.return_logprob)
@@ -178,10 +224,12 @@ async def _generate(service: Service, body: GenerateBody) -> Any:
     return JSONResponse(out[0] if single and sampling[0].n == 1 else out)
 
 
-def _native(generation: Generation, text: str, with_logprobs: bool, service: Service) -> dict[str, Any]:
+def _native(generation: Completion, text: str, with_logprobs: bool, service: Service) -> dict[str, Any]:
     tokens = list(generation.token_ids)
     if generation.finish_reason == "stop":
-        finish: dict[str, Any] = {"type": "stop", "matched": tokens[-1]}
+        finish: dict[str, Any] = {"type": "stop", "matched": generation.matched}
+    elif generation.finish_reason == "abort":
+        finish = {"type": "abort", "message": "aborted"}
     else:
         finish = {"type": "length", "length": len(tokens)}
     meta: dict[str, Any] = {

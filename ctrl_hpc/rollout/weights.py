@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 INDEX = "model.safetensors.index.json"
@@ -32,7 +33,10 @@ def copy_weights(model: torch.nn.Module, folder: str | Path) -> None:
     """
     state: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
-        state.update(load_file(path))
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
     own = dict(model.state_dict())
     tied = _tied_names(own)
     for name in sorted(set(own) - set(state)):

@@ -1,54 +1,32 @@
-"""The thread that owns a model: requests are checked, queued, batched and answered."""
+"""The thread that owns a model: requests are queued, batched and answered."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ctrl_hpc.records import Engine, Generation, Sampling
+from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower
 from ctrl_hpc.seeds import derive_seed
-
-
-def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int, vocabulary: int) -> None:
-    """Raise ValueError for a prompt that is empty, too long, or holds an id outside the vocabulary."""
-    for number, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {number} is empty")
-        if len(prompt) >= max_positions:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has {max_positions} positions")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(f"prompt {number} holds a token id outside the vocabulary of {vocabulary}")
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raise ValueError for a value outside its range."""
-    if sampling.temperature < 0:
-        raise ValueError(f"temperature={sampling.temperature}: must be >= 0")
-    if not 0 < sampling.top_p <= 1:
-        raise ValueError(f"top_p={sampling.top_p}: must be in (0, 1]")
-    if sampling.max_tokens < 1:
-        raise ValueError(f"max_new_tokens={sampling.max_tokens}: must be >= 1")
-    if sampling.n < 1:
-        raise ValueError(f"n={sampling.n}: must be >= 1")
-    if sampling.seed is not None and sampling.seed < 0:
-        raise ValueError(f"seed={sampling.seed}: must be >= 0")
-
 
 GATHER_S = 0.002
 """How long the first waiting request waits for company."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Request:
     prompts: Sequence[Sequence[int]]
     sampling: Sequence[Sampling]
-    future: Future[list[Generation]] = field(default_factory=Future)
+    followers: Sequence[Follower]
+    future: Future[list[Completion]] = field(default_factory=Future)
 
 
 @dataclass(slots=True)
@@ -70,7 +48,10 @@ class Totals:
 
 
 class Worker:
-    """Serves requests in the order they come, all that wait in one batch; a weight update waits for its turn."""
+    """Serves requests in the order they come, all that wait in one batch; a weight update waits for its turn.
+
+    Whatever goes wrong with a request or an update is that one's error: the thread goes on.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -84,21 +65,36 @@ class Worker:
         """Requests not yet taken."""
         return self._queue.qsize()
 
-    def submit(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> Future[list[Generation]]:
-        """A future of one completion a prompt."""
-        request = _Request(prompts, sampling)
-        self._queue.put(request)
+    @property
+    def alive(self) -> bool:
+        """Whether anything will be answered."""
+        return self._thread.is_alive()
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[Sampling],
+        followers: Sequence[Follower] | None = None,
+    ) -> Future[list[Completion]]:
+        """A future of one completion a prompt; raises RuntimeError when the thread has ended."""
+        request = _Request(prompts, sampling, followers or [Follower() for _ in prompts])
+        self._put(request)
         return request.future
 
     def update(self, folder: str, version: int) -> Future[None]:
         """A future that is done when the weights are loaded; requests submitted later use them."""
         update = _Update(folder, version)
-        self._queue.put(update)
+        self._put(update)
         return update.future
 
     def close(self) -> None:
         """End the thread after what it is doing now."""
         self._queue.put(None)
+
+    def _put(self, item: _Request | _Update) -> None:
+        if not self.alive:
+            raise RuntimeError("the model's thread has ended; start the server again")
+        self._queue.put(item)
 
     def _loop(self) -> None:
         pending: list[_Request] = []
@@ -126,9 +122,10 @@ class Worker:
         started = time.perf_counter()
         prompts = [prompt for request in requests for prompt in request.prompts]
         sampling = [item for request in requests for item in request.sampling]
+        followers = [item for request in requests for item in request.followers]
         try:
-            generations = self.engine.generate(prompts, sampling)
-        except (ValueError, RuntimeError) as error:
+            generations = self.engine.generate(prompts, sampling, followers)
+        except Exception as error:  # noqa: BLE001 (it is that request's answer)
             self._generate_apart(requests, error)
             return
         finally:
@@ -142,18 +139,20 @@ class Worker:
             _resolve(request.future, generations[start:end])
             start = end
 
-    def _generate_apart(self, requests: list[_Request], error: ValueError | RuntimeError) -> None:
+    def _generate_apart(self, requests: list[_Request], error: Exception) -> None:
         """A gathered batch failed: the request at fault gets the error, its mates are served."""
         if len(requests) == 1:
             _reject(requests[0].future, error)
             return
         for request in requests:
+            for follower in request.followers:
+                follower.restart()
             self._generate([request])
 
     def _apply(self, update: _Update) -> None:
         try:
             self.engine.load_weights(update.folder, update.version)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 (it is that request's answer)
             _reject(update.future, error)
             return
         self.totals.updates += 1
@@ -166,6 +165,11 @@ def _resolve(future: Future[Any], value: Any) -> None:
 
 
 def _reject(future: Future[Any], error: Exception) -> None:
+    """The users' errors as they are, all others as RuntimeErrors that say their kind, with a line in the log."""
+    if not isinstance(error, ValueError):
+        log.error("a request failed", exc_info=error)
+        if not isinstance(error, RuntimeError):
+            error = RuntimeError(f"{type(error).__name__}: {error}")
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
 
@@ -176,16 +180,14 @@ class Service:
     def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:
         self.worker, self.tokenizer, self.model = worker, tokenizer, model
 
-    async def complete(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Sampling]) -> list[list[Generation]]:
+    async def complete(self, prompts: Sequence[Sequence[int]], sampling: Sequence[Decoding]) -> list[list[Completion]]:
         """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones."""
         flat_prompts, flat_sampling = [], []
         for prompt, item in zip(prompts, sampling, strict=True):
             for j in range(item.n):
                 seed = item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j)
                 flat_prompts.append(prompt)
-                flat_sampling.append(
-                    Sampling(temperature=item.temperature, top_p=item.top_p, max_tokens=item.max_tokens, seed=seed)
-                )
+                flat_sampling.append(replace(item, n=1, seed=seed))
         generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling))
         flat = iter(generations)
         return [[next(flat) for _ in range(item.n)] for item in sampling]

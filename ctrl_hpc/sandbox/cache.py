@@ -1,29 +1,30 @@
 """Verdicts of identical executions, kept on disk for all jobs of a run.
 
-One file a verdict, written beside and renamed into place, so that any number of processes on any number of hosts can
-share the folder (also over NFS) without locks. Bounded: the oldest files of a crowded shard go first.
+They lie in a :class:`~ctrl_hpc.store.segments.Segments` store, which any number of processes on any number of hosts can
+share (also over NFS) without locks: a writer has files of its own. Bounded: the oldest files go first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
+import zlib
 from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, Verdict
 from ctrl_hpc.sandbox import judge, rootfs
+from ctrl_hpc.store.segments import KEY_BYTES, SEGMENTS, Segments
 
-_SHARDS = 256
-_MAX_ENTRY_BYTES = 1 << 20
+_WORTH_COMPRESSING = 512
+"""Bytes."""
 _JUDGE = hashlib.sha256(Path(judge.__file__).read_bytes()).hexdigest()[:16]
 """Verdicts of other comparisons than these do not count."""
 
 
 class VerdictCache:
-    """A folder of verdicts of at most about ``max_mb``."""
+    """A folder of verdicts of at most about ``max_mb``. Close it, so that what it wrote is on the disk."""
 
     def __init__(self, folder: Path, max_mb: int = 1024, judges: str = "", jail: str = "") -> None:
         """What else verdicts depend on: ``judges``, a hash of the special ones, and ``jail``, one of its contents."""
@@ -31,9 +32,13 @@ class VerdictCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the verdict cache in {folder}: {error.strerror}") from None
-        self.folder = folder
-        self._shard_bytes = max_mb * (1 << 20) // _SHARDS
+        self._segments = Segments(folder, max_bytes=max_mb << 20)
+        self._longest = (max_mb << 20) // SEGMENTS
         self._environment = f"{sys.version} {jail or rootfs.contents().identity()} {_JUDGE} {judges}"
+
+    def close(self) -> None:
+        """Close the files."""
+        self._segments.close()
 
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
@@ -41,53 +46,33 @@ class VerdictCache:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def get(self, key: str) -> Verdict | None:
-        """The verdict kept under a key. A file that is no verdict (a torn disk) is removed and counts as absent."""
-        path = self._path(key)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        """The verdict kept under a key. One that cannot be read (a torn disk) counts as absent."""
+        value = self._segments.get(_cut(key))
+        if value is None:
             return None
         try:
+            text = value if value[:1] == b"{" else zlib.decompress(value)
             return jsonl.decode(Verdict, json.loads(text))
-        except ValueError:
-            path.unlink(missing_ok=True)
+        except (ValueError, zlib.error):
             return None
 
-    def put(self, key: str, execution: Execution, verdict: Verdict) -> bool:
-        """Keep a verdict; whether it was kept. Sandbox faults, wall-clock kills and huge outputs are not."""
-        if not _lasting(execution, verdict):
+    def put(self, key: str, verdict: Verdict) -> bool:
+        """Keep a verdict that is :func:`lasting`; whether it was kept: huge outputs are not."""
+        value = jsonl.line(verdict).encode()
+        if len(value) > _WORTH_COMPRESSING:
+            value = zlib.compress(value, 1)
+        if len(value) > self._longest:
             return False
-        line = jsonl.line(verdict)
-        if len(line) > _MAX_ENTRY_BYTES:
-            return False
-        path = self._path(key)
-        self._make_room(path.parent, len(line))
-        jsonl.write_text(path, line)
+        self._segments.put(_cut(key), value)
         return True
 
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key[2:]}.json"
 
-    def _make_room(self, shard: Path, needed: int) -> None:
-        """Remove the oldest verdicts of a shard until ``needed`` bytes fit. Others may do the same meanwhile."""
-        entries: list[tuple[float, int, str]] = []
-        try:
-            with os.scandir(shard) as listing:
-                for entry in listing:
-                    info = entry.stat()
-                    entries.append((info.st_mtime, info.st_size, entry.path))
-        except FileNotFoundError:
-            return
-        excess = sum(size for _, size, _ in entries) + needed - self._shard_bytes
-        for _, size, path in sorted(entries):
-            if excess <= 0:
-                return
-            Path(path).unlink(missing_ok=True)
-            excess -= size
+def _cut(key: str) -> bytes:
+    return bytes.fromhex(key)[:KEY_BYTES]
 
 
-def _lasting(execution: Execution, verdict: Verdict) -> bool:
-    """Whether the same execution would earn the verdict again: a kill by wall-clock time tells of the node's load."""
+def lasting(execution: Execution, verdict: Verdict) -> bool:
+    """Whether an execution earns the same whole verdict again: a kill by wall-clock time tells of the node's load."""
     if verdict.status == "sandbox_error":
         return False
     return not any(

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, TestResult, Verdict
+from ctrl_hpc.records import Execution, Verdict
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Fault, TooLarge
+from ctrl_hpc.verdicts import fault
 
 MAX_LOSSES = 6
 """Times an execution may be lost with a service, or fault, before its verdict is ``sandbox_error``."""
@@ -70,8 +71,7 @@ class ExecutorClient:
             if chunk.losses + 1 < MAX_LOSSES:
                 return [Chunk([row], chunk.losses + 1) for row in chunk.rows]
             for row in chunk.rows:
-                tests = tuple(TestResult(status="sandbox_error") for _ in executions[row].tests)
-                verdicts.setdefault(row, Verdict(status="sandbox_error", tests=tests, detail=reason))
+                verdicts.setdefault(row, fault(executions[row], reason))
             return []
 
         self._fleet.spread(lambda services: _chunks(bodies, services), ask, lost, CHUNKS_IN_FLIGHT)

@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 import zlib
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -20,10 +21,19 @@ from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import Execution, FunctionTest, Limits, StdinTest, TestCase, TestResult, Verdict
 
 DEFAULT_MEMORY_MB = 1024
+IGNORED = "IGNORE_THIS_FILE"
+"""Files with this in their path are not for the program."""
 _RUN_TIMEOUT_S = {"CommonOJDataset": 20.0, "LiveCodeBenchDataset": 6.0}
+_MAX_TIMEOUT_S = 3600
+_CORES = 16
+"""CPU time may be so many times the wall-clock time, which alone is limited."""
 _SHOWN_CHARACTERS = 1000
+_SHOWN_INPUT, _SHOWN_OUTPUT = 300, 200
+_MAX_LIVE_CODE_BENCH_S = 160
 _MAX_TESTS_BYTES = 1 << 28
-_PYTHON = ("python", "Python", "py", "Python3", "python3", "PY")
+ALIASES = {"python": ("python", "Python", "py", "Python3", "python3", "PY")}
+"""What fences call the languages."""
+_IMPORT, _DEFINITION = re.compile(r"(?:import|from|#)[^\n]"), re.compile(r"(?:def|class) [^\n]")
 _FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
 _OPEN_FENCE = re.compile(r"```([^\n]*)\n(.*)", re.DOTALL)
 
@@ -63,11 +73,13 @@ class SubmitBody(BaseModel):
 
 
 def limits(run_timeout_s: float, memory_mb: int = -1) -> Limits:
-    """The limits of a run whose only stated limit is its time."""
-    if not 0 < run_timeout_s <= 3600:
-        raise ValueError(f"run_timeout: {run_timeout_s} is not in (0, 3600]")
+    """The limits of a run whose only stated limit is its wall-clock time; no time at all is a time limit, too."""
+    if not run_timeout_s <= _MAX_TIMEOUT_S:
+        raise ValueError(f"run_timeout: {run_timeout_s} is more than {_MAX_TIMEOUT_S} s")
+    wall_s = max(run_timeout_s, 0.001)
+    cpu_s = min(wall_s * _CORES, _MAX_TIMEOUT_S)
     memory = memory_mb if memory_mb > 0 else DEFAULT_MEMORY_MB
-    return Limits(cpu_s=run_timeout_s, wall_s=run_timeout_s, memory_mb=memory, output_bytes=4 << 20, processes=64)
+    return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory, output_bytes=4 << 20, processes=64)
 
 
 def check_language(language: str | None, field: str) -> None:
@@ -87,9 +99,17 @@ def run_result(test: TestResult) -> dict[str, Any]:
         "execution_time": test.wall_s,
         "cpu_time": test.cpu_s,
         "return_code": None if over_time else code,
-        "stdout": test.stdout.decode("utf-8", "replace"),
-        "stderr": test.stderr.decode("utf-8", "replace"),
+        "stdout": _decoded(test.stdout),
+        "stderr": _decoded(test.stderr),
     }
+
+
+def _decoded(output: bytes) -> str:
+    """Text, or SandboxFusion's word for what is none."""
+    try:
+        return output.decode()
+    except UnicodeDecodeError as error:
+        return f"[DecodeError] {error}"
 
 
 def run_response(test: TestResult, host: str, files: dict[str, str] | None = None) -> dict[str, Any]:
@@ -109,15 +129,36 @@ def run_response(test: TestResult, host: str, files: dict[str, str] | None = Non
     }
 
 
-def extract(completion: str) -> str:
-    """SandboxFusion's rule: the first fenced Python block, else the first fenced block, else one left open, else ''."""
+def extract(completion: str, language: str = "python") -> str:
+    """SandboxFusion's rule: the first fenced block of the language, else the first fenced one, else one left open.
+
+    Without a fence, the first run of lines that looks like a definition of Python's; else "".
+    """
+    aliases = ALIASES[language]
     for pattern in (_FENCED, _OPEN_FENCE):
         blocks = pattern.findall(completion)
-        tagged = [code for tag, code in blocks if tag.strip() in _PYTHON]
+        tagged = [code for tag, code in blocks if tag.strip() in aliases]
         if tagged:
             return tagged[0]
         if blocks:
             return blocks[0][1]
+    return _first_definition(completion) if language == "python" else ""
+
+
+def _first_definition(text: str) -> str:
+    """The first ``def`` or ``class`` with an indented body, and the imports and remarks right before it."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    first = 0
+    for index, line in enumerate(lines):
+        if _IMPORT.match(line):
+            continue
+        if _DEFINITION.match(line):
+            end = index + 1
+            while end < len(lines) and lines[end][0].isspace():
+                end += 1
+            if end > index + 1:
+                return "\n".join(lines[first:end]) + "\n"
+        first = index + 1
     return ""
 
 
@@ -134,15 +175,33 @@ def submission(body: SubmitBody) -> tuple[Execution, str]:
     tests = DATASETS[kind](_row(body))
     code = extract(body.completion)
     preamble, program = prepared(_HARNESS[kind], None, code)
+    run_limits, budget_s = _times(kind, config.run_timeout, len(tests))
     execution = Execution(
         program=program,
         preamble=preamble or None,
         tests=tests,
-        limits=limits(config.run_timeout or _RUN_TIMEOUT_S[kind]),
+        limits=run_limits,
         comparison=str(config.extra.get("comparison", _COMPARISON[kind])),
-        stop_at_first_failure=not config.extra.get("run_all_cases", False),
+        stop_at_first_failure=_one_result(body) or not config.extra.get("run_all_cases", False),
+        time_budget_s=budget_s,
     )
     return execution, code
+
+
+def _times(kind: str, run_timeout: float | None, tests: int) -> tuple[Limits, float | None]:
+    """A test's limits, and the time of all of them together where SandboxFusion has one."""
+    timeout_s = run_timeout or _RUN_TIMEOUT_S[kind]
+    if kind != "LiveCodeBenchDataset":
+        return limits(timeout_s), None
+    whole_s = int(min(timeout_s, _MAX_TIMEOUT_S))
+    budget_s = max(min((whole_s + 1) * tests + 5, _MAX_LIVE_CODE_BENCH_S), 0)
+    return limits(whole_s if whole_s > 0 else budget_s), budget_s
+
+
+def _one_result(body: SubmitBody) -> bool:
+    """Whether all tests are answered as one, as SandboxFusion does for LiveCodeBench, where clients add up."""
+    kind = body.config.dataset_type or body.dataset
+    return kind == "LiveCodeBenchDataset" and not body.config.extra.get("per_case", False)
 
 
 def _row(body: SubmitBody) -> dict[str, Any]:
@@ -156,7 +215,7 @@ def _row(body: SubmitBody) -> dict[str, Any]:
 
 
 def _common_tests(row: dict[str, Any]) -> tuple[TestCase, ...]:
-    cases = json.loads(row["test"]) if isinstance(row["test"], str) else row["test"]
+    cases = json.loads(row["test"], strict=False) if isinstance(row["test"], str) else row["test"]
     try:
         tests = [
             StdinTest(stdin=str(case["input"]["stdin"]), expected_stdout=str(case["output"]["stdout"]))
@@ -176,13 +235,27 @@ def _live_code_bench_tests(row: dict[str, Any]) -> tuple[TestCase, ...]:
         tests: list[TestCase] = []
         for given, expected in pairs:
             if name is None:
-                tests.append(StdinTest(stdin=given, expected_stdout=expected))
+                tests.append(StdinTest(stdin=_joined(given), expected_stdout=_joined(expected)))
             else:
-                arguments = tuple(json.loads(line) for line in given.split("\n"))
-                tests.append(FunctionTest(name=name, args=arguments, expected=json.loads(expected)))
+                arguments = [json.loads(line) for line in given.split("\n")]
+                if isinstance(arguments[0], dict):
+                    arguments = [_integer_keys(arguments[0])]
+                tests.append(FunctionTest(name=name, args=tuple(arguments), expected=json.loads(expected)))
     except (TypeError, KeyError, ValueError, zlib.error, binascii.Error, pickle.UnpicklingError) as error:
         raise ValueError(f"config.provided_data.test: not LiveCodeBench's format ({error})") from None
     return tuple(tests)
+
+
+def _joined(lines: str | list[str]) -> str:
+    return lines if isinstance(lines, str) else "\n".join(lines)
+
+
+def _integer_keys(value: dict[str, Any]) -> dict[Any, Any]:
+    """JSON forces keys to be strings; the harness undoes it for a first argument whose keys are all numbers."""
+    try:
+        return {int(key): item for key, item in value.items()}
+    except ValueError:
+        return value
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -195,7 +268,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def _packed(text: str) -> dict[str, Any]:
     """LiveCodeBench's tests as JSON, or as its base64 of a compressed pickle of plain data."""
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except ValueError:
         data = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), _MAX_TESTS_BYTES)
         value = _PlainUnpickler(io.BytesIO(data)).load()
@@ -212,23 +285,78 @@ _COMPARISON: dict[str, Literal["sandbox_fusion", "livecodebench"]] = {
 
 
 def submit_response(body: SubmitBody, execution: Execution, code: str, verdict: Verdict, host: str) -> dict[str, Any]:
-    """An ``EvalResult`` with the tests that were run."""
-    whole = bool(body.config.extra.get("return_full_case", False))
-    tests = [
-        {
-            "passed": result.status == "accepted",
-            "exec_info": run_response(result, host),
-            "test_info": _info(case, whole),
-        }
-        for case, result in zip(execution.tests, verdict.tests, strict=True)
-        if result.status != "not_run"
-    ]
-    return {"id": body.id, "accepted": verdict.accepted, "extracted_code": code, "tests": tests}
+    """An ``EvalResult`` with the tests that were run; those of LiveCodeBench as one, as SandboxFusion's harness tells.
+
+    ``config.extra.per_case`` asks for a result a test there too.
+    """
+    if _one_result(body):
+        tests = [{"passed": verdict.accepted, "exec_info": _told(execution, verdict, host), "test_info": None}]
+    else:
+        whole = bool(body.config.extra.get("return_full_case", False))
+        tests = [
+            {
+                "passed": result.status == "accepted",
+                "exec_info": run_response(result, host),
+                "test_info": _info(case, whole or result.status != "accepted"),
+            }
+            for case, result in zip(execution.tests, verdict.tests, strict=True)
+            if result.status != "not_run"
+        ]
+    return {"id": body.id, "accepted": verdict.accepted, "extracted_code": code, "full_code": code, "tests": tests}
+
+
+_TOLD = {
+    "wrong_answer": (-2, "Wrong Answer"),
+    "unsupported": (-2, "Wrong Answer"),
+    "time_limit": (-3, "Time Limit Exceeded"),
+}
+_COMPILES_NOT = ("SyntaxError", "IndentationError", "TabError")
+
+
+def _told(execution: Execution, verdict: Verdict, host: str) -> dict[str, Any]:
+    """A ``RunCodeResponse`` as of one program that runs all tests, prints what failed, and exits with 255 or 0."""
+    if verdict.status == "sandbox_error":
+        failed = next(test for test in verdict.tests if test.status == "sandbox_error")
+        return run_response(failed, host)
+    wall_s = sum(test.wall_s for test in verdict.tests)
+    cpu_s = sum(test.cpu_s for test in verdict.tests)
+    whole = TestResult(status="accepted", exit_code=0, cpu_s=cpu_s, wall_s=wall_s)
+    index = next((i for i, test in enumerate(verdict.tests) if test.status == verdict.status), 0)
+    if verdict.accepted or not verdict.tests:
+        return run_response(whole, host)
+    case, result = execution.tests[index], verdict.tests[index]
+    if result.status == "time_limit" and execution.time_budget_s is not None and wall_s >= execution.time_budget_s:
+        return run_response(replace(whole, status="time_limit"), host)
+    told = str(_metadata(case, result)).encode("utf-8", "backslashreplace") + b"\n"
+    ended = replace(whole, status="runtime_error", exit_code=255, stdout=told)
+    return run_response(ended, host)
+
+
+def _metadata(case: TestCase, result: TestResult) -> dict[str, Any]:
+    """What LiveCodeBench's harness tells of the test that failed."""
+    code, message = _TOLD.get(result.status, (-4, "Runtime Error"))
+    last = (result.stderr.decode("utf-8", "replace").strip().splitlines() or [result.status])[-1]
+    if result.status == "runtime_error" and last.startswith(_COMPILES_NOT):
+        return {"error": last, "error_code": -1, "error_message": "Compilation Error"}
+    if isinstance(case, FunctionTest) and last.endswith(f"does not define {case.name}"):
+        return {"error": last, "error_code": -1, "error_message": "Unable to extract code"}
+    if isinstance(case, StdinTest):
+        given, expected, output = case.stdin, case.expected_stdout, result.stdout.decode("utf-8", "replace")
+    else:
+        assert isinstance(case, FunctionTest)
+        given, expected, output = "\n".join(map(repr, case.args)), repr(case.expected), ""
+    shown = {"inputs": _middle_out(given, _SHOWN_INPUT), "expected": _middle_out(expected, _SHOWN_OUTPUT)}
+    found = {"output": _middle_out(output, _SHOWN_OUTPUT)} if code == -2 else {"error": last}
+    return {**found, **shown, "error_code": code, "error_message": message}
+
+
+def _middle_out(text: str, most: int, placeholder: str = "...(truncated) ...") -> str:
+    return text if len(text) <= most else text[: most // 2] + placeholder + text[-(most // 2) :]
 
 
 def _info(case: TestCase, whole: bool) -> dict[str, Any]:
     def shown(text: str) -> str:
-        return text if whole or len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
+        return text if whole or len(text) <= _SHOWN_CHARACTERS else _middle_out(text, _SHOWN_CHARACTERS - 3, "...")
 
     if isinstance(case, StdinTest):
         return {"input": {"stdin": shown(case.stdin)}, "output": {"stdout": shown(case.expected_stdout)}}

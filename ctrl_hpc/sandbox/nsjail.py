@@ -16,46 +16,76 @@ from ctrl_hpc.sandbox import rootfs
 
 _EPERM, _ENOSYS = 1, 38
 _NAMESPACE_FLAGS = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}
-_PR_DENIED = (1, 4, 22, 0x59616D61)  # PDEATHSIG, DUMPABLE, SECCOMP, PTRACER
 
 _DENIED = """
-    socket bind connect listen accept accept4 mount umount pivot_root chroot
-    ptrace process_vm_readv process_vm_writev kcmp unshare setns
+    socket bind connect listen accept accept4 sendmsg sendmmsg setsockopt mount umount pivot_root chroot
+    ptrace process_vm_readv process_vm_writev kcmp unshare setns execveat
     bpf perf_event_open userfaultfd keyctl add_key request_key
     shmget shmat shmctl shmdt semget semop semtimedop semctl msgget msgsnd msgrcv msgctl
     mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr
-    memfd_create seccomp kexec_load init_module finit_module delete_module
+    io_setup io_destroy io_submit io_cancel io_getevents
+    memfd_create remap_file_pages seccomp kexec_load init_module finit_module delete_module
     swapon swapoff reboot acct quotactl name_to_handle_at open_by_handle_at fanotify_init fanotify_mark
     lookup_dcookie personality setpriority ioprio_set sched_setaffinity sched_setscheduler sched_setparam sched_setattr
-    settimeofday clock_settime clock_adjtime adjtimex syslog vhangup sethostname setdomainname
+    settimeofday clock_settime clock_adjtime adjtimex syslog vhangup sethostname setdomainname sysinfo
     migrate_pages move_pages mbind set_mempolicy setxattr lsetxattr fsetxattr vmsplice nfsservctl
-    inotify_init1 inotify_add_watch
+    inotify_init1 inotify_add_watch mincore fadvise64 readahead sync syncfs membarrier
 """.split()
+"""Without sendmsg no descriptors travel, which the kernel counts for all of a user's jails together."""
 _DENIED_X86 = "kexec_file_load iopl ioperm modify_ldt uselib ustat sysfs inotify_init".split()
-# By number (the same on every architecture since 424), as Kafel's tables may be older than the kernel:
-_DENIED_NUMBERS = {
-    "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427,
-    "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433,
-    "pidfd_getfd": 438, "process_madvise": 440, "mount_setattr": 442, "quotactl_fd": 443, "memfd_secret": 447,
-    "process_mrelease": 448, "set_mempolicy_home_node": 450,
+_PLAIN_CALLS = {"x86_64": range(335), "aarch64": range(295)}
+"""Numbers of the calls that a jail has unless they are denied; below the first number that all architectures share."""
+_NEWER_CALLS = {
+    "pidfd_send_signal": 424, "pidfd_open": 434, "close_range": 436, "openat2": 437, "faccessat2": 439,
+    "epoll_pwait2": 441, "futex_waitv": 449, "fchmodat2": 452, "futex_wake": 454, "futex_wait": 455,
+    "futex_requeue": 456,
 }  # fmt: skip
-_CLONE3 = 435
+"""All other newer ones, those of kernels yet to come among them, are not there for a jail."""
+_IO_PGETEVENTS = {"x86_64": 333, "aarch64": 292}  # by number, as Kafel's tables may be older than the kernel
+
+_FCNTL_ALLOWED = (0, 1, 2, 3, 4, 9, 1030, 1032, 1034)
+"""Copies and flags of descriptors, a pipe's size. Leases, notifications and hints belong to the file, so that jails
+which share one could tell or stall each other."""
+_FCNTL_LOCKS = (6, 7, 37, 38)
+"""Locks, too, belong to the file, and the kernel holds memory for each: all are granted, and none is taken."""
+_IOCTL_ALLOWED = (0x5401, 0x540F, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""Is it a terminal, how large; what can be read; blocking or not; close on exec."""
+_PRCTL_ALLOWED = (2, 3, 15, 16, 21, 23, 29, 30, 36, 37, 38, 39, 41, 42, 0x53564D41)
+"""Names, timer slack, sub-reaping, no new privileges, huge pages; what only reads."""
+_PROT_EXEC, _SHARED_OR_ANONYMOUS = 4, 0x21
+_SIGCHLD = 17
 
 
-def policy() -> str:
-    """The Kafel text of the policy for this machine's architecture."""
-    denied = list(_DENIED)
-    if platform.machine() == "x86_64":
+def policy(machine: str = platform.machine()) -> str:
+    """The Kafel text of the policy for an architecture; ValueError where we know none."""
+    if machine not in _PLAIN_CALLS:
+        raise ValueError(f"no filter of system calls for {machine}; there is one for {', '.join(_PLAIN_CALLS)}")
+    denied = [*_DENIED, f"SYSCALL[{_IO_PGETEVENTS[machine]}]"]
+    if machine == "x86_64":
         denied += _DENIED_X86
-    denied += [f"SYSCALL[{number}]" for number in _DENIED_NUMBERS.values()]
     denied.append(f"clone(flags) {{ flags & {_NAMESPACE_FLAGS:#x} != 0 }}")
     denied.append("prlimit64(pid) { pid != 0 }")
     denied.append("socketpair(family) { family != 1 }")
-    denied.append(f"prctl(option) {{ {' || '.join(f'option == {option}' for option in _PR_DENIED)} }}")
+    # Whoever ignores SIGCHLD hides the CPU time and memory of its children.
+    denied.append(f"rt_sigaction(sig, act) {{ (sig & 0xFFFFFFFF) == {_SIGCHLD} && act != 0 }}")
+    # Code comes from the root's files alone.
+    denied.append(f"mmap(addr, len, prot, flags) {{ prot & {_PROT_EXEC} != 0 && flags & {_SHARED_OR_ANONYMOUS} != 0 }}")
+    denied.append(f"mprotect(start, len, prot) {{ prot & {_PROT_EXEC} != 0 }}")
+    denied.append(f"pkey_mprotect(start, len, prot) {{ prot & {_PROT_EXEC} != 0 }}")
+    denied.append(_unless("fcntl(fd, cmd)", "cmd", _FCNTL_ALLOWED))
+    denied.append(_unless("ioctl(fd, cmd)", "cmd", _IOCTL_ALLOWED))
+    denied.append(_unless("prctl(option)", "option", _PRCTL_ALLOWED))
+    granted = ["flock", f"fcntl(fd, cmd) {{ {' || '.join(f'cmd == {value}' for value in _FCNTL_LOCKS)} }}"]
+    allowed = [f"SYSCALL[{number}]" for number in [*_PLAIN_CALLS[machine], *_NEWER_CALLS.values()]]
+    # The first rule that fits a call counts.
     return (
-        f"POLICY jail {{ ERRNO({_EPERM}) {{ {', '.join(denied)} }}, ERRNO({_ENOSYS}) {{ SYSCALL[{_CLONE3}] }} }} "
-        "USE jail DEFAULT ALLOW"
+        f"POLICY jail {{ ERRNO(0) {{ {', '.join(granted)} }}, ERRNO({_EPERM}) {{ {', '.join(denied)} }}, "
+        f"ALLOW {{ {', '.join(allowed)} }} }} USE jail DEFAULT ERRNO({_ENOSYS})"
     )
+
+
+def _unless(call: str, argument: str, allowed: tuple[int, ...]) -> str:
+    return f"{call} {{ {' && '.join(f'{argument} != {value:#x}' for value in allowed)} }}"
 
 
 INSIDE_ID = 65534

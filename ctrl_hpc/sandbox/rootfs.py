@@ -22,7 +22,7 @@ import tzdata
 
 from ctrl_hpc.sandbox.interpreter import Interpreter, Package, interpreter, packages
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 """Part of the cache key: raise it when the layout of the folder changes."""
 PYTHON_EXECUTABLE = "/python/bin/python3"
 RUNNER_DIR = "/runner"
@@ -158,6 +158,7 @@ def _build(root: Path, holds: Contents) -> None:
     (root / "dev/null").touch()
     for link in ("lib64", "usr/lib", "usr/lib64"):
         (root / link).symlink_to("/lib")
+    (root / "mnt").symlink_to("/tmp")  # SandboxFusion's images let programs write there
     library = root / "python/lib" / python.tag
     shutil.copytree(python.library, library, ignore=_ignore, symlinks=False)
     if not (library / "lib-dynload").is_dir():  # some distributions keep extension modules elsewhere

@@ -15,12 +15,13 @@ from typing import Any
 
 from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import judge, memory, probe, rootfs
-from ctrl_hpc.sandbox.cache import VerdictCache
+from ctrl_hpc.sandbox.cache import VerdictCache, lasting
 from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault, check_open_files
 from ctrl_hpc.sandbox.memory import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
+from ctrl_hpc.verdicts import answered
 
 _Item = tuple[Callable[[Worker], Any], Future[Any]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]
@@ -130,10 +131,11 @@ class Sandbox:
             if known is not None:
                 self._count(cache_hits=1)
                 return known
-        verdict = worker.execute(execution, self._recruit)
-        self._count(executions=1, tests=sum(test.status != "not_run" for test in verdict.tests))
-        if self._cache is not None:
-            _unless_disk_fails(partial(self._cache.put, key, execution, verdict))
+        whole = worker.execute(execution, self._recruit)
+        self._count(executions=1, tests=sum(test.status != "not_run" for test in whole.tests))
+        verdict = answered(execution, whole)
+        if self._cache is not None and lasting(execution, whole):
+            _unless_disk_fails(partial(self._cache.put, key, verdict))
         return verdict
 
     def _count(self, **amounts: int) -> None:
@@ -231,6 +233,8 @@ class Sandbox:
         for thread in self._threads:
             thread.join()
         self._watchdog.close()
+        if self._cache is not None:
+            _unless_disk_fails(self._cache.close)
 
 
 def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:

@@ -115,7 +115,9 @@ class Service:
         """A program run among its request's files, and the files fetched after it."""
         self._admit(1)
         start = time.monotonic()
-        files = {path: content for path, content in body.files.items() if content is not None}
+        files = {
+            path: content for path, content in body.files.items() if content is not None and fusion.IGNORED not in path
+        }
         future = self.sandbox.submit_program(body.code, body.stdin or "", limits, files, body.fetch_files)
         result, fetched = await asyncio.wrap_future(future)
         self.metrics.answered([result.status], time.monotonic() - start)

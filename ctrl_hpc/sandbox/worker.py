@@ -23,7 +23,7 @@ from ctrl_hpc.records import (
 from ctrl_hpc.sandbox import judge
 from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import plain
-from ctrl_hpc.sandbox.jail import Ended, Jail, JailFault, Kind, Reason, memory_file
+from ctrl_hpc.sandbox.jail import Ended, Jail, JailFault, Kind, Reason, memory_file, reopened
 from ctrl_hpc.sandbox.memory import Hierarchy, MemoryGroup, Watchdog
 
 _ATTEMPTS = 2
@@ -34,7 +34,8 @@ _CHECK_EXTRA_S = 2.0
 """The test's process outlives the solution's limits by this, so that the solution's limit strikes first."""
 _TESTS_WORTH_PRELOADING = 8
 """From so many tests on, loading modules once for all costs less than each test loading what it uses."""
-_CHECK_MEMORY_MB = 1024
+_CHECK_EXTRA_MB = 128
+"""The test's process holds what the solution answers, and this much of its own."""
 _ROOM = 2
 _FETCHED_BYTES = 24 << 20
 _CHECK_STATUS: dict[int | None, TestStatus] = {
@@ -73,11 +74,8 @@ class Worker:
         """The jail for programs, or for tests' own code; started when it is not there. Raises JailFault."""
         if trusted not in self._jails:
             preload = not self._fresh or self._tests >= _TESTS_WORTH_PRELOADING
-            self._jails[trusted] = (
-                Jail(self._root, preload=preload)
-                if trusted
-                else Jail(self._root, self._watchdog, self._group, preload=preload)
-            )
+            group = None if trusted else self._group
+            self._jails[trusted] = Jail(self._root, self._watchdog, group, preload=preload)
         return self._jails[trusted]
 
     def close(self) -> None:
@@ -118,7 +116,7 @@ class Worker:
                 self._end_jails()
 
     def _attempt(self, source: bytes, test: TestCase, limits: Limits, comparison: str) -> TestResult:
-        fault = ""
+        lost = TestResult(status="not_run")
         for _ in range(_ATTEMPTS):
             try:
                 if isinstance(test, StdinTest):
@@ -126,10 +124,15 @@ class Worker:
                 if isinstance(test, FunctionTest):
                     return self._run_function(source, test, limits, comparison)
                 return self._run_assert(source, test, limits)
-            except JailFault as error:
-                fault = str(error)
-                self._end_jails()
-        return TestResult(status="sandbox_error", stderr=fault.encode())
+            except (JailFault, OSError, MemoryError) as error:
+                lost = self._lost(error)
+        return lost
+
+    def _lost(self, error: Exception) -> TestResult:
+        """What a test earns whose jail broke: the program's own failure where the jail's end shows it to be."""
+        self._end_jails()
+        status: TestStatus = error.cause if isinstance(error, JailFault) else "sandbox_error"
+        return TestResult(status=status, stderr=(str(error) or type(error).__name__).encode("utf-8", "replace"))
 
     def run_program(
         self, program: str, stdin: str, limits: Limits, files: dict[str, str], fetch: Sequence[str]
@@ -144,43 +147,40 @@ class Worker:
                 _files(source, _encode(stdin), b"", b"") as run,
                 _files(json.dumps(list(fetch)).encode(), b"", b"", b"") as got,
             ):
-                placed = self.jail().run(Kind.PUT, put, limits_of_moves, keep=True)
-                result = _result(self.jail().run(Kind.RUN, run, limits, keep=True), run, limits)
+                placed = self.jail().run(Kind.PUT, put.given, limits_of_moves, keep=True)
+                result = _result(self.jail().run(Kind.RUN, run.given, limits, keep=True), run, limits)
                 taken = self._run(Kind.FETCH, got, limits_of_moves)
                 if taken.exit_code == 0:
-                    fetched = json.loads(_contents(got[2], _FETCHED_BYTES)[0])
-        except JailFault as error:
-            self._end_jails()
-            return TestResult(status="sandbox_error", stderr=str(error).encode()), {}
+                    fetched = json.loads(got.contents(2, _FETCHED_BYTES)[0])
+        except (JailFault, OSError, MemoryError) as error:
+            return self._lost(error), {}
         if self._fresh:
             self._end_jails()
         if placed.exit_code != 0:
             raise ValueError("files: they do not fit into the working folder")
         return result, fetched
 
-    def _run(self, kind: Kind, fds: Sequence[int], limits: Limits) -> Ended:
-        ended = self.jail().run(kind, fds, limits)
+    def _run(self, kind: Kind, files: _Files, limits: Limits) -> Ended:
+        ended = self.jail().run(kind, files.given, limits)
         self._replace_if_dirty(ended)
         return ended
 
-    def _replace_if_dirty(self, ended: Ended) -> None:
+    def _replace_if_dirty(self, ended: Ended, trusted: bool = False) -> None:
         if ended.dirty:
-            self._jails.pop(False).close()
+            self._jails.pop(trusted).close()
 
     def _run_stdin(self, source: bytes, test: StdinTest, limits: Limits, comparison: str) -> TestResult:
         stdin, expected = _encode(test.stdin), _encode(test.expected_stdout)
         limits = _with_room(limits, len(expected))
-        with _files(source, stdin, b"", b"") as fds:
-            result = _result(self._run(Kind.RUN, fds, limits), fds, limits)
+        with _files(source, stdin, b"", b"") as files:
+            result = _result(self._run(Kind.RUN, files, limits), files, limits)
         if result.status == "accepted":
             rule = judge.rule(comparison, self._judges)
             try:
                 same = rule.compare(result.stdout, expected, stdin)
-            except Exception as error:
-                if comparison not in self._judges:
-                    raise
-                remark = f"judge {comparison} failed: {type(error).__name__}: {error}"
-                return dataclasses.replace(result, status="sandbox_error", stderr=remark.encode())
+            except (Exception, SystemExit) as error:  # noqa: BLE001 (an output that cannot be judged is the program's)
+                remark = f"{comparison} cannot judge this output: {type(error).__name__}: {error}"
+                return dataclasses.replace(result, status="unsupported", stderr=remark.encode("utf-8", "replace"))
             if not same:
                 return _not_the_same(result, rule)
         return result
@@ -191,36 +191,37 @@ class Worker:
             limits = _with_room(limits, len(plain.dumps(test.expected)))
         except plain.Unsupported as error:
             return TestResult(status="unsupported", stderr=f"argument of {test.name}: {error}".encode())
-        with _files(source, b"", b"", b"", json.dumps(request).encode() + b"\n", b"") as fds:
-            result = _result(self._run(Kind.SERVE, fds, limits), fds, limits)
+        with _files(source, b"", b"", b"", json.dumps(request).encode() + b"\n", b"") as files:
+            result = _result(self._run(Kind.SERVE, files, limits), files, limits)
             if result.status != "accepted":
                 return result
-            reply, size = _contents(fds[5], limits.output_bytes)
+            reply, size = files.contents(5, limits.output_bytes)
         if size > limits.output_bytes:
             return dataclasses.replace(result, status="output_limit")
         rule = judge.rule(comparison, self._judges)
         status, remark = _judge_reply(reply, test, rule)
         if status == "wrong_answer":
             return _not_the_same(result, rule)
-        return dataclasses.replace(result, status=status, stderr=result.stderr + remark.encode())
+        return dataclasses.replace(result, status=status, stderr=result.stderr + remark.encode("utf-8", "replace"))
 
     def _run_assert(self, source: bytes, test: AssertTest, limits: Limits) -> TestResult:
         """The solution serves calls in one jail while the test makes them from another."""
         check_limits = Limits(
             cpu_s=limits.cpu_s + _CHECK_EXTRA_S,
             wall_s=limits.wall_s + _CHECK_EXTRA_S,
-            memory_mb=_CHECK_MEMORY_MB,
+            memory_mb=limits.memory_mb + _CHECK_EXTRA_MB,
             processes=4,
         )
         with _files(source, b"", b"", b"") as ours, _files(_encode(test.code), b"", b"", b"") as theirs:
             with _pipes(2) as ((request_read, request_write), (reply_read, reply_write)):
-                self.jail().submit(Kind.SERVE, [*ours, request_read, reply_write], limits)
-                self.jail(trusted=True).submit(Kind.CHECK, [*theirs, reply_read, request_write], check_limits)
+                self.jail().submit(Kind.SERVE, [*ours.given, request_read, reply_write], limits)
+                self.jail(trusted=True).submit(Kind.CHECK, [*theirs.given, reply_read, request_write], check_limits)
             checked = self.jail(trusted=True).wait(check_limits.wall_s + 30)
+            self._replace_if_dirty(checked, trusted=True)
             served = self._dismiss(limits)
             self._replace_if_dirty(served)
             result = _result(served, ours, limits)
-            report, _ = _contents(theirs[3], 1 << 16)
+            report, _ = theirs.contents(3, 1 << 16)
         return _judge_check(result, served, checked, report)
 
     def _dismiss(self, limits: Limits) -> Ended:
@@ -233,7 +234,38 @@ class Worker:
 
 
 def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+    """Text as bytes: what JSON cannot say is said by surrogates, those that stand for no byte are kept as they are."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+class _Files:
+    """A job's anonymous files: source, stdin, stdout, stderr[, request, reply]."""
+
+    def __init__(self) -> None:
+        self._own: list[int] = []
+        self.given: list[int] = []
+        """Descriptors for the jail, which may read the first two and the fifth, and write the others."""
+
+    def add(self, content: bytes, writable: bool) -> None:
+        """One more file."""
+        self._own.append(memory_file("job", content))
+        self.given.append(reopened(self._own[-1], writable))
+
+    def contents(self, index: int, limit: int) -> tuple[bytes, int]:
+        """The first ``limit`` bytes of a file, and its size."""
+        size = os.fstat(self._own[index]).st_size
+        return (os.pread(self._own[index], min(size, limit), 0) if size else b""), size
+
+    def close(self) -> None:
+        """Close them all."""
+        for fd in [*self._own, *self.given]:
+            os.close(fd)
+
+
+_WRITABLE = (False, False, True, True, False, True)
 
 
 def _source(program: str, preamble: str = "") -> bytes:
@@ -255,15 +287,14 @@ def _not_the_same(result: TestResult, rule: judge.Rule) -> TestResult:
 
 
 @contextmanager
-def _files(*contents: bytes) -> Iterator[list[int]]:
-    fds: list[int] = []
+def _files(*contents: bytes) -> Iterator[_Files]:
+    files = _Files()
     try:
-        for content in contents:
-            fds.append(memory_file("job", content))
-        yield fds
+        for content, writable in zip(contents, _WRITABLE, strict=False):
+            files.add(content, writable)
+        yield files
     finally:
-        for fd in fds:
-            os.close(fd)
+        files.close()
 
 
 @contextmanager
@@ -276,16 +307,10 @@ def _pipes(count: int) -> Iterator[list[tuple[int, int]]]:
             os.close(fd)
 
 
-def _contents(fd: int, limit: int) -> tuple[bytes, int]:
-    """The first ``limit`` bytes of a file, and its size."""
-    size = os.fstat(fd).st_size
-    return (os.pread(fd, min(size, limit), 0) if size else b""), size
-
-
-def _result(ended: Ended, fds: Sequence[int], limits: Limits) -> TestResult:
+def _result(ended: Ended, files: _Files, limits: Limits) -> TestResult:
     """What the program did, ``accepted`` standing for "nothing wrong so far"."""
-    stdout, stdout_size = _contents(fds[2], limits.output_bytes)
-    stderr, stderr_size = _contents(fds[3], limits.output_bytes)
+    stdout, stdout_size = files.contents(2, limits.output_bytes)
+    stderr, stderr_size = files.contents(3, limits.output_bytes)
     return TestResult(
         status=judge.failure(ended, max(stdout_size, stderr_size), limits) or "accepted",
         stdout=stdout,
@@ -300,6 +325,10 @@ def _result(ended: Ended, fds: Sequence[int], limits: Limits) -> TestResult:
 
 def _judge_reply(reply: bytes, test: FunctionTest, rule: judge.Rule) -> tuple[TestStatus, str]:
     """Status and a remark for stderr, from what the solution's process answered to the one call."""
+    if not reply:
+        return "runtime_error", f"the program ended before {test.name} returned\n"
+    if reply.count(b",") + reply.count(b"[") + reply.count(b"{") > plain.MAX_ITEMS:
+        return "unsupported", f"{test.name} returns more than {plain.MAX_ITEMS} items\n"
     try:
         answer = json.loads(reply)
         if not isinstance(answer, dict):
@@ -307,10 +336,8 @@ def _judge_reply(reply: bytes, test: FunctionTest, rule: judge.Rule) -> tuple[Te
         if "value" in answer:
             same = judge.same_result(answer["value"], test.expected, rule)
             return ("accepted", "") if same else ("wrong_answer", "")
-    except (plain.Unsupported, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-        if not reply:
-            return "runtime_error", f"the program ended before {test.name} returned\n"
-        return "unsupported", f"{error}\n"
+    except Exception as error:  # noqa: BLE001 (whatever a program answers is its own doing, never a fault of ours)
+        return "unsupported", f"{error or type(error).__name__}\n"
     if "missing" in answer:
         return "runtime_error", f"NameError: the program does not define {test.name}\n"
     if "raise" in answer:
@@ -323,6 +350,8 @@ def _judge_check(result: TestResult, served: Ended, checked: Ended, report: byte
     status = _CHECK_STATUS.get(checked.exit_code, "wrong_answer")
     if checked.reason in (Reason.CPU_LIMIT, Reason.WALL_LIMIT):
         status = "time_limit"
+    elif checked.out_of_memory:
+        status = "memory_limit"
     own_failure = result.status not in ("accepted", "runtime_error")
     if own_failure or (result.status == "runtime_error" and served.reason != Reason.CANCELLED and status != "accepted"):
         status = result.status

@@ -10,7 +10,7 @@ import pytest
 
 from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox
-from ctrl_hpc.sandbox.cache import VerdictCache
+from ctrl_hpc.sandbox.cache import VerdictCache, lasting
 
 EXECUTION = Execution(
     program="print(1)", tests=(StdinTest(stdin="", expected_stdout="1"),), limits=Limits(cpu_s=2.0, wall_s=9.0)
@@ -28,7 +28,7 @@ def one(status: str, cpu_s: float = 0.0, stdout: bytes = b"") -> Verdict:
 def test_a_verdict_comes_back_whole_from_another_process_s_cache(tmp_path: Path) -> None:
     first, second = VerdictCache(tmp_path), VerdictCache(tmp_path)
     key = first.key(EXECUTION)
-    assert second.get(key) is None and first.put(key, EXECUTION, ACCEPTED)
+    assert second.get(key) is None and first.put(key, ACCEPTED)
     assert second.get(second.key(EXECUTION)) == ACCEPTED
 
 
@@ -56,36 +56,42 @@ def test_the_key_depends_on_python_and_runner(tmp_path: Path, monkeypatch: pytes
 
 def test_what_is_not_kept(tmp_path: Path) -> None:
     """Sandbox faults, kills by the wall clock, and huge outputs; kills by CPU time are kept."""
-    cache = VerdictCache(tmp_path)
+    cache = VerdictCache(tmp_path, max_mb=16)  # a verdict has at most a sixteenth
+    noise = os.urandom(1 << 20)
     for verdict, kept in (
         (one("sandbox_error"), False),
         (replace(ACCEPTED, tests=one("sandbox_error").tests), False),
         (one("time_limit", cpu_s=0.1), False),
         (one("time_limit", cpu_s=2.0), True),
-        (one("wrong_answer", stdout=b"x" * (1 << 20)), False),
+        (one("wrong_answer", stdout=noise), False),
+        (one("wrong_answer", stdout=noise[: 1 << 19]), True),
+        (one("wrong_answer", stdout=b"x" * (1 << 22)), True),
         (one("wrong_answer"), True),
     ):
-        assert cache.put(cache.key(EXECUTION), EXECUTION, verdict) == kept
+        assert (lasting(EXECUTION, verdict) and cache.put(cache.key(EXECUTION), verdict)) == kept
 
 
 def test_a_torn_file_counts_as_absent(tmp_path: Path) -> None:
     cache = VerdictCache(tmp_path)
-    key = cache.key(EXECUTION)
-    cache.put(key, EXECUTION, ACCEPTED)
-    (path,) = (path for path in tmp_path.rglob("*.json"))
-    path.write_text('{"status": "acc')
-    assert cache.get(key) is None and not path.exists()
+    keys = [cache.key(replace(EXECUTION, program=f"print({n})")) for n in range(2)]
+    for key in keys:
+        cache.put(key, ACCEPTED)
+    cache.close()
+    (values,) = tmp_path.glob("*.dat")
+    values.write_bytes(values.read_bytes()[:-1] + b"?")
+    again = VerdictCache(tmp_path)
+    assert again.get(keys[0]) == ACCEPTED and again.get(keys[1]) is None
+    assert again.put(keys[1], ACCEPTED) and again.get(keys[1]) == ACCEPTED
 
 
-def test_the_oldest_make_room(tmp_path: Path) -> None:
-    cache = VerdictCache(tmp_path, max_mb=1)  # 4096 bytes a shard
-    keys = [f"ab{n:062x}" for n in range(20)]
-    for age, key in enumerate(keys):
-        cache.put(key, EXECUTION, one("wrong_answer", stdout=b"x" * 600))
-        os.utime(cache._path(key), (age, age))
-    kept = [key for key in keys if cache.get(key) is not None]
-    assert kept == keys[-len(kept) :] and 1 < len(kept) < 6
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*.json")) <= 4096
+def test_a_large_program_is_a_hit(tmp_path: Path) -> None:
+    tests = tuple(StdinTest(stdin="", expected_stdout="7" * 200_000) for _ in range(10))
+    large = Execution(program="print('7' * 200_000)", tests=tests, limits=EXECUTION.limits, outputs="shown")
+    with Sandbox(workers=1, cache_dir=tmp_path) as sandbox:
+        assert [verdict.passed for verdict in sandbox.run_many([large]) + sandbox.run_many([large])] == [10, 10]
+        assert (sandbox.counts["executions"], sandbox.counts["cache_hits"]) == (1, 1)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 400
 
 
 def test_identical_programs_run_once(tmp_path: Path) -> None:

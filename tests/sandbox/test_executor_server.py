@@ -78,7 +78,7 @@ def test_all_kinds_of_tests_cross(url: str) -> None:
         ("/run_tests", b'{"executions": [{"program": 1}]}', "executions[0].program: expected str, got int 1"),
         ("/run_code", b'{"code": "", "language": "cpp"}', "language: 'cpp' is not supported; allowed: python"),
         ("/run_code", b'{"language": "python"}', "code: Field required"),
-        ("/run_code", b'{"code": "", "language": "python", "run_timeout": 0}', "run_timeout: 0"),
+        ("/run_code", b'{"code": "", "language": "python", "run_timeout": 1e9}', "run_timeout: 1000000000.0"),
         ("/submit", b'{"dataset": "x", "id": 1, "completion": "", "config": {}}', "is not one of CommonOJDataset"),
     ],
 )
@@ -306,7 +306,7 @@ if os.fork() == 0:
     names = ["link", "folder/runner.py", "fifo", "directory", "plain"]
     request = sandbox_fusion.RunCodeRequest(code=code, language="python", fetch_files=names)
     assert sandbox_fusion.run_code(request, endpoint=url, max_attempts=1).files == {"plain": encoded("x")}
-    for path in ("../etc/passwd", "/etc/passwd", "a/../../b", "", "a//b"):
+    for path in ("../etc/passwd", "/etc/passwd", "a/../../b", ""):
         body = {"code": "", "language": "python", "fetch_files": [path]}
         answer = httpx.post(url + "/run_code", json=body)
         assert answer.status_code == 400 and "is not a path below the working folder" in answer.json()["detail"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ctrl_hpc.flow.steps import execution, limits
 from ctrl_hpc.harness import HARNESSES, prepared
-from ctrl_hpc.records import Execution, FunctionTest, Limits, Override, Problem, Rules, StdinTest
+from ctrl_hpc.records import Execution, FunctionTest, Limits, Override, Problem, Rules, StdinTest, TestCase
 from ctrl_hpc.sandbox import Sandbox, fusion, interpreter, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
 
@@ -75,6 +77,33 @@ def sandbox() -> Iterator[Sandbox]:
 def test_honest_programs_are_accepted(sandbox: Sandbox, name: str) -> None:
     verdict = sandbox.run_tests(THREE[name], [StdinTest(stdin="3\n", expected_stdout="3\n")], LIMITS)
     assert verdict.accepted, verdict
+
+
+KINDS = tomllib.loads(Path(__file__).with_name("honest_programs.toml").read_text(encoding="utf-8"))
+
+
+def _honest(given: dict[str, Any]) -> Execution:
+    tests: tuple[TestCase, ...]
+    if "call" in given:
+        name, args, expected = json.loads(given["call"])
+        tests = (FunctionTest(name=name, args=tuple(args), expected=expected),) * given.get("times", 1)
+    else:
+        tests = (StdinTest(stdin=given.get("stdin", ""), expected_stdout=given["stdout"]),)
+    harness = given.get("harness", "codecontests")
+    problem = Problem(id="p", source=harness, split="test", prompt="", tests=tests, harness=harness)
+    problem = replace(problem, comparison=given.get("comparison"), starter_code=given.get("starter"))
+    return execution(problem, given["program"], Rules())
+
+
+def test_right_programs_of_many_kinds_are_accepted(sandbox: Sandbox) -> None:
+    """Recursion through C, numbers of many digits, ways to read and write, what stands around a program."""
+    verdicts = sandbox.run_many([_honest(given) for given in KINDS.values()])
+    refused = {
+        name: f"{verdict.status} {verdict.detail}"
+        for name, verdict in zip(KINDS, verdicts, strict=True)
+        if not verdict.accepted
+    }
+    assert refused == {}
 
 
 @pytest.mark.slow

@@ -35,6 +35,15 @@ def test_all_tests_run_unless_asked_to_stop(sandbox: Sandbox) -> None:
     assert [test.status for test in stopped.tests] == ["accepted", "wrong_answer", "not_run"]
 
 
+def test_slim_verdicts_hold_the_failures_that_are_shown(sandbox: Sandbox) -> None:
+    tests = tuple(StdinTest(stdin=f"{n}\n", expected_stdout=f"{n}\n") for n in (0, 100, 20, 3))
+    run = Execution(program=DOUBLE, tests=tests, limits=LIMITS, outputs="shown")
+    (verdict,) = sandbox.run_many([run])
+    assert (verdict.status, verdict.passed, verdict.total) == ("wrong_answer", 1, 4)
+    assert [(test.index, test.stdout) for test in verdict.tests] == [(1, b"200\n"), (3, b"6\n")]
+    assert verdict.detail == "test 2 of 4: wrong_answer" and 0 < verdict.wall_s < 16
+
+
 def test_run_many_keeps_order_and_takes_both_forms(sandbox: Sandbox) -> None:
     tasks = [(f"print({n})", [StdinTest(stdin="", expected_stdout=f"{n % 7}")], LIMITS) for n in range(20)]
     tasks.append(Execution(program="print(1)", tests=(StdinTest(stdin="", expected_stdout="1"),), limits=LIMITS))

@@ -30,13 +30,13 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_special_judge_judges_and_its_failure_is_no_wrong_answer(file: Path) -> None:
+def test_a_special_judge_judges_and_what_it_cannot_judge_is_unsupported(file: Path) -> None:
     with Sandbox(workers=1, judges=special.load({"divisor": f"{file}:divisor"})) as sandbox:
         verdicts = sandbox.run_many([answer("4"), answer("5"), answer("five"), answer("", "exact")])
         with pytest.raises(ValueError, match=r"comparison: 'other' is not one of exact, .*, divisor"):
             sandbox.submit(answer("4", "other"))
-    assert [verdict.status for verdict in verdicts] == ["accepted", "wrong_answer", "sandbox_error", "accepted"]
-    assert "judge divisor failed: ValueError: invalid literal" in verdicts[2].detail
+    assert [verdict.status for verdict in verdicts] == ["accepted", "wrong_answer", "unsupported", "accepted"]
+    assert "divisor cannot judge this output: ValueError: invalid literal" in verdicts[2].detail
 
 
 def test_a_changed_judge_judges_anew(file: Path, tmp_path: Path) -> None:

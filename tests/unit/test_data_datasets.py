@@ -38,7 +38,6 @@ def test_our_own_schema_is_read_by_split(tmp_path: Path) -> None:
         ("jsonl", None, "train", "data.path: missing"),
         ("jsonl", "nowhere.jsonl", "train", "no such file"),
         ("jsonl", "{file}", "dev", "no problem of the split 'dev'"),
-        ("jsonl", "{file}", "train", "two problems have the id 'a'"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(name: str, path: str | None, split: str, told: str, tmp_path: Path) -> None:

@@ -5,17 +5,23 @@ import datetime
 import gzip
 import json
 import pickle
+import tomllib
 import zlib
+from pathlib import Path
 
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.data import catalog, livecodebench, table, taco
 from ctrl_hpc.data.statement import comparison_of
-from ctrl_hpc.records import FunctionTest, Problem, StdinTest
+from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.records import FunctionTest, Problem, Rules, StdinTest
+from ctrl_hpc.sandbox import judge
 
 
 def jsonl_file(path, *rows):
@@ -330,6 +336,7 @@ def test_a_split_that_is_not_there():
         load("mbppplus", None, "train")
 
 
+WORDINGS = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())["statements"]
 KINDS_OF_STATEMENTS = {
     # an error of the usual size, absolute or relative
     "Your answer is right if the absolute or relative error does not exceed 1e-6.": "float",
@@ -381,6 +388,77 @@ KINDS_OF_STATEMENTS = {
 @pytest.mark.parametrize("statement", KINDS_OF_STATEMENTS)
 def test_what_statements_say_of_answers(statement):
     assert comparison_of(statement) == KINDS_OF_STATEMENTS[statement]
+
+
+@pytest.mark.parametrize("statement", WORDINGS)
+def test_what_statements_say_in_other_words(statement):
+    assert (comparison_of(statement) or "") == WORDINGS[statement]
+
+
+SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+NUMBERS = {
+    "1e-{n}": str,
+    "1E-{n}": str,
+    "1.0e-{n}": str,
+    "10^-{n}": str,
+    "10^{{-{n}}}": str,
+    "10^{{ - {n}}}": str,
+    "$10^{{-{n}}}$": str,
+    "10**-{n}": str,
+    "10^(-{n})": str,
+    "10<sup>-{n}</sup>": str,
+    "10<sup>&minus;{n}</sup>": str,
+    "10−{n}": str,
+    "1 × 10^{{-{n}}}": str,
+    "$1 \\times 10^{{-{n}}}$": str,
+    "\\frac{{1}}{{10^{n}}}": str,
+    "10{n}": lambda n: f"-{n}".translate(SUPERSCRIPTS),
+    "0.{n}1": lambda n: "0" * (n - 1),
+    "1/1{n}": lambda n: "0" * n,
+}
+"""Ways to write a power of ten, and what of the exponent stands in each."""
+ALLOWED = [
+    "Your answer is considered correct if its {kind} does not exceed {number}.",
+    "Answers with a {kind} of at most {number} are accepted.",
+    "The {kind} of your output must be less than {number}",
+    "A {kind} of {number} is allowed.",
+    "Print the sum with {kind} no more than {number}.",
+    "The checker tolerates a {kind} up to {number}!",
+]
+KINDS = {
+    "absolute error": ("abs",),
+    "relative error": ("rel",),
+    "absolute or relative error": ("abs", "rel"),
+    "relative or absolute error": ("abs", "rel"),
+    "error": ("abs", "rel"),
+}
+
+
+@settings(derandomize=True, max_examples=300)
+@given(
+    sentence=st.sampled_from(ALLOWED),
+    kind=st.sampled_from(sorted(KINDS)),
+    number=st.sampled_from(sorted(NUMBERS)),
+    exponent=st.integers(1, 12),
+    around=st.sampled_from(
+        ["{}", "Find x. {} Print it.", "You are given 3 cities. {}", "Output one number. {} 1 ≤ n ≤ 10^5."]
+    ),
+)
+def test_an_error_in_any_words_is_the_one_that_is_allowed(sentence, kind, number, exponent, around):
+    written = number.format(n=NUMBERS[number](exponent))
+    bound = f"{float(f'1e-{exponent}'):g}"
+    said = ",".join(f"{name}={bound}" for name in KINDS[kind])
+    expected = "float" if said == "abs=1e-06,rel=1e-06" else f"float:{said}"
+    assert comparison_of(around.format(sentence.format(kind=kind, number=written))) == expected
+
+
+@settings(derandomize=True, max_examples=200)
+@given(
+    text=st.text(max_size=200)
+    | st.lists(st.sampled_from("10 ^ - 6 | error any print case answer . 0.1".split())).map(" ".join)
+)
+def test_any_statement_has_a_comparison_that_exists(text):
+    judge.rule(comparison_of(text) or "exact")
 
 
 # --- as on the hub, through the real datasets
@@ -690,3 +768,117 @@ def test_text_that_cannot_be_encoded_is_made_well_formed_or_left_out(tmp_path):
     loaded = catalog.read("taco", str(path), "train")
     assert [item.prompt for item in loaded.items] == ["Say \ufffd!"]
     assert loaded.left_out[0].reason == "tests: expected_stdout: holds a lone surrogate, which cannot be encoded"
+
+
+def test_a_second_problem_of_an_id_is_left_out_of_our_own_schema(tmp_path):
+    good = {
+        "id": "a",
+        "source": "s",
+        "split": "train",
+        "prompt": "p",
+        "tests": [{"kind": "stdin", "stdin": "", "stdout": "1"}],
+    }
+    odd = {"harness": "apps"}, {"comparison": "float:abs=x"}, {"comparison": "exact:maybe"}
+    others = [good | change | {"id": f"{number}"} for number, change in enumerate(odd)]
+    loaded = catalog.read("jsonl", jsonl_file(tmp_path / "p.jsonl", good, good, *others, good | {"id": "b"}), "train")
+    assert [item.id for item in loaded.items] == ["a", "b"]
+    reasons = [item.reason for item in loaded.left_out]
+    assert reasons[0] == "id: an earlier problem has the id 'a' too"
+    assert [reason.split(":")[0] for reason in reasons[1:]] == ["harness", "comparison", "comparison"]
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": "def f(x):\n    ''' Itself. '''\n",
+    "canonical_solution": "    return x\n",
+    "entry_point": "f",
+    "test": "def check(candidate):\n    assert candidate(1) == 1\n",
+}
+PLUS = MBPP | {"test": "assert f(1) == 1\n"}
+BAD = [
+    (
+        "taco",
+        TACO,
+        "input_output",
+        '{"inputs": ["1"], "outputs": [null]}',
+        "expected text or a list of lines, got None",
+    ),
+    ("taco", TACO, "input_output", '{"inputs": [["1", {}]], "outputs": ["2"]}', "expected text or a list of lines"),
+    ("taco", TACO, "input_output", '{"inputs": {"a": 1}, "outputs": {"b": 2}}', "inputs: expected a list, got dict"),
+    ("taco", TACO, "input_output", '{"inputs": null, "outputs": []}', "inputs: expected a list, got NoneType"),
+    ("taco", TACO, "input_output", "[1, 2]", "'list' object has no attribute"),
+    ("taco", TACO, "input_output", "", "no tests"),
+    ("taco", TACO, "input_output", '{"fn_name": "a b", "inputs": [[1]], "outputs": [1]}', "'a b' is not a function"),
+    ("taco", TACO, "input_output", '{"fn_name": 5, "inputs": [[1]], "outputs": [1]}', "expected text, got int"),
+    ("taco", TACO, "starter_code", ["def"], "starter_code: expected text, got list"),
+    ("taco", TACO, "input_output", "[" * 100_000, "input_output: not JSON"),
+    ("livecodebench", LIVE, "public_test_cases", "[null]", "'NoneType' object"),
+    ("livecodebench", LIVE, "contest_date", "soon", "contest_date: 'soon' is not a date"),
+    ("livecodebench", LIVE, "contest_date", 10**30, "is not a date"),
+    ("livecodebench", METHOD, "metadata", "{}", "func_name: missing"),
+    ("livecodebench", METHOD, "metadata", '{"func_name": 7}', "expected text, got int"),
+    ("livecodebench", LIVE, "difficulty", 3, "difficulty: expected text, got int"),
+    ("codecontests", CODECONTESTS, "public_tests", {"input": ["1", "2"], "output": ["1"]}, "2 inputs but 1 outputs"),
+    ("codecontests", CODECONTESTS, "public_tests", {"input": ["1"], "output": [None]}, "expected text, got NoneType"),
+    ("codecontests", CODECONTESTS, "time_limit", {"seconds": "two", "nanos": 0}, "could not convert"),
+    ("mbpp", MBPP_TEXT, "task_id", "11", "task_id: expected a number, got str"),
+    ("mbpp", MBPP_TEXT, "test_list", ["assert f(1) =="], "tests: code: not Python"),
+    ("mbpp", MBPP_TEXT, "test_list", ["f"], "checks nothing: every program would pass"),
+    ("mbpp", MBPP_TEXT, "test_setup_code", 5, "test_setup_code: expected text"),
+    ("mbppplus", PLUS, "test", "", "checks nothing: every program would pass"),
+    ("mbppplus", PLUS, "test_imports", "import math", "test_imports: expected a list of lines"),
+    ("mbppplus", PLUS, "task_id", None, "task_id: expected a number, got NoneType"),
+    ("humaneval", HUMANEVAL, "entry_point", "g", "prompt: does not define 'g', the entry point"),
+    ("humaneval", HUMANEVAL, "test", "assert True", "test: does not define the function check"),
+    ("humaneval", HUMANEVAL, "test", "def check(c):\n    assert", "tests: code: not Python"),
+    ("humaneval", HUMANEVAL, "prompt", "def f(", "prompt: not Python"),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "column", "value", "told"), BAD)
+def test_a_row_that_is_bad_in_one_column_says_why(name, good, column, value, told, tmp_path):
+    path = jsonl_file(tmp_path / "f.jsonl", good, good | {column: value})
+    loaded = catalog.read(name, path, "all" if name == "livecodebench" else "test")
+    assert len(loaded.items) == len(loaded.left_out) == 1
+    assert told in loaded.left_out[0].reason
+
+
+def test_limits_and_known_wrong_programs_that_cannot_be_are_unknown(tmp_path):
+    odd = [{"seconds": -5, "nanos": 0}, {"seconds": 10**9, "nanos": 0}, {"seconds": None, "nanos": None}]
+    wrong = {"language": [3, 3], "solution": [None, "print('\ud800')"]}
+    rows = [CODECONTESTS | {"name": str(number), "time_limit": limit} for number, limit in enumerate(odd)]
+    rows.append(CODECONTESTS | {"memory_limit_bytes": 10**60, "incorrect_solutions": wrong})
+    loaded = catalog.read("codecontests", jsonl_file(tmp_path / "f.jsonl", *rows), "test")
+    assert [item.cpu_s for item in loaded.items[:3]] == [None] * 3
+    assert loaded.items[3].memory_mb is None and loaded.items[3].wrong_solutions == ("print('\ufffd')",)
+
+
+ODD = [None, 0, -1, 3.5, float("nan"), 10**400, True, "", " ", "\ud800", "x", [], [None], [1], [[]], {}, {"a": None}]
+ODD += ["null", "[]", "{}", "[1", "\x00", '{"inputs": [null], "outputs": [null]}', '[{"input": 1, "output": 2}]']
+ODD += [{"input": [1], "output": [2]}, {"language": [3], "solution": [None]}, ["a", "\ud800"], {"seconds": "2"}]
+PUBLISHED = {
+    "taco": TACO,
+    "livecodebench": LIVE,
+    "codecontests": CODECONTESTS,
+    "mbpp": MBPP_TEXT,
+    "mbppplus": PLUS,
+    "humaneval": HUMANEVAL,
+    "humanevalplus": HUMANEVAL,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_any_value_in_any_column_leaves_a_problem_that_can_be_kept_or_a_row_left_out(name, tmp_path):
+    """What is loaded can be written, read again and encoded; the other rows are loaded whatever one holds."""
+    good = PUBLISHED[name]
+    rows = [good | {column: value} for column in good for value in ODD]
+    rows += [{key: value for key, value in good.items() if key != column} for column in good]
+    loaded = catalog.read(name, jsonl_file(tmp_path / "f.jsonl", good, *rows), "all" if "live" in name else "test")
+    outside = len(rows) + 1 - len(loaded.items) - len(loaded.left_out)
+    assert outside == (4 if name == "mbpp" else 0)  # tasks 0, -1, 10**400 and True are of no split
+    for item in loaded.items:
+        text = jsonl.line(item)
+        assert repr(jsonl.decode(Problem, json.loads(text))) == repr(item)
+        assert text.encode() and item.id.encode() and item.prompt.encode()
+        assert (item.canonical_solution or " ").encode() and (item.provenance or " ").encode()
+        judge.check(execution(item, item.canonical_solution or "", Rules()))

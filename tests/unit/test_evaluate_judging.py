@@ -2,6 +2,8 @@
 
 import json
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import toy_world
@@ -89,7 +91,7 @@ def test_what_votes_decide():
     [
         ("Analysis: A is wrong.\nBetter answer: B", "B"),
         ("**Better answer:** A.", "A"),
-        ("## Better answer\nB", None),
+        ("## Better answer\nB", "B"),
         ("Better answer: A or B", None),
         ("Better answer: A\nBetter answer: B", None),
         ("```\nBetter answer: A\n```", None),
@@ -105,6 +107,14 @@ def test_what_votes_decide():
 )
 def test_the_better_answer_is_read_from_its_line(text, choice):
     assert parse_choice(text) == choice
+
+
+WORDINGS = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())["choices"]
+
+
+@pytest.mark.parametrize("text", WORDINGS)
+def test_the_better_answer_in_other_words(text):
+    assert (parse_choice(text) or "") == WORDINGS[text]
 
 
 def test_the_comparison_shows_both_answers():

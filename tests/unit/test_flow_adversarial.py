@@ -14,6 +14,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import execute
 from ctrl_hpc.records import Generation, Limits, Problem, Rules, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox
+from ctrl_hpc.verdicts import answered
 
 CANONICAL = "print(abs(int(input())))"
 RIGHT_ON_THE_TESTS = "n = int(input())\nprint(n if n >= -5 else 0) if n > 0 else print(-n if n > -8 else 0)"
@@ -35,7 +36,7 @@ class InProcess:
         self.runs = 0
 
     def run_many(self, executions):
-        return [self._run(item) for item in executions]
+        return [answered(item, self._run(item)) for item in executions]
 
     def _run(self, item):
         results = []

@@ -1,5 +1,8 @@
 """The program in an answer: hand-written cases, and properties over generated text."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,6 +89,14 @@ CASES = {
 def test_extracts_the_last_complete_program(name):
     text, program = CASES[name]
     assert extract_program(text) == program
+
+
+WORDINGS = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())["programs"]
+
+
+@pytest.mark.parametrize("text", WORDINGS)
+def test_extracts_the_program_of_any_dress(text):
+    assert (extract_program(text) or "") == WORDINGS[text]
 
 
 LINE = st.text(alphabet=st.characters(exclude_characters="`~\n\r", exclude_categories=["Cs"]), max_size=20)
@@ -189,12 +200,26 @@ THINK = st.sampled_from(
         ("<think>", "</think>"),
         ("<Think>\n", "\n</Think>"),
         ("<thinking>", "</thinking>"),
+        ("◁think▷", "◁/think▷"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<seed:think>", "</seed:think>"),
         ("[THINK]", "[/THINK]"),
         ("", "</think>"),
     ]
 )
 CONTROL = st.sampled_from(
-    ["", "<|im_end|>", "</s>", "<|eot_id|>", "<|endoftext|>", " <|im_end|>\n", "<｜end▁of▁sentence｜>"]
+    [
+        "",
+        "<|im_end|>",
+        "</s>",
+        "<|eot_id|>",
+        "<|endoftext|>",
+        " <|im_end|>\n",
+        "<｜end▁of▁sentence｜>",
+        "<end_of_turn>",
+        "<|user|>\nno",
+        "<|return|>",
+    ]
 )
 GLUE = st.sampled_from(
     ["{p}```python\n{c}\n```", "{p}\n```python\n{c}```", "{p}\n```py\n{c}\n``` and so on.", "{p} ```python\n{c}```"]

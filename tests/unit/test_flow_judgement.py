@@ -1,5 +1,8 @@
 """The overall judgement of a critique: hand-written cases, and properties over generated text."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +101,14 @@ def test_reads_the_judgement_line(text):
     assert parse_judgement(text) == CASES[text]
 
 
+WORDINGS = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())["judgements"]
+
+
+@pytest.mark.parametrize("text", WORDINGS)
+def test_reads_the_judgement_in_other_words(text):
+    assert (parse_judgement(text) or "") == WORDINGS[text]
+
+
 PROSE = st.lists(
     st.text(alphabet=st.characters(exclude_characters="`~", exclude_categories=["Cs", "Cc"]), max_size=30).filter(
         lambda line: "overall" not in line.lower()
@@ -170,6 +181,9 @@ THINK = st.sampled_from(
         ("<think>\n", "\n</think>\n"),
         ("", "</think>\n\n"),
         ("<thinking>", "</thinking>\n"),
+        ("◁think▷", "◁/think▷"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<seed:think>", "</seed:think>"),
         ("[THINK]", "[/THINK]\n"),
     ]
 )
@@ -192,9 +206,30 @@ DRESS = st.sampled_from(
         "<b>Overall judgment</b>: {v}",
         "- Overall judgment: **{v}**.",
         "| Overall judgment | {v} |",
+        "Overall judgment: **_{v}_**",
+        "Overall judgment → {v}",
+        "The overall judgment is {v}.",
+        "Overall judgment: \u2068{v}\u2069",
+        "\ufeffOverall judgment:\u200b{v}…",
+        "Final answer: {v}",
+        "# {v}",
+        "<verdict>{v}</verdict>",
+        '{{"overall_judgment": "{v}"}}',
+        "Step 4: Overall judgment: 〔{v}〕",
     ]
 )
-CONTROL = st.sampled_from(["", "<|im_end|>", "</s>", "<|eot_id|>\n", " <|endoftext|>", "<｜end▁of▁sentence｜>"])
+CONTROL = st.sampled_from(
+    [
+        "",
+        "<|im_end|>",
+        "</s>",
+        "<|eot_id|>\n",
+        " <|endoftext|>",
+        "<｜end▁of▁sentence｜>",
+        "<end_of_turn>",
+        "<|user|>\nCorrect\n",
+    ]
+)
 
 
 @settings(derandomize=True, max_examples=300)

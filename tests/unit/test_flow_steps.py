@@ -2,7 +2,6 @@
 
 import pytest
 
-from ctrl_hpc.config.machine import ExecutorConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.oracle import OracleGenerator
 from ctrl_hpc.flow.prompts import Prompts
@@ -16,7 +15,7 @@ from ctrl_hpc.records import (
     Sampling,
     Solution,
     StdinTest,
-    TestResult,
+    Summary,
     Verdict,
 )
 
@@ -143,9 +142,9 @@ def test_identical_programs_of_a_problem_are_executed_once():
 
 
 def test_stopping_at_the_first_failure_and_the_time_budget_reach_the_executor():
-    judge, settings = Judge(), ExecutorConfig(time_budget_s=160.0)
-    execute([(P, solution(P, 0))], judge, settings)
-    execute([(P, solution(P, 0))], judge, settings, stop_at_first_failure=True)
+    judge, rules = Judge(), Rules(time_budget_s=160.0)
+    execute([(P, solution(P, 0))], judge, rules)
+    execute([(P, solution(P, 0))], judge, rules, stop_at_first_failure=True)
     asked = [(item.stop_at_first_failure, item.time_budget_s) for call in judge.calls for item in call]
     assert asked == [(False, 160.0), (True, 160.0)]
 
@@ -153,9 +152,9 @@ def test_stopping_at_the_first_failure_and_the_time_budget_reach_the_executor():
 def test_an_answer_without_a_program_is_wrong_without_execution():
     judge = Judge()
     (done,) = execute([(P, solution(P, 0, None))], judge, Rules())
-    assert done.verdict == Verdict(
-        status="wrong_answer", tests=(TestResult(status="not_run"),) * 2, detail="no program in the answer"
-    )
+    summary = Summary(statuses=(("not_run", 2),))
+    assert done.verdict == Verdict(status="wrong_answer", detail="no program in the answer", summary=summary)
+    assert (done.verdict.passed, done.verdict.total) == (0, 2)
     assert judge.calls == []
 
 

@@ -1,5 +1,6 @@
 """The HTTP routes of the rollout server, asked with plain httpx."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,11 @@ import pytest
 import random_qwen
 import rollout_server
 import torch
+from fastapi.testclient import TestClient
 
 from ctrl_hpc.rollout.engine import load_engine
-from ctrl_hpc.rollout.server import serve
+from ctrl_hpc.rollout.server import create_app, serve
+from ctrl_hpc.rollout.worker import Service, Worker
 from ctrl_hpc.service.http import listen
 
 PROMPT = [5, 9, 200]
@@ -73,8 +76,12 @@ def test_n_gives_different_seeded_samples(http: httpx.Client) -> None:
         ({}, "exactly one of text and input_ids"),
         ({"input_ids": []}, "is empty"),
         ({"input_ids": PROMPT, "sampling_params": {"temprature": 1}}, "sampling_params.temprature is unknown"),
-        ({"input_ids": PROMPT, "sampling_params": {"top_k": 5}}, "top_k=5 is not served"),
+        ({"input_ids": PROMPT, "sampling_params": {"regex": "a+"}}, "sampling_params.regex is unknown"),
         ({"input_ids": PROMPT, "sampling_params": {"temperature": -1}}, "temperature=-1.0: must be >= 0"),
+        ({"input_ids": PROMPT, "sampling_params": {"temperature": 1e300}}, "temperature=1e+300: must be"),
+        ({"input_ids": PROMPT, "sampling_params": {"sampling_seed": 1 << 70}}, "must be a whole number"),
+        ({"input_ids": PROMPT, "sampling_params": {"logit_bias": {"9999999": 1}}}, "outside the vocabulary"),
+        ({"input_ids": PROMPT, "sampling_params": {"top_k": -7}}, "top_k=-7: must be >= 0"),
         ({"input_ids": PROMPT, "sampling_params": {"top_p": 0}}, r"must be in (0, 1]"),
         ({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1.5}}, "must be a whole number"),
         ({"input_ids": [PROMPT, PROMPT], "sampling_params": [{}]}, "2 prompts, but 1 sampling_params"),
@@ -179,3 +186,61 @@ def test_a_port_in_use_and_a_missing_model_are_one_line(folder: str, tmp_path: P
         serve(folder, port=port)
     with pytest.raises(ValueError, match="no model folder"):
         serve(str(tmp_path / "none"))
+
+
+class BrokenEngine:
+    """Fails in ways that no engine should."""
+
+    version, max_positions, vocabulary = 0, 64, 320
+
+    def generate(self, prompts: Any, sampling: Any, followers: Any = None) -> Any:
+        raise KeyError("torn")
+
+    def load_weights(self, folder: str, version: int) -> None:
+        raise AttributeError("torn")
+
+
+def test_no_exception_ends_the_model_thread(folder: str) -> None:
+    with rollout_server.running(folder, BrokenEngine()) as url, httpx.Client(base_url=url, timeout=60) as http:
+        for _ in range(2):
+            answer = http.post("/generate", json={"input_ids": PROMPT})
+            assert answer.status_code == 500 and answer.json()["error"]["message"] == "KeyError: 'torn'"
+            answer = http.post("/update_weights_from_disk", json={"model_path": folder})
+            assert answer.status_code == 500 and answer.json()["error"]["message"] == "AttributeError: torn"
+        assert http.get("/health").status_code == 200
+
+
+def test_a_dead_model_thread_is_not_healthy(folder: str) -> None:
+    worker = Worker(BrokenEngine())
+    worker.close()
+    worker._thread.join()
+    with TestClient(create_app(Service(worker, None, folder)), raise_server_exceptions=False) as http:
+        assert http.get("/health").status_code == 503
+        answer = http.post("/generate", json={"input_ids": PROMPT})
+        assert answer.status_code == 500 and "thread has ended" in answer.json()["error"]["message"]
+
+
+def test_torn_weights_are_refused_by_name(folder: str, tmp_path: Path) -> None:
+    torn = tmp_path / "torn"
+    shutil.copytree(folder, torn)
+    file = torn / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with rollout_server.running(folder) as url, httpx.Client(base_url=url, timeout=60) as http:
+        answer = http.post("/update_weights_from_disk", json={"model_path": str(torn)})
+        assert answer.status_code == 400 and str(file) in answer.json()["message"]
+        assert len(generate(http, input_ids=PROMPT, sampling_params={"max_new_tokens": 2})["output_ids"]) > 0
+
+
+def test_sampling_parameters_of_sglang(http: httpx.Client) -> None:
+    greedy = generate(http, input_ids=PROMPT, sampling_params={"temperature": 0, "max_new_tokens": 5})["output_ids"]
+    first = greedy[0]
+
+    def ids(**params: Any) -> Any:
+        return generate(http, input_ids=PROMPT, sampling_params={"max_new_tokens": 5, **params})["output_ids"]
+
+    assert ids(top_k=1) == ids(min_p=1.0) == ids(temperature=0, top_k=-1, stop=None) == greedy
+    assert ids(temperature=1e-9, seed=None, ignore_eos=True)[0] == first
+    assert ids(temperature=0, stop_token_ids=[first]) == [first]
+    assert ids(temperature=0, stop_token_ids=[first], min_new_tokens=1)[0] != first
+    assert ids(temperature=0, logit_bias={str(first): -100})[0] != first
+    assert ids(max_new_tokens=0) == []

@@ -34,6 +34,8 @@ _HARNESS = "/runner"
 _RAISE = compile("raise", "", "exec").co_code[2]
 """The code of a ``raise`` statement, which follows the two bytes that begin every function."""
 _OPEN_FILES = 64
+_PENDING_SIGNALS = 128
+"""Queued signals and timers, which the kernel counts for all of a user's processes together."""
 _BILLION = 10**9
 
 for _name in ("exit", "quit"):
@@ -43,32 +45,35 @@ for _name in ("exit", "quit"):
 def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits: tuple[int, ...]) -> None:
     """Become the program; never returns.
 
-    ``pending[0]`` is cleared, and the page given up, once the program is about to run: whatever fails before that is
-    the executor's fault, whatever fails later is the program's.
+    ``pending[0]`` is cleared, and the page given up, before anything depends on the program: whatever fails until then
+    is the executor's fault, whatever fails later is the program's.
     """
-    _limit(*limits)
-    source = _read(fds[0])
-    preamble = b""
-    if kind in (RUN, SERVE):
-        preamble, _, source = source.partition(b"\0")
     # Received descriptors are numbered upwards from 3, so no dup2 overwrites one still to be moved.
+    source_fd = os.dup(fds[0])
     for target, fd in enumerate(fds[1:]):
         assert fd > target
         os.dup2(fd, target, inheritable=target < 3)
-    os.closerange(len(fds) - 1, _OPEN_FILES)
+    os.closerange(len(fds) - 1, source_fd)
+    _limit(*limits)
+    pending[0] = 0
+    pending.close()
+    try:
+        source = _read(source_fd)
+    except MemoryError:
+        note[0] = 1
+        os._exit(1)
+    os.closerange(source_fd, _OPEN_FILES)
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     gc.enable()
-    if kind in (RUN, SERVE):
-        recursion.lift()
-        paths.serve(source)
-    pending[0] = 0
-    pending.close()
     if kind == CHECK:
         _module("checker").main(source)
     if kind in (PUT, FETCH):
         _move_files(kind, source)
+    preamble, _, source = source.partition(b"\0")
+    recursion.lift()
+    paths.serve(source)
     serving = _module("solution") if kind == SERVE else None
     name = "__main__" if kind == RUN else "solution"
     module = type(sys)(name)
@@ -102,6 +107,7 @@ def _limit(cpu_ns: int, memory: int, file_size: int, processes: int, stack: int)
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_FSIZE, file_size),
         (resource.RLIMIT_NPROC, processes),
+        (resource.RLIMIT_SIGPENDING, _PENDING_SIGNALS),
         (resource.RLIMIT_AS, memory),
     ):
         resource.setrlimit(which, (value, value))
@@ -116,12 +122,19 @@ def _read(fd: int) -> bytes:
 
 def _open_streams() -> None:
     # Newlines are left as they are ("\n" translates none), as an interpreter's own streams do here.
-    stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8", "surrogateescape", "\n")
-    stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8", "surrogateescape", "\n")
-    stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", "backslashreplace", "\n", line_buffering=True
-    )
+    stdin = _stream(io.BufferedReader, 0, "r", "stdin", "surrogateescape")
+    stdout = _stream(io.BufferedWriter, 1, "w", "stdout", "surrogateescape")
+    stderr = _stream(io.BufferedWriter, 2, "w", "stderr", "backslashreplace")
     vars(sys).update(stdin=stdin, __stdin__=stdin, stdout=stdout, __stdout__=stdout, stderr=stderr, __stderr__=stderr)
+
+
+def _stream(kind: typing.Any, fd: int, mode: str, name: str, errors: str) -> io.TextIOWrapper:
+    """A standard stream, with the ``mode`` and the name that an interpreter gives it (fast readers ask for them)."""
+    raw = io.FileIO(fd, mode, closefd=False)
+    raw.name = f"<{name}>"
+    stream = io.TextIOWrapper(kind(raw), "utf-8", errors, "\n", line_buffering=fd == 2)
+    vars(stream)["mode"] = mode
+    return stream
 
 
 def _execute(preamble: bytes, source: bytes, namespace: dict, note: mmap.mmap, serving: typing.Any) -> None:

@@ -13,15 +13,16 @@ import os
 import stat
 
 _FOLDER = "/tmp"
+_ROOTS = ("tmp", "mnt")
+"""Where absolute paths may lead: ``/mnt`` is the same folder under the name that SandboxFusion's images have."""
 _MAX_FILE_BYTES = 16 << 20
 
 
 def parts(path: str) -> list[str]:
-    """The components of a relative path below /tmp; ValueError when it leads elsewhere."""
-    names = path.split("/")
-    if names[:2] == ["", "tmp"]:
-        names = names[2:]
-    if not names or any(name in ("", ".", "..") or "\0" in name or len(name) > 255 for name in names):
+    """The components of a path below /tmp, relative to it or absolute; ValueError when it leads elsewhere."""
+    whole = os.path.normpath(os.path.join(_FOLDER, path))
+    names = whole.split("/")[2:]
+    if whole.split("/")[1] not in _ROOTS or not names or any("\0" in name or len(name) > 255 for name in names):
         raise ValueError(f"{path!r} is not a path below the working folder")
     return names
 
@@ -72,6 +73,6 @@ def check(files: dict[str, str], names: list[str]) -> None:
         parts(path)
     for path, content in files.items():
         try:
-            base64.b64decode(content, validate=True)
+            base64.b64decode(content)  # newlines and the like are passed over
         except (binascii.Error, ValueError):
             raise ValueError(f"files: the content of {path!r} is not base64") from None

@@ -120,16 +120,16 @@ def _deque(body: Any) -> object:
 def _decimal(body: Any) -> object:
     from decimal import Decimal
 
-    if len(body) > 4000:
-        raise Unsupported("a number too long")
+    if not isinstance(body, str) or len(body) > 4000:
+        raise Unsupported("malformed value, or a number too long")
     return Decimal(body)
 
 
 def _fraction(body: Any) -> object:
     from fractions import Fraction
 
-    if len(body) > 4000 or "e" in body.lower():
-        raise Unsupported("a number too long")
+    if not isinstance(body, str) or len(body) > 4000 or "e" in body.lower():
+        raise Unsupported("malformed value, or a number too long")
     return Fraction(body)
 
 

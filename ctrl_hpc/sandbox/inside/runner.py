@@ -108,15 +108,16 @@ def _clean() -> bool:
 
     If not, the executor replaces the jail.
     """
-    return all(map(_clean_folder, (child.SCRATCH, _SHARED_MEMORY)))
+    try:
+        return all(map(_clean_folder, (child.SCRATCH, _SHARED_MEMORY)))
+    except OSError:  # a program can make any of it fail
+        return False
 
 
 def _clean_folder(folder: str) -> bool:
     for name in os.listdir(folder):
-        try:
-            os.unlink(f"{folder}/{name}")
-        except OSError:
-            return False
+        os.unlink(f"{folder}/{name}")
+    os.utime(folder, ns=(0, 0))  # no program leaves the next one a time
     info = os.stat(folder)
     return info.st_mode == 0o41777 and info.st_nlink == 2 and not os.listxattr(folder)
 
@@ -125,7 +126,10 @@ def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple
     kind, cpu_ns, wall_ns, *limits, keep = job
     pending[0], note[:] = 1, _BLANK
     start = time.monotonic_ns()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        return REPLY.pack(0, FAULT, 0, 0, 0, DIRTY, 0, 0)
     if pid == 0:
         try:
             child.main(kind, fds, pending, note, (cpu_ns, *limits))
@@ -133,7 +137,10 @@ def _run(control: socket.socket, pending: mmap.mmap, note: mmap.mmap, job: tuple
             sys.__excepthook__(*sys.exc_info())
         finally:
             os._exit(1)
-    reason = _watch(control, pid, cpu_ns, wall_ns, start)
+    try:
+        reason = _watch(control, pid, cpu_ns, wall_ns, start)
+    except (OSError, MemoryError):  # the kernel has no memory left for this jail
+        reason, note[0] = FINISHED, 1
     wall = time.monotonic_ns() - start
     status, cpu, peak_kb = _reap(pid)
     if reason == FINISHED and cpu > cpu_ns:

@@ -1,0 +1,118 @@
+"""The sampler against transformers' logits processors, a full sort, and values worked by hand."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ctrl_hpc.rollout.decoding import Decoding, check_decoding
+from ctrl_hpc.rollout.sampler import NUCLEUS_WIDTHS, Adjustments, Sampler
+
+CPU = torch.device("cpu")
+
+
+def drawn(logits_V: torch.Tensor, count: int = 400, **values: Any) -> set[int]:
+    """The tokens that so many draws find."""
+    decodings = [Decoding(seed=row, **values) for row in range(count)]
+    return set(Sampler(decodings, 1, CPU).draw(logits_V.repeat(count, 1), 0)[0].tolist())
+
+
+def test_the_cuts_by_hand() -> None:
+    logits_V = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    assert drawn(logits_V) == {0, 1, 2, 3}
+    assert drawn(logits_V, top_k=2) == {1, 3}
+    assert drawn(logits_V, top_p=0.39) == {1}
+    assert drawn(logits_V, top_p=0.41) == {1, 3}
+    assert drawn(logits_V, min_p=0.5) == {1, 2, 3}  # 0.2 = 0.5 * 0.4
+    assert drawn(logits_V, top_k=3, top_p=0.7) == {1, 3}  # 0.4 + 0.3 of 0.9 are above 0.7 of it, 0.4 is not
+    assert drawn(logits_V, top_k=1, temperature=5.0) == {1}
+    assert drawn(torch.zeros(4), top_k=2) == {0, 1}  # equally likely ones in the order of their ids
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    top_p=st.floats(0.05, 1.0),
+    top_k=st.integers(0, 40),
+    min_p=st.sampled_from([0.0, 0.02, 0.3]),
+    scale=st.sampled_from([0.01, 1.0, 6.0]),
+)
+def test_what_may_be_drawn_is_what_transformers_keeps(
+    seed: int, top_p: float, top_k: int, min_p: float, scale: float
+) -> None:
+    """The same set, whatever the width at which the nucleus is found: 600 tokens are wider than the first."""
+    assert NUCLEUS_WIDTHS[0] < 600
+    logits_1V = torch.randn(1, 600, generator=torch.Generator().manual_seed(seed)) * scale
+    warpers = LogitsProcessorList()
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warpers.append(MinPLogitsWarper(min_p))
+    kept_V = warpers(None, logits_1V)[0] > -math.inf
+    probs_V = torch.where(kept_V, torch.softmax(logits_1V[0].double(), -1), 0.0)
+    decodings = [Decoding(seed=row, top_p=top_p, top_k=top_k, min_p=min_p) for row in range(64)]
+    sampler = Sampler(decodings, 1, CPU)
+    tokens_B = sampler.draw(logits_1V.repeat(64, 1), 0)[0]
+    cumulative_V = probs_V.cumsum(0)
+    expected_B = torch.searchsorted(cumulative_V, sampler._uniforms_BT[:, 0] * cumulative_V[-1], right=True)
+    # a token at the very edge of the nucleus may fall on either side of it by rounding: at most one such token
+    differs = {int(token) for token, other in zip(tokens_B, expected_B, strict=True) if int(token) != int(other)}
+    sizes = probs_V.sort(descending=True).values
+    edge = float(sizes[int(kept_V.sum()) - 1])
+    assert not differs or (top_p < 1.0 and edge < 0.05)
+
+
+def test_penalties_and_biases() -> None:
+    logits_1V = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)) * 3
+    prompt, completion = [3, 7, 7], [9, 9, 11]
+    item = Decoding(
+        repetition_penalty=1.3, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((4, 2.0), (9, -1.0))
+    )
+    adjustments = Adjustments([item], [prompt], [frozenset({2})], 50, CPU)
+    for token in completion:
+        adjustments.note(torch.tensor([token]))
+    processor = RepetitionPenaltyLogitsProcessor(1.3)
+    expected_V = processor(torch.tensor([prompt + completion]), logits_1V.clone())[0]
+    expected_V[9] += -2 * 0.5 - 0.25 - 1.0
+    expected_V[11] += -0.5 - 0.25
+    expected_V[4] += 2.0
+    assert torch.allclose(adjustments.apply(logits_1V, 3)[0], expected_V)
+
+
+def test_stop_tokens_wait_for_the_least_length() -> None:
+    adjustments = Adjustments([Decoding(min_tokens=2)], [[1]], [frozenset({0, 3})], 4, CPU)
+    inf = math.inf
+    assert adjustments.apply(torch.zeros(1, 4), 1).tolist() == [[-inf, 0.0, 0.0, -inf]]
+    assert adjustments.apply(torch.zeros(1, 4), 2).tolist() == [[0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": math.nan}, "temperature=nan: must be >= 0"),
+        ({"temperature": 1e300}, "temperature"),
+        ({"top_p": 0.0}, r"top_p=0.0: must be in \(0, 1\]"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be > 0"),
+        ({"presence_penalty": 3.0}, r"presence_penalty=3.0: must be in \[-2, 2\]"),
+        ({"n": 10**6}, r"n=1000000: must be in \[1, 4096\]"),
+        ({"seed": -1}, r"seed=-1: must be"),
+        ({"stop_token_ids": (99,)}, "stop: token 99 is outside the vocabulary of 50"),
+        ({"top_logprobs": 51}, r"top_logprobs=51: must be in \[0, 50\]"),
+    ],
+)
+def test_values_outside_their_range_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_decoding(Decoding(**values), 50)
