@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_hpc.commands import bench, config, data, report, sbatch
+from ctrl_hpc.commands.output import place
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.stages import STAGES
 
@@ -44,8 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         from ctrl_hpc.run import disk
 
-        if error.errno not in disk.FULL:
+        if os.environ.get("CTRL_HPC_TRACEBACK"):
             raise
+        if error.errno not in disk.FULL:
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"ctrl-hpc: {place}{error.strerror or error} (CTRL_HPC_TRACEBACK=1 shows where)", file=sys.stderr)
+            return 1
         print(f"ctrl-hpc: {error}; make space: the same command continues where it stopped", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -81,6 +86,9 @@ def _parser() -> Parser:
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
+    run.add_argument(
+        "--redo", choices=list(STAGES), help="do this stage and those after it anew; what they had made is kept"
+    )
     for name, stage in STAGES.items():
         if name != "report":
             _configured(commands.add_parser(name, help=stage.about), _stage(name))
@@ -168,7 +176,7 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
     executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
-    executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
+    executor.add_argument("--cache", type=place, default=None, help="folder of the verdict cache (default: none)")
     executor.add_argument("--max-waiting", type=int, default=1024, help="executions that may wait (default: 1024)")
     executor.add_argument("--max-body-mb", type=int, default=256, help="largest request (default: 256)")
     executor.add_argument(
@@ -197,8 +205,8 @@ def _convert_parsers(parser: argparse.ArgumentParser) -> None:
         ("megatron-to-hf", "a Megatron checkpoint, a trainer's too, to a Hugging Face folder"),
     ):
         one = directions.add_parser(direction, help=text)
-        one.add_argument("source", metavar="SRC", type=Path)
-        one.add_argument("target", metavar="DST", type=Path, help="must not exist")
+        one.add_argument("source", metavar="SRC", type=place)
+        one.add_argument("target", metavar="DST", type=place, help="must not exist")
         one.add_argument("--tp", type=int, default=1, help="tensor-parallel processes (default: 1)")
         one.add_argument("--pp", type=int, default=1, help="pipeline-parallel processes (default: 1)")
         one.set_defaults(command=_convert, direction=direction)
@@ -208,6 +216,10 @@ def _run(options: argparse.Namespace) -> int:
     from ctrl_hpc.config import dump, load
 
     config = load(options.config, options.overrides)
+    if options.dry_run and options.redo:
+        raise ValueError("--redo: changes the run directory, which --dry-run does not")
+    if options.redo:
+        return _redo(config, options)
     if options.dry_run:
         lacking = _lacking(config)
         print(dump(config), end="")
@@ -224,6 +236,26 @@ def _run(options: argparse.Namespace) -> int:
     if before:
         print(f"report: {folder / 'report' / 'index.html'}")
     return 0
+
+
+def _redo(config: Config, options: argparse.Namespace) -> int:
+    """The run again, from a stage on; its folder is as it was when nothing can be started."""
+    from ctrl_hpc import preflight
+    from ctrl_hpc.cluster.status import status
+    from ctrl_hpc.run import directory
+
+    folder = Path(config.run_dir or "")
+    if (folder / "config.yaml").is_file() and status(folder)["running"]:
+        raise ValueError(f"--redo: {folder}: is running; end it first: ctrl-hpc stop {folder}")
+    moves = directory.put_aside(folder, options.redo)
+    try:
+        preflight.check(config)
+    except BaseException:
+        directory.put_back(moves)
+        raise
+    print(f"put aside: {', '.join(str(aside) for _, aside in moves)}")
+    options.redo = None
+    return _run(options)
 
 
 def _print_scripts(config: Config) -> None:
