@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, config, data, report, sbatch
+from ctrl_hpc.commands import bench, config, data, init, report, sbatch
 from ctrl_hpc.commands.output import place
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.stages import STAGES
@@ -83,6 +83,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    init.add(commands.add_parser("init", help="a configuration for your model, your problems, your machines"))
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
