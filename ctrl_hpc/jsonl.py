@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import SchemaSerializer, SchemaValidator
+from pydantic_core import PydanticSerializationError, SchemaSerializer, SchemaValidator
 
 sys.set_int_max_str_digits(100_000)  # benchmarks hold integers of more than the interpreter's 4300 digits
 _EXPECTED = {"string_type": "str", "bool_type": "bool", "int_type": "int", "int_from_float": "int",
@@ -164,6 +164,22 @@ def _parse(cls: Any, line: str) -> Any:
         return decode(cls, json.loads(line))
 
 
+def parse(cls: Any, content: bytes) -> Any:
+    """JSON bytes as a record of type ``cls``; raises ValueError naming what does not fit."""
+    return _parse(cls, content.decode("utf-8", "surrogatepass"))
+
+
+def content(value: Any, cls: Any = None) -> bytes:
+    """A record, or a value of type ``cls``, as JSON bytes; the same for equal values."""
+    kind: Any = cls or type(value)
+    writer = _writer(kind)
+    try:
+        return writer.to_json(value, by_alias=True, warnings=False)
+    except (PydanticSerializationError, UnicodeEncodeError):  # lone surrogates, which only ``json`` writes
+        data = writer.to_python(value, by_alias=True, warnings=False)
+        return json.dumps(data, separators=(",", ":")).encode()
+
+
 def read[R](cls: type[R], path: str | Path) -> list[R]:
     """All records of a JSONL file."""
     return list(iterate(cls, path))
@@ -176,16 +192,24 @@ def line(record: Any) -> str:
 
 def write(path: str | Path, records: Iterable[Any]) -> None:
     """Write records so that the file is either whole or absent (written beside, then renamed)."""
-    write_text(path, "".join(map(line, records)))
+    _write(path, map(line, records))
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically: synced beside its place, then renamed over it."""
+    _write(path, [text])
+
+
+def _write(path: str | Path, parts: Iterable[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as out:
+            out.writelines(parts)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -8,9 +8,10 @@ Every stage is a function of the run and of the connections to its services; the
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.data import catalog, judgebench
+from ctrl_hpc.data import problems as problems_of
+from ctrl_hpc.data.table import Keep
 from ctrl_hpc.data.verification import proven, verify
 from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
@@ -38,6 +41,7 @@ from ctrl_hpc.progress import in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
 from ctrl_hpc.stages import STAGES
+from ctrl_hpc.store.tests import TestStore
 
 console = Console(stderr=True)
 
@@ -48,8 +52,10 @@ class Run:
 
     config: Config
     folder: Path
+    tests: TestStore
+    """The tests of its problems."""
     problems: tuple[Problem, ...]
-    """Training problems."""
+    """Training problems; they name their tests, which are read when they are looked at."""
     eval_problems: dict[str, tuple[Problem, ...]]
     """Evaluation problems by data set."""
     prompts: Prompts
@@ -98,7 +104,7 @@ def _prove(run: Run, connections: Connections) -> dict[str, Any]:
         if not kept:
             reason = ledger.failed[0]
             raise ValueError(f"data.verified_only: no problem is left; {reason.id}: {reason.reason}")
-        jsonl.write(folder / "train.jsonl", kept)
+        problems_of.write(folder / "train.jsonl", kept, run.tests)
         jsonl.write_text(file, json.dumps(ledger.encode(), indent=1) + "\n")
     told = json.loads(file.read_text())
     return {"verified": told["verified"], "unverified": len(told["failed"])}
@@ -107,7 +113,8 @@ def _prove(run: Run, connections: Connections) -> dict[str, Any]:
 def _before_strengthening(run: Run) -> Sequence[Problem]:
     """The training problems as they came; ``sample`` may have been killed after it had added tests."""
     original = run.folder / "problems" / "train-original.jsonl"
-    return jsonl.read(Problem, original if original.exists() else original.with_name("train.jsonl"))
+    file = original if original.exists() else original.with_name("train.jsonl")
+    return list(problems_of.read(file, run.tests))
 
 
 def _strengthen(
@@ -123,8 +130,8 @@ def _strengthen(
         n=config.sample.adversarial_tests,
         seed=config.seed,
     )
-    jsonl.write(folder / "train-original.jsonl", problems)
-    jsonl.write(folder / "train.jsonl", stronger)
+    problems_of.write(folder / "train-original.jsonl", problems, run.tests)
+    problems_of.write(folder / "train.jsonl", stronger, run.tests)
     changed = {new.id: new for old, new in zip(problems, stronger, strict=True) if new is not old}
     todo = [(changed[item.problem_id], replace(item, verdict=None)) for item in drafts if item.problem_id in changed]
     again = {item.id: item for item in execute(todo, connections.executor, config.executor.rules)}
@@ -136,7 +143,7 @@ def _strengthen(
 def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
     """Stage I's critiques: the base critic, shown an execution hint that it must not mention."""
     config = run.config
-    by_id = {problem.id: problem for problem in jsonl.read(Problem, run.folder / "problems" / "train.jsonl")}
+    by_id = {problem.id: problem for problem in problems_of.read(run.folder / "problems" / "train.jsonl", run.tests)}
     pairs = [(by_id[solution.problem_id], solution) for solution in _solutions(run)]
     sampling = Sampling(temperature=config.synthesize.temperature, max_tokens=config.synthesize.max_tokens)
     connections.critic.update_weights(config.critic.model, 0)
@@ -228,12 +235,13 @@ def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     config = with_models(config, folder)
     _make_models(config, folder)
     training = {"sample", "synthesize", "sft", "rl"} & set(names)
-    problems = _training_problems(config, folder) if training else ()
-    evaluated = {name: _eval_problems(config, folder, name) for name in config.data.eval_names}
+    tests = problems_of.store(folder)
+    problems = _training_problems(config, folder, tests) if training else ()
+    evaluated = {name: _eval_problems(config, folder, name, tests) for name in config.data.eval_names}
     if "eval" in set(names):
         _pairs(config, folder)
     prompts = Prompts.load(config.prompts.folder, config.prompts.system)
-    return Run(config=config, folder=folder, problems=problems, eval_problems=evaluated, prompts=prompts)
+    return Run(config=config, folder=folder, tests=tests, problems=problems, eval_problems=evaluated, prompts=prompts)
 
 
 def run_stage(name: str, this: Run, connections: Connections | None) -> None:
@@ -309,29 +317,49 @@ def _make_models(config: Config, folder: Path) -> None:
     directory.mark_done(folder, "models", time.monotonic() - started)
 
 
-def _training_problems(config: Config, folder: Path) -> tuple[Problem, ...]:
+def _training_problems(config: Config, folder: Path, tests: TestStore) -> tuple[Problem, ...]:
     file = folder / "problems" / "train.jsonl"
     if not file.exists():
-        found = catalog.prepared(config.data, config.seed, critic=config.critic.model)
-        if found.decontamination is not None:
-            told = json.dumps(found.decontamination, indent=1)
-            jsonl.write_text(file.with_name("decontamination.json"), told + "\n")
-            console.print(found.decontamination["text"], highlight=False)
-        jsonl.write_text(file.with_name("left-out.json"), json.dumps(catalog.facts(found), indent=1) + "\n")
-        jsonl.write(file, found.problems)
-    return tuple(jsonl.read(Problem, file))
+        with _spool(folder) as keep:
+            found = catalog.prepared(config.data, config.seed, critic=config.critic.model, keep=keep)
+            _write_training(file, found, tests)
+    return tuple(problems_of.read(file, tests))
 
 
-def _eval_problems(config: Config, folder: Path, name: str) -> tuple[Problem, ...]:
+def _write_training(file: Path, found: catalog.Training, tests: TestStore) -> None:
+    """The training problems, and what was left out on the way to them."""
+    if found.decontamination is not None:
+        told = json.dumps(found.decontamination, indent=1)
+        jsonl.write_text(file.with_name("decontamination.json"), told + "\n")
+        console.print(found.decontamination["text"], highlight=False)
+    jsonl.write_text(file.with_name("left-out.json"), json.dumps(catalog.facts(found), indent=1) + "\n")
+    problems_of.write(file, found.problems, tests)
+
+
+def _eval_problems(config: Config, folder: Path, name: str, tests: TestStore) -> tuple[Problem, ...]:
     file, data = folder / "problems" / f"eval-{name}.jsonl", config.data
     if not file.exists():
-        loaded = catalog.read(name, catalog.eval_path(data, name), data.eval_split)
-        catalog.tell(name, loaded.left_out)
-        left_out = {"left_out": list(map(jsonl.encode, loaded.left_out))}
-        jsonl.write_text(file.with_name(f"left-out-{name}.json"), json.dumps(left_out, indent=1) + "\n")
-        taken = catalog.drawn(loaded.items, data.n_eval, config.seed) if data.eval_split == "train" else loaded.items
-        jsonl.write(file, taken[: data.n_eval])
-    return tuple(jsonl.read(Problem, file))
+        with _spool(folder) as keep:
+            loaded = catalog.read(name, catalog.eval_path(data, name), data.eval_split, keep=keep)
+            catalog.tell(name, loaded.left_out)
+            left_out = {"left_out": list(map(jsonl.encode, loaded.left_out))}
+            jsonl.write_text(file.with_name(f"left-out-{name}.json"), json.dumps(left_out, indent=1) + "\n")
+            drawn = data.eval_split == "train"
+            taken = catalog.drawn(loaded.items, data.n_eval, config.seed) if drawn else loaded.items
+            problems_of.write(file, taken[: data.n_eval], tests)
+    return tuple(problems_of.read(file, tests))
+
+
+@contextmanager
+def _spool(folder: Path) -> Iterator[Keep]:
+    """Takes the tests of a data set as it is read: those of the problems that a run takes are copied into its store."""
+    place = folder / "tests.part"
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with TestStore(place) as tests:
+            yield lambda problem: problems_of.kept(problem, tests)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _pairs(config: Config, folder: Path) -> None:

@@ -7,15 +7,18 @@ JSON line with :mod:`ctrl_hpc.jsonl`.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PlainSerializer
+from pydantic_core import core_schema
 
 Status = Literal[
     "accepted",
     "wrong_answer",
+    "compile_error",
     "runtime_error",
     "time_limit",
     "memory_limit",
@@ -116,6 +119,93 @@ class FunctionTest:
 
 
 TestCase = Annotated[StdinTest | AssertTest | FunctionTest, Field(discriminator="kind")]
+
+
+class StoredTests(Sequence[TestCase]):
+    """Tests that lie in a store and are read when they are looked at; a record names them by their hash.
+
+    In JSON ``{"sha256": HASH, "total": N, "names": [...]}``.
+    """
+
+    __slots__ = ("names", "sha256", "store", "total")
+
+    def __init__(self, sha256: str, total: int, names: Sequence[str] = (), store: TestSource | None = None) -> None:
+        """``names``: functions and classes that the tests call; ``store``: where they are read, None: unknown here."""
+        self.sha256, self.total, self.names, self.store = sha256, total, tuple(names), store
+
+    def read(self) -> tuple[TestCase, ...]:
+        """The tests; raises ValueError where they are not."""
+        if self.store is None:
+            raise ValueError(f"the tests {self.sha256[:12]} lie in a store that is not known here")
+        return self.store.load(self.sha256)
+
+    def content(self) -> bytes | None:
+        """Their JSON, of which the hash is; None where it is not."""
+        return self.store.content(self.sha256) if self.store is not None else None
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read()[index]
+
+    def __iter__(self) -> Iterator[TestCase]:
+        return iter(self.read())
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, StoredTests):
+            return self.sha256 == other.sha256
+        return isinstance(other, tuple) and self.read() == other
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __repr__(self) -> str:
+        return f"StoredTests({self.sha256[:12]}, {self.total})"
+
+
+class TestSource(Protocol):
+    """Where stored tests are read."""
+
+    def load(self, sha256: str) -> tuple[TestCase, ...]:
+        """The tests of a hash; raises ValueError where there are none."""
+        ...
+
+    def content(self, sha256: str) -> bytes | None:
+        """Their JSON, of which that is the hash; None where they are not there."""
+        ...
+
+
+class _TestsSchema:
+    """A list of tests in JSON is a tuple, an object the name of stored ones."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        listed = handler.generate_schema(tuple[TestCase, ...])
+        return core_schema.no_info_wrap_validator_function(
+            _read_tests,
+            listed,
+            serialization=core_schema.wrap_serializer_function_ser_schema(_write_tests, schema=listed),
+        )
+
+
+def _read_tests(data: Any, listed: Callable[[Any], Any]) -> Any:
+    if not isinstance(data, dict):
+        return listed(data)
+    sha256, total, names = (data.get(name) for name in ("sha256", "total", "names"))
+    right = data.keys() <= {"sha256", "total", "names"} and isinstance(sha256, str) and isinstance(total, int)
+    if not (right and re.fullmatch("[0-9a-f]{64}", str(sha256)) and isinstance(names, list)):
+        raise ValueError("expected a list of tests, or the sha256, total and names of stored ones")
+    return StoredTests(str(sha256), int(total or 0), [str(name) for name in names])
+
+
+def _write_tests(tests: Any, listed: Callable[[Any], Any]) -> Any:
+    if isinstance(tests, StoredTests):
+        return {"sha256": tests.sha256, "total": tests.total, "names": list(tests.names)}
+    return listed(tests)
+
+
+Tests = Annotated[Sequence[TestCase], _TestsSchema()]
+"""A tuple of tests, or :class:`StoredTests`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,7 +339,7 @@ class Problem:
     source: str
     split: str
     prompt: str
-    tests: tuple[TestCase, ...]
+    tests: Tests
     starter_code: str | None = None
     cpu_s: float | None = None
     memory_mb: int | None = None
@@ -261,6 +351,8 @@ class Problem:
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
     harness: str | None = None
     """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; None: none."""
+    language: str | None = None
+    """What its programs are written in: a name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
     provenance: str | None = None
     """Where the problem was read: file and line, or row of a data set of the hub; then its address where it has one."""
 
@@ -270,8 +362,12 @@ class Execution:
     """One program to be run against tests: what an executor takes."""
 
     program: str
-    tests: tuple[TestCase, ...]
+    tests: Tests
     limits: Limits
+    language: str | None = None
+    """A name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
+    compile_timeout_s: float | None = None
+    """Wall-clock seconds to compile; None: the executor's default."""
     preamble: str | None = None
     """Trusted source that is run before the program, in its namespace: see :mod:`ctrl_hpc.harness`."""
     comparison: str = "exact"

@@ -20,6 +20,7 @@ import submitit
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.config import Config
+from ctrl_hpc.store.tests import folder_of
 from ctrl_hpc.tracking.service_log import ServiceLog, direct
 
 
@@ -63,6 +64,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             judges=config.executor.judges,
             python=config.executor.python,
             packages=config.executor.packages,
+            tests_dir=folder_of(run_dir),
         )
 
 

@@ -9,7 +9,10 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ PROVENANCE = ".provenance.json"
 
 if TYPE_CHECKING:
     from ctrl_hpc.config.machine import ExecutorConfig
+    from ctrl_hpc.data.table import Keep
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -57,14 +61,19 @@ def run(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers: {options.workers} is not allowed; it must be greater than 0")
     _check_outputs(options)
-    if options.target.endswith((".yaml", ".yml")):
-        items, facts, executor, verified_only = _configured(options)
-    else:
-        items, facts = _named(options)
-        executor, verified_only = _default_executor(), False
-    if options.verify is not None:
-        items = _verify(options, items, executor, verified_only)
-    _write(options.out, items, facts)
+    from ctrl_hpc.data import problems
+    from ctrl_hpc.store.tests import TestStore
+
+    with tempfile.TemporaryDirectory(prefix="ctrl-hpc-tests-") as place, TestStore(Path(place)) as tests:
+        keep = partial(problems.kept, tests=tests)
+        if options.target.endswith((".yaml", ".yml")):
+            items, facts, executor, verified_only = _configured(options, keep)
+        else:
+            items, facts = _named(options, keep)
+            executor, verified_only = _default_executor(), False
+        if options.verify is not None:
+            items = _verify(options, items, executor, verified_only)
+        _write(options.out, items, facts)
     return 0
 
 
@@ -106,7 +115,7 @@ def _verify(
 
 
 def _configured(
-    options: argparse.Namespace,
+    options: argparse.Namespace, keep: Keep
 ) -> tuple[Sequence[Any], dict[str, Any], ExecutorConfig, bool | None]:
     from ctrl_hpc.config import load
     from ctrl_hpc.data import catalog, inventory
@@ -116,12 +125,12 @@ def _configured(
             "--path, --split, --n and --against go with the name of a data set; with a configuration: data.*"
         )
     config = load(options.target, options.overrides)
-    found = catalog.prepared(config.data, config.seed, critic=config.critic.model)
+    found = catalog.prepared(config.data, config.seed, critic=config.critic.model, keep=keep)
     facts = inventory.describe(config.data.name, config.data.split, found.problems) | catalog.facts(found)
     return found.problems, facts, config.executor, config.data.verified_only
 
 
-def _named(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
+def _named(options: argparse.Namespace, keep: Keep) -> tuple[Sequence[Any], dict[str, Any]]:
     from ctrl_hpc import jsonl
     from ctrl_hpc.data import catalog, inventory, judgebench
 
@@ -137,7 +146,7 @@ def _named(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
         pairs = judgebench.load(options.path, split)
         return pairs[: options.n], inventory.describe(name, split, pairs) | {"decontamination": None}
     split = options.split or catalog.default_split(name)
-    loaded = catalog.read(name, options.path, split)
+    loaded = catalog.read(name, options.path, split, keep=keep)
     catalog.tell(name, loaded.left_out)
     problems = loaded.items
     facts = inventory.describe(name, split, problems) | {"left_out": list(map(jsonl.encode, loaded.left_out))}
@@ -146,7 +155,7 @@ def _named(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
         against = {}
         for text in options.against:
             benchmark, _, path = text.partition("=")
-            against[benchmark] = catalog.whole(benchmark, path or None, "test")
+            against[benchmark] = catalog.whole(benchmark, path or None, "test", keep=keep)
         problems, left_out = catalog.without_benchmarks(problems, against)
     return problems[: options.n], facts | {"decontamination": left_out}
 
@@ -154,15 +163,17 @@ def _named(options: argparse.Namespace) -> tuple[Sequence[Any], dict[str, Any]]:
 def _write(out: Path | None, items: Sequence[Any], facts: dict[str, Any]) -> None:
     from ctrl_hpc import jsonl
     from ctrl_hpc.data import inventory
+    from ctrl_hpc.records import Problem
 
     for line in inventory.lines(facts):
         print(line, file=sys.stderr)
     if facts["decontamination"] is not None:
         print(facts["decontamination"]["text"], file=sys.stderr)
+    whole = (replace(item, tests=tuple(item.tests)) if isinstance(item, Problem) else item for item in items)
     if out is None:
-        sys.stdout.writelines(map(jsonl.line, items))
+        sys.stdout.writelines(map(jsonl.line, whole))
         return
-    jsonl.write(out, items)
+    jsonl.write(out, whole)
     beside = out.with_name(out.name + PROVENANCE)
     jsonl.write_text(beside, json.dumps(facts | {"written": len(items)}, indent=1) + "\n")
     print(f"{out}: {len(items)} problems; {beside}: counts, sources, and what was left out")

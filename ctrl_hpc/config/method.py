@@ -233,8 +233,9 @@ class RLConfig:
     """How token losses become one number."""
     kl_coef: NotNegative[float] = 1e-3
     """Weight of the KL divergence to the SFT critic; 0: no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that divergence."""
+    kl_estimator: Literal["k2", "k3"] = "k3"
+    """Estimator of that divergence, part of the loss: k2's expected gradient is that of KL(policy || SFT critic), k3's
+    that of KL(SFT critic || policy). The gradient of k1, the log-ratio itself, is zero in expectation: not allowed."""
     entropy_coef: NotNegative[float] = 0.0
     """Weight of the entropy bonus."""
     verdict_coef: Share = 0.0

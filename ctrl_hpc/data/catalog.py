@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Dataset:
     """Splits by name; the first is taken where none is asked for."""
     rules: tuple[str, ...] = ()
     """Keys of ``data.filters`` that the loader itself takes."""
+    streams: bool = False
+    """Whether the loader hands each problem to ``keep`` when it is read: for what does not fit in memory."""
 
 
 def _tiny(path: str | None, split: str) -> Loaded[Problem]:
@@ -41,7 +43,7 @@ def _tiny(path: str | None, split: str) -> Loaded[Problem]:
     raise ValueError(f"data: tiny has no split {split!r}; allowed: {', '.join(splits)}")
 
 
-def _jsonl(path: str | None, split: str) -> Loaded[Problem]:
+def _jsonl(path: str | None, split: str, *, keep: table.Keep = table.as_it_is) -> Loaded[Problem]:
     """Problems of our own schema; a problem of another split is not taken, a line that does not fit is left out."""
     if path is None:
         raise ValueError("data.path: missing; the data set jsonl is a file of problems")
@@ -56,7 +58,7 @@ def _jsonl(path: str | None, split: str) -> Loaded[Problem]:
             if problem.id in seen:
                 raise ValueError(f"id: an earlier problem has the id {problem.id!r} too")
             seen.add(problem.id)
-        return problem
+        return keep(problem)
 
     loaded = table.collect(rows, made)
     problems = [problem for problem in loaded.items if problem.split == split]
@@ -67,10 +69,10 @@ def _jsonl(path: str | None, split: str) -> Loaded[Problem]:
 
 DATASETS: dict[str, Dataset] = {
     "tiny": Dataset(load=_tiny, splits=("train", "dev", "test")),
-    "jsonl": Dataset(load=_jsonl, splits=("train", "dev", "test")),
-    "taco": Dataset(load=taco.load, splits=("train", "test", "all"), rules=("list_streams",)),
-    "codecontests": Dataset(load=codecontests.load, splits=("test", "dev", "train")),
-    "livecodebench": Dataset(load=livecodebench.load, splits=("test", "all")),
+    "jsonl": Dataset(load=_jsonl, splits=("train", "dev", "test"), streams=True),
+    "taco": Dataset(load=taco.load, splits=("train", "test", "all"), rules=("list_streams",), streams=True),
+    "codecontests": Dataset(load=codecontests.load, splits=("test", "dev", "train"), streams=True),
+    "livecodebench": Dataset(load=livecodebench.load, splits=("test", "all"), streams=True),
     "mbpp": Dataset(load=mbpp.load, splits=("test", "validation", "train", "all")),
     "mbppplus": Dataset(load=mbpp.load_plus, splits=("test",)),
     "humaneval": Dataset(load=humaneval.load, splits=("test",)),
@@ -89,11 +91,22 @@ ORACLES: dict[str, Callable[[Problem, str], str]] = {"tiny": _tiny_oracle}
 """``(problem, program) -> critique`` of the data sets that know what is wrong with a program."""
 
 
-def read(name: str, path: str | None, split: str, rules: FilterConfig | None = None) -> Loaded[Problem]:
-    """All problems of a split, and the rows left out. Raises ValueError for an unknown name or split."""
+def read(
+    name: str,
+    path: str | None,
+    split: str,
+    rules: FilterConfig | None = None,
+    *,
+    keep: table.Keep = table.as_it_is,
+) -> Loaded[Problem]:
+    """All problems of a split, each as ``keep`` returns it, and the rows left out.
+
+    Raises ValueError for an unknown name or split.
+    """
     data_set = _named(name)
-    options = {key: getattr(rules, key) for key in data_set.rules} if rules is not None else {}
-    return data_set.load(path, split, **options)
+    options: dict[str, Any] = {key: getattr(rules, key) for key in data_set.rules} if rules is not None else {}
+    loaded = data_set.load(path, split, **options, **({"keep": keep} if data_set.streams else {}))
+    return replace(loaded, items=[keep(problem) for problem in loaded.items])
 
 
 def _named(name: str) -> Dataset:
@@ -107,9 +120,9 @@ def default_split(name: str) -> str:
     return _named(name).splits[0]
 
 
-def whole(name: str, path: str | None, split: str) -> list[Problem]:
+def whole(name: str, path: str | None, split: str, *, keep: table.Keep = table.as_it_is) -> list[Problem]:
     """All problems of a split, the rows left out named on stderr. Raises ValueError for an unknown name or split."""
-    loaded = read(name, path, split)
+    loaded = read(name, path, split, keep=keep)
     tell(name, loaded.left_out)
     return loaded.items
 
@@ -147,23 +160,23 @@ class Training:
     """What was like a benchmark's problem (None: not asked)."""
 
 
-def prepared(data: DataConfig, seed: int, *, critic: str | None = None) -> Training:
+def prepared(data: DataConfig, seed: int, *, critic: str | None = None, keep: table.Keep = table.as_it_is) -> Training:
     """A run's training problems: those that the filters keep and that are unlike the benchmarks', then drawn.
 
     So ``data.n_train`` problems are left where there are as many. ``critic``: the folder whose tokenizer counts where
-    ``data.filters.tokenizer`` names none. Raises ValueError where nothing is left.
+    ``data.filters.tokenizer`` names none; ``keep``: see :func:`read`. Raises ValueError where nothing is left.
     """
     if not 0 < data.overlap <= 1:
         raise ValueError(f"data.overlap: {data.overlap} is not allowed; it must be greater than 0 and at most 1")
     if data.ngram < 1:
         raise ValueError(f"data.ngram: {data.ngram} is not allowed; it must be greater than 0")
-    loaded = read(data.name, data.path, data.split, data.filters)
+    loaded = read(data.name, data.path, data.split, data.filters, keep=keep)
     tell(data.name, loaded.left_out)
     problems, taken = filters.apply(loaded.items, data.filters, _counter(data.filters, critic))
     if not problems:
         raise ValueError(f"data.filters: no problem of {data.name} is left ({taken})")
     told = None
-    against = benchmarks(data)
+    against = benchmarks(data, keep)
     if against:
         problems, told = without_benchmarks(problems, against, data)
         if not problems:
@@ -190,11 +203,11 @@ def _counter(rules: FilterConfig, critic: str | None) -> Callable[[str], int] | 
     return filters.tokens_by(folder)
 
 
-def benchmarks(data: DataConfig) -> dict[str, list[Problem]]:
+def benchmarks(data: DataConfig, keep: table.Keep = table.as_it_is) -> dict[str, list[Problem]]:
     """The problems that training problems are compared with, by data set."""
     places: dict[str, str | None] = {name: eval_path(data, name) for name in data.eval_names}
     places |= {name: place or None for name, place in data.benchmarks.items()}
-    return {name: whole(name, places[name], data.eval_split) for name in data.compared_names}
+    return {name: whole(name, places[name], data.eval_split, keep=keep) for name in data.compared_names}
 
 
 def eval_path(data: DataConfig, name: str) -> str | None:

@@ -20,12 +20,12 @@ WRONG = 3
 """Known-wrong programs kept of each problem."""
 
 
-def load(path: str | None, split: str) -> Loaded[Problem]:
+def load(path: str | None, split: str, *, keep: table.Keep = table.as_it_is) -> Loaded[Problem]:
     """CodeContests with all its tests; the development split is called ``valid`` there."""
     table.require_split("codecontests", split, "train", "dev", "test")
     wanted = {"dev": "valid"}.get(split, split)
     rows = table.rows(path, hub="deepmind/code_contests", split=wanted)
-    return table.problems(rows, lambda row: _problem(row, split))
+    return table.problems(rows, lambda row: _problem(row, split), keep)
 
 
 def _problem(row: table.Row, split: str) -> Problem:

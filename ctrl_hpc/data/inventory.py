@@ -74,7 +74,8 @@ def sources(items: Sequence[Problem] | Sequence[Pair]) -> dict[str, dict[str, An
     for place, count in places.items():
         out[place] = {"problems": count}
         if Path(place).is_file():
-            out[place]["sha256"] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
+            with open(place, "rb") as file:
+                out[place]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return out
 
 

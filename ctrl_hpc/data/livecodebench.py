@@ -41,14 +41,14 @@ class Part:
     """The last moment: of a month its end, of a day its beginning, as in LiveCodeBench's own code."""
 
 
-def load(path: str | None, split: str) -> Loaded[Problem]:
+def load(path: str | None, split: str, *, keep: table.Keep = table.as_it_is) -> Loaded[Problem]:
     """The problems of a split: ``test`` is the paper's 112, ``all`` all, else a release, a window of dates, or both.
 
     In a folder the releases' files are read, as they are named on the hub; a single file is taken for the release's.
     """
     part = parts(split)
     rows = table.rows(path, hub="livecodebench/code_generation_lite", files=part.files, split="test")
-    return table.problems((row for row in rows if _in(row, part)), _problem)
+    return table.problems((row for row in rows if _in(row, part)), _problem, keep)
 
 
 def parts(split: str) -> Part:

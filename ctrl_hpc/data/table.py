@@ -21,6 +21,8 @@ from ctrl_hpc.sandbox.judge import COMPARISONS, rule
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
 """Files that can be read."""
+_ROWS = 64
+"""Rows of a table that are Python objects at a time."""
 HUB_FILES = "hf://datasets/"
 """Where the files of the hub's data sets lie."""
 _BAD_ROW = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -127,17 +129,26 @@ def lines(left_out: Sequence[LeftOut], most: int = 20) -> list[str]:
     return [f"{len(left_out)} bad rows left out", *named, *more]
 
 
-def problems(rows: Iterable[Row], make: Callable[[Row], Problem]) -> Loaded[Problem]:
+Keep = Callable[[Problem], Problem]
+"""What becomes of a problem as soon as it is read: a store takes its tests, so that nothing holds a data set's."""
+
+
+def as_it_is(problem: Problem) -> Problem:
+    """The problem, tests and all."""
+    return problem
+
+
+def problems(rows: Iterable[Row], make: Callable[[Row], Problem], keep: Keep = as_it_is) -> Loaded[Problem]:
     """As :func:`collect`, for problems: those whose tests check nothing, or cannot be run, are left out too.
 
-    The second problem of an id gets ``#2`` behind it.
+    The second problem of an id gets ``#2`` behind it. ``keep`` has the last word on each.
     """
     seen: Counter[str] = Counter()
 
     def made(row: Row) -> Problem:
         problem = usable(make(row))
         seen[problem.id] += 1
-        return problem if seen[problem.id] == 1 else replace(problem, id=f"{problem.id}#{seen[problem.id]}")
+        return keep(problem if seen[problem.id] == 1 else replace(problem, id=f"{problem.id}#{seen[problem.id]}"))
 
     return collect(rows, made)
 
@@ -374,7 +385,7 @@ def _columns(file: Path) -> Iterator[Any]:
     try:
         if file.suffix == ".parquet":
             with pyarrow.parquet.ParquetFile(file) as table:
-                for batch in table.iter_batches():
+                for batch in table.iter_batches(batch_size=_ROWS):
                     yield from batch.to_pylist()
             return
         with pyarrow.memory_map(str(file)) as source:
@@ -384,7 +395,8 @@ def _columns(file: Path) -> Iterator[Any]:
                 whole = pyarrow.ipc.open_file(source)
                 stream = (whole.get_batch(number) for number in range(whole.num_record_batches))
             for batch in stream:
-                yield from batch.to_pylist()
+                for start in range(0, batch.num_rows, _ROWS):
+                    yield from batch.slice(start, _ROWS).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file}: {' '.join(str(error).split())[:200]}") from None
 

@@ -27,7 +27,9 @@ _SPECIAL = {0: "any", 1: "any", 2: "nocase", 3: "float"}
 _LONGEST_EXAMPLE = 400
 
 
-def load(path: str | None, split: str, *, list_streams: bool = True) -> Loaded[Problem]:
+def load(
+    path: str | None, split: str, *, list_streams: bool = True, keep: table.Keep = table.as_it_is
+) -> Loaded[Problem]:
     """TACO with all its tests; the split ``all`` is both. Without ``list_streams`` stdin tests given as lists go."""
     table.require_split("taco", split, *SIZES)
     found: Loaded[Problem] = Loaded(items=[])
@@ -35,7 +37,8 @@ def load(path: str | None, split: str, *, list_streams: bool = True) -> Loaded[P
     for part in ("train", "test") if split == "all" else (split,):
         rows = table.rows(path, hub="BAAI/TACO", files=(f"{part}/*.arrow",), split=part)
         judges = special if part == "test" else {}
-        loaded = table.problems(rows, partial(_problem, split=part, special=judges, list_streams=list_streams))
+        made = partial(_problem, split=part, special=judges, list_streams=list_streams)
+        loaded = table.problems(rows, made, keep)
         found.items.extend(loaded.items)
         found.left_out.extend(loaded.left_out)
     return found

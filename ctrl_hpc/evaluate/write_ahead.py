@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Chat, Execution, Executor, Generation, Generator, Sampling, TestCase, Verdict
+from ctrl_hpc.records import Chat, Execution, Executor, Generation, Generator, Sampling, StoredTests, TestCase, Verdict
 
 
 class Journal:
@@ -203,14 +203,19 @@ class RememberingExecutor:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._memory: Memory[tuple[str, int], Execution, Verdict] = Memory()
-        self._tests: dict[int, tuple[TestCase, ...]] = {}  # keeps alive the tests whose identity is a key
+        self._memory: Memory[tuple[str, int | str], Execution, Verdict] = Memory()
+        self._tests: dict[int, Sequence[TestCase]] = {}  # keeps alive the tests whose identity is a key
 
     def run_many(self, executions: Sequence[Execution]) -> list[Verdict]:
         """A verdict for each execution, in order."""
-        self._tests.update((id(execution.tests), execution.tests) for execution in executions)
-        keys = [(execution.program, id(execution.tests)) for execution in executions]
+        keys = [(execution.program, self._name(execution.tests)) for execution in executions]
         verdicts = self._memory.ask(keys, executions, self._executor.run_many)
         faults = [key for key, verdict in zip(keys, verdicts, strict=True) if verdict.status == "sandbox_error"]
         self._memory.forget(faults)
         return verdicts
+
+    def _name(self, tests: Sequence[TestCase]) -> int | str:
+        if isinstance(tests, StoredTests):
+            return tests.sha256
+        self._tests[id(tests)] = tests
+        return id(tests)

@@ -20,6 +20,7 @@ from ctrl_hpc.config import Config, load
 from ctrl_hpc.config.load import find, no_such
 from ctrl_hpc.run import directory
 from ctrl_hpc.stages import depends, reads
+from ctrl_hpc.store.tests import folder_of
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -236,6 +237,12 @@ def take_over(source: Path, target: Path, stage: str) -> None:
     for file in (source / "problems").iterdir():
         if not file.name.startswith("eval-") and not (target / "problems" / file.name).exists():
             os.link(file, target / "problems" / file.name)
+    tests = folder_of(source)
+    if tests.is_dir():
+        folder_of(target).mkdir(exist_ok=True)
+        for file in sorted(tests.iterdir()):
+            if not (folder_of(target) / file.name).exists():
+                os.link(file, folder_of(target) / file.name)
 
 
 def _link(source: Path, target: Path) -> None:

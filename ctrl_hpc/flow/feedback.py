@@ -38,6 +38,8 @@ def execution_feedback(problem: Problem, solution: Solution) -> str:
     lines += [f"Input:\n{shown(given)}", f"Expected:\n{shown(expected)}"]
     if result.status == "wrong_answer":
         lines.append(f"Actual:\n{shown(actual)}")
+    elif result.status == "compile_error":
+        lines.append(f"Error:\n{shown(result.stderr.decode('utf-8', 'replace'))}")
     elif result.status == "runtime_error":
         lines.append(f"Error:\n{shown(last_line(result.stderr))}")
     return "\n".join(lines)
@@ -99,7 +101,7 @@ def hint(problem: Problem, solution: Solution) -> Hint:
     if verdict.accepted:
         return Hint(kind="passed", text="All tests passed: the answer is right. Praise it concisely.")
     program = solution.program or ""
-    if verdict.status == "runtime_error":
+    if verdict.status in ("runtime_error", "compile_error"):
         return Hint(kind="error", text=_error_text(program, verdict))
     if verdict.status in ("time_limit", "memory_limit", "output_limit"):
         return Hint(kind="timeout", text=_LIMITS[verdict.status] + "\n" + _fenced(program))
@@ -134,7 +136,7 @@ def _partial_text(problem: Problem, verdict: Verdict) -> str:
 
 
 def _error_text(program: str, verdict: Verdict) -> str:
-    index = _first(verdict, "runtime_error")
+    index = _first(verdict, verdict.status)
     result = verdict.result(index) if index is not None else None
     stderr = result.stderr.decode("utf-8", "replace") if result is not None else ""
     error = _error_message(stderr) or _exit_message(result) or verdict.detail or "the program failed"

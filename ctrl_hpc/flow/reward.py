@@ -49,6 +49,7 @@ REASONS: dict[str, str] = {
     "no_judgement": "the critique has no overall judgement, or several that disagree",
     "no_program": "the revision holds no program",
     "wrong_answer": "the revision gives a wrong answer",
+    "compile_error": "the revision does not compile",
     "runtime_error": "the revision raises an exception or crashes",
     "time_limit": "the revision exceeds the time limit",
     "memory_limit": "the revision exceeds the memory limit",

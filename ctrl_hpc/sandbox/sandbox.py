@@ -9,19 +9,22 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.records import Execution, Limits, TestCase, TestResult, Verdict
-from ctrl_hpc.sandbox import judge, memory, probe, rootfs
+from ctrl_hpc.records import Execution, Limits, StoredTests, TestCase, TestResult, Verdict
+from ctrl_hpc.sandbox import judge, languages, memory, probe, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache, lasting
 from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import files as inside_files
 from ctrl_hpc.sandbox.jail import JailFault, check_open_files
+from ctrl_hpc.sandbox.languages import Binaries
 from ctrl_hpc.sandbox.memory import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
-from ctrl_hpc.verdicts import answered
+from ctrl_hpc.store.tests import TestStore
+from ctrl_hpc.verdicts import answered, fault
 
 _Item = tuple[Callable[[Worker], Any], Future[Any]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]
@@ -36,6 +39,7 @@ class Sandbox:
     a cgroup where one can be made (unless ``use_cgroup`` is false), and by a watchdog elsewhere. ``judges`` are special
     judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the interpreter ``python`` ("": this one) and may
     import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
+    ``tests`` has those that executions only name; it is closed by whoever made it.
 
     Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
@@ -52,6 +56,7 @@ class Sandbox:
         judges: Mapping[str, judge.Comparison] | None = None,
         python: str = "",
         packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
+        tests: TestStore | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
@@ -61,6 +66,7 @@ class Sandbox:
         self.workers = workers
         self.counts: Counter[str] = Counter()
         """Executions and tests run, cache hits, and executions that joined one in flight."""
+        self.tests = tests or TestStore()
         self._judges = dict(judges or {})
         self._cache: VerdictCache | None = None
         if cache_dir is not None:
@@ -72,8 +78,10 @@ class Sandbox:
         self._unfinished = self._idle = 0
         self._closed = False
         hierarchy = memory.memory_groups() if use_cgroup else None
+        self.binaries = Binaries((root_parent or rootfs.default_parent()) / "binaries")
+        """Compiled programs."""
         self._watchdog = Watchdog()
-        pool = [Worker(root, self._watchdog, hierarchy, fresh, self._judges) for _ in range(workers)]
+        pool = [Worker(root, self._watchdog, hierarchy, fresh, self._judges, self.binaries) for _ in range(workers)]
         try:
             pool[0].jail()
         except JailFault as error:
@@ -131,6 +139,12 @@ class Sandbox:
             if known is not None:
                 self._count(cache_hits=1)
                 return known
+        if isinstance(execution.tests, StoredTests):
+            try:
+                here = execution.tests.read() if execution.tests.store else self.tests.load(execution.tests.sha256)
+            except (ValueError, OSError) as error:
+                return fault(execution, str(error))
+            execution = replace(execution, tests=here)
         whole = worker.execute(execution, self._recruit)
         self._count(executions=1, tests=sum(test.status != "not_run" for test in whole.tests))
         verdict = answered(execution, whole)
@@ -143,7 +157,8 @@ class Sandbox:
             self.counts.update(amounts)
 
     def check(self, execution: Execution) -> None:
-        """ValueError names the comparison that there is not, or the limit that is out of range."""
+        """ValueError names the comparison or language that there is not, or the limit that is out of range."""
+        languages.language(execution.language)
         judge.check(execution, self._judges)
 
     def submit(self, execution: Execution) -> Future[Verdict]:
@@ -163,15 +178,27 @@ class Sandbox:
         return future
 
     def submit_program(
-        self, program: str, stdin: str, limits: Limits, files: dict[str, str], fetch: Sequence[str]
+        self,
+        program: str,
+        stdin: str,
+        limits: Limits,
+        files: dict[str, str],
+        fetch: Sequence[str],
+        *,
+        language: str | None = None,
+        compile_timeout_s: float | None = None,
     ) -> Future[tuple[TestResult, dict[str, str]]]:
         """Queue a program that runs among files (base64 by path) and whose files are fetched; never cached.
 
-        Raises ValueError for a path that leads out of the working folder.
+        Raises ValueError for a path that leads out of the working folder, or a language that there is not.
         """
         inside_files.check(files, list(fetch))
+        languages.language(language)
+        execution = Execution(
+            program=program, tests=(), limits=limits, language=language, compile_timeout_s=compile_timeout_s
+        )
         with self._lock:
-            return self._enqueue(lambda worker: worker.run_program(program, stdin, limits, files, fetch), "")
+            return self._enqueue(lambda worker: worker.run_program(execution, stdin, files, fetch), "")
 
     def _enqueue[R](self, job: Callable[[Worker], R], key: str) -> Future[R]:
         """Queue a job; call with the lock held."""
@@ -197,6 +224,7 @@ class Sandbox:
         stop_at_first_failure: bool = False,
         comparison: str = "exact",
         preamble: str = "",
+        language: str | None = None,
     ) -> Verdict:
         """Run one program against its tests and judge it."""
         execution = Execution(
@@ -205,6 +233,7 @@ class Sandbox:
             limits=limits or Limits(),
             comparison=comparison,
             preamble=preamble,
+            language=language,
             stop_at_first_failure=stop_at_first_failure,
         )
         return self.submit(execution).result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,10 +20,11 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Execution, Limits, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import Execution, Limits, StdinTest, StoredTests, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import fusion, judge, rootfs
 from ctrl_hpc.sandbox.sandbox import Sandbox
 from ctrl_hpc.service import http
+from ctrl_hpc.store.tests import TestStore
 
 _BUCKETS = (0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
@@ -80,10 +82,20 @@ MAX_BODY_BYTES = 256 << 20
 MAX_WAITING = 1024
 """Executions that may wait or run at once."""
 _RETRY_AFTER_S = "1"
+_LOCAL_TESTS_BYTES = 4 << 30
+"""Compressed tests that a service keeps on its node's own disk."""
 
 
 class Busy(Exception):
     """More work than may wait."""
+
+
+class Lacking(Exception):
+    """Tests that executions name and that are not here: their hashes."""
+
+    def __init__(self, missing: list[str]) -> None:
+        super().__init__(f"{len(missing)} sets of tests are not here, {missing[0][:12]} first; POST them to /tests")
+        self.missing = missing
 
 
 class Service:
@@ -101,6 +113,9 @@ class Service:
         start = time.monotonic()
         for execution in executions:
             self.sandbox.check(execution)
+        named = {item.tests.sha256 for item in executions if isinstance(item.tests, StoredTests)}
+        if missing := sorted(sha256 for sha256 in named if sha256 not in self.sandbox.tests):
+            raise Lacking(missing)
         futures = [self.sandbox.submit(execution) for execution in executions]
         try:
             verdicts = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -111,14 +126,24 @@ class Service:
         self.metrics.answered([verdict.status for verdict in verdicts], time.monotonic() - start)
         return verdicts
 
-    async def run_among_files(self, body: fusion.RunCodeBody, limits: Limits) -> tuple[TestResult, dict[str, str]]:
+    async def run_among_files(
+        self, body: fusion.RunCodeBody, language: str | None, limits: Limits
+    ) -> tuple[TestResult, dict[str, str]]:
         """A program run among its request's files, and the files fetched after it."""
         self._admit(1)
         start = time.monotonic()
         files = {
             path: content for path, content in body.files.items() if content is not None and fusion.IGNORED not in path
         }
-        future = self.sandbox.submit_program(body.code, body.stdin or "", limits, files, body.fetch_files)
+        future = self.sandbox.submit_program(
+            body.code,
+            body.stdin or "",
+            limits,
+            files,
+            body.fetch_files,
+            language=language,
+            compile_timeout_s=body.compile_timeout,
+        )
         result, fetched = await asyncio.wrap_future(future)
         self.metrics.answered([result.status], time.monotonic() - start)
         return result, fetched
@@ -176,6 +201,10 @@ def _add_error_handlers(app: FastAPI, state: Service) -> None:
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"detail": f"{where or 'body'}: {first['msg']}"}, status_code=400)
 
+    @app.exception_handler(Lacking)
+    async def lacking(_: Request, error: Lacking) -> JSONResponse:
+        return JSONResponse({"detail": str(error), "missing": error.missing}, status_code=424)
+
     @app.exception_handler(Busy)
     async def busy(_: Request, __: Busy) -> JSONResponse:
         status = 503 if state.draining else 429
@@ -189,16 +218,27 @@ def _add_routes(app: FastAPI, state: Service) -> None:
         body = json.dumps({"verdicts": jsonl.encode(verdicts)}, separators=(",", ":"))
         return Response(body, media_type="application/json")
 
+    @app.post("/tests")
+    async def tests(request: Request) -> JSONResponse:
+        content = await request.body()
+        await asyncio.to_thread(jsonl.parse, tuple[TestCase, ...], content)
+        return JSONResponse({"sha256": await asyncio.to_thread(state.sandbox.tests.add, content)})
+
     @app.post("/run_code")
     async def run_code(body: fusion.RunCodeBody) -> JSONResponse:
-        fusion.check_language(body.language, "language")
+        language = fusion.check_language(body.language, "language")
+        compiled = language is not None
         limits = fusion.limits(body.run_timeout, body.memory_limit_MB)
         if body.files or body.fetch_files:
-            result, files = await state.run_among_files(body, limits)
-            return JSONResponse(fusion.run_response(result, state.host, files))
+            result, files = await state.run_among_files(body, language, limits)
+            return JSONResponse(fusion.run_response(result, state.host, files, compiled=compiled))
         test = StdinTest(stdin=body.stdin or "", expected_stdout="")
-        (verdict,) = await state.run([Execution(program=body.code, tests=(test,), limits=limits)])
-        return JSONResponse(fusion.run_response(verdict.tests[0], state.host))
+        timeout_s = body.compile_timeout if compiled else None
+        execution = Execution(
+            program=body.code, tests=(test,), limits=limits, language=language, compile_timeout_s=timeout_s
+        )
+        (verdict,) = await state.run([execution])
+        return JSONResponse(fusion.run_response(verdict.tests[0], state.host, compiled=compiled))
 
     @app.post("/submit")
     async def submit(body: fusion.SubmitBody) -> JSONResponse:
@@ -242,17 +282,26 @@ def serve(
     judges: Mapping[str, str] | None = None,
     python: str = "",
     packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
+    tests_dir: str | Path | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
 
     ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers;
-    ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`.
+    ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`; ``tests_dir`` has the tests that
+    executions name, others are taken over HTTP.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
     sock = http.listen(host, port)
     try:
         special = judge.load(judges or {})
-        with Sandbox(workers, cache_dir=cache_dir, judges=special, python=python, packages=packages) as sandbox:
+        shared = [Path(tests_dir)] if tests_dir is not None else []
+        with (
+            tempfile.TemporaryDirectory(prefix="ctrl-hpc-tests-") as here,
+            TestStore(Path(here), *shared, max_bytes=_LOCAL_TESTS_BYTES) as tests,
+            Sandbox(
+                workers, cache_dir=cache_dir, judges=special, python=python, packages=packages, tests=tests
+            ) as sandbox,
+        ):
             failures: list[Exception] = []
 
             async def ready() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 
 from ctrl_hpc.records import (
@@ -20,11 +22,23 @@ from ctrl_hpc.records import (
     TestStatus,
     Verdict,
 )
-from ctrl_hpc.sandbox import judge
+from ctrl_hpc.sandbox import judge, languages, rootfs
 from ctrl_hpc.sandbox.course import Course
 from ctrl_hpc.sandbox.inside import plain
-from ctrl_hpc.sandbox.jail import Ended, Jail, JailFault, Kind, Reason, memory_file, reopened
+from ctrl_hpc.sandbox.jail import (
+    CANNOT_EXECUTE,
+    Ended,
+    Jail,
+    JailFault,
+    Kind,
+    Reason,
+    executable,
+    memory_file,
+    reopened,
+)
+from ctrl_hpc.sandbox.languages import Binaries, Built, Language
 from ctrl_hpc.sandbox.memory import Hierarchy, MemoryGroup, Watchdog
+from ctrl_hpc.sandbox.nsjail import Purpose
 
 _ATTEMPTS = 2
 """A test whose jail broke is run once more in a new one; a second fault is reported as ``sandbox_error``."""
@@ -38,6 +52,9 @@ _CHECK_EXTRA_MB = 128
 """The test's process holds what the solution answers, and this much of its own."""
 _ROOM = 2
 _FETCHED_BYTES = 24 << 20
+_LIMITS_OF_MOVES = Limits(cpu_s=10.0, wall_s=30.0, output_bytes=_FETCHED_BYTES)
+_LEAST_NATIVE_MB = 10
+"""A binary's peak memory is not told apart from that of the process that became it, below this."""
 _CHECK_STATUS: dict[int | None, TestStatus] = {
     0: "accepted",
     10: "wrong_answer",
@@ -50,6 +67,23 @@ _CHECK_STATUS: dict[int | None, TestStatus] = {
 """Status by the exit code of the test's process, see ``inside/checker.py``."""
 
 
+class Role(Enum):
+    """What a worker's jails are for."""
+
+    PROGRAM = "programs in Python"
+    TEST = "tests that call them"
+    NATIVE = "binaries"
+    COMPILER = "compilers"
+
+
+_PURPOSES = {
+    Role.PROGRAM: Purpose.PYTHON,
+    Role.TEST: Purpose.PYTHON,
+    Role.NATIVE: Purpose.NATIVE,
+    Role.COMPILER: Purpose.COMPILER,
+}
+
+
 class Worker:
     """Owns a jail for programs and one for tests that call them, kept warm between programs unless ``fresh``."""
 
@@ -60,23 +94,27 @@ class Worker:
         hierarchy: Hierarchy | None,
         fresh: bool = False,
         judges: Mapping[str, judge.Comparison] | None = None,
+        binaries: Binaries | None = None,
     ) -> None:
         """``hierarchy``: where this worker makes its cgroup, None where none can be made; ``judges``: special ones."""
         self._root = root
+        self._binaries = binaries or Binaries(rootfs.default_parent() / "binaries")
         self._watchdog = watchdog
         self._group = MemoryGroup(hierarchy) if hierarchy is not None else None
         self._fresh = fresh
         self._judges = judges or {}
         self._tests = 1
-        self._jails: dict[bool, Jail] = {}
+        self._jails: dict[Role, Jail] = {}
 
-    def jail(self, trusted: bool = False) -> Jail:
-        """The jail for programs, or for tests' own code; started when it is not there. Raises JailFault."""
-        if trusted not in self._jails:
-            preload = not self._fresh or self._tests >= _TESTS_WORTH_PRELOADING
-            group = None if trusted else self._group
-            self._jails[trusted] = Jail(self._root, self._watchdog, group, preload=preload)
-        return self._jails[trusted]
+    def jail(self, role: Role = Role.PROGRAM) -> Jail:
+        """The jail for programs, or for another role; started when it is not there. Raises JailFault."""
+        if role not in self._jails:
+            python = _PURPOSES[role] is Purpose.PYTHON
+            preload = python and (not self._fresh or self._tests >= _TESTS_WORTH_PRELOADING)
+            group = self._group if role in (Role.PROGRAM, Role.NATIVE) else None
+            jail = Jail(self._root, self._watchdog, group, preload=preload, purpose=_PURPOSES[role])
+            self._jails[role] = jail
+        return self._jails[role]
 
     def close(self) -> None:
         """End the jails and remove the cgroup."""
@@ -100,9 +138,9 @@ class Worker:
     def help(self, course: Course, recruit: Callable[[Course], None] | None = None) -> None:
         """Run tests of a program until none is left to be taken."""
         execution = course.execution
-        source = _source(execution.program, execution.preamble or "")
         self._tests = len(execution.tests)
         try:
+            source = self._source(execution)
             while (taken := course.take()) is not None:
                 index, limits = taken
                 if recruit is not None and course.left:
@@ -112,15 +150,83 @@ class Worker:
             course.fail(error)
             raise
         finally:
-            if self._fresh:
-                self._end_jails()
+            self._end_if_fresh()
 
-    def _attempt(self, source: bytes, test: TestCase, limits: Limits, comparison: str) -> TestResult:
+    def _end_if_fresh(self) -> None:
+        if self._fresh:
+            self._end_jails()
+
+    def _source(self, execution: Execution) -> bytes | Built:
+        """What is run: the program's text, or what came of its compilation."""
+        language = languages.language(execution.language)
+        if language is None:
+            return _source(execution.program, execution.preamble or "")
+        return self.build(execution.language or "", execution.program, {}, execution.compile_timeout_s)
+
+    def build(self, name: str, program: str, files: dict[str, str], timeout_s: float | None) -> Built:
+        """The binary of a program among files (base64 by path), kept from before or made now."""
+        key = languages.key(name, program, files, timeout_s)
+        known = self._binaries.get(key)
+        if known is not None:
+            return known
+        with self._binaries.building(key):
+            known = self._binaries.get(key)
+            if known is not None:
+                return known
+            built = Built(compiled=TestResult(status="not_run"))
+            for _ in range(_ATTEMPTS):
+                try:
+                    built = self._compile(languages.LANGUAGES[name], program, files, timeout_s)
+                    break
+                except (JailFault, OSError, MemoryError) as error:
+                    built = Built(compiled=self._lost(error))
+            if built.compiled.status not in ("accepted", "sandbox_error"):
+                built = Built(compiled=dataclasses.replace(built.compiled, status="compile_error"))
+            self._binaries.put(key, built)
+            return built
+
+    def _compile(self, language: Language, program: str, files: dict[str, str], timeout_s: float | None) -> Built:
+        limits = languages.limits(language, timeout_s)
+        jail = self.jail(Role.COMPILER)
+        request = "\0".join(language.command).encode()
+        put = files | {language.source: base64.b64encode(_encode(program)).decode("ascii")}
+        with (
+            _files(json.dumps(put).encode(), b"", b"", b"") as sources,
+            _files(request, b"", b"", b"") as run,
+            _files(json.dumps([languages.BINARY]).encode(), b"", b"", b"") as got,
+        ):
+            placed = jail.run(Kind.PUT, sources.given, _LIMITS_OF_MOVES, keep=True)
+            ended = jail.run(Kind.EXECUTE, run.given, limits, keep=True)
+            compiled = _result(ended, run, limits)
+            taken = jail.run(Kind.FETCH, got.given, _LIMITS_OF_MOVES)
+            self._replace_if_dirty(taken, Role.COMPILER)
+            if placed.exit_code != 0:
+                raise ValueError("files: they do not fit into the working folder")
+            if compiled.exit_code == CANNOT_EXECUTE:
+                raise JailFault(compiled.stderr.decode("utf-8", "replace"))
+            content, _ = got.contents(2, _FETCHED_BYTES)
+        if compiled.status == "accepted":
+            binary = json.loads(content).get(languages.BINARY) if taken.exit_code == 0 else None
+            if binary is not None:
+                return Built(compiled=compiled, binary=base64.b64decode(binary))
+            remark = b"the compiler made no binary, or one that is too large\n"
+            compiled = dataclasses.replace(compiled, exit_code=1, stderr=compiled.stderr + remark)
+        elif compiled.status != "runtime_error":
+            remark = f"the compiler reached its {compiled.status.replace('_', ' ')}\n".encode()
+            code = None if compiled.status == "time_limit" else 1
+            compiled = dataclasses.replace(compiled, exit_code=code, stderr=compiled.stderr + remark)
+        return Built(compiled=dataclasses.replace(compiled, status="compile_error", exit_code=compiled.exit_code))
+
+    def _attempt(self, source: bytes | Built, test: TestCase, limits: Limits, comparison: str) -> TestResult:
         lost = TestResult(status="not_run")
+        if isinstance(source, Built) and source.binary is None:
+            return source.compiled
         for _ in range(_ATTEMPTS):
             try:
                 if isinstance(test, StdinTest):
                     return self._run_stdin(source, test, limits, comparison)
+                if isinstance(source, Built):
+                    return TestResult(status="unsupported", stderr=b"functions are called in Python alone\n")
                 if isinstance(test, FunctionTest):
                     return self._run_function(source, test, limits, comparison)
                 return self._run_assert(source, test, limits)
@@ -135,45 +241,57 @@ class Worker:
         return TestResult(status=status, stderr=(str(error) or type(error).__name__).encode("utf-8", "replace"))
 
     def run_program(
-        self, program: str, stdin: str, limits: Limits, files: dict[str, str], fetch: Sequence[str]
+        self,
+        execution: Execution,
+        stdin: str,
+        files: dict[str, str],
+        fetch: Sequence[str],
     ) -> tuple[TestResult, dict[str, str]]:
         """Run a program among files (base64 by path); its result, and the fetched files that are there."""
-        source, fetched = _source(program), {}
-        self._tests = 1
-        limits_of_moves = Limits(cpu_s=10.0, wall_s=30.0, output_bytes=_FETCHED_BYTES)
+        fetched: dict[str, str] = {}
+        source: bytes | Built = _source(execution.program)
+        self._tests, limits = 1, execution.limits
+        if languages.language(execution.language) is not None:
+            source = self.build(execution.language or "", execution.program, files, execution.compile_timeout_s)
+            if source.binary is None:
+                self._end_if_fresh()
+                return source.compiled, {}
+        role = Role.NATIVE if isinstance(source, Built) else Role.PROGRAM
         try:
             with (
                 _files(json.dumps(files).encode(), b"", b"", b"") as put,
-                _files(source, _encode(stdin), b"", b"") as run,
+                _program(source, _encode(stdin)) as run,
                 _files(json.dumps(list(fetch)).encode(), b"", b"", b"") as got,
             ):
-                placed = self.jail().run(Kind.PUT, put.given, limits_of_moves, keep=True)
-                result = _result(self.jail().run(Kind.RUN, run.given, limits, keep=True), run, limits)
-                taken = self._run(Kind.FETCH, got, limits_of_moves)
+                placed = self.jail(role).run(Kind.PUT, put.given, _LIMITS_OF_MOVES, keep=True)
+                result = _result(self.jail(role).run(_kind(source), run.given, limits, keep=True), run, limits)
+                taken = self._run(Kind.FETCH, got, _LIMITS_OF_MOVES, role)
                 if taken.exit_code == 0:
                     fetched = json.loads(got.contents(2, _FETCHED_BYTES)[0])
         except (JailFault, OSError, MemoryError) as error:
             return self._lost(error), {}
-        if self._fresh:
-            self._end_jails()
+        self._end_if_fresh()
         if placed.exit_code != 0:
             raise ValueError("files: they do not fit into the working folder")
         return result, fetched
 
-    def _run(self, kind: Kind, files: _Files, limits: Limits) -> Ended:
-        ended = self.jail().run(kind, files.given, limits)
-        self._replace_if_dirty(ended)
+    def _run(self, kind: Kind, files: _Files, limits: Limits, role: Role = Role.PROGRAM) -> Ended:
+        ended = self.jail(role).run(kind, files.given, limits)
+        self._replace_if_dirty(ended, role)
         return ended
 
-    def _replace_if_dirty(self, ended: Ended, trusted: bool = False) -> None:
+    def _replace_if_dirty(self, ended: Ended, role: Role = Role.PROGRAM) -> None:
         if ended.dirty:
-            self._jails.pop(trusted).close()
+            self._jails.pop(role).close()
 
-    def _run_stdin(self, source: bytes, test: StdinTest, limits: Limits, comparison: str) -> TestResult:
+    def _run_stdin(self, source: bytes | Built, test: StdinTest, limits: Limits, comparison: str) -> TestResult:
         stdin, expected = _encode(test.stdin), _encode(test.expected_stdout)
         limits = _with_room(limits, len(expected))
-        with _files(source, stdin, b"", b"") as files:
-            result = _result(self._run(Kind.RUN, files, limits), files, limits)
+        role = Role.NATIVE if isinstance(source, Built) else Role.PROGRAM
+        if role is Role.NATIVE and limits.memory_mb < _LEAST_NATIVE_MB:
+            limits = dataclasses.replace(limits, memory_mb=_LEAST_NATIVE_MB)
+        with _program(source, stdin) as files:
+            result = _result(self._run(_kind(source), files, limits, role), files, limits)
         if result.status == "accepted":
             rule = judge.rule(comparison, self._judges)
             try:
@@ -215,9 +333,9 @@ class Worker:
         with _files(source, b"", b"", b"") as ours, _files(_encode(test.code), b"", b"", b"") as theirs:
             with _pipes(2) as ((request_read, request_write), (reply_read, reply_write)):
                 self.jail().submit(Kind.SERVE, [*ours.given, request_read, reply_write], limits)
-                self.jail(trusted=True).submit(Kind.CHECK, [*theirs.given, reply_read, request_write], check_limits)
-            checked = self.jail(trusted=True).wait(check_limits.wall_s + 30)
-            self._replace_if_dirty(checked, trusted=True)
+                self.jail(Role.TEST).submit(Kind.CHECK, [*theirs.given, reply_read, request_write], check_limits)
+            checked = self.jail(Role.TEST).wait(check_limits.wall_s + 30)
+            self._replace_if_dirty(checked, Role.TEST)
             served = self._dismiss(limits)
             self._replace_if_dirty(served)
             result = _result(served, ours, limits)
@@ -241,6 +359,10 @@ def _encode(text: str) -> bytes:
         return text.encode("utf-8", "surrogatepass")
 
 
+def _kind(source: bytes | Built) -> Kind:
+    return Kind.EXECUTE if isinstance(source, Built) else Kind.RUN
+
+
 class _Files:
     """A job's anonymous files: source, stdin, stdout, stderr[, request, reply]."""
 
@@ -253,6 +375,10 @@ class _Files:
         """One more file."""
         self._own.append(memory_file("job", content))
         self.given.append(reopened(self._own[-1], writable))
+
+    def give(self, fd: int) -> None:
+        """Hand over a descriptor that is nobody else's."""
+        self.given.append(fd)
 
     def contents(self, index: int, limit: int) -> tuple[bytes, int]:
         """The first ``limit`` bytes of a file, and its size."""
@@ -284,6 +410,16 @@ def _not_the_same(result: TestResult, rule: judge.Rule) -> TestResult:
         return dataclasses.replace(result, status="wrong_answer")
     remark = b"several answers are right, and no judge that knows them is configured\n"
     return dataclasses.replace(result, status="unsupported", stderr=result.stderr + remark)
+
+
+@contextmanager
+def _program(source: bytes | Built, stdin: bytes) -> Iterator[_Files]:
+    """The files of a program that reads ``stdin``."""
+    with _files(languages.BINARY.encode() if isinstance(source, Built) else source, stdin, b"", b"") as files:
+        if isinstance(source, Built):
+            assert source.binary is not None
+            files.give(executable(source.binary))
+        yield files
 
 
 @contextmanager

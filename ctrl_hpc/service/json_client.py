@@ -12,7 +12,7 @@ import aiohttp
 
 CONNECT_S = 5.0
 """Longest time to connect to a service."""
-_BUSY, _FAULT, _TOO_LARGE = (429, 503), (408, 425), 413
+_BUSY, _FAULT, _TOO_LARGE, _LACKING = (429, 503), (408, 425), 413, 424
 _LARGE_BYTES = 1 << 20
 
 
@@ -34,6 +34,14 @@ class Fault(Lost):
 
 class TooLarge(ValueError):
     """A service refuses a request for its size."""
+
+
+class Lacking(ValueError):
+    """A service lacks what a request only names: ``missing``."""
+
+    def __init__(self, text: str, missing: list[str]) -> None:
+        super().__init__(text)
+        self.missing = missing
 
 
 class JsonClient:
@@ -105,8 +113,17 @@ def _refusal(role: str, address: str, answer: aiohttp.ClientResponse, body: byte
         return Busy(told, float(wait) if wait.isdigit() else None)
     if answer.status in _FAULT or answer.status >= 500:
         return Fault(told)
+    if answer.status == _LACKING and (missing := _missing(body)):
+        return Lacking(told, missing)
     kind = TooLarge if answer.status == _TOO_LARGE else ValueError
     return kind(f"{role} {address} refuses: {answer.status} {_message(body)}")
+
+
+def _missing(body: bytes) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(body)["missing"]]
+    except (ValueError, LookupError, TypeError):
+        return []
 
 
 def _message(body: bytes) -> str:

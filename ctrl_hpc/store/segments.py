@@ -74,6 +74,16 @@ class Segments:
             while self._open:
                 os.close(self._open.popitem()[1])
 
+    def sync(self) -> None:
+        """What was put is on the disk when this returns."""
+        with self._lock:
+            for descriptor in self._own[1:] if self._own is not None else ():
+                os.fsync(descriptor)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            self.close()
+
     def __len__(self) -> int:
         """Entries known, those of one key by several writers each."""
         with self._lock:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc import jsonl
+from ctrl_hpc.data.problems import read as read_problems
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Chat, Critique, Problem, Solution
 from ctrl_hpc.rollout.chat import chat_ids, text_ids
@@ -61,7 +62,7 @@ class DraftPool:
 
         Raises ValueError when none is left.
         """
-        problems = {problem.id: problem for problem in jsonl.iterate(Problem, run_dir / "problems" / "train.jsonl")}
+        problems = {problem.id: problem for problem in read_problems(run_dir / "problems" / "train.jsonl")}
         file = run_dir / "sample" / "solutions.jsonl"
         solutions = [item for item in jsonl.iterate(Solution, file) if item.verdict is not None]
         known = [item for item in solutions if item.verdict is not None and item.verdict.status != "sandbox_error"]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections
 from ctrl_hpc.config import Config
+from ctrl_hpc.data.problems import read as read_problems
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, draft, execute, revise
 from ctrl_hpc.records import Problem, Revision, Sampling, Solution
@@ -27,7 +29,7 @@ def problems_of(config: Config, run_dir: Path) -> dict[str, list[Problem]]:
     if not config.rl.eval_every:
         return {}
     files = {name: run_dir / "problems" / f"eval-{name}.jsonl" for name in config.data.eval_names}
-    return {name: jsonl.read(Problem, file)[: config.rl.eval_problems] for name, file in files.items()}
+    return {name: list(islice(read_problems(file), config.rl.eval_problems)) for name, file in files.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

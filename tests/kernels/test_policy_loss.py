@@ -89,6 +89,32 @@ def test_kl_estimators(estimator: str, difference: float, kl: float, slope: floa
     assert torch.autograd.grad(loss, logprobs)[0].item() == pytest.approx(0.1 * slope, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_what_an_estimators_expected_gradient_is_the_gradient_of(estimator: str) -> None:
+    """k1's of nothing, k2's of KL(policy || reference), k3's of KL(reference || policy), over five tokens."""
+    generator = torch.Generator().manual_seed(5)
+    logits, reference = (torch.randn(5, dtype=torch.float64, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    policy, other = logits.log_softmax(0), reference.log_softmax(0)
+    one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    expected = torch.zeros(())
+    for token in range(5):
+        picked = policy[token].reshape(1, 1)
+        loss, _ = ctrl_kernels.policy_loss(
+            picked, picked.detach(), zero, one, ref_logprobs=other[token].reshape(1, 1), kl_coef=1.0,
+            kl_estimator=estimator, backend="torch",
+        )  # fmt: skip
+        expected = expected + policy[token].exp().detach() * loss
+    divergence = {
+        "k1": 0 * policy.sum(),
+        "k2": (policy.exp() * (policy - other)).sum(),
+        "k3": (other.exp() * (other - policy)).sum(),
+    }[estimator]
+    (found,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(divergence, logits)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_aggregations_and_metrics(backend: str) -> None:
     advantages = torch.tensor([[1.0, 2.0, NAN], [6.0, NAN, NAN], [NAN, NAN, NAN]], device=DEVICE)

@@ -34,7 +34,6 @@ ADAMW = OptimizerConfig(lr=1e-2, schedule="constant", weight_decay=0.1, eps=1e-3
 CASES: dict[str, RLConfig] = {
     "grpo": RLConfig(kl_coef=0.0),
     "grpo_kl_entropy": RLConfig(kl_coef=0.05, entropy_coef=0.02),
-    "grpo_k1": RLConfig(kl_coef=0.05, kl_estimator="k1"),
     "grpo_k2": RLConfig(kl_coef=0.05, kl_estimator="k2"),
     "gspo": RLConfig(ratio="sequence", aggregation="seq-mean-token-mean", clip_low=0.02, clip_high=0.03, kl_coef=0.05),
     "rloo": RLConfig(estimator="rloo", kl_coef=0.0),

@@ -91,7 +91,7 @@ def objective(model: Any, options: RLConfig, given: dict[str, Tensor], old: str)
         if options.importance_cap is not None:
             surrogate = surrogate * (old_t - given["rollout"][row, :n]).exp().clamp(max=options.importance_cap)
         gap = logprobs - given["reference"][row, :n]
-        kl = {"k1": gap, "k2": 0.5 * gap**2, "k3": (-gap).exp() + gap - 1}[options.kl_estimator]
+        kl = {"k2": 0.5 * gap**2, "k3": (-gap).exp() + gap - 1}[options.kl_estimator]
         losses = -surrogate + options.kl_coef * kl - options.entropy_coef * entropy
         total = total + losses.sum()
         sequence_losses.append(losses.mean() if options.aggregation == "seq-mean-token-mean" else losses.sum())

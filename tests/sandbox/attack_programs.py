@@ -1,7 +1,8 @@
 """Programs that try to break out, to overload their jail, to leave something behind, or to cheat (``attacks/*.toml``).
 
 Each prints ``ESCAPED`` when it got what it must not get. Those with ``statuses`` must end with one of them, others must
-simply be contained and never accepted; none may cause a ``sandbox_error``. ``before`` runs first in the same jail.
+simply be contained and never accepted; none may cause a ``sandbox_error``. ``before`` runs first in the same jail, and
+is judged as well: it ends as no fault of the sandbox's, and with one of ``before_statuses`` where they stand.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ class Attack:
     program: str
     statuses: tuple[str, ...] = ()
     before: str | None = None
+    before_statuses: tuple[str, ...] = ()
 
     @property
     def executions(self) -> list[Execution]:
-        """What is run, in order, in one jail; the last one is judged."""
+        """What is run, in order, in one jail."""
         tests = _REWARD_TESTS if self.group == "reward_hacks" else (_STDIN,)
         last = Execution(program=self.program, tests=tests, limits=LIMITS)
         if self.before is None:
@@ -71,19 +73,26 @@ def load() -> list[Attack]:
                     program=prelude + entry["program"],
                     statuses=tuple(entry.get("statuses", ())),
                     before=None if before is None else before_prelude + before,
+                    before_statuses=tuple(entry.get("before_statuses", ())),
                 )
             )
     return attacks
 
 
-def run(attacks: list[Attack], *, fresh: bool) -> list[Verdict]:
-    """The verdict of every attack, one after the other on one worker."""
+def run(attacks: list[Attack], *, fresh: bool) -> list[list[Verdict]]:
+    """The verdicts of every attack, one after the other on one worker."""
     with Sandbox(workers=1, fresh=fresh) as sandbox:
-        return [sandbox.run_many(attack.executions)[-1] for attack in attacks]
+        return [sandbox.run_many(attack.executions) for attack in attacks]
 
 
-def complaint(attack: Attack, verdict: Verdict) -> str:
+def complaint(attack: Attack, verdicts: list[Verdict]) -> str:
     """What is wrong with how an attack ended; empty when it was contained."""
+    for before in verdicts[:-1]:
+        if before.status == "sandbox_error" or b"ESCAPED" in before.tests[0].stdout:
+            return f"what came before: {before.status}: {before.detail}"
+        if attack.before_statuses and before.status not in attack.before_statuses:
+            return f"what came before ended with {before.status}, not one of {', '.join(attack.before_statuses)}"
+    verdict = verdicts[-1]
     for test in verdict.tests:
         if b"ESCAPED" in test.stdout:
             return f"escaped: {test.stdout[:300]!r}"

@@ -41,6 +41,7 @@ def test_a_verdict_comes_back_whole_from_another_process_s_cache(tmp_path: Path)
         {"comparison": "float"},
         {"stop_at_first_failure": True},
         {"time_budget_s": 9.0},
+        {"language": "cpp"},
     ],
 )
 def test_the_key_tells_all_that_matters_apart(tmp_path: Path, change: dict) -> None:

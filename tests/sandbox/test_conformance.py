@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import conformance
 import pairs
@@ -20,6 +21,15 @@ def test_every_data_set_has_its_facts() -> None:
         assert FACTS[dataset]["pairs"] == pairs.digest(made), told
         assert len(FACTS[dataset]["passed"]) == len(made)
         assert set(conformance.reasons(dataset)) <= {pair.id for pair in made}
+
+
+def test_the_page_tells_the_facts() -> None:
+    page = (conformance.ROOT / "docs/executors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert {name: tuple(map(int, numbers)) for name, *numbers in rows} == {
+        name: (len(FACTS[name]["passed"]), FACTS[name]["passed"].count("1"), len(conformance.reasons(name)))
+        for name in pairs.PAIRS
+    }
 
 
 @pytest.mark.slow

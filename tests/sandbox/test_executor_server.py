@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ import pytest
 import sandbox_fusion
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, StdinTest, Verdict
+from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, Problem, StdinTest, StoredTests, Verdict
 from ctrl_hpc.sandbox import Sandbox
 from ctrl_hpc.sandbox.client import ExecutorClient
+from ctrl_hpc.store.tests import TestStore
 
 SERVE = "import json, sys; from ctrl_hpc.sandbox.server import serve; serve(on_ready=lambda url: print(url, flush=True), **json.loads(sys.argv[1]))"  # noqa: E501
 LIMITS = Limits(cpu_s=2.0, wall_s=4.0, memory_mb=256)
@@ -76,7 +78,7 @@ def test_all_kinds_of_tests_cross(url: str) -> None:
         ("/run_tests", b"{", "not JSON"),
         ("/run_tests", b"[]", "executions: a list is needed"),
         ("/run_tests", b'{"executions": [{"program": 1}]}', "executions[0].program: expected str, got int 1"),
-        ("/run_code", b'{"code": "", "language": "cpp"}', "language: 'cpp' is not supported; allowed: python"),
+        ("/run_code", b'{"code": "", "language": "cobol"}', "language: 'cobol' is not supported; allowed: python, cpp"),
         ("/run_code", b'{"language": "python"}', "code: Field required"),
         ("/run_code", b'{"code": "", "language": "python", "run_timeout": 1e9}', "run_timeout: 1000000000.0"),
         ("/submit", b'{"dataset": "x", "id": 1, "completion": "", "config": {}}', "is not one of CommonOJDataset"),
@@ -202,6 +204,32 @@ def test_the_cache_is_shared_between_services(tmp_path: Path) -> None:
                 assert all(verdict.accepted for verdict in executor.run_many(batch))
         assert "executor_runs_total 5.0" in httpx.get(first + "/metrics").text
         assert "executor_cache_hits_total 5.0" in httpx.get(second + "/metrics").text
+
+
+def test_tests_that_executions_name_are_read_from_the_shared_disk_or_sent(tmp_path: Path) -> None:
+    problem = Problem(id="p", source="s", split="test", prompt="", tests=double(7).tests)
+    with TestStore(tmp_path / "run") as store, serving(workers=1, tests_dir=str(tmp_path / "run")) as (url, _):
+        named = replace(double(7), tests=store.keep(problem, []).tests)
+        body = {"executions": [jsonl.encode(named)]}
+        assert httpx.post(url + "/run_tests", json=body).json()["verdicts"][0]["status"] == "accepted"
+        sent = TestStore(tmp_path / "elsewhere").keep(replace(problem, tests=double(8).tests), []).tests
+        lost = jsonl.decode(Execution, jsonl.encode(replace(named, tests=TestStore().keep(problem, []).tests)))
+        assert httpx.post(url + "/run_tests", json={"executions": [jsonl.encode(replace(named, tests=sent))]}).json()[
+            "missing"
+        ] == [sent.sha256]
+        with ExecutorClient(lambda: [url]) as executor:
+            runs = [named, replace(double(8), tests=sent), replace(double(8, 3), tests=sent), lost]
+            verdicts = executor.run_many(runs)
+            assert [verdict.passed for verdict in verdicts] == [2, 2, 0, 2]
+        assert httpx.post(url + "/tests", content=b'[{"kind": "no"}]').status_code == 400
+
+
+def test_tests_that_are_nowhere_fail_alone(url: str) -> None:
+    nowhere = replace(double(9), tests=StoredTests("0" * 64, 2))
+    with ExecutorClient(lambda: [url]) as executor:
+        verdicts = executor.run_many([double(1), nowhere, double(2)])
+    assert [verdict.status for verdict in verdicts] == ["accepted", "sandbox_error", "accepted"]
+    assert "the tests 000000000000 are not in the run's store" in verdicts[1].detail
 
 
 def test_sandbox_fusion_run_code(url: str) -> None:

@@ -41,6 +41,11 @@ def test_answers_in_python_are_the_original_s(url: str) -> None:
     assert differing(url, "python", fusion_requests.REQUESTS) == {}
 
 
+@pytest.mark.slow
+def test_answers_in_cpp_are_the_original_s(url: str) -> None:
+    assert differing(url, "cpp", fusion_requests.CPP_REQUESTS) == {}
+
+
 def test_live_code_bench_answers_a_result_a_case_where_asked(url: str) -> None:
     path, body = fusion_requests.REQUESTS["wrong on the last of ten"]
     one = httpx.post(url + path, json=body).json()

@@ -243,6 +243,16 @@ def test_an_unknown_harness_lists_the_choices() -> None:
     assert set(HARNESSES) == {"", "livecodebench", "taco", "humaneval", "mbpp", "codecontests"}
 
 
+def test_livecodebenchs_rule_takes_decimals_as_they_are_and_another_can_be_asked_for(sandbox: Sandbox) -> None:
+    """As its grader has it, and within an error where a configuration says so."""
+    printed = "print(0.1 + 0.2, '1.4142135623')"
+    test = StdinTest(stdin="", expected_stdout="0.3 1.41421356237310\n")
+    problem = replace(LIVE, tests=(test,), comparison="livecodebench")
+    lax = Rules(overrides={"livecodebench": Override(comparison="float")})
+    runs = [execution(problem, printed, rules) for rules in (Rules(), lax)]
+    assert [verdict.status for verdict in sandbox.run_many(runs)] == ["wrong_answer", "accepted"]
+
+
 def test_limits_by_factor_and_by_data_set() -> None:
     slow = replace(LIVE, cpu_s=2.0, memory_mb=64)
     given = Rules(time_factor=3.0, overrides={"taco": Override(cpu_s=30.0, comparison="taco")})

@@ -42,6 +42,7 @@ def test_a_cluster_profile_lies_between_defaults_and_file(tmp_path: Path) -> Non
         ("rl.stepss=1", "rl.stepss: unknown key (did you mean steps?)"),
         ("rl.steps=abc", "rl.steps: Value 'abc' of type 'str' could not be converted to Integer"),
         ("rl.ratio=word", "rl.ratio: Invalid value 'word', expected one of ['token', 'sequence']"),
+        ("rl.kl_estimator=k1", "rl.kl_estimator: Invalid value 'k1', expected one of ['k2', 'k3']"),
         ("rl=3", "rl: 3 is not a section"),
         ("rl.steps=0", "rl.steps: 0 is not allowed; it must be greater than 0"),
         ("steps=1", "steps: unknown key (did you mean rl.steps?)"),

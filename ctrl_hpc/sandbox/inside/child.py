@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     import types
     import typing
 
-RUN, SERVE, CHECK, PUT, FETCH = range(5)
+RUN, SERVE, CHECK, PUT, FETCH, EXECUTE = range(6)
 """Kinds of jobs: a program with stdin; a solution whose functions are called; a test that calls them; files put into
-/tmp; files fetched from it."""
+/tmp; files fetched from it; a binary with arguments."""
 PROGRAM_NAME = paths.PROGRAM_NAME
 SCRATCH = "/tmp"
+CANNOT_EXECUTE = 127
+_ENVIRONMENT = {b"PATH": b"/usr/bin", b"HOME": b"/tmp", b"LANG": b"C.UTF-8", b"TMPDIR": b"/tmp"}
 _HARNESS = "/runner"
 _RAISE = compile("raise", "", "exec").co_code[2]
 """The code of a ``raise`` statement, which follows the two bytes that begin every function."""
@@ -63,6 +65,8 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
         note[0] = 1
         os._exit(1)
     os.closerange(source_fd, _OPEN_FILES)
+    if kind == EXECUTE:
+        _become(source, len(fds) > 4)
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -81,6 +85,19 @@ def main(kind: int, fds: list[int], pending: mmap.mmap, note: mmap.mmap, limits:
     sys.modules[name] = module
     sys.argv = [PROGRAM_NAME]
     _execute(preamble, source, module.__dict__, note, serving)
+
+
+def _become(request: bytes, given: bool) -> None:
+    """Become the binary that was given, as the fifth descriptor, or the file that the first argument names.
+
+    The kernel reads the descriptor, which is closed as the binary begins: the jail's files hold no binary to execute.
+    """
+    arguments = request.split(b"\0")
+    try:
+        os.execve(3 if given else arguments[0], arguments, _ENVIRONMENT)
+    except OSError as error:
+        os.write(2, f"cannot execute: {error}\n".encode())
+        os._exit(CANNOT_EXECUTE)
 
 
 def _module(name: str) -> typing.Any:

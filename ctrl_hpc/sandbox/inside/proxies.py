@@ -127,8 +127,13 @@ class Channel:
         return found
 
     def _exception(self, reply: dict[str, Any]) -> Exception:
-        """The solution's exception: a built-in one by name, or one of its own classes, with plain arguments."""
+        """The solution's exception: a built-in one by name, or one of its own classes, with plain arguments.
+
+        Those that end an iteration become RuntimeError, as in generators (PEP 479): else they would end the test's.
+        """
         found = self._class(reply.get("bases") or [reply["raise"]])
+        if issubclass(found, (StopIteration, StopAsyncIteration)):
+            found = type(found.__name__, (RuntimeError,), {})
         arguments = [plain.decode(item) for item in reply.get("args", [])]
         try:
             error = found(*arguments)

@@ -4,6 +4,7 @@ This side is untrusted, as the solution can replace anything in its process: the
 
 Requests: ``{"name"}`` asks what a global is, with ``"args"`` and ``"kwargs"`` calls it; ``"object"`` beside them means
 an attribute of an instance made before, ``"method"`` one of the class ``Solution`` where there is such a method.
+``"modules"`` asks whether it is that of one of these modules, whose name is then the reply's ``library``.
 ``"set"`` sets that attribute. Replies: one of ``value``, ``callable``, ``class`` and ``raise`` (with the ``bases`` of
 exceptions), ``module``, ``object`` (the number of what stays here), ``missing``, ``unsupported``; beside what a call
 gave, ``changed`` holds the arguments that it changed in place.
@@ -12,6 +13,7 @@ gave, ``changed`` holds the arguments that it changed in place.
 from __future__ import annotations
 
 import json
+import sys
 import traceback
 from collections import deque
 from typing import Any
@@ -20,6 +22,7 @@ import plain
 
 _REQUEST_FD, _REPLY_FD = 3, 4
 _CHANGEABLE = (list, dict, set, bytearray, deque)
+_NOTHING = object()
 _KEPT = ("solution", "re")
 """Modules whose classes' instances may stay here while the test holds their numbers."""
 
@@ -46,6 +49,9 @@ def _answer(namespace: dict[str, Any], instances: list[Any], request: dict[str, 
             return {"value": None}
         if not found:
             return {"missing": request["name"]}
+        for module in request.get("modules", ()):
+            if getattr(sys.modules.get(module), request["name"], _NOTHING) is value:
+                return {"library": module}
         if "args" in request:
             return _called(value, request, instances)
         if isinstance(value, type):
