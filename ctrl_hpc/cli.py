@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ctrl_hpc.commands import bench, config, data, init, report, sbatch
 from ctrl_hpc.commands.output import place
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
-from ctrl_hpc.stages import STAGES
+from ctrl_hpc.config.stages import STAGES
 
 if TYPE_CHECKING:
     from ctrl_hpc.config import Config
@@ -228,12 +228,12 @@ def _run(options: argparse.Namespace) -> int:
         _plan(config)
         print("".join(f"# missing here: {text}\n" for text in lacking), end="")
         return 0
-    _keep_code(config, "run", options)
+    _begin(config, "run", options)
     from ctrl_hpc import pipeline
     from ctrl_hpc.run import directory
 
     before = directory.is_done(Path(config.run_dir or ""), "report")  # else the stage itself says where it is
-    folder = pipeline.run(config, checked=options.is_program)
+    folder = pipeline.run(config)
     if before:
         print(f"report: {folder / 'report' / 'index.html'}")
     return 0
@@ -300,24 +300,24 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
-        _keep_code(config, name, options)
+        _begin(config, name, options)
         from ctrl_hpc import pipeline
 
-        pipeline.run(config, stages=(name,), checked=options.is_program)
+        pipeline.run(config, stages=(name,))
         return 0
 
     return command
 
 
-def _keep_code(config: Config, command: str, options: argparse.Namespace) -> None:
-    """Where this is a program of its own: what it imports later is the code as it is now (or was, with ``keep``)."""
-    if options.is_program:
-        from ctrl_hpc import preflight
-        from ctrl_hpc.run import snapshot
+def _begin(config: Config, command: str, options: argparse.Namespace) -> None:
+    """The check before anything starts; what a program of its own imports later is the code as it is now (or was)."""
+    from ctrl_hpc import preflight
+    from ctrl_hpc.run import snapshot
 
-        if config.launch.snapshot == "keep":
-            snapshot.continue_kept(config, command, options.overrides)
-        preflight.check(config, None if command == "run" else (command,))
+    if options.is_program and config.launch.snapshot == "keep":
+        snapshot.continue_kept(config, command, options.overrides)
+    preflight.check(config, None if command == "run" else (command,))
+    if options.is_program:
         copy = snapshot.take(config.run_dir or "", config.launch.snapshot)
         if copy is not None and snapshot.own(config.run_dir or "") is None:
             snapshot.import_from(copy)
@@ -359,6 +359,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
 
 
 def _serve_rollout(options: argparse.Namespace) -> int:
+    from ctrl_hpc.config.machine import resolve_device
     from ctrl_hpc.rollout.server import serve
 
     serve(
@@ -366,7 +367,7 @@ def _serve_rollout(options: argparse.Namespace) -> int:
         host=options.host,
         port=options.port,
         threads=options.threads,
-        device=options.device,
+        device=resolve_device("--device", options.device),
         batching=options.batching,
         max_batch_tokens=options.max_batch_tokens,
         token=_token(options.token_env),

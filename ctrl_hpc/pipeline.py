@@ -21,26 +21,27 @@ from rich.table import Table
 
 import ctrl_hpc.evaluate.run as evaluation
 import ctrl_hpc.report.page as reporting
-from ctrl_hpc import jsonl, preflight
+from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.data import catalog, judgebench
 from ctrl_hpc.data import problems as problems_of
 from ctrl_hpc.data.table import Keep
 from ctrl_hpc.data.verification import proven, verify
+from ctrl_hpc.evaluate.critics import roles
 from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import select
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
-from ctrl_hpc.preflight import services_of
 from ctrl_hpc.progress import in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
-from ctrl_hpc.stages import STAGES
+from ctrl_hpc.sandbox import rootfs
 from ctrl_hpc.store.tests import TestStore
 
 console = Console(stderr=True)
@@ -196,17 +197,17 @@ FUNCTIONS: dict[str, Callable[[Run, Any], dict[str, Any]]] = {
     "eval": evaluate,
     "report": report,
 }
-"""What each of :data:`ctrl_hpc.stages.STAGES` does."""
+"""What each of :data:`ctrl_hpc.config.stages.STAGES` does."""
 
 
-def run(config: Config, stages: Iterable[str] | None = None, *, checked: bool = False) -> Path:
+def run(config: Config, stages: Iterable[str] | None = None) -> Path:
     """Run those of the stages (None: ``config.stages``) that are not done yet, in order; returns the run's folder.
 
-    Raises ValueError, before anything starts, for whatever :mod:`ctrl_hpc.preflight` finds, unless the caller has
-    ``checked`` that already.
+    :mod:`ctrl_hpc.preflight` tells beforehand what would end it. Raises ValueError, before anything starts, for a
+    folder that holds another run.
     """
     wanted = config.stages if stages is None else tuple(stages)
-    folder = directory.check(config) if checked else preflight.check(config, wanted)
+    folder = directory.check(config)
     names = [name for name in STAGES if name in wanted]
     todo = [name for name in names if not directory.is_done(folder, name)]
     for name in names:
@@ -216,16 +217,16 @@ def run(config: Config, stages: Iterable[str] | None = None, *, checked: bool = 
         here = with_models(config, folder)
         with ExitStack() as stack:
             services = stack.enter_context(Services(here, folder))  # the only driver of the run from here on
-            directory.prepare(config)
+            directory.prepare(config, jail=rootfs.contents(config.executor.python, config.executor.packages).named())
             this = prepare(here, folder, todo)
-            needed = services_of(here, todo)
+            needed = roles(here, todo)
             services.submit(needed)
             connections = connect(here, folder, this.every_problem()) if needed else None
             if connections is not None:
                 stack.callback(connections.close)
             for index, name in enumerate(todo):
-                services.keep(services_of(here, todo[index:]))
-                services.await_first(services_of(here, [name]))
+                services.keep(roles(here, todo[index:]))
+                services.await_first(roles(here, [name]))
                 run_stage(name, this, connections)
     return folder
 

@@ -19,13 +19,17 @@ from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.config.load import close_to
 from ctrl_hpc.config.machine import resolve_device
+from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.data import catalog
-from ctrl_hpc.evaluate.critics import check_oracles, critics, served
+from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
 from ctrl_hpc.run import directory
+<<<<<<< HEAD
 from ctrl_hpc.sandbox.judge import COMPARISONS
 from ctrl_hpc.stages import STAGES
+=======
+>>>>>>> main
 
 PATIENCE_S = 10.0
 """Longest wait for the answer of an endpoint."""
@@ -85,16 +89,6 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
         return
     yield from _of_endpoints(config, todo)
     yield from _of_slurm(config, todo) if config.launch.engine == "slurm" else _of_ports(config)
-
-
-def services_of(config: Config, names: Iterable[str]) -> set[str]:
-    """The roles of the services that these stages call under this configuration."""
-    needed = {role for name in names for role in STAGES[name].services}
-    if not {"synthesize", "rl"} & set(names) and not ("eval" in names and served(config)):
-        needed.discard("critic")
-    if not config.generator_is_served:
-        needed.discard("generator")
-    return needed
 
 
 Part = Callable[[Config, Path, Sequence[str]], None]
@@ -163,7 +157,7 @@ def _of_comparisons(config: Config, place: str | None, problems: Iterable[Proble
 
 
 def _of_models(config: Config, folder: Path, todo: Sequence[str]) -> None:
-    needed = services_of(config, todo)
+    needed = roles(config, todo)
     places = {}
     if "generator" in needed:
         places["generator"] = config.generator
@@ -194,7 +188,7 @@ def _of_devices(config: Config, folder: Path, todo: Sequence[str]) -> None:
         return
     if {"sft", "rl"} & set(todo) and config.trainer.device == "cuda":
         resolve_device("trainer.device", "cuda")
-    if {"critic", "generator"} & services_of(config, todo) and config.rollout.device == "cuda":
+    if {"critic", "generator"} & roles(config, todo) and config.rollout.device == "cuda":
         resolve_device("rollout.device", "cuda")
 
 
@@ -221,7 +215,7 @@ def _of_endpoints(config: Config, todo: Sequence[str]) -> Iterator[Finding]:
     generates = any("generator" in STAGES[name].services for name in todo)
     if config.generator_is_url and generates:
         asked["generator"] = (config.generator, "models", config.endpoint.key_env)
-    if "critic" in services_of(config, todo):
+    if "critic" in roles(config, todo):
         asked |= {f"rollout.critic_urls: {url}": (url, "health", "") for url in config.rollout.critic_urls}
     for key, (url, route, key_env) in asked.items():
         told = _unreachable(url, route, key_env)
@@ -261,7 +255,7 @@ def _of_slurm(config: Config, todo: Sequence[str]) -> Iterator[Finding]:
             text="launch.engine: slurm needs the commands sbatch, squeue and scancel, which are not here", here=True
         )
         return
-    needed = services_of(config, todo) | ({"trainer"} if {"sft", "rl"} & set(todo) else set())
+    needed = roles(config, todo) | ({"trainer"} if {"sft", "rl"} & set(todo) else set())
     for role, text in scripts(config).items():
         if role not in needed:
             continue

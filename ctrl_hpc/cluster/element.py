@@ -20,6 +20,7 @@ import submitit
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.store.tests import folder_of
 from ctrl_hpc.tracking.service_log import ServiceLog, direct
 
@@ -96,7 +97,7 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             port=0,
             on_ready=this.ready,
             threads=config.rollout.threads,
-            device=config.rollout.device,
+            device=resolve_device("rollout.device", config.rollout.device),
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
             token=token(config, run_dir),

@@ -12,7 +12,7 @@ from typing import Any
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.job_records import end_recorded, recorded
 from ctrl_hpc.cluster.registry import Registry, folder_of
-from ctrl_hpc.stages import STAGES
+from ctrl_hpc.config.stages import STAGES
 
 
 def jobs(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -108,7 +108,8 @@ def _known(key: str) -> Fact:
 
 
 def _readers(key: str, config: Config) -> list[str]:
-    from ctrl_hpc.stages import STAGES, concerns, reads
+    from ctrl_hpc.config.changes import concerns, reads
+    from ctrl_hpc.config.stages import STAGES
 
     return [stage for stage in STAGES if concerns(key, reads(stage, config))]
 

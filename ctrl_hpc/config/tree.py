@@ -28,7 +28,7 @@ from ctrl_hpc.config.method import (
     SynthesizeConfig,
     TinyConfig,
 )
-from ctrl_hpc.stages import STAGES
+from ctrl_hpc.config.stages import STAGES
 
 ORACLE = "oracle"
 """The generator that answers with the canonical solutions."""

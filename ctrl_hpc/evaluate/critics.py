@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
+from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.flow.feedback import execution_feedback
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Critique, Judgement, Problem, Solution
@@ -88,6 +89,16 @@ def served(config: Config) -> bool:
     """Whether a critic of ``eval.critics`` is a folder, which the critic's array serves."""
     models = {name: item.model for name, item in critics(config).items() if item.model is not None}
     return any(not is_url(config.eval.models.get(name, "")) for name in models)
+
+
+def roles(config: Config, names: Iterable[str]) -> set[str]:
+    """The roles of the services that these stages call under this configuration."""
+    needed = {role for name in names for role in STAGES[name].services}
+    if not {"synthesize", "rl"} & set(names) and not ("eval" in names and served(config)):
+        needed.discard("critic")
+    if not config.generator_is_served:
+        needed.discard("generator")
+    return needed
 
 
 def _at(place: str) -> Callable[[Config, Path], str]:

@@ -63,8 +63,9 @@ def run(config: str | None, overrides: Sequence[str], again: bool) -> Path:
 
 def run_stages(config: Config) -> None:
     """The stages of a trial; all but the report, which logs to the trial's run itself, with a :class:`Mirror`."""
-    from ctrl_hpc import pipeline
+    from ctrl_hpc import pipeline, preflight
 
+    preflight.check(config)
     folder = directory.prepare(config)
     stages = [name for name in config.stages if name != "report"]
     training = any(name in stages and not directory.is_done(folder, name) for name in TRAINED)

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
+from ctrl_hpc.config.changes import depends, reads
 from ctrl_hpc.config.load import find, no_such
 from ctrl_hpc.run import directory
-from ctrl_hpc.stages import depends, reads
 from ctrl_hpc.store.tests import folder_of
 
 
@@ -212,7 +212,7 @@ def _run_member(member: Member, others: Sequence[Member]) -> None:
             take_over(donor.folder, member.folder, stage)
             console.print(f"{stage}: taken over from {donor.folder.name}")
     _share_evaluation(member, others)
-    pipeline.run(member.config, checked=True)
+    pipeline.run(member.config)
 
 
 def _donor(member: Member, others: Sequence[Member], stage: str) -> Member | None:

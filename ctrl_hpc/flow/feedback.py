@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ctrl_hpc.records import AssertTest, FunctionTest, Problem, Solution, StdinTest, TestCase, TestResult, Verdict
-from ctrl_hpc.verdicts import asked, shortest
+from ctrl_hpc.records.verdicts import asked, shortest
 
 SHOWN_CHARACTERS = 600
 """Longest input, output or message shown; longer ones lose their middle."""

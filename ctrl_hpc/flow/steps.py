@@ -26,7 +26,7 @@ from ctrl_hpc.records import (
     Solution,
     Verdict,
 )
-from ctrl_hpc.verdicts import unrun
+from ctrl_hpc.records.verdicts import unrun
 
 
 def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, sampling: Sampling) -> list[Solution]:

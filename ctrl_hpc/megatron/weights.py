@@ -200,37 +200,46 @@ def first_layer_of(architecture: Architecture, world: World) -> int:
     return architecture.n_layers // world.pipeline_size * world.pipeline_rank
 
 
-@torch.no_grad()
-def gather(model: torch.nn.Module, architecture: Architecture, world: World) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors of this pipeline stage, on the CPU, on the stage's first tensor-parallel rank.
-
-    Every rank of the tensor-parallel group must run through it; the others yield nothing. A tied output layer is not
-    repeated.
-    """
-    bucket: list[tuple[str, Tensor]] = []
-    size = 0
+def buckets(model: torch.nn.Module, architecture: Architecture) -> list[list[tuple[str, Tensor]]]:
+    """This rank's parameters in messages of about :data:`BUCKET_BYTES`. A tied output layer is not repeated."""
+    out: list[list[tuple[str, Tensor]]] = []
+    size = BUCKET_BYTES
     for name, parameter in model.named_parameters():
         if name == "output_layer.weight" and architecture.tied:
             continue
-        bucket.append((name, parameter))
-        size += parameter.numel() * parameter.element_size()
         if size >= BUCKET_BYTES:
-            yield from _gather_bucket(bucket, architecture, world)
-            bucket, size = [], 0
-    yield from _gather_bucket(bucket, architecture, world)
+            out.append([])
+            size = 0
+        out[-1].append((name, parameter))
+        size += parameter.numel() * parameter.element_size()
+    return out
+
+
+@torch.no_grad()
+def gather(
+    model: torch.nn.Module, architecture: Architecture, world: World, *, spread: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors of this pipeline stage, on the CPU, on the stage's first tensor-parallel rank.
+
+    Every rank of the tensor-parallel group must run through it; the others yield nothing. With ``spread`` each rank of
+    the stage, all data-parallel replicas' too, gets a part of the tensors of about the same size, and every one a rank.
+    """
+    for number, bucket in enumerate(buckets(model, architecture)):
+        replica, rank = divmod(number, world.tensor_size) if spread else (world.data_rank, 0)
+        if replica % world.data_size == world.data_rank:
+            yield from _gather_bucket(bucket, architecture, world, rank)
 
 
 def _gather_bucket(
-    bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World
+    bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
-    if not bucket:
-        return
+    """Its tensors, put together on one rank of the tensor-parallel group."""
     flat = torch.cat([parameter.flatten() for _, parameter in bucket])
     shards = [flat]
     if world.tensor_size > 1:
-        shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == 0 else []
-        dist.gather(flat, shards or None, group=world.tensor_group, group_dst=0)
-    if world.tensor_rank != 0:
+        shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == rank else []
+        dist.gather(flat, shards or None, group=world.tensor_group, group_dst=rank)
+    if world.tensor_rank != rank:
         return
     first_layer = first_layer_of(architecture, world)
     at = 0
@@ -267,39 +276,40 @@ def export(
 ) -> None:
     """Write the critic as a Hugging Face folder, with ``source``'s configuration and tokenizer; all ranks take part.
 
-    Every pipeline stage writes its own tensors. The folder appears whole, by a rename, or not at all; one that is
-    there is replaced. ``link`` makes the side files hard links to those of ``source`` where the file system can.
+    Every rank writes a part of the tensors, all at once (of a small critic the first does). The folder appears whole,
+    by a rename, or not at all; one that is there is replaced. ``link`` makes the side files hard links to those of
+    ``source`` where the file system can.
     """
     target = Path(folder)
     part = target.with_name(f".{target.name}.part")
     if world.main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    if world.pipeline_size > 1:
+    several = world.size > 1 and (world.pipeline_size > 1 or len(buckets(model, architecture)) > 1)
+    if several:
         world.barrier()
-    files = _write_stage(model, architecture, world, part)
-    if world.pipeline_size > 1:
-        stages: list[Any] = [None] * world.size
-        dist.all_gather_object(stages, files)
-        files = {name: file for stage in stages for name, file in stage.items()}
+    files = _write_part(model, architecture, world, part)
+    if several:
+        ranks: list[Any] = [None] * world.size
+        dist.all_gather_object(ranks, files)
+        files = {name: file for found in ranks for name, file in found.items()}
     if world.main:
         _finish(part, target, files, Path(source), link)
 
 
-def _write_stage(model: torch.nn.Module, architecture: Architecture, world: World, part: Path) -> dict[str, str]:
+def _write_part(model: torch.nn.Module, architecture: Architecture, world: World, part: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
     size = 0
 
     def flush() -> None:
-        file = f"model-{world.pipeline_rank:03d}-{len(set(files.values())):05d}.safetensors"
+        place = f"{world.pipeline_rank:03d}-{world.data_rank:03d}-{world.tensor_rank:03d}"
+        file = f"model-{place}-{len(set(files.values())):05d}.safetensors"
         save_file(pending, part / file, metadata={"format": "pt"})
         files.update(dict.fromkeys(pending, file))
         pending.clear()
 
-    if world.data_rank != 0:
-        return files
-    for name, tensor in gather(model, architecture, world):
+    for name, tensor in gather(model, architecture, world, spread=True):
         pending[name] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= FILE_BYTES:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ctrl_kernels.projection import WORKSPACE_MB
+
 from ctrl_hpc.config import ParallelConfig
 from ctrl_hpc.megatron.architecture import Architecture
 
 FP32 = 4
-LOSS_WORKSPACE_BYTES = 2048 << 20
-"""Of the fused output layer on a GPU, beyond its results, at most (``ctrl_kernels``: a fortieth of the card)."""
+LOSS_WORKSPACE_BYTES = WORKSPACE_MB << 20
+"""Of the fused output layer on a GPU, beyond its results, at most (a fortieth of a smaller card)."""
 LOSS_CHUNK_BYTES = 16 << 20
 """Of the same on a CPU."""
 

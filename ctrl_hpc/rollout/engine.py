@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
@@ -377,20 +376,19 @@ def stop_token_ids(folder: str | Path) -> frozenset[int]:
 def load_engine(
     folder: str,
     *,
-    device: str = "auto",
+    device: str = "cpu",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
     stop_ids: frozenset[int] = frozenset(),
 ) -> Engine:
-    """The engine for a Hugging Face folder, in float32 on a CPU and in the folder's own type on cuda.
+    """The engine for a Hugging Face folder: in float32 on a cpu, in the folder's own type on cuda.
 
     ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a CPU. ``stop_ids`` come on top of
-    those the folder names. Raises ValueError when there is no such model, device or way of batching.
+    those the folder names. Raises ValueError when there is no such model or way of batching.
     """
     from transformers import AutoModelForCausalLM
 
     weight_files(folder)
-    device = resolve_device("rollout.device", device)
     if batching == "auto":
         batching = "continuous" if device == "cuda" else "padded"
     if batching not in BATCHING:

@@ -266,7 +266,7 @@ def serve(
     port: int = 0,
     on_ready: Callable[[str], None] | None = None,
     threads: int = 2,
-    device: str = "auto",
+    device: str = "cpu",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
     token: str | None = None,

@@ -15,10 +15,10 @@ from typing import Any
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, dump, load, value
+from ctrl_hpc.config.changes import concerns, depends, prepared
 from ctrl_hpc.config.facts import facts
+from ctrl_hpc.config.stages import PREPARED, STAGES
 from ctrl_hpc.run import snapshot
-from ctrl_hpc.sandbox import rootfs
-from ctrl_hpc.stages import PREPARED, STAGES, concerns, depends, prepared
 
 _WHOLE = 64 << 20
 """Larger files are told by their size and their ends: weights of many GB are not read through."""
@@ -125,8 +125,10 @@ def _is_ours(folder: Path) -> bool:
     return begun or all(entry.name in ("code", "logs") for entry in folder.iterdir())
 
 
-def prepare(config: Config) -> Path:
+def prepare(config: Config, **versions: Any) -> Path:
     """Make the run's folder and write the configuration and the versions there; errors as :func:`check`.
+
+    ``versions`` are further ones by name.
 
     Problems and models that were made under a configuration that has changed since go, to be made anew.
     """
@@ -143,7 +145,7 @@ def prepare(config: Config) -> Path:
     if config.launch.snapshot == "keep":  # is said of one start, not of those that follow
         config = replace(config, launch=replace(config.launch, snapshot="new"))
     jsonl.write_text(folder / "config.yaml", dump(config))
-    jsonl.write_text(folder / "versions.json", json.dumps(_versions(config), indent=1) + "\n")
+    jsonl.write_text(folder / "versions.json", json.dumps(_versions() | versions, indent=1) + "\n")
     return folder
 
 
@@ -246,14 +248,13 @@ def _flat(config: Config) -> dict[str, Any]:
     return out
 
 
-def _versions(config: Config) -> dict[str, Any]:
-    """What the run runs with, and, under ``jail``, what its programs do."""
+def _versions() -> dict[str, Any]:
+    """What the run runs with."""
     return {
         **asdict(snapshot.identity()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in _PACKAGES},
-        "jail": rootfs.contents(config.executor.python, config.executor.packages).named(),
     }
 
 

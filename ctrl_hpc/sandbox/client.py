@@ -9,10 +9,10 @@ from typing import Any, Self
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.records import Execution, StoredTests, Verdict
+from ctrl_hpc.records.verdicts import fault
 from ctrl_hpc.sandbox.languages import COMPILE_S
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Fault, Lacking, TooLarge
-from ctrl_hpc.verdicts import fault
 
 MAX_LOSSES = 6
 """Times an execution may be lost with a service, or fault, before its verdict is ``sandbox_error``."""

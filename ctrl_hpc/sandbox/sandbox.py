@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Execution, Limits, StoredTests, TestCase, TestResult, Verdict
+from ctrl_hpc.records.verdicts import answered, fault
 from ctrl_hpc.sandbox import judge, languages, memory, probe, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache, lasting
 from ctrl_hpc.sandbox.course import Course
@@ -24,7 +25,6 @@ from ctrl_hpc.sandbox.languages import Binaries
 from ctrl_hpc.sandbox.memory import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
 from ctrl_hpc.store.tests import TestStore
-from ctrl_hpc.verdicts import answered, fault
 
 _Item = tuple[Callable[[Worker], Any], Future[Any]]
 Task = Execution | tuple[str, Sequence[TestCase], Limits]

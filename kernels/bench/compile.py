@@ -1,11 +1,14 @@
 """Compile every shipped configuration of every kernel for NVIDIA and AMD targets, without a GPU, and list its needs.
 
-    python kernels/bench/compile.py [--target sm_90 ...] [--json FILE]
+    python kernels/bench/compile.py [--target sm_90 ...] [--peers] [--json FILE]
 
 The table lists registers a thread, stack bytes, spilled bytes (NVIDIA) or spilled registers (AMD), shared memory of a
 program and, on NVIDIA, machine instructions an element, of its longest loop or of all of a kernel without one, and the
-widest load and store in bits. Exit code 1 if a configuration spills on a Hopper or Blackwell GPU (sm_90, sm_100), 2 for
-wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
+widest load and store in bits. Exit code 1 if a configuration of ours spills on a Hopper or Blackwell GPU (sm_90,
+sm_100), 2 for wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
+
+``sass.json`` is this table for sm_90 and sm_100 with peers, by triton 3.9: what the kernels may not exceed, and what
+``roofline.py`` reckons with.
 """
 
 import argparse
@@ -24,12 +27,13 @@ from typing import Any
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
+from compile_peers import peer_configurations
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ctrl_kernels import advantages, projection, softmax_gradient, softmax_statistics
+from ctrl_kernels import advantages, policy_kernel, projection, softmax_gradient, softmax_statistics, token_tiles
 
 policy_loss = importlib.import_module("ctrl_kernels.policy_loss")  # as attributes the names are the functions
 value_loss = importlib.import_module("ctrl_kernels.value_loss")
@@ -104,7 +108,7 @@ def statistics() -> Iterator[Configuration]:
         constants = {"HAS_SOFTCAP": extra == " softcap", "STORE_WEIGHTS": weights is not None, "BLOCK_N": rows}
         yield Configuration(
             name=f"statistics {logits}{f' weights {weights}' if weights else ''}{extra} tile {rows}x{columns}",
-            kernel=softmax_statistics._statistics_kernel,
+            kernel=softmax_statistics.statistics_kernel,
             types={
                 "logits_ptr": logits,
                 "bias_ptr": FP32,
@@ -122,7 +126,7 @@ def statistics() -> Iterator[Configuration]:
         )
     yield Configuration(
         name="combine",
-        kernel=softmax_statistics._combine_kernel,
+        kernel=softmax_statistics.combine_kernel,
         types=dict.fromkeys(("statistics_ptr", "logprob_ptr", "entropy_ptr", "lse_ptr"), FP32) | {"targets_ptr": I64},
         constants={"BLOCK_N": softmax_statistics.COMBINE_ROWS},
         warps=4,
@@ -150,7 +154,7 @@ def gradients() -> Iterator[Configuration]:
         flags = {"HAS_LOGPROB": True, "HAS_ENTROPY": "entropy" in extra, "HAS_SOFTCAP": "softcap" in extra}
         yield Configuration(
             name=f"logits gradient {logits} to {out}{extra}",
-            kernel=softmax_gradient._logits_gradient_kernel,
+            kernel=softmax_gradient.logits_gradient_kernel,
             types=types | {"logits_ptr": logits, "out_ptr": out},
             constants=common | flags | ({} if "bias" in extra else {"bias_ptr": None}),
             warps=softmax_gradient.GRADIENT_WARPS,
@@ -160,7 +164,7 @@ def gradients() -> Iterator[Configuration]:
     for weights, extra in ((BF16, ""), (BF16, " entropy"), (FP32, " entropy"), (BF16, " entropy softcap")):
         yield Configuration(
             name=f"weights gradient {weights}{extra}",
-            kernel=softmax_gradient._weights_gradient_kernel,
+            kernel=softmax_gradient.weights_gradient_kernel,
             types=types | {"weights_ptr": weights, "out_ptr": weights},
             constants=common | {"HAS_ENTROPY": "entropy" in extra, "HAS_SOFTCAP": "softcap" in extra},
             warps=softmax_gradient.GRADIENT_WARPS,
@@ -170,12 +174,12 @@ def gradients() -> Iterator[Configuration]:
 
 
 def losses() -> Iterator[Configuration]:
-    """The policy loss in its main forms, what finishes it, and the value loss."""
+    """The policy loss in its main forms, and what finishes it."""
     optional = ("ref", "importance", "drift", "entropy", "weights", "denominator", "d_logprobs", "d_entropy")
     types = {f"{name}_ptr": FP32 for name in (*optional, "logprobs", "old", "advantages", "sums")}
     types |= {"mask_ptr": U8, "denominator_ptr": I64}
     types |= dict.fromkeys(("constant", "low", "high", "extra_0", "extra_1", "kl_coef", "entropy_coef"), "fp32")
-    tile = policy_loss.LANES * policy_loss.VECTOR
+    tile = token_tiles.LANES * token_tiles.VECTOR
     plain = {
         "OBJECTIVE": "clip",
         "RATIO": "token",
@@ -184,7 +188,7 @@ def losses() -> Iterator[Configuration]:
         "KL": "k3",
         "KL_CORRECTION": False,
     }
-    plain |= {"SUMS": policy_loss.SUMS, "LANES": policy_loss.LANES, "VECTOR": policy_loss.VECTOR, "EVEN": True}
+    plain |= {"SUMS": policy_kernel.SUMS, "LANES": token_tiles.LANES, "VECTOR": token_tiles.VECTOR, "EVEN": True}
     everything = ("ref", "importance", "entropy", "denominator", "d_logprobs", "d_entropy")
     for name, given, changed in (
         ("token", ("d_logprobs",), {}),
@@ -199,25 +203,30 @@ def losses() -> Iterator[Configuration]:
     ):
         yield Configuration(
             name=f"policy {name}",
-            kernel=policy_loss._policy_kernel,
+            kernel=policy_kernel.policy_kernel,
             types=types,
             constants=plain | changed | {f"{x}_ptr": None for x in optional if x not in given},
             warps=policy_loss.POLICY_WARPS,
-            elements=tile if name in ("token", "benchmark") else 0,
+            elements=tile,
         )
     yield Configuration(
         name="policy finish",
-        kernel=policy_loss._finish_kernel,
+        kernel=policy_kernel.finish_kernel,
         types=dict.fromkeys(("sums_ptr", "loss_ptr", "metrics_ptr"), FP32)
         | {"kl_coef": "fp32", "entropy_coef": "fp32"},
-        constants={"SUMS": policy_loss.SUMS, "USED": policy_loss.USED, "BLOCK": policy_loss.FINISH_ROWS},
+        constants={"SUMS": policy_kernel.SUMS, "METRICS": 8, "USED": 10, "BLOCK": policy_loss.FINISH_ROWS},
         warps=8,
         odd=frozenset({"rows"}),
     )
-    shape = {"LANES": policy_loss.LANES, "VECTOR": policy_loss.VECTOR, "EVEN": True}
+
+
+def other_losses() -> Iterator[Configuration]:
+    """The value loss, and the scaling of gradients."""
+    tile = token_tiles.LANES * token_tiles.VECTOR
+    shape = {"LANES": token_tiles.LANES, "VECTOR": token_tiles.VECTOR, "EVEN": True}
     yield Configuration(
         name="value",
-        kernel=value_loss._value_kernel,
+        kernel=value_loss.value_kernel,
         types=dict.fromkeys(("values_ptr", "old_ptr", "returns_ptr", "d_values_ptr", "sums_ptr"), FP32)
         | {"mask_ptr": U8, "denominator_ptr": I64, "constant": "fp32", "clip": "fp32"},
         constants=shape | {"BY_LENGTH": False},
@@ -227,7 +236,7 @@ def losses() -> Iterator[Configuration]:
     for dtype in (BF16, FP32):
         yield Configuration(
             name=f"scale {dtype}",
-            kernel=projection._scale_kernel,
+            kernel=projection.scale_kernel,
             types={"x_ptr": dtype, "factor_ptr": FP32},
             constants={"BLOCK": projection.SCALE_BLOCK},
             warps=8,
@@ -241,7 +250,7 @@ def estimators() -> Iterator[Configuration]:
         constants = {"ESTIMATOR": estimator, "BLOCK_I": advantages.BLOCK_I, "BLOCK_J": columns}
         yield Configuration(
             name=f"group advantages {estimator}{' sorted' if ordered else ''}",
-            kernel=advantages._group_advantages_kernel,
+            kernel=advantages.group_advantages_kernel,
             types={"rewards_ptr": FP32, "groups_ptr": I64, "order_ptr": I64, "out_ptr": FP32, "eps": "fp32"},
             constants=constants | ({} if ordered else {"order_ptr": None}),
             warps=advantages.ADVANTAGE_WARPS,
@@ -249,7 +258,7 @@ def estimators() -> Iterator[Configuration]:
     names = ("rewards_ptr", "values_ptr", "advantages_ptr", "returns_ptr")
     yield Configuration(
         name="gae",
-        kernel=advantages._gae_kernel,
+        kernel=advantages.gae_kernel,
         types=dict.fromkeys(names, FP32) | {"mask_ptr": U8, "gamma": "fp32", "gamma_lam": "fp32"},
         constants={"LANES": advantages.BLOCK_T // 4, "EVEN": True},
         warps=advantages.GAE_WARPS,
@@ -259,7 +268,7 @@ def estimators() -> Iterator[Configuration]:
 
 def configurations() -> list[Configuration]:
     """All shipped ones."""
-    return [*statistics(), *gradients(), *losses(), *estimators()]
+    return [*statistics(), *gradients(), *losses(), *other_losses(), *estimators()]
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -354,19 +363,23 @@ def main() -> int:
     """Compile, print the table, and judge it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument("--peers", action="store_true", help="also compile the peers' kernels, as far as installed")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
-    rows = []
-    for number, configuration in enumerate(configurations(), 1):
-        print(f"\r{number}/{len(configurations())} {configuration.name:60}", end="", file=sys.stderr, flush=True)
+    rows, ours = [], configurations()
+    listed = [*ours, *(peer_configurations(Configuration) if arguments.peers else ())]
+    for number, configuration in enumerate(listed, 1):
+        print(f"\r{number}/{len(listed)} {configuration.name:60}", end="", file=sys.stderr, flush=True)
         rows += [resources(configuration, target) for target in arguments.target]
     print(file=sys.stderr)
     _print(rows, arguments.target)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    spilling = [row.name for row in rows if row.target in ("sm_90", "sm_100") and row.spilled]
+        lines = ",\n".join(f" {json.dumps(asdict(row))}" for row in rows)
+        arguments.json.write_text(f"[\n{lines}\n]\n")
+    names = {configuration.name for configuration in ours}
+    spilling = [row.name for row in rows if row.name in names and row.target in ("sm_90", "sm_100") and row.spilled]
     if spilling:
         print(f"spills: {', '.join(spilling)}", file=sys.stderr)
     return 1 if spilling else 0

@@ -1,4 +1,5 @@
-"""The host's share of a call: Python and PyTorch around the launches, which are left out. Microseconds, the best of 9.
+"""The host's share of a call: Python and PyTorch around the launches, which are left out. Microseconds of the
+processor (a loaded machine counts for less), the best of 9.
 
     python kernels/bench/host.py
 
@@ -28,10 +29,10 @@ def microseconds(call: Callable[[], Any], repeats: int = 300) -> float:
     """The best mean of 9 series."""
     means = []
     for _ in range(9):
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(repeats):
             call()
-        means.append((time.perf_counter() - began) / repeats * 1e6)
+        means.append((time.thread_time() - began) / repeats * 1e6)
     return min(means)
 
 

@@ -7,8 +7,8 @@ The linear functions run as they are on tensors without memory, and every matrix
 written down with its shape: chunk sizes, orders and types of results are the real ones. A product takes whole waves of
 128 x 256 tiles at the rate that a large product reached, and an ``exposed`` part of the traffic of its result, which a
 kernel cannot wholly hide; a kernel takes its bytes at ``KERNEL_RATE`` of the copy's bandwidth, or its machine
-instructions at the card's rate, whichever is longer. ``--sass`` takes the counts of ``compile.py --json``; without it
-those of triton 3.9 are used. The fused design beside ours is the same mathematics as one ``tl.dot`` kernel: no logits
+instructions at the card's rate, whichever is longer; their counts come from ``sass.json``, or another file of
+``compile.py --json``. The fused design beside ours is the same mathematics as one ``tl.dot`` kernel: no logits
 in memory, but Triton's products, and an epilogue that no other work hides. Names in capitals are assumptions.
 
 Legend: N tokens, V columns, D hidden width, m x n x k a product.
@@ -32,13 +32,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # ctrl_kernels, where the pr
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctrl_kernels.options import PolicyOptions, SoftmaxOptions, flat
+from ctrl_kernels.options import PolicyOptions, SoftmaxOptions
 
 linear_logprobs = importlib.import_module("ctrl_kernels.linear_logprobs")
 linear_policy_loss = importlib.import_module("ctrl_kernels.linear_policy_loss")
+policy_kernel = importlib.import_module("ctrl_kernels.policy_kernel")
+policy_tokens = importlib.import_module("ctrl_kernels.policy_tokens")
 projection = importlib.import_module("ctrl_kernels.projection")
 
-PROCESSORS = 132
+PROCESSORS = projection.PROCESSORS
 TILE = (128, 256)
 KERNEL_RATE = 0.92
 LANES_A_CYCLE = PROCESSORS * 4 * 32
@@ -46,16 +48,7 @@ TRITON_PRODUCT = 0.86
 """Of cuBLAS's rate, what a persistent ``tl.dot`` kernel with TMA is taken to reach."""
 FUSED_EPILOGUE = 14.0
 """Instructions a logit of statistics on an accumulator in registers, reductions across a tile's columns included."""
-INSTRUCTIONS = {
-    "statistics": 12.6,
-    "statistics with weights": 14.4,
-    "logits gradient": 23.0,
-    "weights gradient": 18.4,
-    "token_logprobs": 11.1,
-    "token_logprobs backward": 24.1,
-    "policy_loss": 66.0,
-    "gae": 71.0,
-}
+SASS = Path(__file__).with_name("sass.json")
 NAMES = {
     "statistics": "statistics *fp32 tile 1x2048",
     "statistics with weights": "statistics *fp32 weights *bf16 tile 1x2048",
@@ -68,6 +61,12 @@ NAMES = {
 }
 
 
+def counts(path: Path) -> dict[str, float]:
+    """Machine instructions an element on sm_90 from ``compile.py --json``."""
+    listed = {row["name"]: row["instructions"] for row in json.loads(path.read_text()) if row["target"] == "sm_90"}
+    return {name: listed[configuration] for name, configuration in NAMES.items()}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """What a card does a second, and what part of a product's result traffic nothing hides."""
@@ -76,7 +75,7 @@ class Card:
     product_tflop_s: float = 740.0
     clock_ghz: float = 1.755
     exposed: float = 0.5
-    instructions: dict[str, float] = field(default_factory=lambda: dict(INSTRUCTIONS))
+    instructions: dict[str, float] = field(default_factory=lambda: counts(SASS))
 
     def bytes_ms(self, count: float) -> float:
         """Milliseconds to move so many bytes."""
@@ -139,7 +138,7 @@ def recorded() -> Iterator[Recorder]:
     def combined(statistics: Any, *_: Any) -> Any:
         return tuple(statistics.new_empty(statistics.shape[1]) for _ in range(3))
 
-    sums = linear_policy_loss.SUMS
+    sums = policy_kernel.SUMS
     replaced = [
         (projection, "softmax_statistics", statistics),
         (linear_logprobs, "combine_segments", combined),
@@ -147,8 +146,8 @@ def recorded() -> Iterator[Recorder]:
         (linear_logprobs, "weights_gradient", from_weights),
         (linear_policy_loss, "combine_segments", combined),
         (linear_policy_loss, "weights_gradient", from_weights),
-        (linear_policy_loss, "policy_terms", lambda logprobs, *_, **__: logprobs.new_empty(1, sums)),
-        (linear_policy_loss, "policy_totals", lambda x, *_: (x.new_empty(()), x.new_empty(sums))),
+        (policy_tokens, "policy_terms", lambda logprobs, *_, **__: logprobs.new_empty(1, sums)),
+        (linear_policy_loss, "policy_totals", lambda x, *_: (x.new_empty(()), x.new_empty(len(policy_kernel.METRICS)))),
     ]
     before = [getattr(module, name) for module, name, _ in replaced]
     for module, name, function in replaced:
@@ -167,23 +166,21 @@ def linear(function: str, tokens: int, columns: int, width: int, workspace_mb: i
     weight = torch.empty(columns, width, dtype=torch.bfloat16, device="meta")
     targets = torch.empty(tokens, dtype=torch.int64, device="meta")
     vector = torch.empty(tokens, device="meta")
-    shard = flat(SoftmaxOptions().shard(columns))
-    common = (False, workspace_mb, "triton", *shard)
+    shard = SoftmaxOptions().shard(columns)
+    common = (False, workspace_mb, "triton", shard)
     with recorded() as recorder:
         if function == "forward":
-            linear_logprobs._forward(hidden, weight, None, targets, save, True, *common)
+            linear_logprobs.forward(hidden, weight, None, targets, save, True, *common)
         elif function == "backward":
-            saved = linear_logprobs._forward(hidden, weight, None, targets, save, True, *common)[3:]
+            saved = linear_logprobs.forward(hidden, weight, None, targets, save, True, *common)[3:]
             recorder.products.clear()
             recorder.kernels.clear()
             scores = (vector, vector, vector, *saved, vector, None, None, True, True, False, save)
-            linear_logprobs._backward(hidden, weight, None, targets, *scores, *common)
+            linear_logprobs.backward(hidden, weight, None, targets, *scores, *common)
         else:
             row, mask = vector[None], torch.empty(1, tokens, dtype=torch.bool, device="meta")
             inputs = (targets, mask, row, row, None, None, None, None, 1.0, True, True, False, False, None)
-            linear_policy_loss._fused(
-                hidden, weight, None, *inputs, False, workspace_mb, *shard, *flat(PolicyOptions())
-            )
+            linear_policy_loss.one_pass(hidden, weight, None, *inputs, False, workspace_mb, shard, PolicyOptions())
     return recorder
 
 
@@ -247,12 +244,6 @@ FIXED_MS = {
 }
 
 
-def counts(path: Path) -> dict[str, float]:
-    """Machine instructions an element on sm_90 from ``compile.py --json``."""
-    listed = {row["name"]: row["instructions"] for row in json.loads(path.read_text()) if row["target"] == "sm_90"}
-    return {name: listed[configuration] for name, configuration in NAMES.items()}
-
-
 def main() -> int:
     """Model and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,7 +253,7 @@ def main() -> int:
     parser.add_argument("--product-tflop-s", type=float, default=740.0, help="8192^3 in bf16; default: 740")
     parser.add_argument("--clock-ghz", type=float, default=1.755, help="under load; default: 1.755")
     parser.add_argument("--exposed", type=float, default=0.5, help="part of results' traffic that shows; default: 0.5")
-    parser.add_argument("--sass", type=Path, help="instruction counts from compile.py --json")
+    parser.add_argument("--sass", type=Path, default=SASS, help="instruction counts from compile.py --json")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     card = Card(
@@ -270,7 +261,7 @@ def main() -> int:
         product_tflop_s=given.product_tflop_s,
         clock_ghz=given.clock_ghz,
         exposed=given.exposed,
-        instructions=counts(given.sass) if given.sass else dict(INSTRUCTIONS),
+        instructions=counts(given.sass),
     )
     table = rows(card)
     print("N=8192 V=152064 D=3584; policy_loss and gae at 1024 x 8192. A model, no measurement.\n")

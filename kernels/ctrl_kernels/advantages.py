@@ -10,7 +10,7 @@ standard deviation s = sqrt(sum (r - m)^2 / (n - 1)):
 A group of one has nothing to compare with and gives 0 (verl gives the raw score), and so does one without variance: the
 kernel sums differences from the row's own reward, which are exactly 0 then. A program compares a few rows with all B in
 a fixed order, without sorting: at the thousands of rows of a step that costs microseconds, less than a sort. From
-``SORT_FROM`` rows on they are sorted by group first, and a program only looks at the groups of its own rows.
+``_SORT_FROM`` rows on they are sorted by group first, and a program only looks at the groups of its own rows.
 
 ``gae`` is generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438). From the last step to the first,
 with v' and A' the value and advantage of the next unmasked step (0 past the last one):
@@ -28,7 +28,6 @@ Legend: B rows or sequences, T steps, I rows of a program, J rows compared at a 
 """
 # mypy: disable-error-code="no-untyped-def"
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,11 +51,11 @@ from ctrl_kernels.options import (
 BLOCK_I = 8
 BLOCK_J = 512
 SORTED_BLOCK_J = 64
-SORT_FROM = 4097
+_SORT_FROM = 4097
 ADVANTAGE_WARPS = 4
 BLOCK_T = 512  # few enough registers that a sequence a program keeps the whole GPU busy
 GAE_WARPS = 4
-HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
+_HAS_GATHER = tl.constexpr(hasattr(tl, "gather"))
 
 
 @triton.jit
@@ -74,7 +73,7 @@ def _bound(groups_ptr, rows, group, ABOVE: tl.constexpr):
 
 
 @triton.jit
-def _group_advantages_kernel(
+def group_advantages_kernel(
     rewards_ptr,
     groups_ptr,
     order_ptr,
@@ -145,11 +144,11 @@ def _group_advantages(
     if backend == "torch":
         return reference.group_advantages(rewards_B, groups_B, estimator=estimator, eps=eps).float()
     order_B, block_j = None, BLOCK_J
-    if len(rewards_B) >= SORT_FROM:
+    if len(rewards_B) >= _SORT_FROM:
         groups_B, order_B = groups_B.sort(stable=True)
         block_j = SORTED_BLOCK_J
     out_B = torch.empty_like(rewards_B, dtype=torch.float32)
-    _group_advantages_kernel[(ceil_div(len(rewards_B), BLOCK_I),)](
+    group_advantages_kernel[(ceil_div(len(rewards_B), BLOCK_I),)](
         rewards_B,
         groups_B,
         order_B,
@@ -178,10 +177,9 @@ def group_advantages(
     """
     choose("estimator", estimator, ESTIMATORS)
     if not isinstance(group_ids, torch.Tensor):
-        kind = type(group_ids[0] if isinstance(group_ids, Sequence) and group_ids else group_ids).__name__
         raise ValueError(
-            f"group_ids must be an integer tensor, got {type(group_ids).__name__} of {kind}; number names first, for "
-            "example: names = sorted(set(uids)); torch.tensor([names.index(uid) for uid in uids])"
+            f"group_ids must be an integer tensor, got {type(group_ids).__name__}; number names first, for example: "
+            "names = {uid: n for n, uid in enumerate(dict.fromkeys(uids))}; torch.tensor([names[uid] for uid in uids])"
         )
     if rewards.dim() != 1 or group_ids.shape != rewards.shape:
         raise ValueError(
@@ -191,6 +189,8 @@ def group_advantages(
         raise ValueError(f"group_ids must be integers on {rewards.device}, got {group_ids.dtype} on {group_ids.device}")
     if not eps > 0:
         raise ValueError(f"eps={eps} must be positive")
+    if not rewards.is_floating_point():
+        rewards = rewards.float()
     chosen = resolve_backend(backend, rewards) if len(rewards) else "torch"
     if chosen == "triton":
         check_kernel_dtype(rewards=rewards)
@@ -200,7 +200,7 @@ def group_advantages(
 @triton.jit
 def _taken(x, index, lane):
     """x[index]; before triton 3.3, which has an instruction for it, by comparison of all with all."""
-    if HAS_GATHER:
+    if _HAS_GATHER:
         return tl.gather(x, index, 0)
     return tl.sum(tl.where(index[:, None] == lane[None, :], x[None, :], 0.0), 1)
 
@@ -283,7 +283,7 @@ def _step(reward, value, active, advantage, next_value, gamma, gamma_lam):
 
 
 @triton.jit
-def _gae_kernel(
+def gae_kernel(
     rewards_ptr,
     values_ptr,
     mask_ptr,
@@ -355,7 +355,7 @@ def _gae(
     sequences, steps = rewards_BT.shape
     advantages_BT = torch.empty_like(rewards_BT, dtype=torch.float32)
     returns_BT = torch.empty_like(advantages_BT)
-    _gae_kernel[(sequences,)](
+    gae_kernel[(sequences,)](
         rewards_BT,
         values_BT,
         mask_BT.view(torch.uint8) if mask_BT.dtype == torch.bool else mask_BT,

@@ -14,7 +14,7 @@ Legend: N tokens, M kept tokens, n tokens of a chunk, V columns of this rank's v
 segments, K tiles.
 """
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,96 +28,44 @@ from ctrl_kernels.options import (
     check_kernel_dtype,
     check_targets,
     compute_dtype,
-    flat,
     refuse,
+    refuse_transforms,
     resolve_backend,
-    schema,
     softmax_options,
     with_options,
 )
-from ctrl_kernels.projection import Projection, default_workspace_mb, matrix, propagate
+from ctrl_kernels.projection import (
+    Projection,
+    Rows,
+    check_linear,
+    check_main_grad,
+    check_workspace,
+    chosen_rows,
+    count,
+    matrix,
+    propagate,
+    spread,
+    take,
+)
 from ctrl_kernels.softmax_gradient import logits_gradient, weights_gradient
 from ctrl_kernels.softmax_statistics import combine_segments, gather_statistics
 
-Rows: TypeAlias = torch.Tensor | None  # distinct increasing indices of tokens; None: all of them
-
-
-def check_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise ValueError unless ``hidden`` [N, D], ``weight`` [V, D] and ``bias`` [V] fit together.
-
-    Beside hidden states in half precision the weight may be fp32, as a master weight under AMP is.
-    """
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden (N, D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
-    mixed = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
-    if (hidden.dtype != weight.dtype and not mixed) or hidden.device != weight.device:
-        raise ValueError(
-            f"hidden and weight must share dtype and device, got {hidden.dtype} on {hidden.device} "
-            f"and {weight.dtype} on {weight.device}"
-        )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
-        raise ValueError(f"bias must have shape ({len(weight)},) on {weight.device}, got {tuple(bias.shape)}")
-
-
-def check_main_grad(main_grad: torch.Tensor | None, weight: torch.Tensor) -> None:
-    """Raise ValueError unless ``main_grad`` is None or a dense fp32 tensor shaped like ``weight``."""
-    if main_grad is None:
-        return
-    if main_grad.shape != weight.shape or main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
-        raise ValueError(
-            f"main_grad must be dense float32 of shape {tuple(weight.shape)}, "
-            f"got {main_grad.dtype} of shape {tuple(main_grad.shape)}"
-        )
-
-
-def check_workspace(workspace_mb: int | None, device: torch.device) -> int:
-    """What the linear functions may take, by the card unless given; ValueError for less than a MiB."""
-    if workspace_mb is None:
-        return default_workspace_mb(device)
-    if workspace_mb < 1:
-        raise ValueError(f"workspace_mb={workspace_mb} must be at least 1")
-    return workspace_mb
-
-
-def chosen_rows(wanted_N: torch.Tensor, host_sync: bool) -> Rows:
-    """The tokens that are wanted, or all where that is what they are or where the host may not wait to know."""
-    if not host_sync:
-        return None
-    rows = wanted_N.nonzero().squeeze(1)
-    return None if len(rows) == len(wanted_N) else rows
-
-
-def count(rows: Rows, x: torch.Tensor) -> int:
-    """How many rows of ``x`` are chosen."""
-    return len(x) if rows is None else len(rows)
-
-
-def take(x: torch.Tensor, rows: Rows, chunk: slice = slice(None)) -> torch.Tensor:
-    """A chunk of the chosen rows of ``x``; a view of it if all are."""
-    return x[chunk] if rows is None else x.index_select(0, rows[chunk])
-
-
-def spread(x: torch.Tensor, rows: Rows, length: int, fill: float = 0.0) -> torch.Tensor:
-    """``x`` at the chosen rows of a tensor of this length that is ``fill`` elsewhere."""
-    return x if rows is None else x.new_full((length, *x.shape[1:]), fill).index_copy_(0, rows, x)
-
 
 def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, targets: torch.Tensor, save: bool, *rest: Any) -> Any:
-    _, _, workspace_mb, backend, *values = rest
+    _, _, workspace_mb, backend, options = rest
     dtype = compute_dtype(hidden, weight)
-    projection = Projection(weight=weight, options=Shard.of(tuple(values)), workspace_mb=workspace_mb)
+    projection = Projection(weight=weight, options=options, workspace_mb=workspace_mb)
     saved = projection.saved(len(targets) if save else 0, hidden.dtype if backend == "triton" else dtype)
     return *(hidden.new_empty(len(targets), dtype=dtype) for _ in range(3)), *saved
 
 
 @operator(
     "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, bool save_logits, bool padded, "
-    f"bool host_sync, int workspace_mb, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool host_sync, int workspace_mb, str backend, OPTIONS) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    Shard,
 )
-def _forward(
+def forward(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -127,14 +75,13 @@ def _forward(
     host_sync: bool,
     workspace_mb: int,
     backend: str,
-    *values: Any,
+    options: Shard,
 ) -> tuple[torch.Tensor, ...]:
     """Log-probs, entropies and log-sum-exps [N]; the softmax weights [M, V] and tile maxima [M, K] to save.
 
     With ``padded`` the latter have N rows, so that their shape does not depend on the targets. The PyTorch backend
     saves logits in their stead.
     """
-    options = Shard.of(values)
     rows = chosen_rows(targets != options.ignore_index, host_sync)
     kept = count(rows, targets)
     projection = Projection(
@@ -159,10 +106,10 @@ def _forward(
             tile_max[chunk] if save_logits else None,
         )
     outputs = combine(statistics, targets_M, options)
-    return *(spread(x, rows, len(targets), fill) for x, fill in zip(outputs, FILLS, strict=True)), weights, tile_max
+    return *(spread(x, rows, len(targets), fill) for x, fill in zip(outputs, _FILLS, strict=True)), weights, tile_max
 
 
-FILLS = (0.0, 0.0, float("inf"))
+_FILLS = (0.0, 0.0, float("inf"))
 """Log-prob, entropy and log-sum-exp of ignored tokens: the last makes every probability 0."""
 
 
@@ -187,33 +134,18 @@ def _fake_backward(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest:
     "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor logprob, "
     "Tensor entropy, Tensor lse, Tensor weights, Tensor tile_max, Tensor? d_logprob, Tensor? d_entropy, "
     "Tensor(a!)? main_grad, bool train_hidden, bool train_weight, bool train_bias, bool saved, bool host_sync, "
-    f"int workspace_mb, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor)",
+    "int workspace_mb, str backend, OPTIONS) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
+    Shard,
 )
-def _backward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    logprob: torch.Tensor,
-    entropy: torch.Tensor,
-    lse: torch.Tensor,
-    weights: torch.Tensor,
-    tile_max: torch.Tensor,
-    d_logprob: torch.Tensor | None,
-    d_entropy: torch.Tensor | None,
-    main_grad: torch.Tensor | None,
-    train_hidden: bool,
-    train_weight: bool,
-    train_bias: bool,
-    saved: bool,
-    host_sync: bool,
-    workspace_mb: int,
-    backend: str,
-    *values: Any,
-) -> tuple[torch.Tensor, ...]:
+def backward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+    logprob: torch.Tensor, entropy: torch.Tensor, lse: torch.Tensor, weights: torch.Tensor, tile_max: torch.Tensor,
+    d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None, main_grad: torch.Tensor | None,
+    train_hidden: bool, train_weight: bool, train_bias: bool, saved: bool, host_sync: bool, workspace_mb: int,
+    backend: str, options: Shard,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The gradients of hidden states, weight and bias, nothing in place of those not asked for or added elsewhere."""
-    options = Shard.of(values)
     nothing = (hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0))
     asked = (train_hidden, train_weight, train_bias)
     if backend == "torch":
@@ -385,8 +317,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     ) -> Any:
         save_logits = save_logits and any(ctx.needs_input_grad)
         padded = torch.compiler.is_compiling() or not host_sync
-        common = (host_sync, workspace_mb, backend, *flat(options))
-        logprob, entropy, lse, weights, tile_max = _forward(hidden, weight, bias, targets, save_logits, padded, *common)
+        common = (host_sync, workspace_mb, backend, options)
+        logprob, entropy, lse, weights, tile_max = forward(hidden, weight, bias, targets, save_logits, padded, *common)
         ctx.save_for_backward(hidden, weight, bias, targets, logprob, entropy, lse, weights, tile_max)
         ctx.main_grad, ctx.save_logits, ctx.common = main_grad, save_logits, common
         ctx.set_materialize_grads(False)
@@ -398,7 +330,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         if d_logprob is None and d_entropy is None:
             return (None,) * 10
         wanted = ctx.needs_input_grad[:3]
-        gradients = _backward(
+        gradients = backward(
             *ctx.saved_tensors, d_logprob, d_entropy, ctx.main_grad, *wanted, ctx.save_logits, *ctx.common
         )
         given = (wanted[0], wanted[1] and ctx.main_grad is None, wanted[2])
@@ -435,6 +367,7 @@ def linear_token_logprobs(
     """
     softmax = softmax_options(options)
     refuse("linear_token_logprobs", options, SoftmaxOptions)
+    refuse_transforms()
     check_linear(hidden, weight, bias)
     check_targets(targets, len(hidden), hidden.device)
     check_main_grad(main_grad, weight)

@@ -15,22 +15,13 @@ Legend: N tokens, M unmasked tokens, n tokens of a chunk, V columns of this rank
 sequences, T steps, K tiles.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ctrl_kernels import reference
-from ctrl_kernels.linear_logprobs import (
-    Rows,
-    check_linear,
-    check_main_grad,
-    check_workspace,
-    linear_token_logprobs,
-    spread,
-    take,
-)
+from ctrl_kernels import losses_reference
+from ctrl_kernels.linear_logprobs import linear_token_logprobs
 from ctrl_kernels.operators import first_order, operator
 from ctrl_kernels.options import (
     Backend,
@@ -41,87 +32,28 @@ from ctrl_kernels.options import (
     check_kernel_dtype,
     check_shapes,
     check_targets,
-    flat,
     policy_options,
     refuse,
     resolve_backend,
-    schema,
     softmax_options,
     with_options,
 )
-from ctrl_kernels.policy_loss import SUMS, named_metrics, policy_denominator, policy_terms, policy_totals
-from ctrl_kernels.projection import Projection, matrix, propagate, scale_
+from ctrl_kernels.policy_kernel import METRICS
+from ctrl_kernels.policy_loss import named_metrics, policy_denominator, policy_totals
+from ctrl_kernels.policy_tokens import PolicyTokens, in_fp16_range, select_tokens
+from ctrl_kernels.projection import (
+    Projection,
+    check_linear,
+    check_main_grad,
+    check_workspace,
+    matrix,
+    propagate,
+    scale_,
+    spread,
+    take,
+)
 from ctrl_kernels.softmax_gradient import weights_gradient
 from ctrl_kernels.softmax_statistics import combine_segments, gather_statistics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tokens:
-    """What the loss takes for each of M unmasked tokens, those with a gradient first, and their ``weights`` in it."""
-
-    rows: Rows
-    targets: torch.Tensor
-    active: torch.Tensor
-    old_logprobs: torch.Tensor
-    advantages: torch.Tensor
-    weights: torch.Tensor
-    extras: dict[str, torch.Tensor | None]
-    with_gradient: int
-
-    def terms(
-        self, chunk: slice, logprobs: torch.Tensor, entropy: torch.Tensor, options: PolicyOptions, **out: Any
-    ) -> torch.Tensor:
-        """``policy_terms`` of a chunk of these tokens."""
-        return policy_terms(
-            logprobs,
-            self.old_logprobs[chunk],
-            self.advantages[chunk],
-            self.active[chunk],
-            1.0,
-            options,
-            entropy=entropy,
-            token_weights=self.weights[chunk],
-            **{name: None if x is None else x[chunk] for name, x in self.extras.items()},
-            **out,
-        )
-
-
-def _select(
-    mask: torch.Tensor,
-    scalar: float | torch.Tensor,
-    options: PolicyOptions,
-    host_sync: bool,
-    ignore_index: int,
-    *,
-    targets: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    **extras: torch.Tensor | None,
-) -> _Tokens:
-    """The unmasked tokens of [B, T] tensors; all of them, masked ones with weight 0, where the host may not wait."""
-    if isinstance(scalar, torch.Tensor):
-        weights = torch.where(scalar > 0, 1 / scalar.float(), 0.0).expand(mask.shape)
-    else:
-        weights = torch.full_like(mask, 1 / scalar, dtype=torch.float32)
-    if options.aggregation == "seq-mean-token-mean":
-        weights = weights / mask.sum(1, keepdim=True).clamp_min(1)
-    rows, n = None, mask.numel()
-    if not host_sync:
-        targets = torch.where(mask.flatten(), targets, ignore_index)
-    else:
-        active = mask
-        if options.kl_coef == 0 and options.entropy_coef == 0 and extras.get("drift_weights") is None:
-            active = mask & (advantages != 0)
-        with_gradient = active.flatten().nonzero().squeeze(1)
-        rows = torch.cat((with_gradient, (mask & ~active).flatten().nonzero().squeeze(1)))
-        n = len(with_gradient)
-
-    def chosen(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else take(x.detach().flatten(), rows).contiguous()
-
-    given = {"targets": targets, "active": mask, "old_logprobs": old_logprobs, "advantages": advantages}
-    picked: dict[str, Any] = {name: chosen(x) for name, x in (given | {"weights": weights}).items()}
-    return _Tokens(rows=rows, extras={k: chosen(x) for k, x in extras.items()}, with_gradient=n, **picked)
 
 
 def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any) -> Any:
@@ -130,7 +62,7 @@ def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any) -> 
     half = hidden.dtype == torch.float16
     return (
         hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(SUMS, dtype=torch.float32),
+        hidden.new_empty(len(METRICS), dtype=torch.float32),
         torch.empty_like(hidden, dtype=torch.float32 if half else hidden.dtype, memory_format=like)
         if train_hidden
         else hidden.new_empty(0),
@@ -146,42 +78,28 @@ def _fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Any, *rest: Any) -> 
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor mask, Tensor old_logprobs, "
     "Tensor advantages, Tensor? ref_logprobs, Tensor? importance_weights, Tensor? drift_weights, Tensor? denominator, "
     "float constant, bool train_hidden, bool train_weight, bool train_bias, bool wide, Tensor(a!)? main_grad, "
-    f"bool host_sync, int workspace_mb, {schema(Shard)}, {schema(PolicyOptions)}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool host_sync, int workspace_mb, OPTIONS) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    Shard,
+    PolicyOptions,
 )
-def _fused(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    mask: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    ref_logprobs: torch.Tensor | None,
-    importance_weights: torch.Tensor | None,
-    drift_weights: torch.Tensor | None,
-    denominator: torch.Tensor | None,
-    constant: float,
-    train_hidden: bool,
-    train_weight: bool,
-    train_bias: bool,
-    wide: bool,
-    main_grad: torch.Tensor | None,
-    host_sync: bool,
-    workspace_mb: int,
-    *values: Any,
-) -> tuple[torch.Tensor, ...]:
+def one_pass(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, mask: torch.Tensor,
+    old_logprobs: torch.Tensor, advantages: torch.Tensor, ref_logprobs: torch.Tensor | None,
+    importance_weights: torch.Tensor | None, drift_weights: torch.Tensor | None, denominator: torch.Tensor | None,
+    constant: float, train_hidden: bool, train_weight: bool, train_bias: bool, wide: bool,
+    main_grad: torch.Tensor | None, host_sync: bool, workspace_mb: int, softmax: Shard,
+    options: PolicyOptions,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The loss, its metrics and, as far as asked for, the gradients of hidden states [N, D], weight [V, D], bias [V].
 
     In fp16 the gradients stay in fp32, in units of the last value returned, until the upstream gradient is known.
     ``wide``: the weight's is wanted in fp32. It is added to ``main_grad`` if that is given.
     """
-    softmax, options = Shard.of(values[:SHARD_FIELDS]), PolicyOptions.of(values[SHARD_FIELDS:])
     projection = Projection(
         weight=weight.to(hidden.dtype).contiguous(), options=softmax, workspace_mb=workspace_mb, bias=bias
     )
-    tokens = _select(
+    tokens = select_tokens(
         mask,
         constant if denominator is None else denominator,
         options,
@@ -198,7 +116,7 @@ def _fused(
     n = tokens.with_gradient if any(asked) else 0
     weighted, unit = tokens, hidden.new_ones((), dtype=torch.float32)
     if hidden.dtype == torch.float16 and n:
-        weighted, unit = _in_fp16_range(tokens)
+        weighted, unit = in_fp16_range(tokens)
     final = torch.float32 if wide or hidden.dtype == torch.float16 else weight.dtype
     logprobs = hidden.new_empty(len(tokens.targets), dtype=torch.float32)
     entropy = torch.empty_like(logprobs)
@@ -216,19 +134,9 @@ def _fused(
     return loss, metrics, *found, unit
 
 
-SHARD_FIELDS = len(flat(SoftmaxOptions().shard(1)))
-
-
-def _in_fp16_range(tokens: _Tokens) -> tuple[_Tokens, torch.Tensor]:
-    """The tokens with weights near 1, whose slopes fp16 can hold, and the power of 2 that was taken out of them."""
-    largest = torch.where(tokens.active, tokens.weights, 0.0).amax()
-    unit = torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest))), 1.0)
-    return replace(tokens, weights=tokens.weights / unit), unit
-
-
 def _sweep(
     hidden: torch.Tensor,
-    tokens: _Tokens,
+    tokens: PolicyTokens,
     projection: Projection,
     options: PolicyOptions,
     n: int,
@@ -274,7 +182,7 @@ def _sweep(
 
 def _chunk(
     projection: Projection,
-    tokens: _Tokens,
+    tokens: PolicyTokens,
     chunk: slice,
     parts: list[slice],
     hidden_nD: torch.Tensor,
@@ -341,7 +249,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         now = (main_grad is not None, main_grad if at_once else None)
         asked = ctx.needs_input_grad[:3]
         arguments = (hidden, weight, bias, *inputs, *asked, *now, *common)
-        loss, metrics, *gradients = _fused(*arguments)
+        loss, metrics, *gradients = one_pass(*arguments)
         ctx.mark_non_differentiable(metrics)
         ctx.main_grad, ctx.at_once = main_grad, at_once
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -361,7 +269,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         else:
             # Scaled in place and given away, so a second pass over a retained graph forms the gradients again.
             ctx.saved_tensors  # noqa: B018  (raises if an input was changed in place since)
-            *gradients, unit = ctx.gradients or _fused(*ctx.arguments)[2:]
+            *gradients, unit = ctx.gradients or one_pass(*ctx.arguments)[2:]
             ctx.gradients = None
             scaled = [scale_(x, d_loss * unit) for x in gradients]
         d_hidden, d_weight, d_bias = (
@@ -398,27 +306,37 @@ def _check_tokens(
         )
 
 
-@with_options(SoftmaxOptions, PolicyOptions)
-def linear_policy_loss(
+def _composed(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
     mask: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    ref_logprobs: torch.Tensor | None = None,
-    importance_weights: torch.Tensor | None = None,
-    drift_weights: torch.Tensor | None = None,
-    denominator: float | torch.Tensor | None = None,
-    main_grad: torch.Tensor | None = None,
-    unit_gradient: bool = False,
-    host_sync: bool = True,
-    workspace_mb: int | None = None,
-    backend: Backend = "auto",
-    **options: Any,
+    constants: dict[str, torch.Tensor | None],
+    denominator: float | torch.Tensor | None,
+    softmax: SoftmaxOptions,
+    options: PolicyOptions,
+    layer: dict[str, torch.Tensor | None],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The PyTorch backend: the two functions that this one unites, one after the other."""
+    settings: Any = layer | {name: getattr(softmax, name) for name in SoftmaxOptions.__slots__}
+    logprobs, entropy = linear_token_logprobs(
+        hidden, weight, targets, return_entropy=True, backend="torch", **settings
+    )  # fmt: skip
+    return losses_reference.policy_loss(
+        logprobs.view(mask.shape), mask=mask, options=options, entropy=entropy.view(mask.shape),
+        denominator=denominator, **constants,
+    )  # fmt: skip
+
+
+@with_options(SoftmaxOptions, PolicyOptions)
+def linear_policy_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, old_logprobs: torch.Tensor,
+    advantages: torch.Tensor, mask: torch.Tensor, *, bias: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None, importance_weights: torch.Tensor | None = None,
+    drift_weights: torch.Tensor | None = None, denominator: float | torch.Tensor | None = None,
+    main_grad: torch.Tensor | None = None, unit_gradient: bool = False, host_sync: bool = True,
+    workspace_mb: int | None = None, backend: Backend = "auto", **options: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """``policy_loss`` of the log-probs and entropies that ``linear_token_logprobs`` gives, with the former's results.
 
     ``hidden`` is [N, D] with the other tensors [N], or [B, T, D] with [B, T], which aggregations over sequences need.
@@ -435,15 +353,11 @@ def linear_policy_loss(
     softmax, policy = softmax_options(options), policy_options(options)
     refuse("linear_policy_loss", options, SoftmaxOptions, PolicyOptions)
     constants = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        "ref_logprobs": ref_logprobs,
-        "importance_weights": importance_weights,
-        "drift_weights": drift_weights,
-    }
+        "old_logprobs": old_logprobs, "advantages": advantages, "ref_logprobs": ref_logprobs,
+        "importance_weights": importance_weights, "drift_weights": drift_weights,
+    }  # fmt: skip
     _check_tokens(hidden, targets, mask, constants, policy)
-    if policy.kl_coef != 0 and ref_logprobs is None:
-        raise ValueError(f"kl_coef={policy.kl_coef} needs ref_logprobs")
+    policy.check_terms(ref_logprobs=ref_logprobs)
     if unit_gradient and main_grad is None:
         raise ValueError("unit_gradient=True needs main_grad")
     check_denominator(denominator)
@@ -457,21 +371,15 @@ def linear_policy_loss(
     by_row = {name: None if x is None else x.detach().reshape(shape) for name, x in constants.items()}
     if resolve_backend(backend, hidden) == "torch":
         kept_N = torch.where(mask_BT.flatten(), targets_N, softmax.ignore_index)
-        settings: Any = {name: getattr(softmax, name) for name in SoftmaxOptions.__slots__}
-        logprobs, entropy = linear_token_logprobs(
-            hidden_ND, weight, kept_N, bias=bias, return_entropy=True, main_grad=main_grad, backend="torch", **settings
-        )
-        return reference.policy_loss(
-            logprobs.view(shape), mask=mask_BT, options=policy, entropy=entropy.view(shape), denominator=denominator,
-            **by_row,
-        )  # fmt: skip
+        layer = {"bias": bias, "main_grad": main_grad}
+        return _composed(hidden_ND, weight, kept_N, mask_BT, by_row, denominator, softmax, policy, layer)
     check_kernel_dtype(hidden=hidden, weight=weight, bias=bias, **constants)
     if not torch.is_grad_enabled():
         hidden_ND, weight, bias = hidden_ND.detach(), weight.detach(), None if bias is None else bias.detach()
     scalar = policy_denominator(mask_BT, denominator, policy)
     on_device = isinstance(scalar, torch.Tensor)
     inputs = (targets_N, mask_BT, *by_row.values(), *((scalar, 1.0) if on_device else (None, scalar)))
-    common = (host_sync, workspace_mb, *flat(softmax.shard(len(weight))), *flat(policy))
+    common = (host_sync, workspace_mb, softmax.shard(len(weight)), policy)
     loss, metrics = _LinearPolicyLoss.apply(
         hidden_ND.contiguous(), weight, bias, inputs, main_grad, unit_gradient, common
     )

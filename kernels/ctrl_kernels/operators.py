@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ctrl_kernels.options import flat, schema
+
 _LIBRARY = torch.library.Library("ctrl_kernels", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -20,10 +22,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call without autocast and on the first argument's device."""
     device = arguments[0].device
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return _run(function, arguments)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if kind == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return function(*arguments)
     return function(*arguments)
@@ -59,22 +62,44 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def operator(signature: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the function below as the operator with this ``signature``; ``fake`` makes results without values."""
-    name = signature.split("(")[0]
+def _filled(found: Any, values: tuple[Any, ...]) -> Any:
+    """What an operator returns where the function has nothing: an empty tensor."""
+    if isinstance(found, tuple):
+        return tuple(values[0].new_empty(0) if x is None else x for x in found)
+    return found
+
+
+def operator(
+    signature: str, fake: Callable[..., Any], *kinds: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the function below as the operator with this ``signature``; ``fake`` makes results without values.
+
+    The function may return None for a tensor; the operator returns an empty one instead. ``kinds``: types of
+    options, objects of which the function and ``fake`` take last; the operator takes their fields.
+    """
+    name, listed = signature.split("(")[0], ", ".join(map(schema, kinds))
+    count = len(kinds)
+
+    def packed(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        objects: list[Any] = []
+        for kind in reversed(kinds):
+            fields = len(kind.__dataclass_fields__)
+            objects.insert(0, kind.of(values[-fields:]))
+            values = values[:-fields]
+        return *values, *objects
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        def implementation(*arguments: Any) -> Any:
-            return _run(function, arguments)
-
-        _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ctrl_kernels::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.define(signature.replace("OPTIONS", listed), tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(
+            name, lambda *values: _filled(_run(function, packed(values)), values), "CompositeExplicitAutograd"
+        )
+        torch.library.register_fake(f"ctrl_kernels::{name}", lambda *values: fake(*packed(values)), lib=_LIBRARY)
         traced = getattr(torch.ops.ctrl_kernels, name).default
 
         def call(*arguments: Any) -> Any:
             if torch.compiler.is_compiling() or type(arguments[0]) not in _PLAIN:
-                return traced(*arguments)
+                plain = len(arguments) - count
+                return traced(*arguments[:plain], *(value for x in arguments[plain:] for value in flat(x)))
             return _run(function, arguments)
 
         call.__doc__ = function.__doc__

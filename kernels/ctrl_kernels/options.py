@@ -35,7 +35,7 @@ KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: beyond it a ratio is a fault of the rollout, not a signal
 K3_LIMIT = 10.0
 FLOOR = -800.0  # exp(FLOOR) is 0 in float64 too: stands in for -inf where -inf * 0 would be NaN
-MIN_TEMPERATURE = 1e-4
+_MIN_TEMPERATURE = 1e-4
 INTERPRETED = isinstance(tl.max, InterpretedFunction)
 """Whether Triton's kernels run in its interpreter: ``TRITON_INTERPRET=1`` before triton's first import."""
 
@@ -62,6 +62,8 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Literal["triton", "to
     Raises ValueError for an unknown name, and for Triton on what it cannot run: CPU tensors outside the interpreter.
     """
     choose("backend", backend, BACKENDS)
+    if backend == "triton" or (backend == "auto" and tensor.is_cuda):
+        refuse_transforms()
     if backend == "auto":
         return "triton" if tensor.is_cuda else "torch"
     if backend == "triton" and not tensor.is_cuda and not INTERPRETED:
@@ -70,6 +72,15 @@ def resolve_backend(backend: str, tensor: torch.Tensor) -> Literal["triton", "to
             "before Python starts, or use backend='torch' or 'auto'"
         )
     return "triton" if backend == "triton" else "torch"
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError inside ``torch.vmap`` and the transforms of ``torch.func``."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "ctrl_kernels: torch.vmap and torch.func are not supported; flatten the batch dimension into the tokens, "
+            "and differentiate with torch.autograd"
+        )
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -138,8 +149,8 @@ class SoftmaxOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
-        if not (math.isfinite(self.temperature) and self.temperature >= MIN_TEMPERATURE):
-            raise ValueError(f"temperature={self.temperature} must be finite and at least {MIN_TEMPERATURE}")
+        if not (math.isfinite(self.temperature) and self.temperature >= _MIN_TEMPERATURE):
+            raise ValueError(f"temperature={self.temperature} must be finite and at least {_MIN_TEMPERATURE}")
         if self.vocab_start < 0:
             raise ValueError(f"vocab_start={self.vocab_start} must not be negative")
         if self.vocab_size is not None and self.vocab_size < 1:
@@ -151,6 +162,11 @@ class SoftmaxOptions:
 
     def shard(self, columns: int) -> Shard:
         """These options for a shard of so many columns."""
+        if self.group is None and not torch.compiler.is_compiling():
+            return _cached_shard(self, columns)
+        return self._shard(columns)
+
+    def _shard(self, columns: int) -> Shard:
         start, scale = self.vocab_start, self.logit_scale
         valid = columns if self.vocab_size is None else min(max(self.vocab_size - start, 0), columns)
         return Shard(
@@ -245,6 +261,12 @@ class PolicyOptions:
         if not (self.tau_positive > 0 and self.tau_negative > 0):
             raise ValueError(f"tau_positive={self.tau_positive} and tau_negative={self.tau_negative} must be positive")
 
+    def check_terms(self, **tensors: torch.Tensor | None) -> None:
+        """Raise ValueError where a term has a weight, but no tensor."""
+        for coefficient, name in (("kl_coef", "ref_logprobs"), ("entropy_coef", "entropy")):
+            if getattr(self, coefficient) != 0 and tensors.get(name, self) is None:
+                raise ValueError(f"{coefficient}={getattr(self, coefficient)} needs {name}")
+
     @classmethod
     def of(cls, values: tuple[Any, ...]) -> PolicyOptions:
         """From the fields' values, in order."""
@@ -258,10 +280,13 @@ class PolicyOptions:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _cached_softmax = lru_cache(maxsize=64)(SoftmaxOptions)
+_cached_shard = lru_cache(maxsize=64)(SoftmaxOptions._shard)
 _cached_policy = lru_cache(maxsize=64)(PolicyOptions)
 _FIELDS: dict[type, tuple[str, ...]] = {
     kind: tuple(f.name for f in dataclasses.fields(kind)) for kind in (SoftmaxOptions, PolicyOptions)
 }
+
+_POLICY_NAMES = frozenset(_FIELDS[PolicyOptions])
 
 
 def softmax_options(options: dict[str, Any]) -> SoftmaxOptions:
@@ -275,6 +300,10 @@ def softmax_options(options: dict[str, Any]) -> SoftmaxOptions:
 
 def policy_options(options: dict[str, Any]) -> PolicyOptions:
     """The policy loss's part of a call's keyword arguments, taken out of them."""
+    if not torch.compiler.is_compiling() and options.keys() <= _POLICY_NAMES:
+        taken = _cached_policy(**options)
+        options.clear()
+        return taken
     chosen = {name: options.pop(name) for name in _FIELDS[PolicyOptions] if name in options}
     return PolicyOptions(**chosen) if torch.compiler.is_compiling() else _cached_policy(**chosen)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 import triton
@@ -22,13 +23,14 @@ import triton.language as tl
 from ctrl_kernels.options import Shard, ceil_div
 from ctrl_kernels.softmax_statistics import segment_columns, segment_count, softmax_statistics, tile_shape
 
-CHUNK_MULTIPLE = 128  # tokens of a chunk: whole tiles of a matrix product
-TILE_COLUMNS = 256
+_CHUNK_MULTIPLE = 128  # tokens of a chunk: whole tiles of a matrix product
+_TILE_COLUMNS = 256
 PROCESSORS = 132  # of an H100 or H200, where there is no GPU to ask
 WORKSPACE_MB = 2048  # where a fortieth of the card's memory allows it
-LOGITS_PART = 4  # of the workspace, what is left to fp32 logits beside what stays of a chunk, at least
+_LOGITS_PART = 4  # of the workspace, what is left to fp32 logits beside what stays of a chunk, at least
 SCALE_BLOCK = 4096
-SCALE_PROGRAMS = 528  # a few a processor: idle ones end at once
+_SCALE_PROGRAMS = 528  # a few a processor: idle ones end at once
+Rows: TypeAlias = torch.Tensor | None  # distinct increasing indices of tokens; None: all of them
 
 
 @lru_cache(maxsize=32)
@@ -40,11 +42,73 @@ def _card(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.total_memory >> 20
 
 
-def default_workspace_mb(device: torch.device) -> int:
+def _default_workspace_mb(device: torch.device) -> int:
     """What the linear functions may take unless told otherwise: a fortieth of the card, 2 GiB at most."""
     if torch.compiler.is_compiling():
         return 0  # asked by the operator: what a card has is no business of a trace
     return max(64, min(WORKSPACE_MB, _card(device)[1] // 40))
+
+
+def check_linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise ValueError unless ``hidden`` [N, D], ``weight`` [V, D] and ``bias`` [V] fit together.
+
+    Beside hidden states in half precision the weight may be fp32, as a master weight under AMP is.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden (N, D) and weight (V, D) must share D, got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    mixed = weight.dtype == torch.float32 and hidden.dtype in (torch.bfloat16, torch.float16)
+    if (hidden.dtype != weight.dtype and not mixed) or hidden.device != weight.device:
+        raise ValueError(
+            f"hidden and weight must share dtype and device, got {hidden.dtype} on {hidden.device} "
+            f"and {weight.dtype} on {weight.device}"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.device != weight.device):
+        raise ValueError(f"bias must have shape ({len(weight)},) on {weight.device}, got {tuple(bias.shape)}")
+
+
+def check_main_grad(main_grad: torch.Tensor | None, weight: torch.Tensor) -> None:
+    """Raise ValueError unless ``main_grad`` is None or a dense fp32 tensor shaped like ``weight``."""
+    if main_grad is None:
+        return
+    if main_grad.shape != weight.shape or main_grad.dtype != torch.float32 or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad must be dense float32 of shape {tuple(weight.shape)}, "
+            f"got {main_grad.dtype} of shape {tuple(main_grad.shape)}"
+        )
+
+
+def check_workspace(workspace_mb: int | None, device: torch.device) -> int:
+    """What the linear functions may take, by the card unless given; ValueError for less than a MiB."""
+    if workspace_mb is None:
+        return _default_workspace_mb(device)
+    if workspace_mb < 1:
+        raise ValueError(f"workspace_mb={workspace_mb} must be at least 1")
+    return workspace_mb
+
+
+def chosen_rows(wanted_N: torch.Tensor, host_sync: bool) -> Rows:
+    """The tokens that are wanted, or all where that is what they are or where the host may not wait to know."""
+    if not host_sync:
+        return None
+    rows = wanted_N.nonzero().squeeze(1)
+    return None if len(rows) == len(wanted_N) else rows
+
+
+def count(rows: Rows, x: torch.Tensor) -> int:
+    """How many rows of ``x`` are chosen."""
+    return len(x) if rows is None else len(rows)
+
+
+def take(x: torch.Tensor, rows: Rows, chunk: slice = slice(None)) -> torch.Tensor:
+    """A chunk of the chosen rows of ``x``; a view of it if all are."""
+    return x[chunk] if rows is None else x.index_select(0, rows[chunk])
+
+
+def spread(x: torch.Tensor, rows: Rows, length: int, fill: float = 0.0) -> torch.Tensor:
+    """``x`` at the chosen rows of a tensor of this length that is ``fill`` elsewhere."""
+    return x if rows is None else x.new_full((length, *x.shape[1:]), fill).index_copy_(0, rows, x)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,33 +153,33 @@ class Projection:
             return []
         space = self._workspace_bytes
         if whole_waves:
-            space -= space // LOGITS_PART
-        most = max(1, space // bytes_per_token // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+            space -= space // _LOGITS_PART
+        most = max(1, space // bytes_per_token // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
         step = _even(tokens, most)
         if whole_waves and step < tokens:
             # Up to the largest chunk that fits: uneven ones may fill whole waves where even ones do not.
-            sizes = range(CHUNK_MULTIPLE, min(most, tokens) + 1, CHUNK_MULTIPLE)
+            sizes = range(_CHUNK_MULTIPLE, min(most, tokens) + 1, _CHUNK_MULTIPLE)
             step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + ceil_div(tokens, n), -n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
     def parts(self, chunk: slice, bytes_per_token: int) -> list[slice]:
         """A chunk, of which each token takes so much, in even parts whose fp32 logits of a segment fit beside it."""
         tokens, space = chunk.stop - chunk.start, self._workspace_bytes
-        left = max(space - bytes_per_token * tokens, space // LOGITS_PART)
-        most = max(1, left // (4 * self.segment) // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+        left = max(space - bytes_per_token * tokens, space // _LOGITS_PART)
+        most = max(1, left // (4 * self.segment) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
         step = _even(tokens, most)
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
     @property
     def _workspace_bytes(self) -> int:
-        return (self.workspace_mb or default_workspace_mb(self.weight.device)) << 20
+        return (self.workspace_mb or _default_workspace_mb(self.weight.device)) << 20
 
     def _waves(self, tokens: int, step: int) -> int:
         """Waves of tiles that the products [n, D] take for all chunks of ``step`` tokens."""
         processors, _ = _card(self.weight.device)
         whole, rest = divmod(tokens, step)
-        across = ceil_div(self.weight.shape[1], TILE_COLUMNS)
-        waves = [ceil_div(ceil_div(n, CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
+        across = ceil_div(self.weight.shape[1], _TILE_COLUMNS)
+        waves = [ceil_div(ceil_div(n, _CHUNK_MULTIPLE) * across, processors) for n in (step, rest)]
         return whole * waves[0] + waves[1]
 
     def workspace(self, chunks: list[slice], columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -168,7 +232,7 @@ class Projection:
 
 def _even(tokens: int, most: int) -> int:
     """The size of the fewest even chunks of at most so many tokens, rounded up to whole tiles."""
-    return ceil_div(ceil_div(tokens, ceil_div(tokens, most)), CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    return ceil_div(ceil_div(tokens, ceil_div(tokens, most)), _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
 
 
 def matrix(workspace: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -230,7 +294,7 @@ def propagate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, *, f
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
         for begin in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
@@ -244,6 +308,6 @@ def scale_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     if type(x) is not torch.Tensor:  # fake: nothing to launch for
         return x.mul_(factor)
     if x.numel():
-        programs = min(ceil_div(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
-        _scale_kernel[(programs,)](x, factor.float(), x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+        programs = min(ceil_div(x.numel(), SCALE_BLOCK), _SCALE_PROGRAMS)
+        scale_kernel[(programs,)](x, factor.float(), x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
     return x

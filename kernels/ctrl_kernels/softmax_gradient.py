@@ -24,7 +24,7 @@ GRADIENT_WARPS = 4
 
 
 @triton.jit
-def _logits_gradient_kernel(
+def logits_gradient_kernel(
     logits_ptr,
     logits_stride,
     bias_ptr,
@@ -86,7 +86,7 @@ def _logits_gradient_kernel(
 
 
 @triton.jit
-def _weights_gradient_kernel(
+def weights_gradient_kernel(
     weights_ptr,
     weights_stride,
     out_ptr,
@@ -167,7 +167,7 @@ def logits_gradient(
         return
     block_v = min(next_power_of_2(columns), TILE_ELEMENTS)
     block_n = TILE_ELEMENTS // block_v
-    _logits_gradient_kernel[(ceil_div(tokens, block_n) * ceil_div(columns, block_v),)](
+    logits_gradient_kernel[(ceil_div(tokens, block_n) * ceil_div(columns, block_v),)](
         logits_NV,
         logits_NV.stride(0),
         bias_V,
@@ -218,7 +218,7 @@ def weights_gradient(
     """
     tokens, tiles = tile_max_NK.shape
     rows, columns = tile_shape(segment)
-    _weights_gradient_kernel[(ceil_div(tokens, rows) * tiles,)](
+    weights_gradient_kernel[(ceil_div(tokens, rows) * tiles,)](
         weights_NV,
         weights_NV.stride(0),
         out_NV,

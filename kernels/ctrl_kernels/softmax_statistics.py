@@ -29,6 +29,8 @@ of this rank.
 """
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import lru_cache
+
 import torch
 import torch.distributed as dist
 import triton
@@ -36,7 +38,7 @@ import triton.language as tl
 
 from ctrl_kernels.options import Shard, ceil_div, next_power_of_2
 
-SEGMENTS = 8
+_SEGMENTS = 8
 TILE_ELEMENTS = 2048
 STATISTICS_WARPS = 4
 VECTOR = 8  # 16 bytes of half precision, which a thread loads in one instruction
@@ -48,21 +50,23 @@ LOG2_FLOOR = tl.constexpr(-200.0)  # exp2(-200) is 0 in fp32: stands in for -inf
 
 def segment_columns(columns: int, ranks: int) -> int:
     """The width of a segment of a shard with ``columns`` columns."""
-    segments = max(1, SEGMENTS // ranks)
+    segments = max(1, _SEGMENTS // ranks)
     return max(16, ceil_div(ceil_div(columns, segments), 16) * 16)
 
 
 def segment_count(ranks: int) -> int:
     """How many segments a rank's shard has; the last ones may be empty."""
-    return max(1, SEGMENTS // ranks)
+    return max(1, _SEGMENTS // ranks)
 
 
+@lru_cache(maxsize=64)
 def tile_shape(segment: int) -> tuple[int, int]:
     """Rows and columns of a tile for segments of this width: both depend on nothing else."""
     columns = min(next_power_of_2(segment), TILE_ELEMENTS)
     return TILE_ELEMENTS // columns, columns
 
 
+@lru_cache(maxsize=16)
 def lanes(columns: int) -> dict[str, int]:
     """How a row of a tile falls to lanes: each takes ``REPEATS`` times a ``VECTOR`` of neighbours."""
     vector = min(columns, VECTOR)
@@ -122,31 +126,46 @@ def _row_maximum(m):
 
 
 @triton.jit
-def _statistics_kernel(
-    logits_ptr,
-    logits_stride,
-    bias_ptr,
-    targets_ptr,
-    statistics_ptr,
-    weights_ptr,
-    weights_stride,
-    tile_max_ptr,
-    tile_max_stride,
-    tokens,
-    valid,
-    segment,
-    segments,
-    start,
-    ignore_index,
-    inverse_temperature,
-    softcap,
+def _store_weights(
+    e, m, row, column, inside, row_inside, tile, weights_ptr, weights_stride, tile_max_ptr, tile_max_stride,
+    inverse_temperature, scale, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's weights, and the maximum that they refer to."""
+    m_row = _row_maximum(m)
+    e = e * tl.exp2(tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR))[:, None, :, None]
+    e = tl.reshape(e, [BLOCK_N, BLOCK_V]).to(weights_ptr.dtype.element_ty)
+    tl.store(weights_ptr + row[:, None] * weights_stride + column[None, :], e, mask=inside)
+    tl.store(tile_max_ptr + row * tile_max_stride + tile, m_row * inverse_temperature, mask=row_inside)
+
+
+@triton.jit
+def _store_statistics(
+    m, s, w, row_ptr, bias_ptr, local, held, out_ptr, row_inside, scale, inverse_temperature, softcap,
     HAS_SOFTCAP: tl.constexpr,
-    STORE_WEIGHTS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    REPEATS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+):  # fmt: skip
+    """Bring the lanes of a row together, and store the four numbers of its segment."""
+    m_row = _row_maximum(m)
+    shift = tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR)
+    decay = tl.exp2(shift)
+    t = tl.load(row_ptr + local, mask=held, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        t += tl.load(bias_ptr + local, mask=held, other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        t = softcapped(t, softcap)
+    tl.store(out_ptr, tl.max(m, 1) * inverse_temperature, mask=row_inside)
+    tl.store(out_ptr + 1, tl.sum(s * decay, 1), mask=row_inside)
+    tl.store(out_ptr + 2, tl.sum((w + s * shift) * decay, 1) * LN2, mask=row_inside)
+    tl.store(out_ptr + 3, tl.where(held, t * inverse_temperature, float("nan")), mask=row_inside)
+
+
+@triton.jit
+def statistics_kernel(
+    logits_ptr, logits_stride, bias_ptr, targets_ptr, statistics_ptr, weights_ptr, weights_stride, tile_max_ptr,
+    tile_max_stride, tokens, valid, segment, segments, start, ignore_index, inverse_temperature, softcap,
+    HAS_SOFTCAP: tl.constexpr, STORE_WEIGHTS: tl.constexpr, BLOCK_N: tl.constexpr, REPEATS: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a segment of a few rows; with STORE_WEIGHTS also its weights and tiles' maxima."""
     BLOCK_V: tl.constexpr = REPEATS * LANES * VECTOR
     part = tl.program_id(0) % segments
     row = (tl.program_id(0) // segments).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,11 +197,10 @@ def _statistics_kernel(
         following = tl.load(row_ptr[:, None] + (column + BLOCK_V)[None, :], mask=more, other=float("-inf"))
         m, s, w, e = _absorb(x, inside, m, s, w, scale, softcap, HAS_SOFTCAP, BLOCK_N, REPEATS, LANES, VECTOR)
         if STORE_WEIGHTS:
-            m_row = _row_maximum(m)
-            e = e * tl.exp2(tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR))[:, None, :, None]
-            e = tl.reshape(e, [BLOCK_N, BLOCK_V]).to(weights_ptr.dtype.element_ty)
-            tl.store(weights_ptr + row[:, None] * weights_stride + column[None, :], e, mask=inside)
-            tl.store(tile_max_ptr + row * tile_max_stride + tile + number, m_row * inverse_temperature, mask=row_inside)
+            _store_weights(
+                e, m, row, column, inside, row_inside, tile + number, weights_ptr, weights_stride, tile_max_ptr,
+                tile_max_stride, inverse_temperature, scale, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
     if whole_end < end:
         column = whole_end + lane
         inside = row_inside[:, None] & (column < end)[None, :]
@@ -191,30 +209,20 @@ def _statistics_kernel(
             x = x.to(tl.float32) + tl.load(bias_ptr + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
         m, s, w, e = _absorb(x, inside, m, s, w, scale, softcap, HAS_SOFTCAP, BLOCK_N, REPEATS, LANES, VECTOR)
         if STORE_WEIGHTS:
-            m_row = _row_maximum(m)
-            e = e * tl.exp2(tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR))[:, None, :, None]
-            e = tl.reshape(e, [BLOCK_N, BLOCK_V]).to(weights_ptr.dtype.element_ty)
-            tl.store(weights_ptr + row[:, None] * weights_stride + column[None, :], e, mask=inside)
-            tl.store(tile_max_ptr + row * tile_max_stride + tile + whole, m_row * inverse_temperature, mask=row_inside)
-    m_row = _row_maximum(m)
-    shift = tl.maximum((m - m_row[:, None]) * scale, LOG2_FLOOR)
-    decay = tl.exp2(shift)
+            _store_weights(
+                e, m, row, column, inside, row_inside, tile + whole, weights_ptr, weights_stride, tile_max_ptr,
+                tile_max_stride, inverse_temperature, scale, BLOCK_N, BLOCK_V,
+            )  # fmt: skip
     local = target - start
     held = row_inside & (local >= begin) & (local < end)
-    t = tl.load(row_ptr + local, mask=held, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        t += tl.load(bias_ptr + local, mask=held, other=0.0).to(tl.float32)
-    if HAS_SOFTCAP:
-        t = softcapped(t, softcap)
     out_ptr = statistics_ptr + (part.to(tl.int64) * tokens + row) * 4
-    tl.store(out_ptr, tl.max(m, 1) * inverse_temperature, mask=row_inside)
-    tl.store(out_ptr + 1, tl.sum(s * decay, 1), mask=row_inside)
-    tl.store(out_ptr + 2, tl.sum((w + s * shift) * decay, 1) * LN2, mask=row_inside)
-    tl.store(out_ptr + 3, tl.where(held, t * inverse_temperature, float("nan")), mask=row_inside)
+    _store_statistics(
+        m, s, w, row_ptr, bias_ptr, local, held, out_ptr, row_inside, scale, inverse_temperature, softcap, HAS_SOFTCAP
+    )
 
 
 @triton.jit
-def _combine_kernel(
+def combine_kernel(
     statistics_ptr, targets_ptr, logprob_ptr, entropy_ptr, lse_ptr, tokens, parts, ignore_index, BLOCK_N: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -281,7 +289,7 @@ def softmax_statistics(
     """
     segments, tokens, _ = statistics_SN4.shape
     rows, columns = tile_shape(segment)
-    _statistics_kernel[(ceil_div(tokens, rows) * segments,)](
+    statistics_kernel[(ceil_div(tokens, rows) * segments,)](
         logits_NV,
         logits_NV.stride(0),
         bias_V,
@@ -316,7 +324,7 @@ def combine_segments(
     """
     parts, tokens, _ = statistics_PN4.shape
     logprob_N, entropy_N, lse_N = (statistics_PN4.new_empty(tokens) for _ in range(3))
-    _combine_kernel[(ceil_div(tokens, COMBINE_ROWS),)](
+    combine_kernel[(ceil_div(tokens, COMBINE_ROWS),)](
         statistics_PN4,
         targets_N,
         logprob_N,

@@ -18,10 +18,9 @@ from ctrl_kernels.options import (
     check_kernel_dtype,
     check_targets,
     compute_dtype,
-    flat,
     refuse,
+    refuse_transforms,
     resolve_backend,
-    schema,
     softmax_options,
     with_options,
 )
@@ -40,14 +39,13 @@ def _fake(logits: torch.Tensor, targets: torch.Tensor, *_: Any) -> Any:
 
 
 @operator(
-    f"token_logprobs(Tensor logits, Tensor targets, str backend, {schema(Shard)}) -> (Tensor, Tensor, Tensor)", _fake
+    "token_logprobs(Tensor logits, Tensor targets, str backend, OPTIONS) -> (Tensor, Tensor, Tensor)", _fake, Shard
 )
-def _forward(logits: torch.Tensor, targets: torch.Tensor, backend: str, *values: Any) -> tuple[torch.Tensor, ...]:
+def _forward(logits: torch.Tensor, targets: torch.Tensor, backend: str, options: Shard) -> tuple[torch.Tensor, ...]:
     """Log-probs, entropies and log-sum-exps [N]."""
-    options = Shard.of(values)
     if backend == "torch":
         return reference.logprobs_forward(logits, targets, options)
-    statistics = logits.new_empty((segment_count(options.ranks), len(logits), 4), dtype=torch.float32)
+    statistics = logits.new_empty((segment_count(options.ranks), logits.shape[0], 4), dtype=torch.float32)
     segment = segment_columns(logits.shape[1], options.ranks)
     softmax_statistics(logits, targets, statistics, options, segment=segment)
     return combine_segments(gather_statistics(statistics, options), targets, options)
@@ -59,8 +57,9 @@ def _fake_backward(logits: torch.Tensor, *_: Any) -> torch.Tensor:
 
 @operator(
     "token_logprobs_backward(Tensor logits, Tensor targets, Tensor entropy, Tensor lse, Tensor? d_logprob, "
-    f"Tensor? d_entropy, str backend, {schema(Shard)}) -> Tensor",
+    "Tensor? d_entropy, str backend, OPTIONS) -> Tensor",
     _fake_backward,
+    Shard,
 )
 def _backward(
     logits: torch.Tensor,
@@ -70,10 +69,9 @@ def _backward(
     d_logprob: torch.Tensor | None,
     d_entropy: torch.Tensor | None,
     backend: str,
-    *values: Any,
+    options: Shard,
 ) -> torch.Tensor:
     """The gradient of the logits [N, V]."""
-    options = Shard.of(values)
     if backend == "torch":
         return reference.logprobs_backward(logits, targets, entropy, lse, d_logprob, d_entropy, options)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -86,7 +84,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, options: Shard, backend: str) -> Any:
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         targets = targets.contiguous()
-        logprob, entropy, lse = _forward(logits, targets, backend, *flat(options))
+        logprob, entropy, lse = _forward(logits, targets, backend, options)
         ctx.save_for_backward(logits, targets, entropy, lse)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
@@ -97,7 +95,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, d_logprob: torch.Tensor | None, d_entropy: torch.Tensor | None) -> Any:
         if d_logprob is None and d_entropy is None:
             return (None,) * 4
-        gradient = _backward(*ctx.saved_tensors, d_logprob, d_entropy, ctx.backend, *flat(ctx.options))
+        gradient = _backward(*ctx.saved_tensors, d_logprob, d_entropy, ctx.backend, ctx.options)
         return gradient, None, None, None
 
 
@@ -124,10 +122,11 @@ def token_logprobs(
     """
     softmax = softmax_options(options)
     refuse("token_logprobs", options, SoftmaxOptions)
+    refuse_transforms()
     if logits.dim() != 2:
         raise ValueError(f"logits must have shape (N, V), got {tuple(logits.shape)}")
-    check_targets(targets, len(logits), logits.device)
-    chosen = resolve_backend(backend, logits) if len(logits) else "torch"
+    check_targets(targets, logits.shape[0], logits.device)
+    chosen = resolve_backend(backend, logits) if logits.shape[0] else "torch"
     if chosen == "triton":
         check_kernel_dtype(logits=logits)
     logprobs, entropy = _TokenLogprobs.apply(logits, targets, softmax.shard(logits.shape[1]), chosen)

@@ -17,30 +17,28 @@ import torch
 import triton
 import triton.language as tl
 
-from ctrl_kernels import reference
+from ctrl_kernels import losses_reference
 from ctrl_kernels.operators import first_order, operator
 from ctrl_kernels.options import (
     AGGREGATIONS,
     Aggregation,
     Backend,
     PolicyOptions,
-    ceil_div,
     check_denominator,
     check_kernel_dtype,
     check_shapes,
     choose,
-    next_power_of_2,
     resolve_backend,
 )
-from ctrl_kernels.policy_loss import LANES, RUNS, VECTOR, _clamped, _dense, _read, _tile, policy_denominator
+from ctrl_kernels.policy_loss import finish, policy_denominator
+from ctrl_kernels.token_tiles import bytes_of, clamped, dense, inverse_denominator, load_fp32, token_runs, token_tile
 
 VALUE_WARPS = 4
-FINISH_ROWS = 512
-COLUMNS = 4  # of the partial sums: loss, tokens, clipped tokens, squared error
+_METRICS = ("loss", "tokens", "clip_fraction", "error")  # the columns of the partial sums
 
 
 @triton.jit
-def _value_kernel(
+def value_kernel(
     values_ptr,
     old_ptr,
     returns_ptr,
@@ -59,14 +57,11 @@ def _value_kernel(
 ):
     begin = tl.program_id(0).to(tl.int64) * row_length
     end = tl.minimum(begin + row_length, total)
-    row_weight = constant
-    if denominator_ptr is not None:
-        denominator = tl.load(denominator_ptr).to(tl.float32)
-        row_weight = tl.where(denominator > 0.0, 1.0 / denominator, 0.0)
+    row_weight = inverse_denominator(denominator_ptr, constant)
     tokens = tl.zeros([LANES], tl.float32)
     if BY_LENGTH:
         for block in range(0, row_length, LANES * VECTOR):
-            _, _, active, _ = _tile(mask_ptr, begin + block, end, LANES, VECTOR, EVEN)
+            _, _, active, _ = token_tile(mask_ptr, begin + block, end, LANES, VECTOR, EVEN)
             tokens += tl.sum(tl.where(active, 1.0, 0.0), 1)
         row_weight = row_weight / tl.maximum(tl.sum(tokens, 0), 1.0)
     tokens = tl.zeros([LANES], tl.float32)
@@ -74,15 +69,15 @@ def _value_kernel(
     squares = tl.zeros([LANES], tl.float32)
     clipped_tokens = tl.zeros([LANES], tl.float32)
     for block in range(0, row_length, LANES * VECTOR):
-        index, inside, active, read = _tile(mask_ptr, begin + block, end, LANES, VECTOR, EVEN)
-        value = tl.where(active, _read(values_ptr, index, read), 0.0)
-        returned = tl.where(active, _read(returns_ptr, index, read), 0.0)
+        index, inside, active, read = token_tile(mask_ptr, begin + block, end, LANES, VECTOR, EVEN)
+        value = tl.where(active, load_fp32(values_ptr, index, read), 0.0)
+        returned = tl.where(active, load_fp32(returns_ptr, index, read), 0.0)
         error = value - returned
         square = error * error
         worse, slope = square, error
         if old_ptr is not None:
-            old = tl.where(active, _read(old_ptr, index, read), 0.0)
-            bounded = _clamped(value, old - clip, old + clip)
+            old = tl.where(active, load_fp32(old_ptr, index, read), 0.0)
+            bounded = clamped(value, old - clip, old + clip)
             bounded_error = bounded - returned
             clipped = bounded_error * bounded_error > square
             worse = tl.where(clipped, bounded_error * bounded_error, square)
@@ -103,12 +98,13 @@ def _value_kernel(
 def _fake(
     values: torch.Tensor, old: Any, returns: Any, mask: Any, denominator: Any, constant: Any, train: bool, *_: Any
 ) -> Any:
-    return values.new_empty(COLUMNS, dtype=torch.float32), torch.empty_like(values) if train else values.new_empty(0)
+    loss, metrics = (values.new_empty(shape, dtype=torch.float32) for shape in ((), len(_METRICS)))
+    return loss, metrics, torch.empty_like(values) if train else values.new_empty(0)
 
 
 @operator(
     "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? denominator, float constant, "
-    "bool train, float clip, bool by_length) -> (Tensor, Tensor)",
+    "bool train, float clip, bool by_length) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
 def _value_loss(
@@ -121,48 +117,42 @@ def _value_loss(
     train: bool,
     clip: float,
     by_length: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of all tokens [COLUMNS], and the gradient of ``values`` if it is asked for."""
-    total, tile = values.numel(), LANES * VECTOR
-    row_length = max(1, ceil_div(ceil_div(total, tile), RUNS)) * tile
-    if by_length:
-        row_length = values.shape[1]
-    programs = ceil_div(total, row_length)
-    sums = values.new_empty((programs, COLUMNS), dtype=torch.float32)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The loss, its metrics, and the gradient of ``values`` if it is asked for."""
+    run, programs, tiles = token_runs(values.numel(), values.shape[1] if by_length else None)
+    sums = values.new_empty((programs, len(_METRICS)), dtype=torch.float32)
     d_values = torch.empty_like(values) if train else None
-    _value_kernel[(programs,)](
+    value_kernel[(programs,)](
         values,
         old_values,
         returns,
-        mask.view(torch.uint8) if mask.dtype == torch.bool else mask,
+        bytes_of(mask),
         denominator,
         d_values,
         sums,
-        row_length,
-        total,
+        run,
+        values.numel(),
         1.0 / constant,
         clip,
         BY_LENGTH=by_length,
-        LANES=min(LANES, max(16, next_power_of_2(ceil_div(min(row_length, total), VECTOR)))),
-        VECTOR=VECTOR,
-        EVEN=total % VECTOR == 0 and row_length % VECTOR == 0,
+        **tiles,
         num_warps=VALUE_WARPS,
     )
-    return sums.sum(0), values.new_empty(0) if d_values is None else d_values
+    return *finish(sums, len(_METRICS), len(_METRICS)), d_values
 
 
 class _ValueLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, constants: tuple[Any, ...], settings: tuple[float, bool]) -> Any:
         arguments = (values, *constants, ctx.needs_input_grad[0], *settings)
-        sums, gradient = _value_loss(*arguments)
+        loss, metrics, gradient = _value_loss(*arguments)
         ctx.save_for_backward(values, gradient)
-        ctx.mark_non_differentiable(sums)
-        return sums[0].clone(), sums
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, d_loss: torch.Tensor, d_sums: torch.Tensor) -> Any:
+    def backward(ctx: Any, d_loss: torch.Tensor, d_metrics: torch.Tensor) -> Any:
         _, gradient = ctx.saved_tensors
         return (gradient * d_loss).to(gradient.dtype), None, None
 
@@ -193,17 +183,15 @@ def value_loss(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip={clip} must be positive, or None")
     if resolve_backend(backend, values) == "torch" or values.numel() == 0:
-        return reference.value_loss(
+        return losses_reference.value_loss(
             values, old_values, returns, mask, clip=clip, aggregation=aggregation, denominator=denominator
         )
     check_kernel_dtype(values=values, old_values=old_values, returns=returns)
     if not torch.is_grad_enabled():
         values = values.detach()
     scalar = policy_denominator(mask, denominator, PolicyOptions(aggregation=aggregation))
-    constants = (None if clip is None else _dense(old_values), _dense(returns), _dense(mask))
+    constants = (None if clip is None else dense(old_values), dense(returns), dense(mask))
     on_device = (scalar, 1.0) if isinstance(scalar, torch.Tensor) else (None, scalar)
     by_length = aggregation == "seq-mean-token-mean"
-    loss, sums = _ValueLoss.apply(values.contiguous(), (*constants, *on_device), (clip or 0.0, by_length))
-    tokens = sums[1]
-    means = sums / tokens.clamp_min(1)
-    return loss, {"tokens": tokens, "clip_fraction": means[2], "error": means[3]}
+    loss, metrics = _ValueLoss.apply(values.contiguous(), (*constants, *on_device), (clip or 0.0, by_length))
+    return loss, dict(zip(_METRICS[1:], metrics.unbind()[1:], strict=True))

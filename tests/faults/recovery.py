@@ -14,9 +14,10 @@ from pathlib import Path
 from strikes import Site, Strike
 
 from ctrl_hpc import config as configuration
-from ctrl_hpc import pipeline, preflight
+from ctrl_hpc import pipeline
 from ctrl_hpc.cluster.status import status
 from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate.critics import roles
 from ctrl_hpc.run import directory
 
 SETTLE_S = 3.0
@@ -63,7 +64,7 @@ def is_restored(site: Site, before: Before, config: Config) -> bool:
     if site.ended():
         return True
     todo = [name for name in config.stages if not directory.is_done(site.run_dir, name)]
-    needed = preflight.services_of(config, todo)
+    needed = roles(config, todo)
     living = site.services("driver", *before.services)
     now = Counter(service.role for service in living if service.pid not in before.victims)
     return (

@@ -16,26 +16,15 @@ import triton
 ROOT = Path(__file__).parents[2]
 COMPILE = ROOT / "kernels" / "bench" / "compile.py"
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-INSTRUCTIONS = {
-    "statistics *bf16 tile 1x2048": 11.2,
-    "statistics *fp32 tile 1x2048": 12.7,
-    "statistics *fp32 weights *bf16 tile 1x2048": 14.5,
-    "logits gradient *bf16 to *bf16": 20.3,
-    "logits gradient *bf16 to *bf16 entropy": 24.1,
-    "weights gradient *bf16": 18.5,
-    "weights gradient *bf16 entropy": 58.0,
-    "policy token": 38.0,
-    "policy benchmark": 66.0,
-    "gae": 71.0,
-}
-"""Machine instructions an element on sm_90 that no change may exceed, as triton 3.9 compiles them."""
+CEILINGS = ROOT / "kernels" / "bench" / "sass.json"
+"""Registers, and machine instructions an element, that no change may exceed, as triton 3.9 compiles them."""
 pytestmark = pytest.mark.slow
 
 
 def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(COMPILE), *arguments]
-    return subprocess.run(command, env=outside | environment, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, env=outside | environment, capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +52,33 @@ def test_nothing_spills(compiled: tuple[list[dict[str, Any]], str]) -> None:
         assert row["shared_bytes"] <= 48 << 10, row  # what a program may have without asking
 
 
-def test_inner_loops_stay_as_short_as_they_are(compiled: tuple[list[dict[str, Any]], str]) -> None:
-    found = {row["name"]: row for row in compiled[0] if row["target"] == "sm_90"}
+def test_nothing_grows(compiled: tuple[list[dict[str, Any]], str]) -> None:
+    """Neither the registers nor the inner loops of a kernel; accesses stay as wide as they are."""
     if not triton.__version__.startswith("3.9."):
         pytest.skip(f"counted with triton 3.9, this is {triton.__version__}")
-    for name, most in INSTRUCTIONS.items():
-        assert 5 < found[name]["instructions"] <= most, found[name]
-        assert found[name]["load_bits"] == 128, found[name]
+    found = {(row["name"], row["target"]): row for row in compiled[0]}
+    known = json.loads(CEILINGS.read_text())
+    ours = [row for row in known if not row["name"].startswith(("TRL", "Liger"))]
+    assert {(row["name"], row["target"]) for row in ours} == {key for key in found if key[1] in ("sm_90", "sm_100")}
+    for row in ours:
+        now = found[row["name"], row["target"]]
+        assert now["registers"] <= row["registers"], now
+        assert (now["load_bits"], now["store_bits"]) == (row["load_bits"], row["store_bits"]), now
+        assert now["instructions"] is None or 5 < now["instructions"] <= row["instructions"], now
+
+
+def test_inner_loops_are_shorter_than_the_peers() -> None:
+    rows = {(row["name"], row["target"]): row["instructions"] for row in json.loads(CEILINGS.read_text())}
+    for target in ("sm_90", "sm_100"):
+        assert rows["statistics *bf16 tile 1x2048", target] < 0.6 * rows["TRL logits", target]
+        assert rows["logits gradient *bf16 to *bf16 entropy", target] < rows["TRL logits backward", target]
 
 
 def test_no_kernel_is_left_out(compiled: tuple[list[dict[str, Any]], str]) -> None:
     """A kernel of the package that is missing in ``configurations`` would never be compiled."""
     package = ROOT / "kernels" / "ctrl_kernels"
-    launched = {name for file in package.glob("*.py") for name in re.findall(r"(_\w+_kernel)\[", file.read_text())}
-    listed = set(re.findall(r"kernel=\w+\.(_\w+_kernel)", COMPILE.read_text()))
+    launched = {name for file in package.glob("*.py") for name in re.findall(r"(\w+_kernel)\[", file.read_text())}
+    listed = set(re.findall(r"kernel=\w+\.(\w+_kernel)", COMPILE.read_text()))
     assert launched == listed and len(launched) >= 9
 
 
@@ -87,15 +89,13 @@ def test_interpreted_kernels_are_refused() -> None:
 
 
 def test_check_finds_the_kernels_right() -> None:
-    """``python -m ctrl_kernels.check``: exit code 0, every function named; without a GPU or the interpreter, 2."""
+    """``python -m ctrl_kernels.check``: exit code 0, every function named; without a GPU it interprets, and says so."""
+    outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "ctrl_kernels.check"]
-    run = {"capture_output": True, "text": True, "timeout": 400, "check": False}
-    finished = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, **run)
+    finished = subprocess.run(command, env=outside, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for name in ctrl_kernels.__all__:
         if name.endswith(("loss", "logprobs", "advantages", "gae")):
             assert f"  {name}" in finished.stdout
     assert "WRONG" not in finished.stdout and "all right" in finished.stdout
-    if not torch.cuda.is_available():
-        outside = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        assert subprocess.run(command, env=outside, **run).returncode == 2
+    assert ("not that they compile" in finished.stdout) != torch.cuda.is_available()

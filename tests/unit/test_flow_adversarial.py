@@ -13,8 +13,8 @@ from ctrl_hpc.flow.adversarial import mutations, strengthen
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import execute
 from ctrl_hpc.records import Generation, Limits, Problem, Rules, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.records.verdicts import answered
 from ctrl_hpc.sandbox import Sandbox
-from ctrl_hpc.verdicts import answered
 
 CANONICAL = "print(abs(int(input())))"
 RIGHT_ON_THE_TESTS = "n = int(input())\nprint(n if n >= -5 else 0) if n > 0 else print(-n if n > -8 else 0)"

@@ -19,7 +19,7 @@ from ctrl_hpc.records import (
     TestResult,
     Verdict,
 )
-from ctrl_hpc.verdicts import answered, fault, slim
+from ctrl_hpc.records.verdicts import answered, fault, slim
 
 TESTS = (
     StdinTest(stdin="12345\n", expected_stdout="1\n"),

@@ -288,7 +288,7 @@ class Verdict:
     """The judgement of a program against all tests; ``status`` is the first test's that is not accepted.
 
     A slim verdict has a ``summary``, and of the tests' results only the failures that are shown to anybody (see
-    ``ctrl_hpc.verdicts``).
+    ``ctrl_hpc.records.verdicts``).
     """
 
     status: Status
