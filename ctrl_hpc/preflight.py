@@ -25,11 +25,7 @@ from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
 from ctrl_hpc.run import directory
-<<<<<<< HEAD
 from ctrl_hpc.sandbox.judge import COMPARISONS
-from ctrl_hpc.stages import STAGES
-=======
->>>>>>> main
 
 PATIENCE_S = 10.0
 """Longest wait for the answer of an endpoint."""
