@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -113,9 +114,12 @@ def _parser() -> Parser:
         about.add_argument("run_dir", metavar="RUN", help="run directory")
         about.set_defaults(command=command)
         if name == "logs":
-            about.add_argument("role", nargs="?", default=None, help="driver, trainer, executor, generator or critic")
+            about.add_argument(
+                "role", nargs="?", default=None, help="driver, trainer (or sft, rl), executor, generator, critic"
+            )
             about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
         if name == "status":
+            about.add_argument("--json", action="store_true", help="as JSON, for programs")
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     _sweep_parsers(commands)
     sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
@@ -329,9 +333,11 @@ def _suite(options: argparse.Namespace) -> int:
     if options.dry_run:
         from rich.console import Console
 
+        from ctrl_hpc.commands.status import fold
+
         read = suite.read(options.suite)
         members = suite.members(read, options.suite, options.overrides)
-        Console().print(suite.plan_table(read, members))
+        Console().print(fold(suite.plan_table(read, members)))
         for told in suite.check(members, dry=True):
             print(f"missing here: {told}")
         return 0
@@ -387,6 +393,9 @@ def _status(options: argparse.Namespace) -> int:
     from ctrl_hpc.cluster.status import status
     from ctrl_hpc.commands.status import show
 
+    if options.json:
+        print(json.dumps(status(options.run_dir), indent=1))
+        return 0
     show(status(options.run_dir))
     while options.watch:
         time.sleep(2.0)

@@ -22,7 +22,7 @@ from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump
 from ctrl_hpc.records import Problem, StdinTest
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 FOR_REAL = {
@@ -34,6 +34,8 @@ FOR_REAL = {
     "make": "tests/pipeline/test_tiny_run.py",
     "sbatch": "tests/cluster/test_faults.py",
     "sync": "tests/cluster/test_sync.py",
+    "logs": "tests/pipeline/test_tiny_run.py",
+    "init": "tests/unit/test_init.py",
     "sweep": "tests/cluster/test_sweep.py",
 }
 """Where the commands that are only run dry or parsed here are run."""
@@ -69,14 +71,18 @@ def commands(page: Path) -> list[tuple[str, str | None]]:
     return out
 
 
-CASES = [(page.name, command, needs) for page in PAGES for command, needs in commands(page)]
+CASES = [
+    (page.relative_to(ROOT).as_posix().removeprefix("docs/"), command, needs)
+    for page in PAGES
+    for command, needs in commands(page)
+]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the project's, with the files that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "Makefile", "tests"):
+    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "examples", "Makefile", "tests"):
         (folder / name).symlink_to(ROOT / name)
     tests = (StdinTest(stdin="1 2\n", expected_stdout="3\n"),)
     jsonl.write(
@@ -92,7 +98,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.results["datasets"] = {"tiny": run.results["datasets"]["codecontests"]}
         jsonl.write_text(run.folder / "config.yaml", dump(run.config))
         jsonl.write_text(run.folder / "report" / "results.json", json.dumps(run.results))
-        jsonl.write_text(run.folder / "logs" / "rl.log", "step 1\n")
     return folder
 
 
@@ -151,7 +156,7 @@ def ctrl_hpc(arguments: list[str]) -> None:
         if any("my_prompts" in word for word in arguments):
             shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
         assert cli.main(dry) == 0
-    elif name in ("help", "completion", "data", "report", "status", "logs", "stop") and not placeholder:
+    elif name in ("help", "completion", "data", "report", "status", "stop") and not placeholder:
         assert cli.main(arguments) == 0
     elif name == "doctor":
         assert cli.main(arguments) in (0, 1)  # it names what this machine lacks
