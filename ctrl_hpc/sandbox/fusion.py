@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import inspect
 import io
 import json
 import pickle
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -37,6 +39,8 @@ ALIASES = {
     **{name: entry.aliases for name, entry in languages.LANGUAGES.items()},
 }
 """What fences call the languages."""
+_LANGUAGE_OF = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
+_EXTRACTION_S = 10.0
 _IMPORT, _DEFINITION = re.compile(r"(?:import|from|#)[^\n]"), re.compile(r"(?:def|class) [^\n]")
 _FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
 _OPEN_FENCE = re.compile(r"```([^\n]*)\n(.*)", re.DOTALL)
@@ -156,50 +160,121 @@ def run_response(
     }
 
 
-def extract(completion: str, language: str = "python") -> str:
+Block = tuple[int, str, str]
+"""A part of a completion that may be the program: priority, language ("" where it is not known), code."""
+
+
+def extract(completion: str, language: str = languages.PYTHON, custom: Sequence[Block] = ()) -> str:
     """SandboxFusion's rule: the first fenced block of the language, else the first fenced one, else one left open.
 
-    Without a fence, the first run of lines that looks like a definition of Python's; else "".
+    Without a fence, the first run of lines that looks like a definition of Python's; else "". ``custom`` blocks, which
+    a request's own logic found, come after those of the same priority.
     """
-    aliases = ALIASES[language]
-    for pattern in (_FENCED, _OPEN_FENCE):
-        blocks = pattern.findall(completion)
-        tagged = [code for tag, code in blocks if tag.strip() in aliases]
-        if tagged:
-            return tagged[0]
+    found = [*_blocks(completion, language), *custom]
+    highest = max((priority for priority, _, _ in found), default=0)
+    best = [block for block in found if block[0] == highest]
+    ours = [block for block in best if block[1] == language]
+    return (ours or best or [(0, "", "")])[0][2]
+
+
+def _blocks(completion: str, language: str) -> list[Block]:
+    for priority, pattern in ((30, _FENCED), (20, _OPEN_FENCE)):
+        blocks = [(priority, _LANGUAGE_OF.get(tag.strip(), ""), code) for tag, code in pattern.findall(completion)]
         if blocks:
-            return blocks[0][1]
-    return _first_definition(completion) if language == "python" else ""
+            return blocks
+    return [(10, language, code) for code in _definitions(completion)[:1]] if language == languages.PYTHON else []
 
 
-def _first_definition(text: str) -> str:
-    """The first ``def`` or ``class`` with an indented body, and the imports and remarks right before it."""
+def _definitions(text: str) -> list[str]:
+    """Each ``def`` or ``class`` with an indented body, and the imports and remarks right before it."""
     lines = [line for line in text.split("\n") if line.strip()]
-    first = 0
-    for index, line in enumerate(lines):
-        if _IMPORT.match(line):
-            continue
-        if _DEFINITION.match(line):
-            end = index + 1
+    found: list[str] = []
+    first = index = 0
+    while index < len(lines):
+        end = index + 1
+        if _DEFINITION.match(lines[index]):
             while end < len(lines) and lines[end][0].isspace():
                 end += 1
             if end > index + 1:
-                return "\n".join(lines[first:end]) + "\n"
-        first = index + 1
-    return ""
+                found.append("\n".join(lines[first:end]) + "\n")
+        if not _IMPORT.match(lines[index]):
+            first = end
+        index = end
+    return found
 
 
-def submission(body: SubmitBody) -> tuple[Execution, str]:
-    """What to execute for a submission, and the program extracted from it. Raises ValueError naming the field."""
+_EXTRACTOR = """
+import dataclasses, json, re, sys
+
+given, out, sys.stdout = json.load(sys.stdin), sys.stdout, sys.stderr
+
+@dataclasses.dataclass(kw_only=True)
+class CodeBlock:
+    priority: int
+    language: str
+    code: str
+
+def submit_code_blocks(blocks):
+    for block in blocks:
+        assert isinstance(block, CodeBlock), "extracted code must be of class CodeBlock"
+        found.append(block)
+
+def extract_fenced_code(text):
+    blocks = re.findall(given["fence"], text, re.DOTALL)
+    return [CodeBlock(priority=30, language=given["aliases"].get(tag.strip(), ""), code=code) for tag, code in blocks]
+
+_IMPORT, _DEFINITION = map(re.compile, given["patterns"])
+
+def extract_heuristic_code(text, language=""):
+    codes = _definitions(text) if language == "python" else []
+    return [CodeBlock(priority=10, language="python", code=code) for code in codes]
+
+found = []
+exec(given["logic"], {
+    "CodeBlock": CodeBlock, "completion": given["completion"], "submit_code_blocks": submit_code_blocks,
+    "extract_fenced_code": extract_fenced_code, "extract_heuristic_code": extract_heuristic_code,
+})
+print(json.dumps([[block.priority, block.language, block.code] for block in found]), file=out)
+"""
+
+
+def extraction(body: SubmitBody) -> Execution:
+    """The run, in a jail, of a request's own logic, which hands over blocks of code."""
+    given = {
+        "completion": body.completion,
+        "logic": body.config.custom_extract_logic,
+        "aliases": _LANGUAGE_OF,
+        "fence": _FENCED.pattern,
+        "patterns": [_IMPORT.pattern, _DEFINITION.pattern],
+    }
+    test = StdinTest(stdin=json.dumps(given), expected_stdout="")
+    program = inspect.getsource(_definitions) + _EXTRACTOR
+    return Execution(program=program, tests=(test,), limits=limits(_EXTRACTION_S))
+
+
+def extracted(verdict: Verdict) -> list[Block]:
+    """The blocks that a request's own logic found; ValueError when it failed."""
+    result = verdict.tests[0]
+    try:
+        blocks = json.loads(result.stdout)
+        return [(int(priority), str(language), str(code)) for priority, language, code in blocks]
+    except (ValueError, TypeError):
+        last = (result.stderr.decode("utf-8", "replace").strip().splitlines() or [result.status])[-1]
+        raise ValueError(f"config.custom_extract_logic: it fails: {last[:300]}") from None
+
+
+def submission(body: SubmitBody, custom: Sequence[Block] = ()) -> tuple[Execution, str]:
+    """What to execute for a submission, and the program extracted from it. Raises ValueError naming the field.
+
+    ``custom``: what the request's own logic extracted.
+    """
     config = body.config
-    if config.custom_extract_logic:
-        raise ValueError("config.custom_extract_logic: running the caller's code outside a jail is not supported")
     kind = config.dataset_type or body.dataset
     if kind not in DATASETS:
         raise ValueError(f"config.dataset_type: {kind!r} is not one of {', '.join(DATASETS)}")
     language = check_language(config.language, "config.language") if kind == "CommonOJDataset" else None
     tests = DATASETS[kind](_row(body))
-    code = extract(body.completion, language or languages.PYTHON)
+    code = extract(body.completion, language or languages.PYTHON, custom)
     preamble, program = prepared(_HARNESS[kind], None, code)
     default_s = languages.COMPILE_S if language is not None else _RUN_TIMEOUT_S[kind]
     run_limits, budget_s = _times(kind, config.run_timeout or default_s, len(tests))

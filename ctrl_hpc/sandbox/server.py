@@ -242,7 +242,11 @@ def _add_routes(app: FastAPI, state: Service) -> None:
 
     @app.post("/submit")
     async def submit(body: fusion.SubmitBody) -> JSONResponse:
-        execution, code = fusion.submission(body)
+        custom: list[fusion.Block] = []
+        if body.config.custom_extract_logic:
+            (found,) = await state.run([fusion.extraction(body)])
+            custom = fusion.extracted(found)
+        execution, code = fusion.submission(body, custom)
         (verdict,) = await state.run([execution])
         return JSONResponse(fusion.submit_response(body, execution, code, verdict, state.host))
 

@@ -44,16 +44,19 @@ class Attack:
     statuses: tuple[str, ...] = ()
     before: str | None = None
     before_statuses: tuple[str, ...] = ()
+    language: str | None = None
 
     @property
     def executions(self) -> list[Execution]:
         """What is run, in order, in one jail."""
         tests = _REWARD_TESTS if self.group == "reward_hacks" else (_STDIN,)
-        last = Execution(program=self.program, tests=tests, limits=LIMITS)
+        if self.language is not None:
+            tests = (_STDIN,)
+        last = Execution(program=self.program, tests=tests, limits=LIMITS, language=self.language)
         if self.before is None:
             return [last]
         planted = StdinTest(stdin=f"{SECRET}\n" * 1000, expected_stdout="")
-        return [Execution(program=self.before, tests=(planted,), limits=LIMITS), last]
+        return [Execution(program=self.before, tests=(planted,), limits=LIMITS, language=self.language), last]
 
 
 def load() -> list[Attack]:

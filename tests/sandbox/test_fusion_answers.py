@@ -55,6 +55,26 @@ def test_live_code_bench_answers_a_result_a_case_where_asked(url: str) -> None:
     assert [test["passed"] for test in each["tests"]] == [True] * 9 + [False]
 
 
+def test_a_request_s_own_extraction_runs_in_a_jail(url: str) -> None:
+    """Its blocks win by priority; it knows SandboxFusion's helpers, no more; where it fails the request is refused."""
+    cases = [{"input": {"stdin": ""}, "output": {"stdout": "2"}}]
+    body = {
+        "dataset": "any",
+        "id": 1,
+        "completion": "```python\nprint(1)\n```\n```py\nprint(2)\n```",
+        "config": {"dataset_type": "CommonOJDataset", "language": "python", "provided_data": {"id": 1, "test": cases}},
+    }
+    last = "block = extract_fenced_code(completion)[-1]; block.priority = 40; submit_code_blocks([block])"
+    looks = "import os\nassert os.getuid() == 65534 and not os.path.exists('/etc')\n"
+    for logic, code in ((None, "print(1)"), (looks + last, "print(2)"), (last.replace("40", "30"), "print(1)")):
+        body["config"]["custom_extract_logic"] = logic  # type: ignore[index]
+        answer = httpx.post(url + "/submit", json=body).json()
+        assert answer["extracted_code"] == code and answer["accepted"] == (code == "print(2)")
+    body["config"]["custom_extract_logic"] = "re.findall"  # type: ignore[index]
+    answer = httpx.post(url + "/submit", json=body)
+    assert answer.status_code == 400 and "it fails: NameError: name 're' is not defined" in answer.json()["detail"]
+
+
 def test_only_wall_clock_time_is_limited() -> None:
     found = fusion.limits(2.0)
     assert found.wall_s == 2.0 and found.cpu_s >= 8.0
