@@ -1,5 +1,7 @@
 """A run directory belongs to one configuration, and interrupted stages are known."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,3 +215,20 @@ def test_redo_leaves_a_run_as_it_was_when_nothing_can_be_started(
     assert cli.main([*words, "--redo", "rl", "launch.bind=192.0.2.1"]) == 2
     assert "launch.bind: 192.0.2.1" in capsys.readouterr().err
     assert directory.is_done(folder, "rl") and not list((folder / "earlier").iterdir())
+
+
+def test_what_a_driver_prints_is_kept_without_bars_and_colours(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rich.console import Console; from ctrl_hpc.run.driver_log import kept\n"
+        f"with kept({str(tmp_path)!r}):\n"
+        "    Console(stderr=True, force_terminal=True).print('[red]sample[/red]: done')\n"
+        "    print('steps ━━━━ 3/5'); print('report: here')\n"
+        "print('after')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "\x1b[" in done.stderr and done.stdout == "steps ━━━━ 3/5\nreport: here\nafter\n"
+    log = tmp_path / "logs" / "driver.log"
+    assert log.read_text() == "sample: done\nreport: here\n"
+    with open(log, "a") as out:  # a driver that was started with its output there writes once
+        subprocess.run([sys.executable, "-c", code], stdout=out, stderr=out, check=True)
+    assert log.read_text().count("report: here") == 2
