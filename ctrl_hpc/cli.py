@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,7 +238,8 @@ def _run(options: argparse.Namespace) -> int:
     from ctrl_hpc.run import directory
 
     before = directory.is_done(Path(config.run_dir or ""), "report")  # else the stage itself says where it is
-    folder = pipeline.run(config)
+    with _logged(config, options):
+        folder = pipeline.run(config)
     if before:
         print(f"report: {folder / 'report' / 'index.html'}")
     return 0
@@ -307,10 +309,20 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         _begin(config, name, options)
         from ctrl_hpc import pipeline
 
-        pipeline.run(config, stages=(name,))
+        with _logged(config, options):
+            pipeline.run(config, stages=(name,))
         return 0
 
     return command
+
+
+def _logged(config: Config, options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Where this is a program of its own: what it prints is kept in the run's folder, too."""
+    if not options.is_program:
+        return nullcontext()
+    from ctrl_hpc.run import driver_log
+
+    return driver_log.kept(config.run_dir or "")
 
 
 def _begin(config: Config, command: str, options: argparse.Namespace) -> None:

@@ -179,3 +179,15 @@ def test_code_and_links(page: Path) -> None:
         yaml.safe_load(body)
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link} leads nowhere"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_of_every_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for page in (ROOT / "docs").glob("*.md"):
+        made = tmp_path / "site" / ("" if page.stem == "index" else page.stem) / "index.html"
+        assert "<h1" in made.read_text(encoding="utf-8"), page.name
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    titles = re.findall(r'class="md-nav__link[^"]*">\s*<span class="md-ellipsis">\s*(.*?)\s*<', home)
+    assert {"A first run", "On your Slurm", "Architecture"} <= set(titles)
