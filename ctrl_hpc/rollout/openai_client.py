@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -18,6 +19,12 @@ from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
 
 _FINISH = {"stop": "stop", "length": "length", "eos": "stop"}
+_NO_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises that holds no completion: an error in its place, a page, nothing."""
+_REFUSES_SEVERAL = re.compile(
+    r"""["'`]n["'`]|\bn\b\s*(?:=|>|must|should|is|has|parameter)|\bmultiple (?:choices|completions)"""
+)
+"""How an endpoint says that it gives one completion at a time."""
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
 
@@ -60,6 +67,8 @@ class OpenAIGenerator:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._interval_s = 60.0 / requests_per_min if requests_per_min else 0.0
         self._next_start = 0.0
+        self._limit_name = "max_tokens"
+        self._singly = False
         self._prices = (price_in, price_out)
         self._jitter = random.Random()
         self._lock = threading.Lock()
@@ -119,26 +128,69 @@ class OpenAIGenerator:
         return body
 
     async def _one(self, body: dict[str, Any]) -> list[Generation]:
-        for attempt in range(self._max_tries):
+        """The ``n`` completions of a request; asked for one by one where the endpoint refuses or ignores ``n``."""
+        found = await self._ask(body) if body["n"] == 1 or not self._singly else []
+        while len(found) < body["n"]:
+            one = body | {"n": 1}
+            if "seed" in body:
+                one["seed"] = derive_seed(body["seed"], len(found))
+            found += await self._ask(one)
+        return found[: body["n"]]
+
+    async def _ask(self, body: dict[str, Any]) -> list[Generation]:
+        """One request's completions: at least one, or none where several at a time are refused."""
+        attempt = 0
+        while attempt < self._max_tries:
             await self._wait_turn()
+            sent = self._named(body)
             try:
-                response = await self._http.post(self._url, json=body)
+                response = await self._http.post(self._url, json=sent)
             except httpx.TransportError as error:
                 problem, wait_s = f"{type(error).__name__}: {error}", 0.0
             else:
+                problem, wait_s = f"HTTP {response.status_code}: {response.text[:300]}", 0.0
                 if response.status_code < 300:
-                    return self._read(response.json(), body["n"])
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                if response.status_code in (401, 403):
-                    raise ValueError(f"{self._url}: {problem}; the key is read from ${self._key_env}")
-                if response.status_code not in _RETRIED:
-                    raise ValueError(f"{self._url}: {problem}")
-                wait_s = _retry_after(response)
-            if attempt + 1 < self._max_tries:
+                    try:
+                        return self._read(response.json())
+                    except _NO_ANSWER:
+                        problem = f"HTTP {response.status_code} without a completion: {response.text[:300]}"
+                elif self._learns(response, sent):
+                    if self._singly and body["n"] > 1:
+                        return []
+                    continue
+                else:
+                    wait_s = self._wait_s(response, problem)
+            attempt += 1
+            if attempt < self._max_tries:
                 with self._lock:
                     self.usage.retries += 1
-                await asyncio.sleep(wait_s + self._jitter.uniform(0.0, min(60.0, 0.5 * 2**attempt)))
+                await asyncio.sleep(wait_s + self._jitter.uniform(0.0, min(60.0, 0.25 * 2**attempt)))
+        problem = " ".join(problem.split())
         raise RuntimeError(f"{self._url} failed {self._max_tries} times; the last answer: {problem}")
+
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The request, with its limit under the name that the endpoint takes."""
+        return {self._limit_name if name == "max_tokens" else name: value for name, value in body.items()}
+
+    def _learns(self, response: httpx.Response, sent: dict[str, Any]) -> bool:
+        """Whether a refusal tells of a form of the request that the endpoint takes instead, which is then used."""
+        if response.status_code not in (400, 422):
+            return False
+        if "max_completion_tokens" in response.text and "max_tokens" in sent:
+            self._limit_name = "max_completion_tokens"
+            return True
+        if sent["n"] > 1 and _REFUSES_SEVERAL.search(response.text):
+            self._singly = True
+            return True
+        return False
+
+    def _wait_s(self, response: httpx.Response, problem: str) -> float:
+        """Seconds to wait before asking again; raises ValueError where that is of no use."""
+        if response.status_code in (401, 403):
+            raise ValueError(f"{self._url}: {problem}; the key is read from ${self._key_env}")
+        if response.status_code not in _RETRIED:
+            raise ValueError(f"{self._url}: {problem}")
+        return _retry_after(response)
 
     async def _wait_turn(self) -> None:
         """Keep to the rate limit: requests start at least ``60 / requests_per_min`` seconds apart."""
@@ -147,7 +199,18 @@ class OpenAIGenerator:
             self._next_start = start + self._interval_s
         await asyncio.sleep(max(0.0, start - time.monotonic()))
 
-    def _read(self, data: dict[str, Any], n: int) -> list[Generation]:
+    def _read(self, data: Any) -> list[Generation]:
+        """The completions of an answer; raises what :data:`_NO_ANSWER` holds for what is none."""
+        choices = sorted(data["choices"], key=lambda choice: choice.get("index") or 0)
+        found = [
+            Generation(
+                text=_text(choice["message"].get("content")),
+                finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
+            )
+            for choice in choices
+        ]
+        if not found:
+            raise ValueError("no choices")
         used = data.get("usage") or {}
         tokens = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
         with self._lock:
@@ -155,16 +218,16 @@ class OpenAIGenerator:
             self.usage.prompt_tokens += tokens[0]
             self.usage.completion_tokens += tokens[1]
             self.usage.cost += sum(count * price / 1e6 for count, price in zip(tokens, self._prices, strict=True))
-        choices = sorted(data["choices"], key=lambda choice: choice.get("index", 0))
-        if len(choices) != n:
-            raise RuntimeError(f"{self._url}: asked for {n} choices, got {len(choices)}")
-        return [
-            Generation(
-                text=choice["message"].get("content") or "",
-                finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
-            )
-            for choice in choices
-        ]
+        return found
+
+
+def _text(content: Any) -> str:
+    """A message's content: text, or a list of parts of which those of text count."""
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError(f"content: {type(content).__name__}")
+    return content or ""
 
 
 def _retry_after(response: httpx.Response) -> float:
