@@ -6,6 +6,7 @@ a command is parsed all the same. Long commands are run dry here, and for real b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -82,8 +83,10 @@ CASES = [
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the project's, with the files that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "examples", "Makefile", "tests"):
-        (folder / name).symlink_to(ROOT / name)
+    for here in (folder, folder / "fresh"):  # the latter without the runs
+        here.mkdir(exist_ok=True)
+        for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "examples", "Makefile", "tests"):
+            (here / name).symlink_to(ROOT / name)
     tests = (StdinTest(stdin="1 2\n", expected_stdout="3\n"),)
     jsonl.write(
         folder / "problems.jsonl",
@@ -153,9 +156,12 @@ def ctrl_hpc(arguments: list[str]) -> None:
     if name in ("run", "suite") and not placeholder:
         dry = arguments if "--dry-run" in arguments else [*arguments, "--dry-run"]
         folder = Path("my_prompts")
-        if any("my_prompts" in word for word in arguments):
-            shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
-        assert cli.main(dry) == 0
+        with contextlib.chdir("fresh"):
+            if Path("..", "problems.jsonl").exists():
+                shutil.copy(Path("..", "problems.jsonl"), ".")
+            if any("my_prompts" in word for word in arguments):
+                shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
+            assert cli.main(dry) == 0
     elif name in ("help", "completion", "data", "report", "status", "stop") and not placeholder:
         assert cli.main(arguments) == 0
     elif name == "doctor":
