@@ -48,7 +48,7 @@ def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | N
     return Connections(
         critic=_rollout(config, run_dir, "critic", config.critic.model, called=_calls_critic(config)),
         generator=_generator(config, run_dir, problems),
-        executor=ExecutorClient(_finder(config, run_dir, "executor"), token=token(config, run_dir)),
+        executor=ExecutorClient(_finder(config, run_dir, "executor"), token=token(run_dir)),
     )
 
 
@@ -72,7 +72,7 @@ def _rollout(config: Config, run_dir: str | Path, role: str, model: str, *, call
         _tokenizer(model) if called else None,
         patience_s=config.launch.start_timeout_s,
         role=role,
-        token=token(config, run_dir),
+        token=token(run_dir),
     )
 
 
@@ -83,7 +83,7 @@ def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] 
 
         if problems is None:
             raise ValueError("generator=oracle: the problems are needed here")
-        return OracleGenerator(problems, Prompts.load(config.prompts.folder, config.prompts.system))
+        return OracleGenerator(problems, Prompts.of(config.prompts))
     if config.generator_is_url:
         endpoint = config.endpoint
         return OpenAIGenerator(
