@@ -141,5 +141,9 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "rollout.generator_elements: 0 leaves the generator's folder unserved; at least 1, or generator=URL"
         )
+    if config.rl.publish == "delta" and config.rollout.critic_urls:
+        raise ValueError(
+            "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
+        )
     if config.generator_is_url and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

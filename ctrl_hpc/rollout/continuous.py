@@ -26,12 +26,13 @@ class ContinuousEngine:
         """``options`` go to transformers' ``ContinuousBatchingConfig``: ``num_blocks``, ``max_batch_tokens``, ..."""
         self.model, self.stop_ids, self.options = model, stop_ids, options
         self.version = 0
+        self._state: str | None = None
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
-        copy_weights(self.model, folder)
+        self._state = copy_weights(self.model, folder, self._state)
         self.version = version
 
     def generate(

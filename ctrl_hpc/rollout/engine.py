@@ -90,6 +90,7 @@ class PaddedEngine:
     def __init__(self, model: Any, stop_ids: frozenset[int], *, max_batch_tokens: int = 65536) -> None:
         self.model, self.stop_ids, self.max_batch_tokens = model, stop_ids, max_batch_tokens
         self.version = 0
+        self._state: str | None = None
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
@@ -97,7 +98,7 @@ class PaddedEngine:
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
-        copy_weights(self.model, folder)
+        self._state = copy_weights(self.model, folder, self._state)
         if self.head_VD is not None:
             self.head_VD.copy_(self.model.get_output_embeddings().weight.detach())
         self.version = version
