@@ -98,7 +98,9 @@ def _parser() -> Parser:
         if name != "report":
             one = commands.add_parser(name, help=stage.about)
             _configured(one, _stage(name))
-            one.add_argument("--redo", action="store_true", help="put the records aside and make them again")
+            one.add_argument(
+                "--redo", action="store_true", help="put its records, and those of later stages, aside first"
+            )
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     sbatch.add(commands.add_parser("sbatch", help="run as a Slurm job: the driver, too, which submits the others"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
@@ -256,19 +258,15 @@ def _run(options: argparse.Namespace) -> int:
 def _redo(config: Config, options: argparse.Namespace) -> int:
     """The run again, from a stage on; its folder is as it was when nothing can be started."""
     from ctrl_hpc import preflight
-    from ctrl_hpc.cluster.status import status
+    from ctrl_hpc.pipeline import redo
     from ctrl_hpc.run import directory
 
-    folder = Path(config.run_dir or "")
-    if (folder / "config.yaml").is_file() and status(folder)["running"]:
-        raise ValueError(f"--redo: {folder}: is running; end it first: ctrl-hpc stop {folder}")
-    moves = directory.put_aside(folder, options.redo)
+    moves = redo(config, options.redo)
     try:
         preflight.check(config)
     except BaseException:
         directory.put_back(moves)
         raise
-    print(f"put aside: {', '.join(str(aside) for _, aside in moves)}")
     options.redo = None
     return _run(options)
 

@@ -266,16 +266,16 @@ def mirrored(config: Config, folder: Path) -> AbstractContextManager[object]:
     return LiveMirror(config, folder)
 
 
-def redo(config: Config, name: str) -> None:
-    """Put a stage's records aside, so that it is done again, under another configuration too.
+def redo(config: Config, name: str) -> list[tuple[Path, Path]]:
+    """Put what a stage and those after it have made aside, so that they are done again, with other settings too.
 
-    Raises ValueError where a driver works on the run, or another stage has read the records.
+    Returns the moves. Raises ValueError where a driver works on the run, or there is nothing of the stage.
     """
     folder = Path(config.run_dir or "")
     Services(config, folder).refuse_second_driver()
-    aside = directory.set_aside(folder, name)
-    if aside is not None:
-        console.print(f"{name}: its records are in {aside} now")
+    moves = directory.put_aside(folder, name)
+    console.print(f"put aside: {', '.join(str(aside) for _, aside in moves)}")
+    return moves
 
 
 def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:

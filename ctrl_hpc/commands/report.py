@@ -15,7 +15,7 @@ def add(parser: argparse.ArgumentParser, stage: Callable[[argparse.Namespace], i
     parser.add_argument("targets", nargs="+", metavar="CONFIG.yaml|RUN", help="a configuration, or run directories")
     parser.add_argument("--out", type=place, default=None, help="folder of the report of several runs")
     parser.add_argument("--title", default="Several runs", help="title of that report")
-    parser.set_defaults(command=lambda options: run(options, stage), overrides=[])
+    parser.set_defaults(command=lambda options: run(options, stage), overrides=[], redo=False)
 
 
 def run(options: argparse.Namespace, stage: Callable[[argparse.Namespace], int]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import platform
 import shutil
@@ -272,27 +271,6 @@ def _version(package: str) -> str | None:
 def is_done(folder: Path, stage: str) -> bool:
     """Whether a stage has finished in this run."""
     return (folder / stage / "done.json").exists()
-
-
-def set_aside(folder: Path, stage: str) -> Path | None:
-    """Rename a stage's records to ``STAGE.before-N``, for the stage to be done again; None where it has none.
-
-    Raises ValueError where a stage that reads them has records of its own.
-    """
-    if not _state(folder, stage):
-        return None
-    readers, found = {stage}, []
-    for name, other in STAGES.items():
-        if readers & set(other.after):
-            readers.add(name)
-            found += [name] if _state(folder, name) else []
-    if found:
-        raise ValueError(
-            f"{folder}: {stage} cannot be redone: {found[0]} {_state(folder, found[0])} with its records; choose "
-            f"another run_dir (run_dir=PATH), or remove {', '.join(f'{folder / name}' for name in found)} first"
-        )
-    number = next(n for n in itertools.count(1) if not (folder / f"{stage}.before-{n}").exists())
-    return (folder / stage).rename(folder / f"{stage}.before-{number}")
 
 
 def mark_done(folder: Path, stage: str, wall_time_s: float, **facts: Any) -> None:

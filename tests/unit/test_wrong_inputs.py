@@ -36,7 +36,7 @@ status file                                     | file: not a run directory
 logs nowhere                                    | nowhere: not a run directory
 logs nowhere --lines x                          | --lines: invalid int value: 'x'
 stop nowhere                                    | nowhere: not a run directory
-sync nowhere                                    | no offline wandb runs
+sync nowhere                                    | nowhere: no journals of a run there
 doctor file                                     | {here}/file: is a file
 help rum                                        | help: 'rum' is no command (did you mean run?)
 completion tcsh                                 | there is no 'tcsh'; allowed: bash, zsh, fish
@@ -44,12 +44,10 @@ serve                                           | required: KIND
 serve executer --port 1                         | there is no 'executer' (did you mean executor?)
 serve executor                                  | required: --port
 serve executor --port x                         | --port: invalid int value: 'x'
-serve executor --port 99999999                  | cannot listen on 127.0.0.1:99999999
 serve executor --port 0 --judge x               | 'x' is not NAME=FILE.py:FUNCTION
 serve executor --port 0 --token-env NO_SUCH     | --token-env: the environment variable NO_SUCH is not set
 serve rollout --port 0                          | required: --model
 serve rollout --model x --port 0 --device tpu   | --device: there is no 'tpu' (did you mean cpu?); allowed: a
-serve rollout --model nowhere --port 0          | no model folder nowhere
 convert hf-to-megatron                          | required: SRC, DST
 convert hf2megatron a b                         | there is no 'hf2megatron'
 convert hf-to-megatron nowhere out              | nowhere: not a Hugging Face model folder
