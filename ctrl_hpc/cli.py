@@ -85,7 +85,9 @@ def _parser() -> Parser:
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, stage in STAGES.items():
         if name != "report":
-            _configured(commands.add_parser(name, help=stage.about), _stage(name))
+            one = commands.add_parser(name, help=stage.about)
+            _configured(one, _stage(name))
+            one.add_argument("--redo", action="store_true", help="put the records aside and make them again")
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     sbatch.add(commands.add_parser("sbatch", help="run as a Slurm job: the driver, too, which submits the others"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
@@ -111,9 +113,9 @@ def _parser() -> Parser:
         if name == "status":
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     _sweep_parsers(commands)
-    sync = commands.add_parser("sync", help="send the offline wandb files of a run to the server")
+    sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")
-    sync.add_argument("--again", action="store_true", help="what was sent before too")
+    sync.add_argument("--again", action="store_true", help="ask of what was sent before, too")
     sync.set_defaults(command=_sync)
     doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
     doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
@@ -177,12 +179,16 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
     executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
+    executor.add_argument("--testlib", default="", metavar="FILE", help="testlib.h, for problems with a checker")
     executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
     rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
     rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    rollout.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the weights' own where it pays"
+    )
     rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
     rollout.add_argument("--max-batch-tokens", type=int, default=65536, help="largest padded batch (default: 65536)")
     rollout.set_defaults(command=_serve_rollout)
@@ -269,6 +275,10 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
+        if options.redo:
+            from ctrl_hpc.pipeline import redo
+
+            redo(config, name)
         _begin(config, name, options)
         from ctrl_hpc import pipeline
 
@@ -322,6 +332,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
             judges=dict(options.judge),
             python=options.python,
             packages=[name for name in options.packages.split(",") if name],
+            testlib=options.testlib,
             max_waiting=options.max_waiting,
             max_body_bytes=options.max_body_mb << 20,
         )
@@ -339,6 +350,7 @@ def _serve_rollout(options: argparse.Namespace) -> int:
             port=options.port,
             threads=options.threads,
             device=resolve_device("--device", options.device),
+            dtype=options.dtype,
             batching=options.batching,
             max_batch_tokens=options.max_batch_tokens,
             **access,
@@ -419,7 +431,7 @@ def _trial(options: argparse.Namespace) -> int:
 def _sync(options: argparse.Namespace) -> int:
     from ctrl_hpc.tracking.sync import sync
 
-    print(f"{sync(options.run_dir, again=options.again)} pieces sent")
+    print(f"{sync(options.run_dir, again=options.again)} sent")
     return 0
 
 

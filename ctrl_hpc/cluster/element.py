@@ -18,12 +18,12 @@ import submitit
 
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster import registry as registries
+from ctrl_hpc.cluster.monitor import Monitor, direct
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.service import http
 from ctrl_hpc.store.tests import folder_of
-from ctrl_hpc.tracking.service_log import ServiceLog, direct
 
 
 def this_node() -> str:
@@ -66,6 +66,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             judges=config.executor.judges,
             python=config.executor.python,
             packages=config.executor.packages,
+            testlib=config.executor.testlib,
             tests_dir=folder_of(run_dir),
         )
 
@@ -99,6 +100,7 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             on_ready=this.ready,
             threads=config.rollout.threads,
             device=resolve_device("rollout.device", config.rollout.device),
+            dtype=config.rollout.dtype,
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
             token=token(run_dir),
@@ -113,7 +115,7 @@ class _Element:
         self._element, self._session = element, session
         self._config = config
         self._registration: Registration | None = None
-        self._log: ServiceLog | None = None
+        self._monitor: Monitor | None = None
 
     def __enter__(self) -> _Element:
         leave_with_driver(self._run_dir, self._session, self._launch.dead_after_s)
@@ -122,8 +124,8 @@ class _Element:
     def __exit__(self, *_: object) -> None:
         if self._registration is not None:
             self._registration.close()
-        if self._log is not None:
-            self._log.close()
+        if self._monitor is not None:
+            self._monitor.__exit__()
 
     def ready(self, url: str) -> None:
         """The server answers at this URL: announce it."""
@@ -139,8 +141,9 @@ class _Element:
             session=self._session,
             healthy=partial(answers, url),
         )
-        key = token(self._run_dir)
-        self._log = ServiceLog(self._config, self._run_dir, self._role, self._element, url, key).start()
+        if self._config.wandb.services:
+            every_s, key = self._config.wandb.services_every_s, token(self._run_dir)
+            self._monitor = Monitor(self._run_dir, self._role, self._element, every_s, url, key).__enter__()
 
     def _advertised(self, url: str) -> str:
         parts = urlsplit(url)

@@ -22,6 +22,7 @@ from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.run import disk, snapshot
+from ctrl_hpc.service import access
 
 POLL_S = 0.2
 """Seconds between looks while arrays start."""
@@ -58,9 +59,9 @@ class Services:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        disk.make_private(self.run_dir)
+        access.make_private(self.run_dir)
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
-        self._refuse_second_driver()
+        self.refuse_second_driver()
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
@@ -131,8 +132,11 @@ class Services:
             self._driver.close()
             self._driver = None
 
-    def _refuse_second_driver(self) -> None:
-        """A job that Slurm has started again takes over from its first start, which may live on a lost node."""
+    def refuse_second_driver(self) -> None:
+        """Raises ValueError where another driver lives.
+
+        A job that Slurm has started again takes over from its first start, which may live on a lost node.
+        """
         own_job = os.environ.get("SLURM_JOB_ID", "")
         for service in self.registry.services():
             again = bool(own_job) and service.job_id == own_job

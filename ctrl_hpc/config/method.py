@@ -107,6 +107,12 @@ class PromptConfig:
     critique.j2, critique_hinted.j2 and revision.j2."""
     system: str | None = None
     """System message of every chat; None: none is added (the chat template may have a default of its own)."""
+    critique_prefix: str = ""
+    """Text that every critique begins with, as ``Analysis:``: small models, which answer a request for a critique with
+    one word, then write one. The critic continues it; it is no part of what is learnt. Empty: none."""
+    critique_close: str = ""
+    """Text, as ``Overall judgment:``, after which a critique that ended without a judgement is continued, within its
+    ``max_tokens``. RL learns from what the critic wrote itself, before and after the text. Empty: no critique is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +262,11 @@ class RLConfig:
     max_staleness: NotNegative[int] = 0
     """Largest number of weight versions a rollout may be old; 0: strictly on-policy; more: rollouts are made
     during the update, at most so many steps ahead."""
+    publish: Literal["full", "delta"] = "full"
+    """How the critic's servers get a version of its weights: whole, or what has changed since the version before, which
+    is for servers of ours alone."""
+    publish_full_every: Positive[int] = 10
+    """Versions of which one is published whole with ``delta``: a server that is new reads at most so many folders."""
     chunk: NotNegative[int] = 0
     """Drafts that are critiqued, revised and executed together, beside the step's others; 0: all of a step's."""
     chunks_in_flight: Positive[int] = 8

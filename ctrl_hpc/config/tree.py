@@ -29,6 +29,7 @@ from ctrl_hpc.config.method import (
     TinyConfig,
 )
 from ctrl_hpc.config.stages import STAGES
+from ctrl_hpc.records import CLOSE_ROOM
 
 ORACLE = "oracle"
 """The generator that answers with the canonical solutions."""
@@ -123,6 +124,13 @@ def check(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
+    lengths = {"synthesize": config.synthesize.max_tokens, "rl": config.rl.max_tokens, "eval": config.eval.max_tokens}
+    for section, length in lengths.items():
+        if config.prompts.critique_close and length <= CLOSE_ROOM:
+            raise ValueError(
+                f"{section}.max_tokens: {length} leaves no room for prompts.critique_close, which takes {CLOSE_ROOM}; "
+                "raise it, or leave that empty"
+            )
     config.parallel.check(config.trainer.nodes * config.trainer.ranks_per_node)
     if config.rl.estimator != "gae" and config.rl.group_size == 1:
         raise ValueError(f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=gae")
@@ -132,6 +140,10 @@ def _check_combinations(config: Config) -> None:
     if config.generator_is_served and config.rollout.generator_elements == 0:
         raise ValueError(
             "rollout.generator_elements: 0 leaves the generator's folder unserved; at least 1, or generator=URL"
+        )
+    if config.rl.publish == "delta" and config.rollout.critic_urls:
+        raise ValueError(
+            "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
         )
     if config.generator_is_url and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

@@ -42,10 +42,16 @@ class Prompts:
 
     templates: dict[str, Template]
     system: str | None = None
+    critique_prefix: str = ""
+    """What every critique begins with: the critic's chats end with it, open."""
+    critique_close: str = ""
+    """What a critique without a judgement is continued after; empty: none is."""
 
     @classmethod
-    def load(cls, folder: str, system: str | None = None) -> Self:
-        """The templates of a packaged folder (``default``, ``tiny``) or of any other.
+    def load(
+        cls, folder: str, system: str | None = None, *, critique_prefix: str = "", critique_close: str = ""
+    ) -> Self:
+        """The templates of a packaged folder (``default``, ``tiny``) or of any other; the section ``prompts``'s keys.
 
         Raises ValueError with one line when the folder or a file is missing, does not parse, or uses a variable that
         it does not get.
@@ -55,7 +61,10 @@ class Prompts:
             packaged = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/critique.j2")))
             raise ValueError(f"prompts.folder: {folder!r} is no folder; allowed: {packaged}, or the path of a folder")
         return cls(
-            templates={name: load_template(place / f"{name}.j2", VARIABLES[name]) for name in VARIABLES}, system=system
+            templates={name: load_template(place / f"{name}.j2", VARIABLES[name]) for name in VARIABLES},
+            system=system,
+            critique_prefix=critique_prefix,
+            critique_close=critique_close,
         )
 
     def solution(self, problem: Problem) -> Chat:
@@ -64,11 +73,11 @@ class Prompts:
 
     def critique(self, problem: Problem, solution: Solution) -> Chat:
         """The critic's turn: judge a solution and say how to improve it."""
-        return self._open(self._render("critique", problem=problem, **_draft(solution)))
+        return self._begun(self._render("critique", problem=problem, **_draft(solution)))
 
     def hinted_critique(self, problem: Problem, solution: Solution, hint: Hint) -> Chat:
         """The critic's turn with what the execution showed (stage I)."""
-        return self._open(self._render("critique_hinted", problem=problem, hint=hint.text, **_draft(solution)))
+        return self._begun(self._render("critique_hinted", problem=problem, hint=hint.text, **_draft(solution)))
 
     def revision(self, problem: Problem, solution: Solution, critique_text: str) -> Chat:
         """The generator's second turn, after its draft: revise it in the light of a critique."""
@@ -81,6 +90,11 @@ class Prompts:
 
     def _render(self, name: str, **variables: object) -> str:
         return well_formed(self.templates[name].render(**variables))
+
+    def _begun(self, content: str) -> Chat:
+        """The critic's chat, its answer begun."""
+        prefix = Message(role="assistant", content=self.critique_prefix)
+        return (*self._open(content), prefix) if self.critique_prefix else self._open(content)
 
     def _open(self, content: str) -> Chat:
         user = Message(role="user", content=content)

@@ -10,7 +10,7 @@ import base64
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PlainSerializer
 from pydantic_core import core_schema
@@ -351,6 +351,8 @@ class Problem:
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
     harness: str | None = None
     """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; None: none."""
+    checker: str | None = None
+    """Source of a testlib checker in C++, which says whether an output is right; None: outputs are compared."""
     language: str | None = None
     """What its programs are written in: a name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
     provenance: str | None = None
@@ -364,6 +366,9 @@ class Execution:
     program: str
     tests: Tests
     limits: Limits
+    checker: str | None = None
+    """Source of a checker in C++ that judges outputs in place of the comparison, run as ``checker input output answer``
+    with testlib's exit codes."""
     language: str | None = None
     """A name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
     compile_timeout_s: float | None = None
@@ -388,6 +393,10 @@ class Message:
 
 
 Chat = tuple[Message, ...]
+
+
+CLOSE_ROOM = 32
+"""Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -418,6 +427,8 @@ class Generation:
     finish_reason: Literal["stop", "length", "abort"] = "stop"
     version: int = 0
     """Version of the weights that made it (see weight sync); 0 for a model that never changes."""
+    forced: tuple[int, int] | None = None
+    """Where tokens were put by us, not sampled: ``token_ids[start:end]``; their log-probs are 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -496,7 +507,24 @@ class Generator(Protocol):
     """Answers chats: the rollout array, an OpenAI-compatible endpoint, or the oracle."""
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        """``sampling.n`` completions for each chat, in order."""
+        """``sampling.n`` completions for each chat, in order.
+
+        A chat that ends with a message of the assistant is open: its completions continue that message.
+        """
+        ...
+
+
+@runtime_checkable
+class Continuing(Protocol):
+    """A generator that can go on with a completion after a text of ours."""
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows that, as one; the tokens of ``text`` are ``forced``.
+
+        ``sampling.max_tokens`` is for the text and what follows it, where the text's tokens are known.
+        """
         ...
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
-from ctrl_hpc.rollout.weights import copy_weights, weight_files
+from ctrl_hpc.rollout.scoring import score_prompts
+from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
 
 GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
@@ -90,13 +90,17 @@ class PaddedEngine:
     def __init__(self, model: Any, stop_ids: frozenset[int], *, max_batch_tokens: int = 65536) -> None:
         self.model, self.stop_ids, self.max_batch_tokens = model, stop_ids, max_batch_tokens
         self.version = 0
+        self._state: str | None = None
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
+        self.head_VD = _float_head(model)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
-        copy_weights(self.model, folder)
+        self._state = copy_weights(self.model, folder, self._state)
+        if self.head_VD is not None:
+            self.head_VD.copy_(self.model.get_output_embeddings().weight.detach())
         self.version = version
 
     def generate(
@@ -141,6 +145,17 @@ class PaddedEngine:
             batch.append(row)
         if batch:
             yield batch
+
+
+PLAIN_HEADS = frozenset({"qwen2", "qwen3", "llama", "mistral"})
+"""Architectures whose logits are the last hidden state times the output embedding, and nothing else."""
+
+
+def _float_head(model: Any) -> torch.Tensor | None:
+    """The output embedding in float32 for a model of fewer bits: logits as a trainer computes them; else None."""
+    if model.dtype == torch.float32 or model.config.model_type not in PLAIN_HEADS:
+        return None
+    return model.get_output_embeddings().weight.detach().float()
 
 
 class _Batch:
@@ -267,16 +282,20 @@ class _Batch:
         blocked = torch.finfo(self.model.dtype).min
         mask_B1QS = torch.zeros(allowed_BQS.shape, dtype=self.model.dtype, device=self.device)
         mask_B1QS = mask_B1QS.masked_fill_(~allowed_BQS, blocked)[:, None]
-        out = self.model(
-            input_ids=ids_BQ,
-            position_ids=positions_BQ,
-            attention_mask=mask_B1QS,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        inputs = {
+            "input_ids": ids_BQ,
+            "position_ids": positions_BQ,
+            "attention_mask": mask_B1QS,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        head_VD = self.engine.head_VD
+        if head_VD is None:
+            logits_BV = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+        else:
+            logits_BV = self.model.base_model(**inputs).last_hidden_state[:, -1].float() @ head_VD.T
         self.cache.advance(ids_BQ.shape[1])
-        return out.logits[:, -1]
+        return logits_BV
 
     def _completions(
         self, tokens_BT: torch.Tensor, logprobs_BT: torch.Tensor, lengths_B: torch.Tensor, ends_B: torch.Tensor
@@ -313,43 +332,6 @@ class _StopTables:
         return (token_R[:, None] == ids_RS).any(dim=-1)
 
 
-SCORED_AT_ONCE = 256
-"""Positions whose logits are held at a time when prompts are scored."""
-Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
-"""Log-probs of a prompt's tokens but the first, and the likeliest tokens there."""
-
-
-def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[Score | None]:
-    """The prompts' own log-probs at temperature 1, where they are asked for; equal prompts are computed once."""
-    known: dict[tuple[tuple[int, ...], int], Score] = {}
-    out: list[Score | None] = []
-    for prompt, decoding in zip(prompts, decodings, strict=True):
-        key = (tuple(prompt), decoding.top_logprobs)
-        if decoding.prompt_logprobs and key not in known:
-            known[key] = _score(model, *key)
-        out.append(known[key] if decoding.prompt_logprobs else None)
-    return out
-
-
-def _score(model: Any, prompt: tuple[int, ...], top: int) -> Score:
-    device = next(model.parameters()).device
-    ids_1T = torch.tensor([prompt], device=device)
-    hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, :-1]
-    values: list[float] = []
-    tops: list[TopLogprobs] = []
-    for start in range(0, len(hidden_TD), SCORED_AT_ONCE):
-        part_CD = hidden_TD[start : start + SCORED_AT_ONCE]
-        logprobs_CV = torch.log_softmax(model.get_output_embeddings()(part_CD).float(), dim=-1)
-        wanted_C1 = ids_1T[0, start + 1 : start + 1 + len(part_CD), None]
-        values += logprobs_CV.gather(1, wanted_C1)[:, 0].tolist()
-        likeliest = logprobs_CV.topk(top, dim=-1)
-        pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-        tops += [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
-    if not all(map(math.isfinite, values)):
-        raise RuntimeError("the logits are not finite: bad weights?")
-    return tuple(values), tuple(tops)
-
-
 def _continuous(model: Any, stop_ids: frozenset[int], _: int) -> Engine:
     return ContinuousEngine(model, stop_ids)
 
@@ -360,6 +342,15 @@ def _padded(model: Any, stop_ids: frozenset[int], max_batch_tokens: int) -> Engi
 
 BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": _padded, "continuous": _continuous}
 """Engines by name, each made of a model, its stop ids and the largest padded batch in tokens."""
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Weights and activations by name."""
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own; elsewhere it is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
 
 
 def stop_token_ids(folder: str | Path) -> frozenset[int]:
@@ -377,14 +368,17 @@ def load_engine(
     folder: str,
     *,
     device: str = "cpu",
+    dtype: str = "auto",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
     stop_ids: frozenset[int] = frozenset(),
 ) -> Engine:
-    """The engine for a Hugging Face folder: in float32 on a cpu, in the folder's own type on cuda.
+    """The engine for a Hugging Face folder.
 
-    ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a CPU. ``stop_ids`` come on top of
-    those the folder names. Raises ValueError when there is no such model or way of batching.
+    ``dtype`` is a key of ``DTYPES``, or auto: the folder's own on cuda; on CPUs bfloat16 for a folder in bfloat16 where
+    they multiply it, else float32. ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a
+    CPU. ``stop_ids`` come on top of those the folder names. Raises ValueError when there is no such model, device, type
+    or way of batching.
     """
     from transformers import AutoModelForCausalLM
 
@@ -393,6 +387,10 @@ def load_engine(
         batching = "continuous" if device == "cuda" else "padded"
     if batching not in BATCHING:
         raise ValueError(f"rollout.batching={batching}: allowed: auto, {', '.join(BATCHING)}")
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"rollout.dtype={dtype}: allowed: auto, {', '.join(DTYPES)}")
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if stored_dtype(folder) == "BF16" and cpu_has_bfloat16() else "float32"
+    kind = DTYPES.get(dtype, "auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(device).eval()
     return BATCHING[batching](model, stop_ids | stop_token_ids(folder), max_batch_tokens)

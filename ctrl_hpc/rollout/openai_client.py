@@ -5,20 +5,31 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
-from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.records import Chat, Generation, Message, Sampling
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
 
 _FINISH = {"stop": "stop", "length": "length", "eos": "stop"}
+_NO_ANSWER = (ValueError, LookupError, TypeError, AttributeError)
+"""What reading an answer raises that holds no completion: an error in its place, a page, nothing."""
+_REFUSES_SEVERAL = re.compile(
+    r"""["'`]n["'`]|\bn\b\s*(?:=|>|must|should|is|has|parameter)|\bmultiple (?:choices|completions)"""
+)
+"""How an endpoint says that it gives one completion at a time."""
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+UNREACHABLE_S = 4.0
+"""An endpoint that has never answered is given up when it cannot be connected to for so long."""
+_SHOWN_CHARACTERS = 300
+"""Of an answer that is no completion, what is told."""
 
 
 @dataclass(slots=True)
@@ -60,6 +71,9 @@ class OpenAIGenerator:
         self._slots = asyncio.Semaphore(max_in_flight)
         self._interval_s = 60.0 / requests_per_min if requests_per_min else 0.0
         self._next_start = 0.0
+        self._limit_name = "max_tokens"
+        self._singly = False
+        self._reached = False
         self._prices = (price_in, price_out)
         self._jitter = random.Random()
         self._lock = threading.Lock()
@@ -68,14 +82,31 @@ class OpenAIGenerator:
         key = os.environ.get(key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._thread = LoopThread("openai-client")
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=30.0), headers=headers)
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=UNREACHABLE_S), headers=headers)
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order.
 
         Raises ValueError when the endpoint refuses a request, RuntimeError when it keeps failing.
         """
-        return self._thread.run(self._all(chats, sampling))
+        seeds = [
+            None if sampling.seed is None else derive_seed(sampling.seed, i)
+            for i in range(sampling.first, sampling.first + len(chats))
+        ]
+        bodies = [self._body(seed, chat, sampling) for seed, chat in zip(seeds, chats, strict=True)]
+        return self._thread.run(self._every(bodies))
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows, as one; for endpoints that continue a message (vLLM, SGLang).
+
+        One completion each, by its sampling's own seed. Errors as :meth:`complete`.
+        """
+        longer = [_with_answer(chat, item.text + text) for chat, item in zip(chats, begun, strict=True)]
+        bodies = [self._body(how.seed, chat, replace(how, n=1)) for chat, how in zip(longer, sampling, strict=True)]
+        rests = [generations[0] for generations in self._thread.run(self._every(bodies))]
+        return [replace(rest, text=item.text + text + rest.text) for item, rest in zip(begun, rests, strict=True)]
 
     def close(self) -> None:
         """Close the connections; calls in flight in other threads are cancelled."""
@@ -93,19 +124,19 @@ class OpenAIGenerator:
                 "generator/cost": usage.cost,
             }
 
-    async def _all(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        async def one(i: int, chat: Chat) -> list[Generation]:
+    async def _every(self, bodies: Sequence[dict[str, Any]]) -> list[list[Generation]]:
+        async def one(body: dict[str, Any]) -> list[Generation]:
             async with self._slots:
-                return await self._one(self._body(i, chat, sampling))
+                return await self._one(body)
 
-        tasks = [asyncio.create_task(one(i, chat)) for i, chat in enumerate(chats, sampling.first)]
+        tasks = [asyncio.create_task(one(body)) for body in bodies]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    def _body(self, i: int, chat: Chat, sampling: Sampling) -> dict[str, Any]:
+    def _body(self, seed: int | None, chat: Chat, sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": message.role, "content": message.content} for message in chat],
@@ -114,31 +145,80 @@ class OpenAIGenerator:
             "max_tokens": sampling.max_tokens,
             "n": sampling.n,
         }
-        if sampling.seed is not None:
-            body["seed"] = derive_seed(sampling.seed, i)
+        if seed is not None:
+            body["seed"] = seed
+        if chat[-1].role == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
 
     async def _one(self, body: dict[str, Any]) -> list[Generation]:
-        for attempt in range(self._max_tries):
+        """The ``n`` completions of a request; asked for one by one where the endpoint refuses or ignores ``n``."""
+        found = await self._ask(body) if body["n"] == 1 or not self._singly else []
+        while len(found) < body["n"]:
+            one = body | {"n": 1}
+            if "seed" in body:
+                one["seed"] = derive_seed(body["seed"], len(found))
+            found += await self._ask(one)
+        return found[: body["n"]]
+
+    async def _ask(self, body: dict[str, Any]) -> list[Generation]:
+        """One request's completions: at least one, or none where several at a time are refused."""
+        attempt, started = 0, time.monotonic()
+        while attempt < self._max_tries:
             await self._wait_turn()
+            sent = self._named(body)
             try:
-                response = await self._http.post(self._url, json=body)
+                response = await self._http.post(self._url, json=sent)
             except httpx.TransportError as error:
                 problem, wait_s = f"{type(error).__name__}: {error}", 0.0
+                unconnected = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+                if unconnected and not self._reached and time.monotonic() - started + 0.5 * 2**attempt > UNREACHABLE_S:
+                    raise RuntimeError(f"{self._url} cannot be reached: {problem}") from None
             else:
+                self._reached = True
+                problem, wait_s = f"HTTP {response.status_code}: {_line(response.text)}", 0.0
                 if response.status_code < 300:
-                    return self._read(response.json(), body["n"])
-                problem = f"HTTP {response.status_code}: {response.text[:300]}"
-                if response.status_code in (401, 403):
-                    raise ValueError(f"{self._url}: {problem}; the key is read from ${self._key_env}")
-                if response.status_code not in _RETRIED:
-                    raise ValueError(f"{self._url}: {problem}")
-                wait_s = _retry_after(response)
-            if attempt + 1 < self._max_tries:
+                    try:
+                        return self._read(response.json())
+                    except _NO_ANSWER:
+                        problem += " (no completion)"
+                elif self._learns(response, sent):
+                    if self._singly and body["n"] > 1:
+                        return []
+                    continue
+                else:
+                    wait_s = self._wait_s(response, problem)
+            attempt += 1
+            if attempt < self._max_tries:
                 with self._lock:
                     self.usage.retries += 1
-                await asyncio.sleep(wait_s + self._jitter.uniform(0.0, min(60.0, 0.5 * 2**attempt)))
+                await asyncio.sleep(wait_s + self._jitter.uniform(0.0, min(60.0, 0.25 * 2**attempt)))
+        problem = " ".join(problem.split())
         raise RuntimeError(f"{self._url} failed {self._max_tries} times; the last answer: {problem}")
+
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The request, with its limit under the name that the endpoint takes."""
+        return {self._limit_name if name == "max_tokens" else name: value for name, value in body.items()}
+
+    def _learns(self, response: httpx.Response, sent: dict[str, Any]) -> bool:
+        """Whether a refusal tells of a form of the request that the endpoint takes instead, which is then used."""
+        if response.status_code not in (400, 422):
+            return False
+        if "max_completion_tokens" in response.text and "max_tokens" in sent:
+            self._limit_name = "max_completion_tokens"
+            return True
+        if sent["n"] > 1 and _REFUSES_SEVERAL.search(response.text):
+            self._singly = True
+            return True
+        return False
+
+    def _wait_s(self, response: httpx.Response, problem: str) -> float:
+        """Seconds to wait before asking again; raises ValueError where that is of no use."""
+        if response.status_code in (401, 403):
+            raise ValueError(f"{self._url}: {problem}; the key is read from ${self._key_env}")
+        if response.status_code not in _RETRIED:
+            raise ValueError(f"{self._url}: {problem}")
+        return _retry_after(response)
 
     async def _wait_turn(self) -> None:
         """Keep to the rate limit: requests start at least ``60 / requests_per_min`` seconds apart."""
@@ -147,7 +227,18 @@ class OpenAIGenerator:
             self._next_start = start + self._interval_s
         await asyncio.sleep(max(0.0, start - time.monotonic()))
 
-    def _read(self, data: dict[str, Any], n: int) -> list[Generation]:
+    def _read(self, data: Any) -> list[Generation]:
+        """The completions of an answer; raises what :data:`_NO_ANSWER` holds for what is none."""
+        choices = sorted(data["choices"], key=lambda choice: choice.get("index") or 0)
+        found = [
+            Generation(
+                text=_text(choice["message"].get("content")),
+                finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
+            )
+            for choice in choices
+        ]
+        if not found:
+            raise ValueError("no choices")
         used = data.get("usage") or {}
         tokens = (int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
         with self._lock:
@@ -155,16 +246,28 @@ class OpenAIGenerator:
             self.usage.prompt_tokens += tokens[0]
             self.usage.completion_tokens += tokens[1]
             self.usage.cost += sum(count * price / 1e6 for count, price in zip(tokens, self._prices, strict=True))
-        choices = sorted(data["choices"], key=lambda choice: choice.get("index", 0))
-        if len(choices) != n:
-            raise RuntimeError(f"{self._url}: asked for {n} choices, got {len(choices)}")
-        return [
-            Generation(
-                text=choice["message"].get("content") or "",
-                finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
-            )
-            for choice in choices
-        ]
+        return found
+
+
+def _text(content: Any) -> str:
+    """A message's content: text, or a list of parts of which those of text count."""
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError(f"content: {type(content).__name__}")
+    return content or ""
+
+
+def _line(text: str) -> str:
+    """An answer in one line, its beginning when it is long (an HTML page)."""
+    return " ".join(text.split())[:_SHOWN_CHARACTERS]
+
+
+def _with_answer(chat: Chat, text: str) -> Chat:
+    """The chat with an answer that is open; one that it ends with already is longer then."""
+    if chat[-1].role == "assistant":
+        return (*chat[:-1], Message(role="assistant", content=chat[-1].content + text))
+    return (*chat, Message(role="assistant", content=text))
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -267,6 +267,7 @@ def serve(
     on_ready: Callable[[str], None] | None = None,
     threads: int = 2,
     device: str = "cpu",
+    dtype: str = "auto",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
     token: str | None = None,
@@ -289,7 +290,14 @@ def serve(
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(model)
     stop_ids = frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
-    engine = load_engine(model, device=device, batching=batching, max_batch_tokens=max_batch_tokens, stop_ids=stop_ids)
+    engine = load_engine(
+        model,
+        device=device,
+        dtype=dtype,
+        batching=batching,
+        max_batch_tokens=max_batch_tokens,
+        stop_ids=stop_ids,
+    )
     worker = Worker(engine)
     app = create_app(Service(worker, tokenizer, model))
     gate = http_service.Gate(

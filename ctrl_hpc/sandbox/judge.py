@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import math
 import re
+import string
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -208,6 +209,8 @@ class Rule:
     values: str
     """How the results of function tests are compared: a name of :data:`VALUE_RULES`."""
     tolerance: Tolerance = Tolerance()
+    nocase: bool = False
+    """Letters of either case are the same, in what is returned too."""
     several_answers: bool = False
     """Another answer than the expected one may be right."""
 
@@ -246,7 +249,7 @@ def _rule(mode: str, text: str) -> Rule:
     elif nocase:
         compare = _without_case
     values = mode if mode in VALUE_RULES else "exact"
-    return Rule(compare=compare, values=values, tolerance=tolerance, several_answers="any" in flags)
+    return Rule(compare=compare, values=values, tolerance=tolerance, nocase=nocase, several_answers="any" in flags)
 
 
 def _without_case(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
@@ -307,7 +310,23 @@ def same_result(data: Any, expected: Any, rule: Rule) -> bool:
             or same_value(data, [expected], tuples_are_lists=False)
             or same_value(again, expected, tuples_are_lists=False)
         )
+    if rule.nocase:
+        data, expected = _lower(data, keys=False), _lower(expected, keys=True)
     return same_value(data, expected, rule.tolerance if rule.values == "float" else False)
+
+
+def _lower(value: Any, *, keys: bool) -> Any:
+    """Data with its texts in lower case, those of ASCII; of encoded data without the keys, which name kinds."""
+    if isinstance(value, str):
+        return value.translate(_LOWER)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_lower(item, keys=keys) for item in value)
+    if not isinstance(value, dict):
+        return value
+    return {_lower(key, keys=keys) if keys else key: _lower(item, keys=keys) for key, item in value.items()}
+
+
+_LOWER = {ord(letter): letter.lower() for letter in string.ascii_uppercase}
 
 
 def _as_list(data: Any) -> Any:

@@ -12,8 +12,10 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -26,6 +28,7 @@ from ctrl_hpc.sandbox import rootfs
 BINARY = "program"
 """The file that a compiler makes, in its working folder."""
 _KEPT_FAILURES = 256
+_INCLUDES_TESTLIB = re.compile(r'#\s*include\s*["<]testlib\.h[">]')
 _MAX_MB = 1024
 
 
@@ -43,6 +46,8 @@ class Language:
     """Arguments before the source's name; :data:`BINARY` is what it has to make."""
     aliases: tuple[str, ...]
     """What fences of answers call it."""
+    proof: str
+    """A program that compiles where the compiler and its static libraries are whole."""
     memory_mb: int = 1024
     """What the compiler may use."""
 
@@ -59,10 +64,13 @@ LANGUAGES: dict[str, Language] = {
         source="main.cpp",
         options=("-std=c++17", "-O2", "-static", "-pipe", "-fmax-errors=20", "-I.", "-o", BINARY),
         aliases=("cpp", "c++", "C++", "Cpp", "CPP"),
+        proof="#include <iostream>\nint main() { std::cout << 1; }\n",
     ),
 }
 """Languages by name, as problems and requests give it. Python, which is not compiled, is not among them."""
 PYTHON = "python"
+CHECKERS = "cpp"
+"""What checkers are written in."""
 COMPILE_S = 10.0
 """Wall-clock seconds a compiler has unless a request says otherwise; SandboxFusion's."""
 
@@ -79,14 +87,48 @@ def language(name: str | None) -> Language | None:
 
 @functools.cache
 def toolchain(name: str) -> str:
-    """The version of a language's compiler; ValueError where there is none."""
+    """The version of a language's compiler; ValueError where there is none, or one that makes no programs.
+
+    What the compiler lacks must not be taken for a program's fault.
+    """
     entry = LANGUAGES[name]
     command = f"/usr/bin/{entry.compiler}"
     try:
         told = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / entry.source).write_text(entry.proof)
+            subprocess.run(entry.command, cwd=folder, capture_output=True, text=True, check=True)
+    except OSError:
         raise ValueError(f"language: {name} needs {command}; install the package {entry.package}") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no word of why"])[-1][:200]
+        fix = f"install the package {entry.package} whole, static libraries too"
+        raise ValueError(f"language: {name}: {command} compiles no program: {last}; {fix}") from None
     return told.partition("\n")[0].strip()
+
+
+TESTLIB = Path("/usr/include/testlib.h")
+"""Where a package would put it."""
+
+
+def testlib(path: str | Path) -> str:
+    """The text of ``testlib.h``: of the given file, else of the system's, else ""; ValueError if it cannot be read."""
+    place = Path(path) if path else TESTLIB
+    if not path and not place.is_file():
+        return ""
+    try:
+        return place.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"testlib: cannot read {place}: {error.strerror}") from None
+
+
+def check_checker(source: str | None, library: str) -> None:
+    """ValueError where a checker cannot be compiled: without a compiler, or the ``testlib.h`` that it includes."""
+    if source is None:
+        return
+    language(CHECKERS)
+    if _INCLUDES_TESTLIB.search(source) and not library:
+        raise ValueError(f"checker: it includes testlib.h; say where that is: executor.testlib, or {TESTLIB}")
 
 
 def limits(entry: Language, timeout_s: float | None) -> Limits:

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc.config import Config, RLConfig
+from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.service.fleet import LoopThread
 from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.collect import Collector
 from ctrl_hpc.train.drafts import side_by_side
-from ctrl_hpc.train.journal import Clock
+from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rollouts import Experience
 
 DRAFTS = 4
@@ -199,6 +200,25 @@ def test_weights_are_kept_as_long_as_a_server_may_load_them(tmp_path: Path, max_
     assert loaded[0] == 5 and len(loaded) == 7 and all(0 <= 5 + i - v <= max_staleness for i, v in enumerate(loaded))
 
 
+def test_versions_stay_as_long_as_later_ones_are_differences_to_them(tmp_path: Path) -> None:
+    def publish(version: int) -> None:
+        folder = weights_folder(tmp_path, version)
+        folder.mkdir(parents=True)
+        base = None if version % 4 == 0 else f"v{version - 1:06d}"
+        About(state=str(version), base=base, base_state=str(version - 1)).write(folder)
+
+    publish(0)
+    kept = []
+    with Ahead(lambda step, at, version: experience(step, version, at), tmp_path, start=0, steps=9, position=0,
+               max_staleness=0) as ahead:  # fmt: skip
+        for step in range(9):
+            ahead.take(step)
+            publish(step + 1)
+            ahead.publish(step + 1)
+            kept.append(sorted(int(folder.name[1:]) for folder in (tmp_path / "weights").iterdir()))
+    assert kept[2] == [0, 1, 2, 3] and kept[6] == [4, 5, 6, 7]
+
+
 def test_chunks_are_in_order_and_the_first_error_ends_them() -> None:
     first_waits, second_done = threading.Event(), threading.Event()
 
@@ -223,7 +243,7 @@ def test_chunks_are_in_order_and_the_first_error_ends_them() -> None:
 
 def test_a_phase_that_several_threads_are_in_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr("ctrl_hpc.train.journal.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("ctrl_hpc.train.loop.time.perf_counter", lambda: next(now))
     clock = Clock()
     with clock("revise"), clock("revise"):  # from 10 to 13, as two chunks would
         pass

@@ -17,6 +17,7 @@ from process_table import processes_of
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.records import Problem, Solution
+from ctrl_hpc.run import journal
 
 CONFIG = ROOT / "configs" / "tiny_ci.yaml"
 
@@ -126,9 +127,8 @@ def test_an_interrupted_run_leaves_no_process_and_continues(how: signal.Signals,
     small += ["tiny.require_conditions=false", "launch.dead_after_s=10"]
     command = [sys.executable, "-m", "ctrl_hpc.cli", "run", str(CONFIG), f"run_dir={folder}", *small]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    progress = folder / "rl" / "progress.json"
     deadline = time.monotonic() + 240
-    while not (progress.exists() and json.loads(progress.read_text())["step"] >= 3):
+    while journal.progress(folder, "rl").get("step", 0) < 3:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before its third RL step"
         time.sleep(0.1)
     process.send_signal(how)

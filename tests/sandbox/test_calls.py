@@ -50,6 +50,7 @@ def test_asserts_that_hold(sandbox: Sandbox, name: str) -> None:
         ("def f(): raise KeyError('k')", "assert f() == 2", "runtime_error", b"KeyError: 'k'"),
         ("def f(): return 1 // 0", "f()", "runtime_error", b"line 1, in f"),
         ("def g(): return 1", "assert f() == 2", "runtime_error", b"NameError: name 'f' is not defined"),
+        ("class Solution:\n  def f(self): return 2", "assert f() == 2", "runtime_error", b"NameError: name 'f' is not"),
         ("def f(: pass", "assert f() == 2", "runtime_error", b"SyntaxError"),
         ("raise ValueError('at import')", "assert f() == 2", "runtime_error", b"ValueError: at import"),
         (
@@ -115,6 +116,13 @@ def test_function_tests_with_tolerance(sandbox: Sandbox) -> None:
     program = "def f(): return [0.1 + 0.2, 3]"
     assert call(sandbox, program, expected=[0.3, 3], comparison="float").status == "accepted"
     assert call(sandbox, program, expected=[0.3, 4], comparison="float").status == "wrong_answer"
+
+
+def test_function_tests_in_any_letter_case(sandbox: Sandbox) -> None:
+    program = "def f(): return ({'Key': ['YES']}, 'no')"
+    for comparison, status in (("exact:nocase", "accepted"), ("float:nocase", "accepted"), ("exact", "wrong_answer")):
+        assert call(sandbox, program, expected=[{"key": ["Yes"]}, "No"], comparison=comparison).status == status
+    assert call(sandbox, program, expected=[{"key": ["Yes"]}, "on"], comparison="exact:nocase").status == "wrong_answer"
 
 
 def test_what_the_solution_prints_is_kept(sandbox: Sandbox) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from ctrl_hpc.flow.steps import execution, limits
 from ctrl_hpc.harness import HARNESSES, prepared
-from ctrl_hpc.records import Execution, FunctionTest, Limits, Override, Problem, Rules, StdinTest, TestCase
+from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, Override, Problem, Rules, StdinTest, TestCase
 from ctrl_hpc.sandbox import Sandbox, fusion, interpreter, rootfs
 from ctrl_hpc.sandbox.cache import VerdictCache
 
@@ -87,6 +87,8 @@ def _honest(given: dict[str, Any]) -> Execution:
     if "call" in given:
         name, args, expected = json.loads(given["call"])
         tests = (FunctionTest(name=name, args=tuple(args), expected=expected),) * given.get("times", 1)
+    elif "code" in given:
+        tests = (AssertTest(code=given["code"]),)
     else:
         tests = (StdinTest(stdin=given.get("stdin", ""), expected_stdout=given["stdout"]),)
     harness = given.get("harness", "codecontests")

@@ -143,18 +143,15 @@ def _raised(error: Exception) -> dict[str, Any]:
 
 
 def _lookup(namespace: dict[str, Any], instances: list[Any], request: dict[str, Any]) -> tuple[bool, Any]:
-    """A global of the solution, or a method of its ``Solution`` class (the convention of function-style problems).
+    """A global of the solution; where the problem asks for a method, one of its ``Solution`` class before it.
 
-    Where the problem asks for a method, the class comes first: a helper may have the method's name.
+    There a helper may have the method's name. A test's own code finds what Python would: methods only behind the class.
     """
     name = request["name"]
     if "object" in request:
         instance = instances[request["object"]]
         return hasattr(instance, name), getattr(instance, name, None)
     solution_class: Any = namespace.get("Solution")
-    has_method = isinstance(solution_class, type) and hasattr(solution_class, name)
-    if name in namespace and not (has_method and request.get("method")):
-        return True, namespace[name]
-    if has_method:
+    if request.get("method") and isinstance(solution_class, type) and hasattr(solution_class, name):
         return True, getattr(solution_class(), name)
-    return False, None
+    return name in namespace, namespace.get(name)
