@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import shutil
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 from ctrl_hpc.config import Config, ParallelConfig, TrainerConfig
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
@@ -102,9 +103,51 @@ def _check(direction: str, source: Path, target: Path, tensor: int, pipeline: in
         described = source / HUGGINGFACE
         if not (described / "config.json").is_file():
             raise ValueError(f"{source}: not a Megatron checkpoint of ctrl-hpc (it holds no {HUGGINGFACE}/config.json)")
+        check_metadata(source / ".metadata")
     else:
         described = source
     architectures.check_layout(architectures.read(described), ParallelConfig(tensor=tensor, pipeline=pipeline))
+
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_PLAIN = {
+    "collections": "OrderedDict",
+    "torch": "Size float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool",
+    "torch.serialization": "_get_layout",
+    f"{_CHECKPOINT}.filesystem": "_StorageInfo",
+    f"{_CHECKPOINT}.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta"
+    " TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    f"{_CHECKPOINT}.planner": "BytesIOWriteData SavePlan TensorWriteData WriteItem WriteItemType",
+}
+"""What a checkpoint's metadata, which is a pickle, is made of: classes that hold data, by module."""
+
+
+class _Inert:
+    """Stands for any of them: takes what it is given and does nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> Self:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str, /) -> type[_Inert]:
+        if global_name not in _PLAIN.get(module_name, "").split():
+            raise pickle.UnpicklingError(f"names {module_name}.{global_name}")
+        return _Inert
+
+
+def check_metadata(file: Path) -> None:
+    """ValueError where reading a checkpoint's metadata could run code of whoever wrote it; runs none itself."""
+    if not file.is_file():
+        return  # an incomplete checkpoint is found when it is read
+    try:
+        with open(file, "rb") as data:
+            _Reader(data).load()
+    except Exception as error:  # noqa: BLE001 (a hostile pickle fails in any way)
+        raise ValueError(f"{file}: is no plain metadata of a checkpoint, and is not read: {error}") from None
 
 
 def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:

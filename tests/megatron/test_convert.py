@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -49,6 +51,23 @@ def test_what_cannot_be_converted_is_one_line_and_leaves_nothing(
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+class _Code:
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self._mark),)
+
+
+def test_metadata_of_others_runs_nothing(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, mark = tmp_path / "foreign", tmp_path / "ran"
+    shutil.copytree(workplace / "models" / "qwen2-tied", source / "huggingface")
+    (source / ".metadata").write_bytes(pickle.dumps(_Code(mark)))
+    assert cli.main(["convert", "megatron-to-hf", str(source), str(tmp_path / "dst")]) == 2
+    assert "is no plain metadata of a checkpoint, and is not read: names posix.mkdir" in capsys.readouterr().err
+    assert not mark.exists()
 
 
 @pytest.mark.slow
