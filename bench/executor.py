@@ -102,6 +102,21 @@ def pool(sandbox: Sandbox, tests: int, kind: str = "stdin", clients: int | None 
     return lambda seconds: _rate(seconds, [step] * (clients or sandbox.workers))
 
 
+def compiled(sandbox: Sandbox, tests: int) -> Scenario:
+    """A program in C++ whose binary is kept from before, one a worker at a time."""
+    text = '#include <cstdio>\nint main() { long a, b; scanf("%ld%ld", &a, &b); printf("%ld\\n", a + b); }'
+    made = tuple(StdinTest(stdin=f"{n}\n2\n", expected_stdout=f"{n + 2}\n") for n in range(tests))
+    execution = Execution(program=text, tests=made, limits=_LIMITS, language="cpp")
+
+    def step() -> int:
+        verdict = sandbox.submit(execution).result()
+        assert verdict.accepted, verdict
+        return tests
+
+    step()
+    return lambda seconds: _rate(seconds, [step] * sandbox.workers)
+
+
 def run_code(url: str, clients: int = CLIENTS) -> Scenario:
     """SandboxFusion's ``/run_code``, a program a request."""
 
@@ -198,6 +213,8 @@ def scenarios(stack: ExitStack, workers: int, beside: str | None = None) -> dict
         "warm jail, 10 tests": pool(warm, 10),
         "warm jail, function test": pool(warm, 1, "function"),
         "warm jails, assert test": pool(warm, 1, "assert"),
+        "warm jail, C++, 1 test": compiled(warm, 1),
+        "warm jail, C++, 10 tests": compiled(warm, 10),
         f"HTTP /run_code, {CLIENTS} clients": run_code(url),
         f"HTTP /run_tests, {CLIENTS} clients": run_tests(url, 1),
         f"HTTP /run_tests, {CLIENTS} clients, 10 tests": run_tests(url, 10),

@@ -1,4 +1,4 @@
-"""A long run of the executor with one program in seven misbehaving; nothing may be wrong, left over, or growing.
+"""A long run of the executor with one program in five misbehaving; nothing may be wrong, left over, or growing.
 
 ``python bench/soak.py``. Every verdict is checked against the one known for its program; at
 the end the processes, descriptors, threads, mounts, cgroups and files of the machine are compared with those before.
@@ -41,6 +41,22 @@ MISBEHAVING: dict[str, tuple[str, str]] = {
     "closes": ("import os\nos.closerange(0, 64)\nos._exit(3)", "runtime_error"),
 }
 """What misbehaving programs do, and the verdict that each earns."""
+_HEADERS = "".join(f"#include <{name}>\n" for name in ("csignal", "cstdio", "cstdlib", "cstring", "unistd.h"))
+_DOUBLE = 'long n; scanf("%ld", &n); printf("%ld", 2 * n);'
+CPP: dict[str, tuple[str, str]] = {
+    "cpp": (_DOUBLE, "accepted"),
+    "cpp wrong": (_DOUBLE.replace("2 * n", "2 * n + 1"), "wrong_answer"),
+}
+CPP_MISBEHAVING: dict[str, tuple[str, str]] = {
+    "cpp daemon": ("if (fork() == 0) { setsid(); for (;;) usleep(10000); } " + _DOUBLE, "accepted"),
+    "cpp memory": ("for (;;) memset(malloc(1 << 20), 1, 1 << 20);", "memory_limit"),
+    "cpp flood": ('for (;;) puts("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx");', "output_limit"),
+    "cpp killer": ("if (fork() == 0) kill(-1, SIGKILL); pause();", "runtime_error"),
+    "cpp crash": ("raise(SIGSEGV);", "runtime_error"),
+    "cpp scratch": ('for (int i = 0; i < 9; i++) mkdtemp(strdup("dXXXXXX")); ' + _DOUBLE, "accepted"),
+    "cpp broken": ("return x;", "compile_error"),
+}
+"""The same of programs in C++: the body of each main."""
 
 
 @dataclass(slots=True)
@@ -62,13 +78,21 @@ class Report:
 
 
 def executions(runs: int, seed: int) -> list[tuple[str, str, Execution]]:
-    """``runs`` programs of one test each: name, known status, execution. One in seven misbehaves."""
+    """``runs`` programs of one test each: name, known status, execution. One in five misbehaves, one in ten is C++."""
     draw = random.Random(seed)
     out = []
     for number in range(runs):
         value = draw.randrange(10**6)
         stdin = StdinTest(stdin=f"{value}\n", expected_stdout=f"{2 * value}\n")
-        if number % 7 == 6:
+        hostile = number % 5 == 4
+        if draw.random() < 0.1:
+            found = CPP_MISBEHAVING if hostile else CPP
+            name = draw.choice(list(found))
+            body, status = found[name]
+            text = f"{_HEADERS}int main() {{ {body} }}"
+            out.append((name, status, Execution(program=text, tests=(stdin,), limits=LIMITS, language="cpp")))
+            continue
+        if hostile:
             name = draw.choice(list(MISBEHAVING))
             program, status = MISBEHAVING[name]
             test: StdinTest | AssertTest | FunctionTest = stdin

@@ -175,6 +175,7 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
     executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
+    executor.add_argument("--testlib", default="", metavar="FILE", help="testlib.h, for problems with a checker")
     executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
@@ -319,6 +320,7 @@ def _serve_executor(options: argparse.Namespace) -> int:
         judges=dict(options.judge),
         python=options.python,
         packages=[name for name in options.packages.split(",") if name],
+        testlib=options.testlib,
         max_waiting=options.max_waiting,
         max_body_bytes=options.max_body_mb << 20,
     )

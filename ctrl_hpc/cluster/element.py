@@ -65,6 +65,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             judges=config.executor.judges,
             python=config.executor.python,
             packages=config.executor.packages,
+            testlib=config.executor.testlib,
             tests_dir=folder_of(run_dir),
         )
 

@@ -92,7 +92,9 @@ def _verify(
     journal = options.verify.with_name(options.verify.name + ".part")
     workers = options.workers or os.cpu_count() or 1
     judges = judge.load(settings.judges)
-    with Sandbox(workers, judges=judges, python=settings.python, packages=settings.packages) as sandbox:
+    with Sandbox(
+        workers, judges=judges, python=settings.python, packages=settings.packages, testlib=settings.testlib
+    ) as sandbox:
         ledger = verification.verify(items, sandbox, settings, journal)
     jsonl.write_text(options.verify, json.dumps(ledger.encode(), indent=1) + "\n")
     for line in ledger.lines():

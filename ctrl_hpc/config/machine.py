@@ -121,6 +121,8 @@ class ExecutorConfig:
     """Limits and comparison by data set, as ``overrides.livecodebench.cpu_s=6``."""
     python: str = ""
     """Interpreter that programs run with, on every node: CPython 3.11 or newer by path or name; empty: this one."""
+    testlib: str = ""
+    """Path of ``testlib.h`` on the executors' nodes, for problems with a checker; empty: the system's, if there."""
     packages: tuple[str, ...] = ("numpy",)
     """Packages of that interpreter that programs may import, with what they require; read-only."""
 

@@ -76,6 +76,7 @@ def execution(problem: Problem, program: str, rules: Rules, *, stop_at_first_fai
         program=program,
         preamble=preamble or None,
         language=problem.language,
+        checker=problem.checker,
         tests=problem.tests,
         limits=limits(problem, rules),
         comparison=override.comparison or problem.comparison or "exact",

@@ -351,6 +351,8 @@ class Problem:
     """How outputs are compared: see ``ctrl_hpc.sandbox.judge.COMPARISONS``; None is the default, exact tokens."""
     harness: str | None = None
     """Whose grader's preamble a program is run with: a name of ``ctrl_hpc.harness.HARNESSES``; None: none."""
+    checker: str | None = None
+    """Source of a testlib checker in C++, which says whether an output is right; None: outputs are compared."""
     language: str | None = None
     """What its programs are written in: a name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
     provenance: str | None = None
@@ -364,6 +366,9 @@ class Execution:
     program: str
     tests: Tests
     limits: Limits
+    checker: str | None = None
+    """Source of a checker in C++ that judges outputs in place of the comparison, run as ``checker input output answer``
+    with testlib's exit codes."""
     language: str | None = None
     """A name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
     compile_timeout_s: float | None = None

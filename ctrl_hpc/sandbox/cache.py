@@ -43,8 +43,9 @@ class VerdictCache:
 
     def key(self, execution: Execution) -> str:
         """The hash of all that a verdict depends on: the execution, the jail's contents, the judge."""
-        compiled = languages.language(execution.language) is not None
-        environment = [self._environment, *([languages.toolchain(execution.language or "")] if compiled else [])]
+        used = {execution.language, languages.CHECKERS if execution.checker is not None else None}
+        compilers = [languages.toolchain(name) for name in languages.LANGUAGES if name in used]
+        environment = [self._environment, *compilers]
         tests = execution.tests
         if isinstance(tests, StoredTests):
             sha256 = tests.sha256

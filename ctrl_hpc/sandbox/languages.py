@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -26,6 +27,7 @@ from ctrl_hpc.sandbox import rootfs
 BINARY = "program"
 """The file that a compiler makes, in its working folder."""
 _KEPT_FAILURES = 256
+_INCLUDES_TESTLIB = re.compile(r'#\s*include\s*["<]testlib\.h[">]')
 _MAX_MB = 1024
 
 
@@ -63,6 +65,8 @@ LANGUAGES: dict[str, Language] = {
 }
 """Languages by name, as problems and requests give it. Python, which is not compiled, is not among them."""
 PYTHON = "python"
+CHECKERS = "cpp"
+"""What checkers are written in."""
 COMPILE_S = 10.0
 """Wall-clock seconds a compiler has unless a request says otherwise; SandboxFusion's."""
 
@@ -87,6 +91,30 @@ def toolchain(name: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         raise ValueError(f"language: {name} needs {command}; install the package {entry.package}") from None
     return told.partition("\n")[0].strip()
+
+
+TESTLIB = Path("/usr/include/testlib.h")
+"""Where a package would put it."""
+
+
+def testlib(path: str | Path) -> str:
+    """The text of ``testlib.h``: of the given file, else of the system's, else ""; ValueError if it cannot be read."""
+    place = Path(path) if path else TESTLIB
+    if not path and not place.is_file():
+        return ""
+    try:
+        return place.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"testlib: cannot read {place}: {error.strerror}") from None
+
+
+def check_checker(source: str | None, library: str) -> None:
+    """ValueError where a checker cannot be compiled: without a compiler, or the ``testlib.h`` that it includes."""
+    if source is None:
+        return
+    language(CHECKERS)
+    if _INCLUDES_TESTLIB.search(source) and not library:
+        raise ValueError(f"checker: it includes testlib.h; say where that is: executor.testlib, or {TESTLIB}")
 
 
 def limits(entry: Language, timeout_s: float | None) -> Limits:

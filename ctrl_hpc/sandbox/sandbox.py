@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import queue
 import threading
@@ -39,7 +40,8 @@ class Sandbox:
     a cgroup where one can be made (unless ``use_cgroup`` is false), and by a watchdog elsewhere. ``judges`` are special
     judges by name, see ``ctrl_hpc.sandbox.judge``. Programs run with the interpreter ``python`` ("": this one) and may
     import ``packages`` of its, see ``ctrl_hpc.sandbox.interpreter``.
-    ``tests`` has those that executions only name; it is closed by whoever made it.
+    ``tests`` has those that executions only name; it is closed by whoever made it. ``testlib`` is the ``testlib.h``
+    that checkers include.
 
     Raises ValueError, with what is missing, where this machine cannot isolate programs.
     """
@@ -57,6 +59,7 @@ class Sandbox:
         python: str = "",
         packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
         tests: TestStore | None = None,
+        testlib: str | Path = "",
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers: {workers} is less than 1")
@@ -68,9 +71,10 @@ class Sandbox:
         """Executions and tests run, cache hits, and executions that joined one in flight."""
         self.tests = tests or TestStore()
         self._judges = dict(judges or {})
+        self._testlib = languages.testlib(testlib)
         self._cache: VerdictCache | None = None
         if cache_dir is not None:
-            special = judge.digest(self._judges)
+            special = judge.digest(self._judges) + hashlib.sha256(self._testlib.encode()).hexdigest()
             self._cache = VerdictCache(Path(cache_dir), cache_mb, special, contents.identity())
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -81,7 +85,10 @@ class Sandbox:
         self.binaries = Binaries((root_parent or rootfs.default_parent()) / "binaries")
         """Compiled programs."""
         self._watchdog = Watchdog()
-        pool = [Worker(root, self._watchdog, hierarchy, fresh, self._judges, self.binaries) for _ in range(workers)]
+        pool = [
+            Worker(root, self._watchdog, hierarchy, fresh, self._judges, self.binaries, self._testlib)
+            for _ in range(workers)
+        ]
         try:
             pool[0].jail()
         except JailFault as error:
@@ -159,6 +166,7 @@ class Sandbox:
     def check(self, execution: Execution) -> None:
         """ValueError names the comparison or language that there is not, or the limit that is out of range."""
         languages.language(execution.language)
+        languages.check_checker(execution.checker, self._testlib)
         judge.check(execution, self._judges)
 
     def submit(self, execution: Execution) -> Future[Verdict]:

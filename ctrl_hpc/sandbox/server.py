@@ -287,6 +287,7 @@ def serve(
     python: str = "",
     packages: Sequence[str] = rootfs.DEFAULT_PACKAGES,
     tests_dir: str | Path | None = None,
+    testlib: str = "",
 ) -> None:
     """Serve until SIGTERM, SIGINT or SIGUSR2, then finish what was accepted (at most ``drain_s``) and return.
 
@@ -303,7 +304,13 @@ def serve(
             tempfile.TemporaryDirectory(prefix="ctrl-hpc-tests-") as here,
             TestStore(Path(here), *shared, max_bytes=_LOCAL_TESTS_BYTES) as tests,
             Sandbox(
-                workers, cache_dir=cache_dir, judges=special, python=python, packages=packages, tests=tests
+                workers,
+                cache_dir=cache_dir,
+                judges=special,
+                python=python,
+                packages=packages,
+                tests=tests,
+                testlib=testlib,
             ) as sandbox,
         ):
             failures: list[Exception] = []

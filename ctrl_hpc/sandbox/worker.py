@@ -53,6 +53,17 @@ _CHECK_EXTRA_MB = 128
 _ROOM = 2
 _FETCHED_BYTES = 24 << 20
 _LIMITS_OF_MOVES = Limits(cpu_s=10.0, wall_s=30.0, output_bytes=_FETCHED_BYTES)
+_CHECKER_COMPILE_S = 30.0
+_LIMITS_OF_CHECKERS = Limits(cpu_s=10.0, wall_s=30.0, memory_mb=1024, output_bytes=1 << 16)
+_CHECKER_STATUS: dict[int, TestStatus] = {
+    0: "accepted",
+    1: "wrong_answer",
+    2: "wrong_answer",  # of another form
+    4: "wrong_answer",  # more than is asked for
+    7: "wrong_answer",  # a part of the points
+    8: "wrong_answer",  # the output ends too early
+}
+"""Status by testlib's exit codes; 3, a checker that fails, and all others are no judgement."""
 _LEAST_NATIVE_MB = 10
 """A binary's peak memory is not told apart from that of the process that became it, below this."""
 _CHECK_STATUS: dict[int | None, TestStatus] = {
@@ -74,6 +85,7 @@ class Role(Enum):
     TEST = "tests that call them"
     NATIVE = "binaries"
     COMPILER = "compilers"
+    CHECKER = "checkers of outputs"
 
 
 _PURPOSES = {
@@ -81,6 +93,7 @@ _PURPOSES = {
     Role.TEST: Purpose.PYTHON,
     Role.NATIVE: Purpose.NATIVE,
     Role.COMPILER: Purpose.COMPILER,
+    Role.CHECKER: Purpose.NATIVE,
 }
 
 
@@ -95,8 +108,13 @@ class Worker:
         fresh: bool = False,
         judges: Mapping[str, judge.Comparison] | None = None,
         binaries: Binaries | None = None,
+        testlib: str = "",
     ) -> None:
-        """``hierarchy``: where this worker makes its cgroup, None where none can be made; ``judges``: special ones."""
+        """``hierarchy``: where this worker makes its cgroup, None where none can be made; ``judges``: special ones.
+
+        ``testlib``: the text of ``testlib.h``, for checkers that include it.
+        """
+        self._testlib = testlib
         self._root = root
         self._binaries = binaries or Binaries(rootfs.default_parent() / "binaries")
         self._watchdog = watchdog
@@ -145,7 +163,8 @@ class Worker:
                 index, limits = taken
                 if recruit is not None and course.left:
                     recruit(course)
-                course.put(index, self._attempt(source, execution.tests[index], limits, execution.comparison))
+                result = self._attempt(source, execution.tests[index], limits, execution)
+                course.put(index, result)
         except BaseException as error:
             course.fail(error)
             raise
@@ -217,14 +236,15 @@ class Worker:
             compiled = dataclasses.replace(compiled, exit_code=code, stderr=compiled.stderr + remark)
         return Built(compiled=dataclasses.replace(compiled, status="compile_error", exit_code=compiled.exit_code))
 
-    def _attempt(self, source: bytes | Built, test: TestCase, limits: Limits, comparison: str) -> TestResult:
+    def _attempt(self, source: bytes | Built, test: TestCase, limits: Limits, execution: Execution) -> TestResult:
+        comparison = execution.comparison
         lost = TestResult(status="not_run")
         if isinstance(source, Built) and source.binary is None:
             return source.compiled
         for _ in range(_ATTEMPTS):
             try:
                 if isinstance(test, StdinTest):
-                    return self._run_stdin(source, test, limits, comparison)
+                    return self._run_stdin(source, test, limits, execution)
                 if isinstance(source, Built):
                     return TestResult(status="unsupported", stderr=b"functions are called in Python alone\n")
                 if isinstance(test, FunctionTest):
@@ -284,7 +304,7 @@ class Worker:
         if ended.dirty:
             self._jails.pop(role).close()
 
-    def _run_stdin(self, source: bytes | Built, test: StdinTest, limits: Limits, comparison: str) -> TestResult:
+    def _run_stdin(self, source: bytes | Built, test: StdinTest, limits: Limits, execution: Execution) -> TestResult:
         stdin, expected = _encode(test.stdin), _encode(test.expected_stdout)
         limits = _with_room(limits, len(expected))
         role = Role.NATIVE if isinstance(source, Built) else Role.PROGRAM
@@ -292,7 +312,10 @@ class Worker:
             limits = dataclasses.replace(limits, memory_mb=_LEAST_NATIVE_MB)
         with _program(source, stdin) as files:
             result = _result(self._run(_kind(source), files, limits, role), files, limits)
+        if result.status == "accepted" and execution.checker is not None:
+            return self._checked(result, execution.checker, stdin, expected)
         if result.status == "accepted":
+            comparison = execution.comparison
             rule = judge.rule(comparison, self._judges)
             try:
                 same = rule.compare(result.stdout, expected, stdin)
@@ -302,6 +325,33 @@ class Worker:
             if not same:
                 return _not_the_same(result, rule)
         return result
+
+    def _checked(self, result: TestResult, checker: str, stdin: bytes, expected: bytes) -> TestResult:
+        """The result as a checker in C++ says, which is run as ``checker input output answer``, as testlib's are."""
+        library = {"testlib.h": base64.b64encode(self._testlib.encode()).decode("ascii")} if self._testlib else {}
+        built = self.build(languages.CHECKERS, checker, library, _CHECKER_COMPILE_S)
+        if built.binary is None:
+            status: TestStatus = "sandbox_error" if built.compiled.status == "sandbox_error" else "unsupported"
+            remark = b"the checker does not compile: " + built.compiled.stderr[:2000] + b"\n"
+            return dataclasses.replace(result, status=status, stderr=result.stderr + remark)
+        texts = {"input": stdin, "output": result.stdout, "answer": expected}
+        put = {name: base64.b64encode(text).decode("ascii") for name, text in texts.items()}
+        arguments = "\0".join(["checker", *texts]).encode()
+        jail = self.jail(Role.CHECKER)
+        with _files(json.dumps(put).encode(), b"", b"", b"") as texts_given, _files(arguments, b"", b"", b"") as run:
+            run.give(executable(built.binary))
+            placed = jail.run(Kind.PUT, texts_given.given, _LIMITS_OF_MOVES, keep=True)
+            ended = jail.run(Kind.EXECUTE, run.given, _LIMITS_OF_CHECKERS)
+            said = (run.contents(3, 2000)[0].strip() or run.contents(2, 2000)[0].strip()) + b"\n"
+        self._replace_if_dirty(ended, Role.CHECKER)
+        code = ended.exit_code
+        if placed.exit_code != 0 or code is None or code not in _CHECKER_STATUS:
+            said = said if placed.exit_code == 0 else b"input, output and answer are too large for a checker\n"
+            return dataclasses.replace(result, status="unsupported", stderr=result.stderr + b"checker: " + said)
+        status = _CHECKER_STATUS[code]
+        if status == "accepted":
+            return result
+        return dataclasses.replace(result, status=status, stderr=result.stderr + b"checker: " + said)
 
     def _run_function(self, source: bytes, test: FunctionTest, limits: Limits, comparison: str) -> TestResult:
         try:

@@ -52,10 +52,10 @@ def complaints(*, fresh: bool, binaries: str = "") -> dict[str, str]:
     ``binaries``: a folder that has them compiled already.
     """
 
-    def judged(attacks: list[Attack]) -> list[Verdict]:
+    def judged(attacks: list[Attack]) -> list[list[Verdict]]:
         with Sandbox(workers=1, fresh=fresh) as sandbox:
             sandbox.binaries.folder = Path(binaries) if binaries else sandbox.binaries.folder
-            return [sandbox.run_many(attack.executions)[-1] for attack in attacks]
+            return [sandbox.run_many(attack.executions) for attack in attacks]
 
     halves = [ATTACKS[0::2], ATTACKS[1::2]]
     with ThreadPoolExecutor(2) as threads:
