@@ -80,6 +80,8 @@ class Job:
         path = JobPaths(self.handle.paths.folder, self.id, task).result_pickle
         try:
             with open(path, "rb") as file:
+                if not disk.is_ours(os.fstat(file.fileno())):
+                    raise RuntimeError(f"{path}: another user wrote it, so it is not read")
                 outcome: tuple[str, Any] = pickle.load(file)
                 return outcome
         except (FileNotFoundError, EOFError):
@@ -336,16 +338,15 @@ def _interrupts_blocked() -> Iterator[None]:
 @contextlib.contextmanager
 def _environment(threads: int, wandb_mode: str) -> Iterator[None]:
     """The environment jobs inherit: no identity of a wandb run or Slurm job, threads that do not spin, no network."""
-    before = dict(os.environ)
-    for name in list(os.environ):
-        if _SCRUBBED.fullmatch(name):
-            del os.environ[name]
-    os.environ.update(OMP_WAIT_POLICY="PASSIVE", OMP_NUM_THREADS=str(threads), TOKENIZERS_PARALLELISM="false")
-    os.environ["WANDB_MODE"] = wandb_mode
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["PYTHONUNBUFFERED"] = "1"
+    own = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    own |= {"WANDB_MODE": wandb_mode, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "PYTHONUNBUFFERED": "1"}
+    scrubbed = [name for name in os.environ if _SCRUBBED.fullmatch(name)]
+    before = {name: os.environ.pop(name, None) for name in (*scrubbed, *own)}
+    os.environ.update(own)
     try:
         yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+    finally:  # these alone: other threads have variables of their own
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -13,6 +13,7 @@ from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.job_records import end_recorded, recorded
 from ctrl_hpc.cluster.registry import Registry, folder_of
 from ctrl_hpc.config.stages import STAGES
+from ctrl_hpc.run import journal
 
 
 def jobs(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -119,10 +120,7 @@ def _stage(folder: Path, stage: str) -> dict[str, Any]:
     done = folder / stage / "done.json"
     if done.is_file():
         return {"state": "done", **json.loads(done.read_text(encoding="utf-8"))}
-    progress = folder / stage / "progress.json"
-    if progress.is_file():
-        return {"state": "started", **json.loads(progress.read_text(encoding="utf-8"))}
-    return {"state": "started"}
+    return {"state": "started", **(journal.progress(folder, stage) if stage in journal.STAGES else {})}
 
 
 def _last_errors(folder: Path, count: int = 5) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +17,11 @@ from rich.console import Console
 from ctrl_hpc.cluster import element
 from ctrl_hpc.cluster.element import leave_with_driver
 from ctrl_hpc.cluster.jobs import Job, Jobs
+from ctrl_hpc.cluster.monitor import Monitor
 from ctrl_hpc.cluster.registry import Registry, read_entry
 from ctrl_hpc.config import Config
 from ctrl_hpc.progress import Steps
-from ctrl_hpc.run import disk
+from ctrl_hpc.run import disk, journal
 
 Stage = Literal["sft", "rl"]
 POLL_S = 0.2
@@ -117,7 +117,7 @@ def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) ->
     with ExitStack() as stack:
         while True:
             now = _progress(folder, stage)
-            if now != (step, total, note):
+            if now != (step, total, note) and now[1]:
                 step, total, note = now
                 moved = time.monotonic()
                 steps = steps or stack.enter_context(Steps(f"{stage}: steps", total, done=step))
@@ -167,15 +167,12 @@ def _diagnose(job: Job, lost: list[int]) -> _Problem | None:
 
 
 def _progress(folder: Path, stage: Stage) -> tuple[int, int, str]:
-    """Step, steps and a short note, as rank 0 last wrote them; zeros before."""
-    try:
-        record = json.loads((folder / stage / "progress.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return 0, 0, ""
-    metrics = record.get("metrics", {})
+    """Step, steps and a short note, as rank 0 last journalled them; zeros before."""
+    found = journal.progress(folder, stage)
+    metrics = found.get("metrics", {})
     shown = ("sft/loss",) if stage == "sft" else ("rl/reward", "rl/kl")
     note = " ".join(f"{name.partition('/')[2]} {metrics[name]:.3f}" for name in shown if name in metrics)
-    return int(record["step"]), int(record["steps"]), note
+    return found.get("step", 0), found.get("steps", 0), note
 
 
 def run_rank(config: Config, run_dir: str, module: str, session: str, port: int) -> None:
@@ -201,4 +198,13 @@ def run_rank(config: Config, run_dir: str, module: str, session: str, port: int)
         log=str(environment.paths.stdout),
         session=session,
     ):
-        importlib.import_module(module).run(config, Path(run_dir))
+        with _monitored(config, run_dir, environment):
+            importlib.import_module(module).run(config, Path(run_dir))
+
+
+def _monitored(config: Config, run_dir: str, environment: submitit.JobEnvironment) -> AbstractContextManager[object]:
+    """Journals this rank's node, by the first of its ranks."""
+    if environment.local_rank != 0 or not config.wandb.services:
+        return nullcontext()
+    node = environment.global_rank // config.trainer.ranks_per_node
+    return Monitor(run_dir, "trainer", node, config.wandb.services_every_s)

@@ -24,6 +24,7 @@ from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
 from ctrl_hpc.evaluate.tree import Node
 from ctrl_hpc.flow.reward import leaks_solution
 from ctrl_hpc.records import Problem, Solution, Verdict
+from ctrl_hpc.run import journal
 
 PAIRS = (("base", "none"), ("sft", "base"), ("sft", "none"), ("rl", "sft"), ("rl", "none"), ("exec_feedback", "none"))
 """Critics whose difference is reported, paired by problem."""
@@ -226,14 +227,8 @@ def wall_times(run_dir: Path) -> dict[str, float]:
 
 def learning_curve(run_dir: Path) -> list[dict[str, float]]:
     """The metrics of every RL step, counted from 1: ``{"step", "reward", "kl", ...}``."""
-    file = run_dir / "rl" / "metrics.jsonl"
-    if not file.exists():
-        return []
     points: dict[int, dict[str, float]] = {}
-    for line in file.read_text().splitlines():
-        if line.strip():
-            record = json.loads(line)
-            point = {key.removeprefix("rl/"): value for key, value in record.items()}
-            point["step"] = int(point["step"]) + 1
-            points[int(point["step"])] = point
+    for line in journal.lines(journal.place(run_dir, "rl")):
+        named = {key.removeprefix("rl/"): value for key, value in journal.numbers(line).items()}
+        points[line["step"] + 1] = {"step": line["step"] + 1, **named}
     return [points[step] for step in sorted(points)]

@@ -19,8 +19,9 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
 from ctrl_hpc.config.changes import depends, reads
 from ctrl_hpc.config.load import find, no_such
-from ctrl_hpc.run import directory
+from ctrl_hpc.run import directory, journal
 from ctrl_hpc.store.tests import folder_of
+from ctrl_hpc.tracking import mirror
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -233,6 +234,8 @@ def take_over(source: Path, target: Path, stage: str) -> None:
     for name in ("models", stage):
         if (source / name).is_dir() and not (target / name / "done.json").exists():
             _link(source / name, target / name)
+    if stage in journal.STAGES:
+        mirror.leave_out(target, stage)
     (target / "problems").mkdir(exist_ok=True)
     for file in (source / "problems").iterdir():
         if not file.name.startswith("eval-") and not (target / "problems" / file.name).exists():

@@ -9,7 +9,17 @@ import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from ctrl_hpc.flow.fences import NOT_PROGRAMS, PUNCTUATION, PYTHON, Block, answer, parsed, split, without_controls
+from ctrl_hpc.flow.fences import (
+    LANGUAGE_TAGS,
+    NOT_PROGRAMS,
+    PUNCTUATION,
+    PYTHON,
+    Block,
+    answer,
+    parsed,
+    split,
+    without_controls,
+)
 from ctrl_hpc.records import AssertTest, FunctionTest, Judgement, Problem, StoredTests
 
 # --- the program in an answer
@@ -24,14 +34,15 @@ _SHOWS = re.compile(
 """Words at the end of the line before a block that shows what a program does, or how it is used."""
 
 
-def extract_program(text: str, names: Collection[str] = ()) -> str | None:
+def extract_program(text: str, names: Collection[str] = (), language: str | None = None) -> str | None:
     """The program that an answer gives: the last complete fenced block that is one.
 
     ``names`` are the functions or classes that the problem asks for (:func:`asked_for`): the last block that defines
-    them wins over all others. Then Python wins over untagged blocks and those over other languages; blocks that show
-    input, output or usage, and blocks that only use what an earlier one defines, count when there is nothing else;
-    blocks tagged as something else (:data:`NOT_PROGRAMS`) and blank ones never do. A block left open counts when the
-    answer has no complete one. None when there is no block: text in a thought or outside of fences is no program.
+    them wins over all others. Then Python, or another ``language`` that is asked for, wins over untagged blocks and
+    those over other languages; blocks that show input, output or usage, and blocks that only use what an earlier one
+    defines, count when there is nothing else; blocks tagged as something else (:data:`NOT_PROGRAMS`) and blank ones
+    never do. A block left open counts when the answer has no complete one. None when there is no block: text in a
+    thought or outside of fences is no program.
     """
     blocks, _ = split(answer(text))
     blocks = [inner for block in blocks for inner in _inside(block)]
@@ -39,11 +50,12 @@ def extract_program(text: str, names: Collection[str] = ()) -> str | None:
     if not programs:
         return None
     best, highest = "", (-1, False, -1, False)
+    tags = LANGUAGE_TAGS.get(language or "", PYTHON)
     earlier: set[str] = set()
     for block in programs:
         own = _Names.of(block.content)
         defined = sum(_defines(block.content, name) for name in names)
-        rank = (defined, block.closed, _kind(block, own, earlier), not own.stub)
+        rank = (defined, block.closed, _kind(block, own, earlier, tags), not own.stub)
         if rank >= highest:
             best, highest = block.content, rank
         earlier |= own.defined
@@ -59,11 +71,11 @@ _SESSION = re.compile(r"\s*(?:>>>|\$ |% |!?(?:pip|python3?|conda) |In \[\d+\]:)"
 """How what is typed at a prompt begins."""
 
 
-def _kind(block: Block, own: _Names, earlier: set[str]) -> int:
-    """How much a block looks like the program asked for: 0 for one that shows something, 4 for tagged Python."""
+def _kind(block: Block, own: _Names, earlier: set[str], tags: Collection[str]) -> int:
+    """How much a block looks like the program asked for: 0 for one that shows something, 4 for one tagged right."""
     if _SESSION.match(block.content) or own.idle or _SHOWS.search(block.label) or (own.used - own.defined) & earlier:
         return 0
-    if block.tag in PYTHON:
+    if block.tag in tags:
         return 4
     if block.tag:
         return 2

@@ -18,14 +18,14 @@ from ctrl_hpc.evaluate.results import collect, read_histories
 from ctrl_hpc.flow.reward import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
 from ctrl_hpc.report.runs import FOCUS, FinishedRun
-from ctrl_hpc.tracking.tracker import Tracker
+from ctrl_hpc.run.journal import STAGES, Artifact, Journal, Table
 
 TABLE_WIDTH = 92
 """Columns of the results' table: wider than a classical terminal, so that no figure is cut."""
 
 
 def write(config: Config, run_dir: Path) -> dict[str, Any]:
-    """Write the report of an evaluated run, print its table, log it to wandb; returns ``results.json``.
+    """Write the report of an evaluated run, print its table, journal it; returns ``results.json``.
 
     Raises ValueError when the run's evaluation is not there.
     """
@@ -49,17 +49,15 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         f"{config.eval.temperature}."
     )
     write_files(folder, made, page(config.name, [about], made, pictures, shown, results["wall_time_s"]))
-    with Tracker(config, run_dir, "report") as tracker:
-        tracker.log(metrics(results), 0)
-        tracker.summary(metrics(results))
-        tracker.table("eval/samples", samples.COLUMNS, samples.cells(shown))
-        for picture in pictures:
-            tracker.image(picture)
-        tracker.artifact(folder, "report", f"{config.name}-report")
-        for stage in ("sft", "rl"):
-            trained = run_dir / stage / "hf"
-            if config.wandb.checkpoints != "none" and trained.is_dir():
-                tracker.artifact(trained, "model", f"{config.name}-{stage}")
+    journal = Journal(run_dir, "report")
+    journal.log(
+        journal.next,
+        metrics(results),
+        tables={"eval/samples": Table(columns=samples.COLUMNS, rows=samples.cells(shown))},
+        images=pictures,
+        artifacts=artifacts(config, run_dir),
+        summary=metrics(results),
+    )
     console = Console(width=max(Console().width, TABLE_WIDTH))
     for name, entry in results["datasets"].items():
         console.print(tables.rich_table(tables.terminal_table(name, entry)))
@@ -67,6 +65,15 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         console.print(tables.rich_table(tables.judgebench_table(results["judgebench"])))
     console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
     return results
+
+
+def artifacts(config: Config, run_dir: Path) -> list[Artifact]:
+    """What is kept of a run: its report, and the critics it trained where ``wandb.checkpoints`` says so."""
+    kept = [Artifact(name=f"{config.name}-report", type="report", path=run_dir / "report")]
+    for stage in STAGES if config.wandb.checkpoints != "none" else ():
+        if (trained := run_dir / stage / "hf").is_dir():
+            kept.append(Artifact(name=f"{config.name}-{stage}", type="model", path=trained))
+    return kept
 
 
 def data_of(run_dir: Path) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def write_files(folder: Path, made: Sequence[tables.Table], index: str) -> None:
 
 
 def metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers logged to wandb: ``eval/DATASET/CRITIC/...``, and ``eval/pass_at_1``, the objective of sweeps.
+    """The numbers that are journalled: ``eval/DATASET/CRITIC/...``, and ``eval/pass_at_1``, the objective of sweeps.
 
     pass@1 is that after one turn; the objective is its mean over the data sets, of the first critic of ``FOCUS`` that
     was evaluated. JudgeBench's accuracy is that with the most votes.

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 INDEX = "model.safetensors.index.json"
@@ -23,7 +23,23 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{gguf_hint(folder)}")
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The precision of a folder's first tensor, as safetensors names it: F32, BF16, F16, ..."""
+    file = weight_files(folder)[0]
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            return str(tensors.get_slice(next(iter(tensors.keys()))).get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def gguf_hint(folder: str | Path) -> str:
+    """What to do with a folder that holds GGUF files instead, to be put behind a message; empty for others."""
+    files = sorted(path.name for path in Path(folder).glob("*.gguf"))
+    return f"; {files[0]} is converted as docs/your-models.md says (GGUF)" if files else ""
 
 
 def copy_weights(model: torch.nn.Module, folder: str | Path) -> None:

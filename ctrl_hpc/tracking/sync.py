@@ -1,235 +1,184 @@
-"""Sending a run's offline wandb files to the server: ``ctrl-hpc sync RUN``, from a node that reaches it."""
+"""Sending what the wandb server does not have of a run: ``ctrl-hpc sync RUN``, from a node that reaches it.
+
+The journals are told to the server anew, each from where the server is (:mod:`ctrl_hpc.tracking.mirror`); the driver's
+offline folders are then marked as sent, for `wandb sync` to leave them. Folders that the roles of earlier versions
+wrote themselves are sent by `wandb sync`, in the order of their starts.
+"""
 
 from __future__ import annotations
 
-import base64
-import json
-import netrc
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
-from ctrl_hpc.tracking import wandb_file
-from ctrl_hpc.tracking.wandb_upload import upload
+from ctrl_hpc import config as configuration
+from ctrl_hpc.config import Config
+from ctrl_hpc.run import journal
+from ctrl_hpc.tracking import mirror, server
 
-CHECK_S = 20.0
-"""Longest wait for the server's first answer."""
-REST = "rest-"
-"""How the names of record files begin that hold what a cut short sync left, while that is sent."""
-_FOLDER = re.compile(r"offline-run-(\d{8}_\d{6})-(.+)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """One start of a wandb run, as it lies in ``RUN/wandb``."""
-
-    folder: Path
-    id: str
-    started: str
-    """YYYYMMDD_HHMMSS."""
-
-    @property
-    def file(self) -> Path:
-        """The record file."""
-        return self.folder / f"run-{self.id}.wandb"
-
-    @property
-    def begun(self) -> bool:
-        """Whether an earlier sync began to send it: the server may have some of it, or all."""
-        return Path(f"{self.file}.syncstate").exists()
-
-    @property
-    def sent(self) -> bool:
-        """Whether an earlier sync sent it."""
-        return Path(f"{self.file}.synced").exists()
-
-
-def pieces(run_dir: str | Path) -> dict[str, list[Piece]]:
-    """The pieces of every wandb run of a run directory, by id, each in the order of their starts.
-
-    Raises ValueError when there are none.
-    """
-    folder = Path(run_dir) / "wandb"
-    found: dict[str, list[Piece]] = {}
-    for path in sorted(folder.glob("offline-run-*")):
-        match = _FOLDER.fullmatch(path.name)
-        if match is not None:
-            piece = Piece(folder=path, id=match[2], started=match[1])
-            if piece.file.exists():
-                found.setdefault(piece.id, []).append(piece)
-    if not found:
-        raise ValueError(f"{folder}: no offline wandb runs there (wandb.mode=offline writes them)")
-    return found
+LOOK_S = 0.2
+SAY_S = 30.0
+"""Seconds between lines about a server that fails."""
+_FOLDER = re.compile(r"offline-run-\d{8}_\d{6}-(.+)")
 
 
 def sync(run_dir: str | Path, say: Callable[[str], None] = print, *, again: bool = False) -> int:
-    """Send what has not been sent yet (``again``: everything); returns how many pieces were.
+    """Send what has not been sent yet (``again``: ask the server of all of it); returns how many journals and folders.
 
-    The pieces of a run that was requeued become one run, in order. What a killed process left half written is cut off
-    first. Raises RuntimeError, in one line, when the server cannot be reached or refuses; the same call then sends
-    what is left, and what was sent is not sent again.
+    Raises ValueError where there is nothing to send, RuntimeError, in one line, when the server cannot be reached or
+    refuses; the same call then sends what is left, and what was sent is not sent again.
     """
-    found = pieces(run_dir)
-    todo = {id: [piece for piece in parts if again or not piece.sent] for id, parts in found.items()}
-    for id, parts in found.items():
-        todo[id] = [piece for piece in todo[id] if _readable(piece, say)]
-        if not todo[id]:
-            say(f"{id}: {'sent before' if all(piece.sent for piece in parts) else 'nothing to send'}")
-    sent = 0
-    failed: list[str] = []
-    for id, new in todo.items():
-        if new:
-            if not sent and not failed:
-                check_server()
-            say(f"{id}: sending {len(new)} of {len(found[id])} pieces, {contents(new)}")
-            try:
-                _send(Path(run_dir).absolute(), server_url(), found[id], new, say)
-                sent += len(new)
-            except Refused as error:
-                failed.append(str(error))
+    folder = Path(run_dir)
+    old, journals = pieces(folder), journal.journals(folder)
+    if not (folder / "config.yaml").is_file() or not (old or journals):
+        raise ValueError(f"{folder}: no journals of a run there")
+    for name, file in journals.items():
+        mirror.adopt(folder, name, file)
+    todo = {name: file for name, file in journals.items() if again or _due(folder, name, file)}
+    new = [piece for piece in old if again or not _sent_mark(piece).exists()]
+    for name in sorted({*journals, *(_id_of(piece).partition("-")[2] for piece in old)} - {*todo}):
+        if not any(_id_of(piece) == mirror.run_id(folder, name) for piece in new):
+            say(f"{mirror.run_id(folder, name)}: sent before")
+    if new or todo:
+        try:
+            server.check(mirror.server_url())
+        except RuntimeError as error:
+            raise RuntimeError(f"not sent: {error}") from None
+    for piece in new:
+        _send_piece(piece, say)
+    for name, file in todo.items() if again else ():
+        if (known := mirror.mark(file, mirror.run_id(folder, name))).base is not None:
+            mirror.set_mark(file, mirror.run_id(folder, name), replace(known, sent=-1))
+    config, failed, sent = configuration.load(folder / "config.yaml"), [], len(new)
+    for name, file in todo.items():
+        id = mirror.run_id(folder, name)
+        say(f"{id}: sending {_contents(_lines_due(folder, name, file))}")
+        refused = _replay(config, folder, name, file, say)
+        failed += [f"{id}: not sent whole: {words}" for words in refused]
+        sent += not refused
     if failed:
-        raise RuntimeError(failed[0] + (f" (and {len(failed) - 1} more runs)" if len(failed) > 1 else ""))
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise RuntimeError(f"{failed[0]}{more}; the same command sends what is left")
     return sent
 
 
-class Refused(RuntimeError):
-    """A run of which the server took all but some uploads."""
+def pieces(run_dir: Path) -> list[Path]:
+    """The offline folders that no mirror wrote, in the order of their starts."""
+    own = {
+        piece
+        for name, file in journal.journals(run_dir).items()
+        for piece in mirror.mark(file, mirror.run_id(run_dir, name)).pieces
+    }
+    found = sorted((run_dir / "wandb").glob("offline-run-*"))
+    return [path for path in found if path.name not in own and list(path.glob("run-*.wandb"))]
 
 
-def contents(new: Sequence[Piece]) -> str:
-    """What pieces hold, with sizes in MB: their own files, then each artifact."""
-    own = sum(file.stat().st_size for piece in new for file in piece.folder.rglob("*") if file.is_file())
+def _id_of(piece: Path) -> str:
+    match = _FOLDER.fullmatch(piece.name)
+    return match[1] if match else piece.name
+
+
+def _sent_mark(piece: Path) -> Path:
+    """By this file wandb knows a folder that was sent."""
+    return piece / f"run-{_id_of(piece)}.wandb.synced"
+
+
+def _lines_due(run_dir: Path, name: str, file: Path) -> list[dict[str, Any]]:
+    sent = mirror.mark(file, mirror.run_id(run_dir, name)).sent
+    return [line for line in journal.lines(file) if line["step"] > sent]
+
+
+def _due(run_dir: Path, name: str, file: Path) -> bool:
+    return bool(_lines_due(run_dir, name, file))
+
+
+def _contents(lines: Sequence[dict[str, Any]]) -> str:
+    """What lines hold, with sizes in MB: how many there are, then each artifact."""
     sizes: dict[str, list[int]] = {}
-    for piece in new:
-        for artifact in wandb_file.artifacts(piece.file):
-            # what wandb makes of a table is named after the run
-            name = "tables" if artifact.type == "run_table" else f"{artifact.type} {artifact.name}"
-            sizes.setdefault(name, []).append(artifact.size)
+    for item in (item for line in lines for item in line.get("artifacts", [])):
+        sizes.setdefault(f"{item['type']} {item['name']}", []).append(sum(item["files"].values()))
     words = [
         f"{sum(found) / 1e6:.1f} MB {name}" + (f" ({len(found)} versions)" if len(found) > 1 else "")
         for name, found in sizes.items()
     ]
-    return f"{own / 1e6:.1f} MB" + (f", and artifacts: {', '.join(words)}" if words else "")
+    return f"{len(lines)} steps" + (f", and artifacts: {', '.join(words)}" if words else "")
 
 
-def _readable(piece: Piece, say: Callable[[str], None]) -> bool:
-    """Whether there is anything in a piece to send, once what is not whole is cut off."""
-    if piece.sent:
-        return True
-    try:
-        cut = wandb_file.mend(piece.file)
-    except OSError as error:
-        raise RuntimeError(f"{piece.id}: {piece.file}: cannot be read: {error.strerror}") from None
-    if cut:
-        say(f"{piece.id}: {piece.file.name}: cut short when it was written; {cut} bytes of its end are left out")
-    return piece.file.stat().st_size > wandb_file.HEADER_BYTES
+def _replay(config: Config, run_dir: Path, name: str, file: Path, say: Callable[[str], None]) -> list[str]:
+    """Tell a journal to the server, in a thread, whose server is watched and which Ctrl-C ends; what was refused."""
+    failures: list[Exception] = []
+    refused: list[str] = []
+    (run_dir / "wandb").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run_dir / "wandb", prefix="sync-") as place:
+        told = mirror.Mirror(config, run_dir, online=True, only=name, place=Path(place))
+
+        ended = threading.Event()
+
+        def work() -> None:
+            try:
+                refused.extend(told.close())
+            except Exception as error:  # noqa: BLE001 - raised by the caller
+                failures.append(error)
+                told.forget()
+            finally:
+                ended.set()
+
+        with mirror.environment(Path(place)):
+            threading.Thread(target=work, name="sync", daemon=True).start()
+            try:
+                _watch(ended, Path(place), say)
+            except KeyboardInterrupt:
+                mirror.kill_wandb()
+                ended.wait()
+                raise
+    id = mirror.run_id(run_dir, name)
+    if failures:
+        raise RuntimeError(f"{id}: not sent: {mirror.line_of(failures[0])}; the same command sends what is left")
+    for piece in mirror.mark(file, id).pieces if not refused else ():
+        if (run_dir / "wandb" / piece).is_dir():
+            _sent_mark(run_dir / "wandb" / piece).touch()
+    return refused
 
 
-def server_url() -> str:
-    """Where wandb sends to: the environment's or the settings' server."""
-    from wandb.sdk import wandb_setup  # wandb.setup() would start its service
-
-    return str(wandb_setup.singleton().settings.base_url).rstrip("/")
-
-
-def check_server() -> None:
-    """Raises RuntimeError when the server cannot be reached, answers with an error, or does not take the key."""
-    url = server_url()
-    viewer = _ask(url, "query Viewer { viewer { id } }", {}).get("viewer")
-    if not viewer:
-        raise RuntimeError(f"not sent: {url} does not know the key; run `wandb login --relogin`")
-
-
-def _ask(url: str, query: str, given: Mapping[str, str | None]) -> dict[str, Any]:
-    key = os.environ.get("WANDB_API_KEY") or _netrc_key(url)
-    if not key:
-        raise RuntimeError(f"not sent: no key for {url}; run `wandb login`, or set WANDB_API_KEY")
-    body = json.dumps({"query": query, "variables": given}).encode()
-    sign = base64.b64encode(f"api:{key}".encode()).decode()
-    headers = {"authorization": f"Basic {sign}", "content-type": "application/json"}
-    try:
-        with urlopen(Request(f"{url}/graphql", data=body, headers=headers), timeout=CHECK_S) as answer:
-            return json.load(answer).get("data") or {}
-    except HTTPError as error:
-        refused = "does not take the key" if error.code in (401, 403) else "has a fault; try again later"
-        raise RuntimeError(f"not sent: {url} {refused} (HTTP {error.code})") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise RuntimeError(f"not sent: {url} cannot be reached: {reason}") from None
+def _watch(ended: threading.Event, place: Path, say: Callable[[str], None]) -> None:
+    """Wait for the end; say, at once and then every ``SAY_S``, that the server fails and is asked again."""
+    said, position = -SAY_S, 0
+    while not ended.wait(LOOK_S):
+        for log in place.glob("wandb/run-*/logs/debug-internal.log"):
+            with log.open("rb") as source:
+                source.seek(position)
+                new = source.read()
+            position += len(new)
+            found = re.findall(rb'"msg":"api: retrying.*?"(?:status|error)":"?([^",}]*)', new)
+            if found and time.monotonic() - said >= SAY_S:
+                said = time.monotonic()
+                url, why = mirror.server_url(), found[-1].decode()
+                say(f"{url} fails ({why}); asking again, Ctrl-C ends it and the same command goes on")
 
 
-def _netrc_key(url: str) -> str | None:
-    file = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        known = netrc.netrc(file).authenticators(urlsplit(url).hostname or "")
-    except FileNotFoundError:
-        return None
-    except (OSError, netrc.NetrcParseError) as error:
-        raise RuntimeError(f"not sent: {file}: {error}") from None
-    return known[2] if known else None
-
-
-def _send(run_dir: Path, url: str, parts: Sequence[Piece], new: Sequence[Piece], say: Callable[[str], None]) -> None:
-    """Send pieces of one run in their order; what an earlier call began goes first, without what has arrived.
-
-    Raises RuntimeError in one line: :class:`Refused` where the server took all but some uploads.
-    """
-    begun = [piece for piece in new if piece.begun]
-    lost: list[str] = []
-    for batch in [*([piece] for piece in begun), [piece for piece in new if not piece.begun]]:
-        if not batch:
-            continue
-        files = {piece: piece.file for piece in batch}
-        try:
-            for piece in batch:
-                if piece.begun:
-                    later = any(other.sent for other in parts[parts.index(piece) + 1 :])
-                    files[piece] = _rest(piece, url, summary=not later)
-            made = upload(list(files.values()), url, run_dir, say)
-            for piece, file in files.items():
-                failures = made.lost.get(file, [])
-                lost += failures
-                marked = Path(f"{file}.synced").exists()
-                _mark(piece, sent=marked and not failures)
-                if made.code != 0 or not marked:
-                    told = "the server refused it" if "no message" in made.told else made.told  # wandb's words for that
-                    raise RuntimeError(f"{piece.id}: not sent: {told}; the same command sends what is left")
-        finally:
-            for leftover in (path for piece in begun for path in piece.folder.glob(f"{REST}*")):
-                leftover.unlink()
-    if lost:
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise Refused(f"{new[0].id}: not sent whole: {lost[0]}{more}; the same command tries again")
-
-
-def _mark(piece: Piece, *, sent: bool) -> None:
-    """Let the next sync know whether a piece is to be sent."""
-    mark = Path(f"{piece.file}.synced")
-    if sent:
-        mark.touch()
-    else:
-        mark.unlink(missing_ok=True)
-
-
-def _rest(piece: Piece, url: str, *, summary: bool) -> Path:
-    """A record file beside a piece's, of what the server does not have of it."""
-    state = Path(f"{piece.file}.syncstate")
-    start = int(json.loads(state.read_text(encoding="utf-8"))["starting_step"])
-    entity, project, id = wandb_file.run_of(piece.file)
-    query = (
-        "query Lines($project: String, $entity: String, $name: String!) { model(name: $project, entityName: $entity) "
-        "{ bucket(name: $name, missingOk: true) { historyLineCount } } }"
-    )
-    given = {"project": project, "entity": entity or None, "name": id}
-    bucket = (_ask(url, query, given).get("model") or {}).get("bucket") or {}
-    target = piece.folder / f"{REST}{piece.file.name}"
-    wandb_file.rest(piece.file, target, int(bucket.get("historyLineCount") or 0) - start, summary=summary)
-    shutil.copyfile(state, f"{target}.syncstate")
-    return target
+def _send_piece(piece: Path, say: Callable[[str], None]) -> None:
+    """Send a folder by `wandb sync`."""
+    say(f"{_id_of(piece)}: sending {piece.name}")
+    url = mirror.server_url()
+    environment = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SILENT")}
+    retries = {f"WANDB_X_{part}_RETRY_MAX": str(mirror.RETRIES) for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")}
+    environment = retries | environment | {"WANDB_BASE_URL": url, "WANDB_DIR": str(piece.parent.parent)}
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-synced", str(piece)]
+    logs = lambda: set(piece.parent.glob("logs/debug-sync.*.log"))  # noqa: E731
+    before = logs()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not _sent_mark(piece).exists():
+        words = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        told = words[-1].removeprefix("wandb: ").removeprefix("ERROR ")[:300] if words else "it printed nothing"
+        raise RuntimeError(f"{_id_of(piece)}: not sent: {told}; the same command sends what is left")
+    if refused := [words for log in sorted(logs() - before) for words in mirror.refused_by(log)]:
+        _sent_mark(piece).unlink()
+        raise RuntimeError(f"{_id_of(piece)}: not sent whole: {refused[0]}; the same command sends what is left")

@@ -18,7 +18,7 @@ from ctrl_hpc.records import Problem, Sampling, Solution
 from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.ahead import weights_folder
 from ctrl_hpc.train.drafts import DraftPool, side_by_side
-from ctrl_hpc.train.journal import Clock
+from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rollouts import Cell, Experience, Rollout, learnable_groups, record_file, replay, rows
 from ctrl_hpc.train.validation import Validation, problems_of
 
@@ -40,7 +40,7 @@ class Collector:
         """Connect to the services of the run. Raises ValueError when there is no draft to critique."""
         from transformers import AutoTokenizer
 
-        stage, prompts = run_dir / "rl", Prompts.load(config.prompts.folder, config.prompts.system)
+        stage, prompts = run_dir / "rl", Prompts.of(config.prompts)
         if config.rl.replay is not None:
             return cls(config=config, stage=stage, prompts=prompts)
         # An input is a token shorter than its sequence.

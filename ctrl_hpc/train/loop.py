@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 from ctrl_hpc.config import Config, OptimizerConfig
 from ctrl_hpc.megatron import checkpoint, parallel_state
-from ctrl_hpc.train.journal import Clock, Journal
+from ctrl_hpc.run.journal import Artifact, Journal, Table
 from ctrl_hpc.train.policy import Policy
 
 
@@ -81,7 +82,39 @@ class Interruption:
         raise RuntimeError(f"stopped before the end: saved after step {step}; a rerun continues there")
 
 
-class Course:
+class Clock:
+    """Seconds spent in the phases of a step. Threads may share it: a phase that several are in is counted once."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._inside: dict[str, int] = {}
+        self._since: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the block under ``time/PHASE_s``."""
+        key = f"time/{phase}_s"
+        with self._lock:
+            self._inside[key] = self._inside.get(key, 0) + 1
+            if self._inside[key] == 1:
+                self._since[key] = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside[key] -= 1
+                if self._inside[key] == 0:
+                    self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - self._since[key]
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, of phases that are over."""
+        with self._lock:
+            taken, self._seconds = self._seconds, {}
+        return taken
+
+
+class Loop:
     """Iterate over it for the steps that are left; call :meth:`done` at the end of each.
 
     ``progress`` is what a checkpoint remembers beside weights, optimizer and random state: the steps done, and
@@ -114,31 +147,25 @@ class Course:
         self.progress: dict[str, Any] = saved or fresh
         self.start = int(self.progress["step"])
         self.clock = Clock()
-        self.journal = Journal(
-            config,
-            run_dir,
-            stage,
-            steps=steps,
-            start=self.start,
-            main=world.main,
-            engine=policy.engine(),
-        )
+        self._journal = Journal(run_dir, stage, start=self.start) if world.main else None
+        self._engine = policy.engine()
+        if world.main:
+            told = ", ".join(f"{name} {word}" for name, word in self._engine.items())
+            print(f"{stage}: from step {self.start} of {steps}; {told}", flush=True)
         self._interruption = Interruption()
         self._in_background = config.trainer.save == "async" or (
             config.trainer.save == "auto" and world.device.type == "cuda"
         )
         self._pending: checkpoint.Pending | None = None
         self._begin_s = 0.0
-        self._exit = ExitStack()
         self._began = 0.0
 
     def __enter__(self) -> Self:
-        self._exit.enter_context(self.journal)
-        self._exit.enter_context(self._interruption)
+        self._interruption.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._exit.__exit__(*exception)
+        self._interruption.__exit__(*exception)
 
     def __iter__(self) -> Iterator[int]:
         for step in range(self.start, self.steps):
@@ -146,8 +173,10 @@ class Course:
             parallel_state.watch(self._config.trainer.timeout_s)
             yield step
 
-    def done(self, step: int, metrics: dict[str, float], **progress: Any) -> bool:
-        """Step ``step`` is done: save where it is due, log; whether it was saved.
+    def done(
+        self, step: int, metrics: dict[str, float], tables: Callable[[], Mapping[str, Table]] = dict, **progress: Any
+    ) -> None:
+        """Step ``step`` is done: save where it is due, and journal it, with ``tables`` where it is saved.
 
         When the job was told to stop, this does not return.
         """
@@ -164,19 +193,33 @@ class Course:
         self._interruption.measured("save", times.get("time/save_s", 0.0))
         times["time/step_s"] = time.perf_counter() - self._began
         backend = {"kernels/triton": float(self._policy.kernels == "triton")}
-        self.journal.log(step, metrics | times | backend)
+        if self._journal is not None:
+            self._log(self._journal, step, metrics | times | backend, tables() if saving else {})
         if stop and step + 1 < self.steps:
             self._interruption.obey(step)
         if saving and not last and self._config.wandb.checkpoints == "all" and self._config.wandb.mode != "disabled":
             self._keep(step + 1)
-        return saving
+
+    def _log(self, journal: Journal, step: int, metrics: dict[str, float], tables: Mapping[str, Table]) -> None:
+        """The step's line; the first one of a start tells what computes, too, and the one after a save what was kept"""
+        kept = self._kept(step)
+        name = f"{self._config.name}-{self.folder.name}"
+        journal.log(
+            step,
+            metrics,
+            tables=tables,
+            artifacts=[Artifact(name=name, type="model", path=kept)] if kept.is_dir() else [],
+            summary={f"trainer/{part}": word for part, word in self._engine.items()} if step == self.start else {},
+            steps=self.steps,
+        )
+
+    def _kept(self, step: int) -> Path:
+        return self.folder / "kept" / f"step-{step:06d}"
 
     def _keep(self, step: int) -> None:
-        """The critic after so many steps as an artifact, in a folder that stays until the sync has sent it."""
+        """The critic after so many steps, as an artifact of the next one; it stays, for the sync to send."""
         self._finish_save()  # a run that continues does not do this step, and so not this folder, again
-        folder = self.folder / "kept" / f"step-{step:06d}"
-        self._policy.export(folder, source=self._policy.folder, link=True)
-        self.journal.keep(folder, f"{self._config.name}-{self.folder.name}")
+        self._policy.export(self._kept(step), source=self._policy.folder, link=True)
 
     def _finish_save(self) -> None:
         """The save that was begun at an earlier step ends here: it had a step's time."""

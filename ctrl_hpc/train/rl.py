@@ -15,13 +15,13 @@ from pathlib import Path
 from ctrl_hpc.config import Config
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.run.journal import Table
 from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.advantages import Advantages, estimate
 from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import Batch
 from ctrl_hpc.train.collect import Collector, collect
-from ctrl_hpc.train.journal import Clock
-from ctrl_hpc.train.loop import Course, learning_rate
+from ctrl_hpc.train.loop import Clock, Loop, learning_rate
 from ctrl_hpc.train.losses import RLLoss, ValueLoss
 from ctrl_hpc.train.policy import Policy, Reference, Value, make_reference
 from ctrl_hpc.train.rollouts import COLUMNS, Experience
@@ -48,39 +48,44 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     parts = {"policy": policy} | ({"value": value} if value is not None else {})
     with ExitStack() as stack:
         collector = stack.enter_context(Collector.open(config, run_dir)) if world.main else None
-        course = Course(config, run_dir, "rl", parts, steps=options.steps, save_every=options.save_every, position=0)
-        stack.enter_context(course)
-        publish(policy, course.folder, course.start, sft)
-        ahead = stack.enter_context(rollouts_ahead(collector, course)) if collector is not None else None
-        for step in course:
-            with course.clock("wait"):
+        loop = Loop(config, run_dir, "rl", parts, steps=options.steps, save_every=options.save_every, position=0)
+        stack.enter_context(loop)
+        publish(policy, loop.folder, loop.start, sft)
+        ahead = stack.enter_context(rollouts_ahead(collector, loop)) if collector is not None else None
+        for step in loop:
+            with loop.clock("wait"):
                 experience = world.from_main(take, ahead, step)
-            with course.clock("advantages"):
+            with loop.clock("advantages"):
                 values_SR = value.values(experience.batch) if value else None
                 advantages = estimate(
                     experience, values_SR, options, device=world.device, backend=config.trainer.kernels
                 )
-            logged = improve(policy, value, reference, experience, advantages, step, course.clock)
-            with course.clock("publish"):
-                publish(policy, course.folder, step + 1, sft)
+            logged = improve(policy, value, reference, experience, advantages, step, loop.clock)
+            with loop.clock("publish"):
+                publish(policy, loop.folder, step + 1, sft)
                 if ahead is not None:
                     ahead.publish(step + 1)
-            saved = course.done(step, experience.metrics | logged, position=experience.position)
-            if saved and collector is not None:
-                course.journal.table("rl/samples", COLUMNS, collector.samples(step, options.save_samples))
+            shown = partial(samples, collector, step)
+            loop.done(step, experience.metrics | logged, shown, position=experience.position)
     policy.export(run_dir / "rl" / "hf", source=sft)
 
 
-def rollouts_ahead(collector: Collector, course: Course) -> Ahead:
+def rollouts_ahead(collector: Collector, loop: Loop) -> Ahead:
     """The steps' rollouts from where the stage continues, being made from now on."""
     return Ahead(
         partial(collect, collector),
-        course.folder,
-        start=course.start,
-        steps=course.steps,
-        position=course.progress["position"],
+        loop.folder,
+        start=loop.start,
+        steps=loop.steps,
+        position=loop.progress["position"],
         max_staleness=collector.config.rl.max_staleness,
     )
+
+
+def samples(collector: Collector | None, step: int) -> dict[str, Table]:
+    """Some rollouts of a step, by rank 0, for people to read."""
+    assert collector is not None, "only rank 0 has rollouts"
+    return {"rl/samples": Table(columns=COLUMNS, rows=collector.samples(step, collector.config.rl.save_samples))}
 
 
 def take(ahead: Ahead | None, step: int) -> Experience:

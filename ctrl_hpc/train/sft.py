@@ -15,7 +15,7 @@ from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.seeds import take
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.drafts import response_ids
-from ctrl_hpc.train.loop import Course, learning_rate
+from ctrl_hpc.train.loop import Loop, learning_rate
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
 
@@ -39,18 +39,18 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     steps_per_epoch = -(-len(sequences) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     policy = Policy(config, world, config.critic.model, optimizer=options.optimizer)
-    with Course(config, run_dir, "sft", {"policy": policy}, steps=steps, save_every=options.save_every) as course:
-        for step in course:
+    with Loop(config, run_dir, "sft", {"policy": policy}, steps=steps, save_every=options.save_every) as loop:
+        for step in loop:
             epoch, index = divmod(step, steps_per_epoch)
             first = epoch * len(sequences) + index * options.batch_size
             count = min(options.batch_size, (epoch + 1) * len(sequences) - first)
             rows = take(len(sequences), seed=config.seed, start=first, count=count)
             batch = collate([sequences[row] for row in rows])
             rate = learning_rate(options.optimizer, step, steps)
-            with course.clock("update"):
+            with loop.clock("update"):
                 logged = policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), rate)
             facts = {"tokens": float(batch.n_tokens), "dropped": float(dropped)}
-            course.done(step, {f"sft/{name}": value for name, value in (logged | facts).items()})
+            loop.done(step, {f"sft/{name}": value for name, value in (logged | facts).items()})
     policy.export(run_dir / "sft" / "hf", source=config.critic.model)
 
 
@@ -64,7 +64,7 @@ def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
     problems = {problem.id: problem for problem in jsonl.iterate(Problem, run_dir / "problems" / "train.jsonl")}
     solutions = {item.id: item for item in jsonl.iterate(Solution, run_dir / "sample" / "solutions.jsonl")}
     critiques = jsonl.read(Critique, run_dir / "synthesize" / "critiques.jsonl")
-    prompts = Prompts.load(config.prompts.folder, config.prompts.system)
+    prompts = Prompts.of(config.prompts)
     tokenizer = AutoTokenizer.from_pretrained(config.critic.model)
     sequences: Sequences = []
     for critique in critiques:

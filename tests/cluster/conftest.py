@@ -59,7 +59,8 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
         yield SlurmCluster(Path(given))
         return
     for left in Path("/tmp").glob("ctrl-hpc-tests-*"):  # of a session that was killed
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             one_host_slurm.stop(left)
     base = Path(f"/tmp/ctrl-hpc-tests-{os.getpid()}")  # sockets want a short path
     cluster = one_host_slurm.start(base)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ctrl_hpc.run.journal import Journal
+
 
 def run(config: Any, run_dir: Path) -> None:
     """Behaves as ``run_dir/behaviour.json`` says.
@@ -55,6 +57,4 @@ def run(config: Any, run_dir: Path) -> None:
         with parallel_state.job(config) as place:
             assert place.from_main(read) == "records"
     if rank == 0:
-        (run_dir / "sft").mkdir(exist_ok=True)
-        record = {"stage": "sft", "step": 3, "steps": 3, "metrics": {"sft/loss": 0.5}, "time": time.time()}
-        (run_dir / "sft" / "progress.json").write_text(json.dumps(record))
+        Journal(run_dir, "sft").log(2, {"sft/loss": 0.5}, steps=3)

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb_records
 from one_host_slurm import SlurmCluster
-
-from ctrl_hpc.tracking import wandb_file
-from ctrl_hpc.tracking.tracker import run_id
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
-from striker import Striker  # noqa: E402
+from striker import Planned, Striker  # noqa: E402
 from strikes import Site, is_over  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -51,10 +49,15 @@ RUNS: dict[str, tuple[str, ...]] = {
 """The faults of each run."""
 ONE_AT_A_TIME = ("driver killed", "driver stopped", "trainer")
 """Runs whose second fault waits for the recovery from the first, which it would hide."""
-OF_TRAINERS = ("kill wandb", "time limit of the trainer", "full disk in training")
-"""Faults that come before a run's others, while there is a trainer."""
-GAP_S = 8.0
-"""Longest time to the next fault, where there is something to strike by then."""
+OF_TRAINERS = (
+    *("kill wandb", "time limit of the trainer", "full disk in training", "kill trainer rank", "freeze trainer rank"),
+)
+"""Faults that come while there is a trainer."""
+TRAINED, STRUCK, FIRST_STRUCK = 2.0, 3.25, 2.5
+"""How far the run has come when it begins to train (two stages are done); when the last fault is due, at a quarter of
+RL; and at latest the first one, where another one waits for the recovery from it."""
+LONGEST_DELAY_S = 1.5
+"""A fault comes at most so long after the run has come so far."""
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +95,6 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def in_wandb(run_dir: Path, stage: str) -> list[int]:
-    """The steps of a stage in its wandb run: every piece of it, in the order in which a sync sends them."""
-    files = wandb_file.of_run(run_dir, run_id(run_dir, stage))
-    return [step for file in files for step in wandb_file.rows(file) if step is not None]
-
-
 def account(run_dir: Path) -> dict[str, Any]:
     """What was done: every sample and step of a run, in order."""
     steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
@@ -108,7 +105,7 @@ def account(run_dir: Path) -> dict[str, Any]:
         "critiques": [row["id"] for row in rows(run_dir / "synthesize" / "critiques.jsonl")],
         "sft steps": [row["step"] for row in rows(run_dir / "sft" / "metrics.jsonl")],
         "rl steps": [row["step"] for row in rows(run_dir / "rl" / "metrics.jsonl")],
-        "steps in wandb": {stage: in_wandb(run_dir, stage) for stage in ("sft", "rl")},
+        "steps in wandb": {stage: wandb_records.steps(run_dir, stage) for stage in ("sft", "rl")},
         "rollouts": {file.name: Counter(row["solution_id"] for row in rows(file)) for file in steps},
         "masked": sum(row["masked"] for file in steps for row in rows(file)),
         "staleness": {row["rl/staleness"] for row in rows(run_dir / "rl" / "metrics.jsonl")},
@@ -176,14 +173,20 @@ def served_disk(small_disk: Path) -> Iterator[tuple[Path, int]]:
         server.wait()
 
 
+def planned(fault: str, last: float, chance: random.Random) -> Planned:
+    """A fault at a random moment of a run, long before its end, however fast the machine is."""
+    at = chance.uniform(TRAINED if fault in OF_TRAINERS else 0.0, last)
+    return Planned(name=fault, progress=at, delay_s=chance.uniform(0.0, LONGEST_DELAY_S))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_is_lost_or_counted_twice(
     name: str, slurm_cluster: SlurmCluster, undisturbed: Path, served_disk: tuple[Path, int], small_disk: Path
 ) -> None:
     seed = int(os.environ.get("CTRL_HPC_FAULT_SEED", secrets.randbelow(1 << 31)))
     chance = random.Random(f"{seed} {name}")
-    order = sorted(chance.sample(RUNS[name], len(RUNS[name])), key=lambda fault: fault not in OF_TRAINERS)
-    plan = [(chance.uniform(0.0, GAP_S), fault) for fault in order]
+    last = FIRST_STRUCK if name in ONE_AT_A_TIME else STRUCK
+    plan = [planned(fault, last, chance) for fault in chance.sample(RUNS[name], len(RUNS[name]))]
     folder, server = served_disk
     run_dir = (folder if name == "slow disk" else small_disk) / "run"
     lines = [f"CTRL_HPC_FAULT_SEED={seed}"]

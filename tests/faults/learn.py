@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recovery import Recovered
-from striker import FAULTS, Striker
+from striker import FAULTS, Planned, Striker
 from strikes import JOB_FAULTS, Site, is_over
 
 from ctrl_hpc import config as configuration
@@ -46,7 +46,8 @@ def main() -> int:
     seed = random.SystemRandom().getrandbits(31) if options.seed is None else options.seed
     chance = random.Random(seed)
     names = options.faults or list(JOB_FAULTS)
-    plan = [(options.every, name) for _ in range(100) for name in chance.sample(names, len(names))]
+    drawn = [name for _ in range(100) for name in chance.sample(names, len(names))]
+    plan = [Planned(name=name, progress=0.0, delay_s=options.every * at) for at, name in enumerate(drawn, 1)]
     log = folder.parent / f"{folder.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     words = ["sbatch", "--parsable", "--partition=cpu", f"--output={log}", str(SCRIPT), options.config]
@@ -79,9 +80,7 @@ def _parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def _strike_until_ended(
-    folder: Path, base: Path, job: str, chance: random.Random, plan: Sequence[tuple[float, str]]
-) -> Striker:
+def _strike_until_ended(folder: Path, base: Path, job: str, chance: random.Random, plan: Sequence[Planned]) -> Striker:
     """Strike while the driver's job is in the queue; on Ctrl-C the job is cancelled."""
     over: list[bool] = []
     site = Site(run_dir=folder, base=base, random=chance, ended=lambda: bool(over))

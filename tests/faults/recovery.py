@@ -18,11 +18,10 @@ from ctrl_hpc import pipeline
 from ctrl_hpc.cluster.status import status
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.critics import roles
-from ctrl_hpc.run import directory
+from ctrl_hpc.run import directory, journal
 
 SETTLE_S = 3.0
 """The run is as before when it was found so for this long."""
-TRAINING = ("sft", "rl")
 
 
 def work(run_dir: Path) -> tuple[int, int]:
@@ -35,6 +34,17 @@ def work(run_dir: Path) -> tuple[int, int]:
         except FileNotFoundError:
             continue
     return len(times), max(times, default=0)
+
+
+def progress(run_dir: Path) -> float:
+    """How far a run has come: the stages that are done, and the share that is done of one that trains."""
+    total = 0.0
+    for name in pipeline.STAGES:
+        if directory.is_done(run_dir, name):
+            total += 1.0
+        elif name in journal.STAGES and (found := journal.progress(run_dir, name)):
+            total += found["step"] / found["steps"]
+    return total
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +64,7 @@ class Before:
 def look(site: Site) -> Before:
     """What a run is like now."""
     services = Counter(service.role for service in site.services("executor", "critic", "generator"))
-    under_way = [name for name in TRAINING if (site.run_dir / name / "progress.json").exists()]
+    under_way = [name for name in journal.STAGES if journal.place(site.run_dir, name).exists()]
     stage = next((name for name in under_way if not directory.is_done(site.run_dir, name)), None)
     return Before(services=services, stage=stage, step=_step(site, stage))
 

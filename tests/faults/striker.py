@@ -1,4 +1,4 @@
-"""The striker: does faults one after another, repairs them in time, and watches the run recover."""
+"""The striker: does faults as the run comes along, repairs them in time, and watches the run recover."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import recovery
 from disks import DISK_FAULTS
@@ -19,16 +20,28 @@ LOOK_S = 0.5
 """Seconds between looks at how the run recovers."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A fault of a plan."""
+
+    name: str
+    """A key of ``FAULTS``."""
+    progress: float
+    """It is due when the run has come so far (:func:`recovery.progress`), be the machine fast or slow, ..."""
+    delay_s: float
+    """... and so many seconds later: at no particular moment of a step."""
+
+
 class Striker(threading.Thread):
     """Does the faults of a plan; ``faults`` tells what was done and what came of it, ``failure`` why it stopped."""
 
     def __init__(
-        self, site: Site, plan: Sequence[tuple[float, str]], say: Callable[[str], None], *, one_at_a_time: bool = False
+        self, site: Site, plan: Sequence[Planned], say: Callable[[str], None], *, one_at_a_time: bool = False
     ) -> None:
-        """``plan``: seconds since the strike before (``one_at_a_time``: since the recovery from it), and a key of
-        ``FAULTS``."""
+        """``one_at_a_time``: a fault waits for the recovery from the one before, too."""
         super().__init__(name="striker", daemon=True)
-        self._site, self._plan, self._say, self._one_at_a_time = site, plan, say, one_at_a_time
+        self._site, self._plan, self._say, self._one_at_a_time = site, list(plan), say, one_at_a_time
+        self._due: dict[int, float] = {}
         self._began = time.monotonic()
         self._repairs: list[Repair] = []
         self._recovery = Recovery(site)
@@ -43,13 +56,13 @@ class Striker(threading.Thread):
     def run(self) -> None:
         """Strike by strike, to the end of the run; what is not repaired then is repaired."""
         try:
-            for gap_s, name in self._plan:
-                last = time.monotonic()
-                while not self._site.ended() and time.monotonic() - last < gap_s:
+            while self._plan and not self._site.ended():
+                fault = self._next()
+                if fault is None:
                     self._wait()
-                if self._site.ended():
-                    break
-                self._strike(name)
+                    continue
+                self._plan.remove(fault)
+                self._strike(fault.name)
                 while self._one_at_a_time and self.faults[-1].recovery_s is None:
                     self._wait()
             while not self._site.ended():
@@ -60,6 +73,14 @@ class Striker(threading.Thread):
             for repair in self._repairs:
                 repair.now()
             self._look()
+
+    def _next(self) -> Planned | None:
+        """A fault that is due."""
+        now, progress = time.monotonic(), recovery.progress(self._site.run_dir)
+        for fault in self._plan:
+            if progress >= fault.progress and now >= self._due.setdefault(id(fault), now + fault.delay_s):
+                return fault
+        return None
 
     def _strike(self, name: str) -> None:
         fault = FAULTS[name]

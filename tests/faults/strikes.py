@@ -150,14 +150,15 @@ def freeze_driver(site: Site) -> Strike:
 
 
 def kill_wandb(site: Site) -> Strike:
-    """SIGKILL of the process in which wandb writes the trainer's run."""
+    """SIGKILL of the process in which the driver's wandb writes, while there is a trainer whose steps it is told."""
     while True:
-        trainer = site.pick("trainer")
+        site.pick("trainer")
+        driver = site.pick("driver")
         with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(trainer.pid).children(recursive=True):
+            for child in psutil.Process(driver.pid).children(recursive=True):
                 if child.name() == "wandb-core" and child.status() != psutil.STATUS_ZOMBIE:
                     child.kill()
-                    return Strike(what=f"SIGKILL of wandb's process {child.pid} of trainer {trainer.job_id}")
+                    return Strike(what=f"SIGKILL of wandb's process {child.pid} of the driver")
         time.sleep(POLL_S)
 
 

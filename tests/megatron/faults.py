@@ -24,7 +24,7 @@ from torch import Tensor
 from ctrl_hpc.config import Config, OptimizerConfig, ParallelConfig, TrainerConfig, WandbConfig
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.train.batch import collate
-from ctrl_hpc.train.loop import Course
+from ctrl_hpc.train.loop import Loop
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
 
@@ -50,9 +50,9 @@ def train(config: Config, folder: Path, case: str, fault: Callable[[Tensor], Ten
     with parallel_state.job(config) as world:
         optimizer = OptimizerConfig(lr=1e-3)
         policy = Policy(config, world, folder / "models" / "qwen2-tied", optimizer=optimizer)
-        course = Course(config, folder / case, "sft", {"policy": policy}, steps=4, save_every=1)
-        with course:
-            for step in course:
+        loop = Loop(config, folder / case, "sft", {"policy": policy}, steps=4, save_every=1)
+        with loop:
+            for step in loop:
                 faulty = step == FAULT_STEP
                 pairs = sequences(policy.architecture.vocab_size, rows if faulty else 6)
                 batch = collate(pairs)
@@ -61,7 +61,7 @@ def train(config: Config, folder: Path, case: str, fault: Callable[[Tensor], Ten
                 def loss(head: Any, micro: Any, hidden_ND: Tensor, plain: Any = plain, faulty: bool = faulty) -> Any:
                     return plain(head, micro, fault(hidden_ND) if faulty else hidden_ND)
 
-                course.done(step, policy.update(batch, loss, 1e-3))
+                loop.done(step, policy.update(batch, loss, 1e-3))
 
 
 def last_rank() -> bool:
@@ -121,7 +121,7 @@ def unfit(config: Config, folder: Path) -> None:
     """Continue from a checkpoint of another critic."""
     with parallel_state.job(config) as world:
         policy = Policy(config, world, folder / "models" / "llama-untied", optimizer=OptimizerConfig(lr=1e-3))
-        Course(config, folder / "nan", "sft", {"policy": policy}, steps=4, save_every=1)
+        Loop(config, folder / "nan", "sft", {"policy": policy}, steps=4, save_every=1)
 
 
 Case = tuple[int, Callable[[Config, Path], None], dict[str, Any]]

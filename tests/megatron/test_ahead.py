@@ -20,7 +20,7 @@ from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.collect import Collector
 from ctrl_hpc.train.drafts import side_by_side
-from ctrl_hpc.train.journal import Clock
+from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rollouts import Experience
 
 DRAFTS = 4
@@ -223,7 +223,7 @@ def test_chunks_are_in_order_and_the_first_error_ends_them() -> None:
 
 def test_a_phase_that_several_threads_are_in_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr("ctrl_hpc.train.journal.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("ctrl_hpc.train.loop.time.perf_counter", lambda: next(now))
     clock = Clock()
     with clock("revise"), clock("revise"):  # from 10 to 13, as two chunks would
         pass

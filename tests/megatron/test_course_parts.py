@@ -1,13 +1,11 @@
-"""What a course of training is made of: data order, learning rate, journal, interruption, experience."""
+"""What a course of training is made of: data order, learning rate, clock, interruption, experience."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,13 +13,12 @@ import pytest
 import torch
 from ctrl_kernels import Backend
 
-from ctrl_hpc.config import Config, OptimizerConfig, RLConfig, WandbConfig
+from ctrl_hpc.config import OptimizerConfig, RLConfig
 from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
 from ctrl_hpc.seeds import sampling_seed, take
 from ctrl_hpc.train.advantages import advantages_and_returns
 from ctrl_hpc.train.batch import collate, micro_batches
-from ctrl_hpc.train.journal import Clock, Journal
-from ctrl_hpc.train.loop import Interruption, learning_rate
+from ctrl_hpc.train.loop import Clock, Interruption, learning_rate
 from ctrl_hpc.train.losses import RLLoss
 from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups
 
@@ -51,34 +48,6 @@ def test_the_learning_rate_warms_up_and_decays(schedule: str, rates: list[float]
     config = OptimizerConfig(lr=1.0, min_lr=0.1, schedule=schedule, warmup_steps=2)  # type: ignore[arg-type]
     assert [learning_rate(config, step, 6) for step in range(6)] == pytest.approx(rates, abs=1e-6)
     assert learning_rate(config, 6, 6) == pytest.approx(1.0 if schedule == "constant" else 0.1)
-
-
-def journal(folder: Path, start: int) -> Journal:
-    config = Config(name="test", wandb=WandbConfig(mode="disabled"))
-    return Journal(config, folder, "rl", steps=9, start=start, main=True)
-
-
-def test_a_resumed_journal_holds_every_step_once(tmp_path: Path) -> None:
-    with journal(tmp_path, 0) as first:
-        for step in range(5):
-            first.log(step, {"rl/reward": step / 10})
-    metrics = tmp_path / "rl" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + '{"step": 5, "rl/re')  # killed while it wrote
-    with journal(tmp_path, 3) as second:
-        second.log(3, {"rl/reward": 0.9})
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [(record["step"], record["rl/reward"]) for record in records] == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.9)]
-    progress = json.loads((tmp_path / "rl" / "progress.json").read_text())
-    assert (progress["stage"], progress["step"], progress["steps"]) == ("rl", 4, 9)
-    assert progress["metrics"] == {"rl/reward": 0.9}
-
-
-def test_other_ranks_write_no_journal(tmp_path: Path) -> None:
-    config = Config(name="test", wandb=WandbConfig(mode="disabled"))
-    with Journal(config, tmp_path, "rl", steps=9, start=0, main=False) as quiet:
-        quiet.log(0, {"rl/reward": 1.0})
-        quiet.table("samples", ["a"], [[1]])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_clock_adds_up_a_phase_and_starts_anew() -> None:

@@ -13,6 +13,8 @@ from ctrl_hpc import cli, jsonl, pipeline
 from ctrl_hpc.config import ROOT, Config
 from ctrl_hpc.experiments import suite
 from ctrl_hpc.run import directory
+from ctrl_hpc.run.journal import Journal, lines
+from ctrl_hpc.tracking import mirror
 
 TINY = str(ROOT / "configs" / "tiny_ci.yaml")
 
@@ -131,6 +133,18 @@ def test_the_evaluation_of_untrained_critics_is_shared(tmp_path: Path, done: lis
     assert (tiny / "drafts.jsonl").read_text() == "drafts of a-seed0\n"
     assert (tiny / "sft" / "turn_1.jsonl").read_text() == "sft of a-seed0\n"
     assert not (tiny / "rl").exists()
+
+
+def test_the_journal_of_a_stage_that_is_taken_over_is_told_by_its_own_run(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a / "problems", b):
+        folder.mkdir(parents=True)
+    for step in range(3):
+        Journal(a, "sft").log(step, {"sft/loss": 1.0})
+    suite.take_over(a, b, "sft")
+    file = b / "sft" / "metrics.jsonl"
+    assert [line["step"] for line in lines(file)] == [0, 1, 2]
+    assert mirror.mark(file, mirror.run_id(b, "sft")).told == 2
 
 
 def test_a_failure_stops_no_other_and_the_same_command_goes_on(

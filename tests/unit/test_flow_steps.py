@@ -1,5 +1,7 @@
 """Drafting, critiquing, revising and executing, against a scripted generator and executor."""
 
+from dataclasses import replace
+
 import pytest
 
 from ctrl_hpc.flow.feedback import Hint
@@ -196,3 +198,15 @@ def test_solutions_that_are_skipped_are_not_revised():
     skipped, revised = revise(triples, generator, PROMPTS, GREEDY, skip=frozenset({first.id}))
     assert (skipped.kept, skipped.program) == (True, first.program)
     assert not revised.kept
+
+
+def test_a_problem_in_cpp_is_asked_for_and_taken_in_cpp():
+    problem = replace(P, language="cpp")
+    generator = Script("```cpp\nint main() {{}} // {}\n```\nAs in Python:\n```python\nprint(1)\n```")
+    (solution,) = draft([problem], generator, PROMPTS, Sampling(n=1))
+    asked = generator.chats[0][0][-1].content
+    assert "problem below in C++." in asked and "in one ```cpp code block" in asked and "ython" not in asked
+    assert solution.program == "int main() {} // 0"
+    revised = revise([(problem, solution, said(solution, "incorrect"))], generator, PROMPTS, GREEDY)
+    assert revised[0].program == "int main() {} // 1"
+    assert "in Python." in Prompts.load("default").solution(P)[-1].content

@@ -1,0 +1,535 @@
+"""The mirror: the driver tells wandb what the journals of a run say, as it comes. No other process knows of wandb.
+
+Each journal is a wandb run of one group, each of its lines one row; a sweep's trial is a run that several journals are
+told to. The journals are the truth, so that wandb's own files never have to be repaired:
+
+* **A line is told once: when its step is greater than every step that was told.** A trainer that goes on from a
+  checkpoint writes steps again that its run has already.
+* **Offline** a mirror that ends has its rows on disk, and only then :class:`Mark` says so. What a killed driver or a
+  killed wandb process (``wandb-core``, which writes up to 32 KiB late) left is thrown away, and the journal told
+  again, into a new piece, from where the mark stands: 100 rows take less than a second.
+* **Online** the server says how many rows it has: as many lines were told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from ctrl_hpc import jsonl
+from ctrl_hpc.config import Config
+from ctrl_hpc.run import journal
+from ctrl_hpc.tracking import server
+
+LOOK_S = 1.0
+"""Seconds between looks at the journals."""
+PATIENCE_S = 60.0
+"""Seconds until a wandb that could not start is tried again."""
+ATTEMPTS = 3
+"""wandb's processes that may be lost in a row before that pause."""
+RETRIES = 20
+"""wandb waits 2 s, 4 s, 8 s ... and at most a minute between them: a quarter of an hour for a server that fails."""
+_AGENT = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_NAME")
+"""Variables by which a sweep's agent names the trial's run. They would name every run of this process."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Mark:
+    """How far a journal has got in a wandb run, kept beside the journal. Steps begin at 0; -1: none."""
+
+    told: int = -1
+    """The last step that is in wandb for certain: in a piece on disk that was ended, or at the server."""
+    sent: int = -1
+    """The last step that the server has for certain, with its files."""
+    base: int | None = None
+    """How many rows the server had of the run before the first of this journal."""
+    after: int = -1
+    """The step after which the journal was told to the server, a row a line."""
+    pieces: list[str] = field(default_factory=list)
+    """The mirror's offline folders of the run."""
+    open: str | None = None
+    """The one that is being written."""
+
+
+def mark(file: Path, id: str) -> Mark:
+    """The mark of a journal in a wandb run; a new one where there is none."""
+    return Mark(**_marks(file).get(id, {}))
+
+
+def set_mark(file: Path, id: str, new: Mark) -> None:
+    """Write a mark, beside those of the journal in other runs."""
+    jsonl.write_text(_place(file), json.dumps(_marks(file) | {id: asdict(new)}, indent=1) + "\n")
+
+
+def _place(file: Path) -> Path:
+    return file.with_name(f"{file.name}.mirror")
+
+
+def _marks(file: Path) -> dict[str, Any]:
+    return json.loads(_place(file).read_text(encoding="utf-8")) if _place(file).exists() else {}
+
+
+def adopt(run_dir: Path, name: str, file: Path) -> None:
+    """Take the rows of a journal that no mirror has seen for told, where pieces that the role wrote itself have them.
+
+    So it is in run directories of earlier versions.
+    """
+    id = run_id(run_dir, name)
+    line = journal.last(file)
+    if id not in _marks(file) and line is not None and any((run_dir / "wandb").glob(f"*run-*-{id}")):
+        set_mark(file, id, Mark(told=line["step"], sent=line["step"]))
+
+
+def leave_out(run_dir: Path, name: str) -> None:
+    """Take the lines of a journal for told: it is another run's, which tells them itself."""
+    file = journal.place(run_dir, name)
+    if (line := journal.last(file)) is not None:
+        set_mark(file, run_id(run_dir, name), Mark(told=line["step"], sent=line["step"]))
+
+
+def run_id(run_dir: Path, name: str) -> str:
+    """The wandb id of a journal: the same for every start of its role in this run directory, and no other run's.
+
+    What they have in common is drawn once, into ``RUN_DIR/wandb_id``.
+    """
+    file = run_dir / "wandb_id"
+    if not file.exists():
+        jsonl.write_text(file, secrets.token_hex(4))
+    return f"{file.read_text(encoding='ascii').strip()}-{name}"
+
+
+def losses() -> tuple[type[Exception], ...]:
+    """What the library raises when its process is gone."""
+    from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
+    from wandb.sdk.lib.service.service_token import WandbServiceConnectionError
+    from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
+
+    return (
+        *(ConnectionError, HandleAbandonedError, MailboxClosedError),
+        *(ServicePollForTokenError, WandbServiceConnectionError),
+    )
+
+
+class _Source:
+    """A journal on its way into a wandb run."""
+
+    def __init__(self, file: Path, id: str, online: bool) -> None:
+        self.file, self.id, self._online = file, id, online
+        self.mark = mark(file, id)
+        self.told = self.certain
+        self._follower = journal.Follower(file)
+        self._read: list[dict[str, Any]] = []
+
+    @property
+    def certain(self) -> int:
+        """The last step that need not be told any more, whatever becomes of wandb's process."""
+        return self.mark.sent if self._online else self.mark.told
+
+    def due(self) -> list[dict[str, Any]]:
+        """The lines that are to be told; they stay due until :meth:`done`."""
+        self._read = [line for line in (*self._read, *self._follower.new()) if line["step"] > self.told]
+        return self._read
+
+    def done(self, line: dict[str, Any]) -> None:
+        self.told = line["step"]
+
+    def again(self, told: int) -> None:
+        """Begin at the line after step ``told``."""
+        self._follower.rewind()
+        self._read, self.told = [], told
+
+    def set(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self.mark, name, value)
+        set_mark(self.file, self.id, self.mark)
+
+
+class MirroredRun:
+    """A wandb run, begun when there is something to tell it; ``begin`` calls ``wandb.init``."""
+
+    def __init__(self, run_dir: Path, id: str, begin: Callable[[], Any], *, online: bool) -> None:
+        self._run_dir, self._id, self._begin, self._online = run_dir, id, begin, online
+        self._sources: dict[Path, _Source] = {}
+        self._run: Any = None
+        self._rows = 0
+        self.log: Path | None = None
+        """wandb's own log of the newest piece."""
+        self.missing: list[str] = []
+        """Files of artifacts that are not there any more."""
+
+    def follow(self, file: Path) -> None:
+        """Tell the run this journal too."""
+        if file not in self._sources:
+            self._sources[file] = source = _Source(file, self._id, self._online)
+            if self._run is not None:
+                self._join(source)
+
+    @property
+    def told(self) -> int:
+        """The last step that was told; -1: none."""
+        return max(source.told for source in self._sources.values())
+
+    def look(self) -> int:
+        """Tell what is due; returns how many lines that were."""
+        if self._run is None and any(source.due() for source in self._sources.values()):
+            self._start()
+        count = 0
+        for source in self._sources.values() if self._run is not None else ():
+            for line in source.due():
+                self._tell(source, line)
+                source.done(line)
+                count += 1
+        return count
+
+    def finish(self, exit_code: int) -> None:
+        """Say that nothing more comes. What was told is on disk or sent once wandb's process has ended, too."""
+        if self._run is not None:
+            self._run.finish(exit_code=exit_code)
+
+    def settle(self) -> list[str]:
+        """After the end of wandb's process: mark what was told; what the server did not take, in words."""
+        if self._run is None:
+            return []
+        refused = [*self.missing, *refused_by(self.log)] if self._online else []
+        for source in self._sources.values():
+            sent = {"sent": source.told} if self._online and not refused else {}
+            source.set(told=source.mark.told if refused else source.told, open=None, **sent)
+        self._run = None
+        return refused
+
+    def forget(self) -> None:
+        """wandb's process is gone: what it was told counts for nothing."""
+        self._run = None
+        for source in self._sources.values():
+            source.again(source.certain)
+
+    def _start(self) -> None:
+        if not self._online:
+            for name in {source.mark.open for source in self._sources.values()} - {None}:
+                shutil.rmtree(self._run_dir / "wandb" / str(name), ignore_errors=True)
+            while any((self._run_dir / "wandb").glob(f"offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{self._id}")):
+                time.sleep(0.05)  # wandb names a folder by the second
+        self._run = self._begin()
+        run = self._run
+        self._rows = server.rows(server_url(), run.entity, run.project, run.id) if self._online and run.resumed else 0
+        self.log = Path(self._run.dir).parent / "logs" / "debug-internal.log"
+        for source in self._sources.values():
+            self._join(source)
+
+    def _join(self, source: _Source) -> None:
+        """A journal enters a run that is open."""
+        known = source.mark
+        if not self._online:
+            piece = Path(self._run.dir).parent.name
+            source.set(open=piece, pieces=[*(name for name in known.pieces if name != known.open), piece])
+            source.again(source.certain)
+            return
+        if known.sent < 0 and known.told >= 0 and self._run.resumed and self._sent_by_hand(known):
+            source.set(sent=known.told)
+        source.again(source.certain)
+        if known.base is not None:
+            has = _step_of(self._rows - known.base, known.after, journal.lines(source.file))
+            for line in source.due():
+                if line["step"] <= has:
+                    self._tell_again(line)
+            source.again(has)
+
+    def _sent_by_hand(self, known: Mark) -> bool:
+        folder = self._run_dir / "wandb"
+        return bool(known.pieces) and all(list((folder / piece).glob("*.synced")) for piece in known.pieces)
+
+    def _tell(self, source: _Source, line: dict[str, Any]) -> None:
+        step = line["step"]
+        row = {**journal.numbers(line), **self._media(line), "step": step}
+        if self._online and source.mark.base is None:
+            source.set(base=self._rows, after=source.told)
+        self._run.log(row)
+        self._rows += 1
+        self._tell_facts(line)
+
+    def _tell_again(self, line: dict[str, Any]) -> None:
+        """Of a row that the server has, what it may lack: files."""
+        self._run.summary.update(self._media(line))
+        self._tell_facts(line)
+
+    def _media(self, line: dict[str, Any]) -> dict[str, Any]:
+        import wandb
+
+        out: dict[str, Any] = {}
+        for name, path in (line.get("tables", {}) | line.get("images", {})).items():
+            file = self._run_dir / path
+            if not file.is_file():
+                self.missing.append(f"{name}: {file}: no such file")
+            elif file.suffix == ".json":
+                out[name] = wandb.Table(**json.loads(file.read_bytes()), allow_mixed_types=True)
+            else:
+                out[name] = wandb.Image(str(file))
+        return out
+
+    def _tell_facts(self, line: dict[str, Any]) -> None:
+        import wandb
+
+        if line.get("summary"):
+            self._run.summary.update(line["summary"])
+        for item in line.get("artifacts", []):
+            path = self._run_dir / item["path"]
+            lost = [name for name in item["files"] if not (path / name if path.is_dir() else path).is_file()]
+            self.missing += [f"a file of artifact {item['name']}: {path / name}: no such file" for name in lost]
+            if not lost:
+                artifact = wandb.Artifact(name=item["name"], type=item["type"])
+                (artifact.add_dir if path.is_dir() else artifact.add_file)(str(path), policy="immutable")
+                self._run.log_artifact(artifact)
+
+
+def _step_of(rows: int, after: int, lines: Sequence[dict[str, Any]]) -> int:
+    """The step of the last of so many rows, of lines after a step.
+
+    There may be fewer lines: a trainer that goes on from a checkpoint writes its last steps again, one by one.
+    """
+    steps = [after, *(line["step"] for line in lines if line["step"] > after)]
+    return steps[rows] if rows < len(steps) else steps[-1] + rows - len(steps) + 1
+
+
+def refused_by(log: Path | None) -> list[str]:
+    """What wandb's log of a piece says was given up, in words."""
+    found: list[str] = []
+    for text in log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []:
+        with suppress(ValueError):  # a panic's trace among the records
+            row = json.loads(text)
+            if str(row.get("level", "")).startswith("ERROR") and row["msg"] != "api: HTTP error":
+                name = str(row.get("task", "")).partition(" Name: ")[2].partition(", Url:")[0]
+                found.append(f"{name}: " * bool(name) + " ".join(f"{row['msg']} {row.get('error', '')}".split())[:300])
+    return found
+
+
+class Mirror:
+    """The wandb runs of a run directory, each as far as its journal.
+
+    Under a sweep's agent (``WANDB_RUN_ID``) the trial's run is told what the training stages and the report journal;
+    the report has no run of its own then. ``only``: the one journal that is followed.
+    """
+
+    def __init__(
+        self, config: Config, run_dir: Path, *, online: bool, only: str | None = None, place: Path | None = None
+    ) -> None:
+        """``place``: where wandb keeps its files in a folder ``wandb``, if not in the run directory."""
+        self._config, self._run_dir, self._online, self._only = config, run_dir, online, only
+        self._place = place or run_dir
+        self._trial = {name: os.environ[name] for name in _AGENT if name in os.environ}
+        self.runs: dict[str, MirroredRun] = {}
+
+    def look(self) -> int:
+        """Tell what is due to each run; returns how many lines that were."""
+        for name, file in journal.journals(self._run_dir).items():
+            for id in self._ids(name) if self._only in (None, name) else ():
+                if id not in self.runs:
+                    begin = self._beginner(id, name)
+                    self.runs[id] = MirroredRun(self._run_dir, id, begin, online=self._online)
+                self.runs[id].follow(file)
+        return sum(run.look() for run in self.runs.values())
+
+    def close(self, exit_code: int = 0) -> list[str]:
+        """Tell the rest and end all runs; when this returns all is on disk, or sent but for what it says."""
+        self.look()
+        for run in self.runs.values():
+            run.finish(exit_code)
+        teardown()
+        return [words for run in self.runs.values() for words in run.settle()]
+
+    def forget(self) -> None:
+        """wandb's process is gone."""
+        with suppress(*losses()):
+            teardown()
+        for run in self.runs.values():
+            run.forget()
+
+    def _ids(self, name: str) -> list[str]:
+        trial = self._trial.get("WANDB_RUN_ID")
+        ids = [] if trial and name == "report" else [run_id(self._run_dir, name)]
+        return [*ids, trial] if trial and name in (*journal.STAGES, "report") else ids
+
+    def _beginner(self, id: str, name: str) -> Callable[[], Any]:
+        trial = id == self._trial.get("WANDB_RUN_ID")
+        return lambda: begin(self._config, self._place, id, name, self._online, self._trial if trial else None)
+
+
+def begin(config: Config, place: Path, id: str, name: str, online: bool, trial: dict[str, str] | None) -> Any:
+    """``wandb.init`` for a journal's run, or a trial's."""
+    from omegaconf import OmegaConf
+
+    import wandb
+
+    of_trial = {} if trial is None else {
+        "sweep_id": trial.get("WANDB_SWEEP_ID"), "sweep_param_path": trial.get("WANDB_SWEEP_PARAM_PATH")
+    }  # fmt: skip
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        disable_job_creation=True,
+        save_code=False,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+        x_file_stream_retry_max=RETRIES,
+        x_file_transfer_retry_max=RETRIES,
+        x_graphql_retry_max=RETRIES,
+        **{key: value for key, value in of_trial.items() if value},
+    )
+    run = wandb.init(
+        dir=str(place),
+        mode="online" if online else "offline",
+        project=config.wandb.project,
+        entity=config.wandb.entity,
+        group=config.wandb.group or config.name,
+        job_type=name.rstrip("-0123456789") if trial is None else "trial",
+        name=f"{config.name}-{name}" if trial is None else None,
+        id=id,
+        resume="allow" if online else None,
+        reinit="create_new",
+        config=OmegaConf.to_container(OmegaConf.structured(config)),
+        settings=settings,
+    )
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+@contextmanager
+def environment(place: Path) -> Iterator[None]:
+    """wandb's environment while a mirror works: no agent's run, no words, and its data under ``place``/wandb/data.
+
+    Tables wait there: not in the home of a node, which may not be there, nor be written to.
+    """
+    own = {"WANDB_DATA_DIR": str(place.absolute() / "wandb" / "data"), "WANDB_SILENT": "true"}
+    before = {name: os.environ.pop(name, None) for name in (*_AGENT, *own)}
+    os.environ |= own
+    try:
+        yield
+    finally:
+        for name in before:
+            os.environ.pop(name, None)
+        os.environ |= {name: value for name, value in before.items() if value is not None}
+
+
+def teardown() -> None:
+    """``wandb.teardown()``, which exits with its process's exit code where that is not 0."""
+    import wandb
+
+    try:
+        wandb.teardown()
+    except SystemExit as error:
+        raise ConnectionError(f"wandb's process ended with exit code {error.code}") from None
+
+
+def kill_wandb() -> None:
+    """End this process's wandb process, which may be waiting for a server."""
+    for child in psutil.Process().children():
+        if child.name() == "wandb-core":
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+class LiveMirror:
+    """A mirror that looks at the journals again and again while it is entered, in a thread.
+
+    Nothing that befalls it ends the run: it is told, and `ctrl-hpc sync` sends what is missing, for the journals have
+    it. Raises RuntimeError, in one line, where ``wandb.mode=online`` and the server is not to be reached.
+    """
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self._config, self._run_dir, self._online = config, run_dir, config.wandb.mode == "online"
+        self._closed, self._ended = threading.Event(), threading.Event()
+        self._exit_code = 0
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+
+    def __enter__(self) -> Self:
+        for name, file in journal.journals(self._run_dir).items():
+            adopt(self._run_dir, name, file)
+        self._mirror = Mirror(self._config, self._run_dir, online=self._online)
+        with ExitStack() as stack:
+            stack.enter_context(environment(self._run_dir))  # before the library first reads it
+            if self._online:
+                try:
+                    server.check(server_url())
+                except RuntimeError as error:
+                    raise RuntimeError(f"wandb: {error}; wandb.mode=offline needs no server") from None
+            self._exit = stack.pop_all()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Tell the rest; on Ctrl-C what a server has not taken yet is left to the sync."""
+        self._exit_code = 0 if kind is None else 1
+        self._closed.set()
+        with self._exit:
+            try:
+                self._ended.wait()
+            except KeyboardInterrupt:
+                kill_wandb()
+                self._ended.wait()
+                raise
+
+    def told(self, id: str) -> int:
+        """The last step that a wandb run was told; -1: none. It need not be on disk, or sent, yet."""
+        return self._mirror.runs[id].told if id in self._mirror.runs else -1
+
+    def _work(self) -> None:
+        try:
+            self._follow()
+        finally:
+            self._ended.set()
+
+    def _follow(self) -> None:
+        lost = 0
+        while not self._closed.wait(LOOK_S):
+            if self._tried(self._mirror.look):
+                lost = 0
+                continue
+            lost += 1
+            if lost % ATTEMPTS == 0 and self._closed.wait(PATIENCE_S):
+                break
+        if not any(self._tried(self._end) for _ in range(ATTEMPTS)):
+            print("wandb: not all of the journals is there; ctrl-hpc sync sends it", flush=True)
+
+    def _end(self) -> None:
+        for words in self._mirror.close(self._exit_code):
+            print(f"wandb: {words}; ctrl-hpc sync tries again", flush=True)
+
+    def _tried(self, work: Callable[[], object]) -> bool:
+        """Whether it could be done; what is in the way is told, and wandb's process begun anew."""
+        import wandb
+
+        try:
+            work()
+            return True
+        except losses() as error:
+            print(f"wandb: its process is lost ({line_of(error)}): starting another one", flush=True)
+        except (wandb.Error, OSError, ValueError) as error:
+            print(f"wandb: {line_of(error)}; tried again later", flush=True)
+        self._mirror.forget()
+        return False
+
+
+def line_of(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def server_url() -> str:
+    """Where wandb sends to: the environment's or the settings' server."""
+    from wandb.sdk import wandb_setup  # wandb.setup() would start its service
+
+    return str(wandb_setup.singleton().settings.base_url).rstrip("/")
