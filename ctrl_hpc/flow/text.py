@@ -26,7 +26,9 @@ from ctrl_hpc.records import AssertTest, FunctionTest, Judgement, Problem, Store
 
 _SHOWS = re.compile(
     r"\b(?:(?:sample|example|expected)\s+(?:input|output|usage|run|session|case)s?|outputs?|prints?|results?|usage"
-    r"|example|examples|tests?|test\s+cases?|for\s+(?:example|instance)|e\.g\.)\W*$",
+    r"|example|examples|tests?|test\s+cases?|for\s+(?:example|instance)|e\.g\."
+    r"|(?:buggy|incorrect|wrong|original|old|previous|naive|brute[\s-]force|slow(?:er)?|inefficient)\s+"
+    r"(?:code|version|program|solution|implementation|approach)(?:\s+(?:is|was))?)\W*$",
     re.IGNORECASE,
 )
 """Words at the end of the line before a block that shows what a program does, or how it is used."""
@@ -47,12 +49,13 @@ def extract_program(text: str, names: Collection[str] = (), language: str | None
     programs = [block for block in blocks if block.content.strip() and block.tag not in NOT_PROGRAMS]
     if not programs:
         return None
-    best, highest = "", (-1, False, -1)
+    best, highest = "", (-1, False, -1, False)
     tags = LANGUAGE_TAGS.get(language or "", PYTHON)
     earlier: set[str] = set()
     for block in programs:
         own = _Names.of(block.content)
-        rank = (sum(_defines(block.content, name) for name in names), block.closed, _kind(block, own, earlier, tags))
+        defined = sum(_defines(block.content, name) for name in names)
+        rank = (defined, block.closed, _kind(block, own, earlier, tags), not own.stub)
         if rank >= highest:
             best, highest = block.content, rank
         earlier |= own.defined
@@ -92,7 +95,9 @@ class _Names:
     used: frozenset[str] = frozenset()
     acts: bool = False
     idle: bool = False
-    """Whether there is nothing but assertions, ``pass``, constants and comments."""
+    """Whether there is nothing but assertions, ``pass``, values and comments."""
+    stub: bool = False
+    """Whether there are functions, all of them without a body."""
 
     @classmethod
     def of(cls, code: str) -> _Names:
@@ -109,12 +114,21 @@ class _Names:
         }
         kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AugAssign, ast.Call)
         acts = any(isinstance(node, kinds) for node in ast.walk(tree))
-        idle = all(
-            isinstance(node, (ast.Assert, ast.Pass))
-            or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-            for node in tree.body
+        idle = all(isinstance(node, (ast.Assert, ast.Pass)) or _is_value(node) for node in tree.body)
+        functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+        empty = bool(functions) and all(map(_is_empty, functions))
+        return cls(
+            defined=frozenset(made), used=frozenset(called - bound), acts=acts, idle=idle, stub=empty and not called
         )
-        return cls(defined=frozenset(made), used=frozenset(called - bound), acts=acts, idle=idle)
+
+
+def _is_value(node: ast.stmt) -> bool:
+    """An expression that does nothing."""
+    return isinstance(node, ast.Expr) and not any(isinstance(part, (ast.Call, ast.Await)) for part in ast.walk(node))
+
+
+def _is_empty(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return all(isinstance(node, ast.Pass) or _is_value(node) for node in function.body)
 
 
 _TOO_LONG = 200_000

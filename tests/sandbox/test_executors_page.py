@@ -30,7 +30,7 @@ def test_the_python_runs(tmp_path: Path) -> None:
 def test_the_commands_are_commands() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("ctrl-hpc ")]
     inline = re.findall(r"`(ctrl-hpc [^`]+)`", PAGE)
-    assert len(lines) == 2 and len(inline) == 3
+    assert len(lines) == 2 and len(inline) == 4
     for line in [*lines, *inline]:
         cli._parse(shlex.split(line)[1:])
 

@@ -114,6 +114,34 @@ def test_integers_are_always_exact(left: int, right: int) -> None:
     assert judge.floating(b"%d" % left, b"%d" % right) == (left == right)
 
 
+BOUNDS = st.integers(1, 9).map(lambda exponent: f"1e-{exponent}")
+
+
+@EXAMPLES
+@given(st.floats(-1e9, 1e9), st.floats(-3.0, 3.0), BOUNDS, st.sampled_from(["abs", "rel"]))
+def test_a_named_error_is_absolute_or_relative_as_it_says(value: float, share: float, bound: str, kind: str) -> None:
+    width = float(bound) * (abs(value) if kind == "rel" else 1.0)
+    other = value + share * width
+    slack = 2e-15 * max(1.0, abs(value))  # of the judge, and of the sum above
+    if abs(abs(other - value) - width) <= slack:
+        return  # on the boundary
+    accepted = judge.comparison(f"float:{kind}={bound}")(repr(other).encode(), repr(value).encode(), b"")
+    assert accepted == (abs(other - value) < width or other == value)
+
+
+WORDS = st.lists(st.sampled_from("YES yes No nO a1 Z 3 3.0 -".split()), max_size=5).map(" ".join)
+
+
+@EXAMPLES
+@given(WORDS, WORDS)
+def test_any_letter_case_is_exact_of_lower_case(left: str, right: str) -> None:
+    for mode in ("exact", "float"):
+        lower = judge.comparison(mode)(left.lower().encode(), right.lower().encode(), b"")
+        assert judge.comparison(f"{mode}:nocase")(left.encode(), right.encode(), b"") == lower
+    returned = judge.same_result(left.split(), right.split(), judge.rule("exact:nocase"))
+    assert returned == (left.lower().split() == right.lower().split())
+
+
 atoms = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary() | st.fractions()
 )

@@ -1,5 +1,6 @@
 """The program in an answer: hand-written cases, and properties over generated text."""
 
+import ast
 import tomllib
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def test_extracts_the_last_complete_program(name):
     assert extract_program(text) == program
 
 
-WORDINGS = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())["programs"]
+GIVEN = tomllib.loads(Path(__file__).with_name("wordings.toml").read_text())
+WORDINGS = GIVEN["programs"]
 
 
 @pytest.mark.parametrize("text", WORDINGS)
@@ -99,9 +101,24 @@ def test_extracts_the_program_of_any_dress(text):
     assert (extract_program(text) or "") == WORDINGS[text]
 
 
+@pytest.mark.parametrize("case", GIVEN["asked"], ids=lambda case: case["text"][:60])
+def test_extracts_what_is_asked_for(case):
+    assert extract_program(case["text"], set(case["names"])) == case["program"]
+
+
 LINE = st.text(alphabet=st.characters(exclude_characters="`~\n\r", exclude_categories=["Cs"]), max_size=20)
 PROSE = st.lists(LINE, max_size=4).map("\n".join)
-PROGRAM = st.lists(LINE, min_size=1, max_size=6).map("\n".join).filter(str.strip)
+
+
+def does_something(text):
+    """Whether a text is not Python that consists of values and comments alone."""
+    parsed = fences.parsed(text)
+    if parsed is None:
+        return bool(text.strip())
+    return any(not isinstance(node, (ast.Expr, ast.Pass, ast.Assert)) for node in parsed.body)
+
+
+PROGRAM = st.lists(LINE, min_size=1, max_size=6).map("\n".join).filter(does_something)
 TAG = st.sampled_from(["python", "py", "Python", "python3", "cpp", "C#", "java", "rust", "js"])
 MARKS = st.sampled_from(["```", "````", "~~~", "~~~~~"])
 
