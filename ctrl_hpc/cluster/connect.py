@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] 
 
         if problems is None:
             raise ValueError("generator=oracle: the problems are needed here")
-        return OracleGenerator(problems, Prompts.of(config.prompts))
+        return OracleGenerator(problems, Prompts.load(**asdict(config.prompts)))
     if config.generator_is_url:
         endpoint = config.endpoint
         return OpenAIGenerator(

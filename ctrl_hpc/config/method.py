@@ -98,10 +98,6 @@ class DataConfig:
         return tuple(name for name in names if not name == self.name == "tiny")
 
 
-CLOSE_ROOM = 32
-"""Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
     """Templates of the user turns."""
@@ -266,6 +262,11 @@ class RLConfig:
     max_staleness: NotNegative[int] = 0
     """Largest number of weight versions a rollout may be old; 0: strictly on-policy; more: rollouts are made
     during the update, at most so many steps ahead."""
+    publish: Literal["full", "delta"] = "full"
+    """How the critic's servers get a version of its weights: whole, or what has changed since the version before, which
+    is for servers of ours alone."""
+    publish_full_every: Positive[int] = 10
+    """Versions of which one is published whole with ``delta``: a server that is new reads at most so many folders."""
     chunk: NotNegative[int] = 0
     """Drafts that are critiqued, revised and executed together, beside the step's others; 0: all of a step's."""
     chunks_in_flight: Positive[int] = 8

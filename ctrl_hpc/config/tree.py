@@ -17,7 +17,6 @@ from ctrl_hpc.config.machine import (
     WandbConfig,
 )
 from ctrl_hpc.config.method import (
-    CLOSE_ROOM,
     CriticConfig,
     DataConfig,
     EvalConfig,
@@ -30,6 +29,7 @@ from ctrl_hpc.config.method import (
     TinyConfig,
 )
 from ctrl_hpc.config.stages import STAGES
+from ctrl_hpc.records import CLOSE_ROOM
 
 ORACLE = "oracle"
 """The generator that answers with the canonical solutions."""
@@ -140,6 +140,10 @@ def _check_combinations(config: Config) -> None:
     if config.generator_is_served and config.rollout.generator_elements == 0:
         raise ValueError(
             "rollout.generator_elements: 0 leaves the generator's folder unserved; at least 1, or generator=URL"
+        )
+    if config.rl.publish == "delta" and config.rollout.critic_urls:
+        raise ValueError(
+            "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
         )
     if config.generator_is_url and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.rollout import deltas
+from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.rollout.weights import gguf_hint
 
 INDEX = "model.safetensors.index.json"
@@ -370,31 +372,70 @@ def export(
     *,
     source: str | Path,
     link: bool = False,
+    about: About | None = None,
+    seen: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the critic as a Hugging Face folder, with ``source``'s configuration and tokenizer; all ranks take part.
 
     Every rank writes a part of the tensors, all at once (of a small critic the first does). The folder appears whole,
     by a rename, or not at all; one that is there is replaced. ``link`` makes the side files hard links to those of
-    ``source`` where the file system can.
+    ``source`` where the file system can. ``about`` is what the folder says of itself; ``seen`` gets this rank's part.
     """
     target = Path(folder)
+    part = _begin(target, world)
+    files = _gathered(_write_part(model, architecture, world, part, seen), world)
+    if world.main:
+        if about is not None:
+            about.write(part)
+        _finish(part, target, files, Path(source), link)
+
+
+def export_difference(
+    model: torch.nn.Module,
+    architecture: Architecture,
+    world: World,
+    folder: str | Path,
+    *,
+    about: About,
+    previous: dict[str, Tensor],
+) -> None:
+    """Write what has changed since ``previous``, this rank's part as :func:`export` saw it; it becomes today's.
+
+    ``about`` names the base. All ranks take part; the folder appears whole or not at all.
+    """
+    target = Path(folder)
+    part = _begin(target, world)
+    place = f"{world.pipeline_rank:03d}-{world.data_rank:03d}-{world.tensor_rank:03d}"
+    mine = gather(model, architecture, world, spread=True)
+    tensors = _gathered(deltas.write_part(mine, previous, part / f"delta-{place}.safetensors"), world)
+    if world.main:
+        replace(about, tensors=tensors).write(part)
+        _rename(part, target)
+
+
+def _begin(target: Path, world: World) -> Path:
+    """The folder beside the target that is written to, which every rank sees."""
     part = target.with_name(f".{target.name}.part")
     if world.main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    several = world.size > 1 and (world.pipeline_size > 1 or len(buckets(model, architecture)) > 1)
-    if several:
+    if world.size > 1:
         world.barrier()
-    files = _write_part(model, architecture, world, part)
-    if several:
-        ranks: list[Any] = [None] * world.size
-        dist.all_gather_object(ranks, files)
-        files = {name: file for found in ranks for name, file in found.items()}
-    if world.main:
-        _finish(part, target, files, Path(source), link)
+    return part
 
 
-def _write_part(model: torch.nn.Module, architecture: Architecture, world: World, part: Path) -> dict[str, str]:
+def _gathered[V](mine: dict[str, V], world: World) -> dict[str, V]:
+    """What the ranks have, together."""
+    if world.size == 1:
+        return mine
+    ranks: list[Any] = [None] * world.size
+    dist.all_gather_object(ranks, mine)
+    return {name: value for found in ranks for name, value in found.items()}
+
+
+def _write_part(
+    model: torch.nn.Module, architecture: Architecture, world: World, part: Path, seen: dict[str, Tensor] | None = None
+) -> dict[str, str]:
     files: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
     size = 0
@@ -408,6 +449,8 @@ def _write_part(model: torch.nn.Module, architecture: Architecture, world: World
 
     for name, tensor in gather(model, architecture, world, spread=True):
         pending[name] = tensor
+        if seen is not None:
+            seen[name] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= FILE_BYTES:
             flush()
@@ -430,6 +473,11 @@ def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, li
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     copy_side_files(source, part, link=link)
+    _rename(part, target)
+
+
+def _rename(part: Path, target: Path) -> None:
+    """Put a written folder in its place; what is there is replaced."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

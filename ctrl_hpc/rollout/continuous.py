@@ -10,6 +10,7 @@ import torch
 
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Follower, check_prompts
+from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights
 from ctrl_hpc.seeds import derive_seed
 
@@ -25,12 +26,13 @@ class ContinuousEngine:
         """``options`` go to transformers' ``ContinuousBatchingConfig``: ``num_blocks``, ``max_batch_tokens``, ..."""
         self.model, self.stop_ids, self.options = model, stop_ids, options
         self.version = 0
+        self._state: str | None = None
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
-        copy_weights(self.model, folder)
+        self._state = copy_weights(self.model, folder, self._state)
         self.version = version
 
     def generate(
@@ -58,8 +60,6 @@ class ContinuousEngine:
             seeds = [item.seed for row in rows if (item := sampling[row]).seed is not None]
             seed = derive_seed(0, *seeds) if seeds else None
             out.update(zip(rows, self._decode([list(prompts[row]) for row in rows], alike, seed), strict=True))
-        from ctrl_hpc.rollout.engine import score_prompts
-
         with torch.inference_mode():
             scored = score_prompts(self.model, prompts, decodings)
         for row, score in enumerate(scored):

@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ctrl_hpc.rollout import deltas
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -42,20 +44,17 @@ def gguf_hint(folder: str | Path) -> str:
     return f"; {files[0]} is converted as docs/your-models.md says (GGUF)" if files else ""
 
 
-def copy_weights(model: torch.nn.Module, folder: str | Path) -> None:
-    """Copy a folder's weights into the parameters of ``model``, in place.
+def copy_weights(model: torch.nn.Module, folder: str | Path, held: str | None = None) -> str | None:
+    """Copy a folder's weights into the parameters of ``model``, in place; their state, where the folder names it.
 
+    A folder may hold a difference (see :mod:`ctrl_hpc.rollout.deltas`). It is applied to what the model holds where
+    that is its base, of the state ``held``; else those before it are applied first, from the last whole folder on.
     All names and shapes are checked before anything is copied: on ValueError the model is as it was.
     """
-    state: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            state.update(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: {error}") from None
     own = dict(model.state_dict())
+    state, found, whole = _new_state(own, Path(folder), held)
     tied = _tied_names(own)
-    for name in sorted(set(own) - set(state)):
+    for name in sorted(set(own) - set(state)) if whole else ():
         if not any(other in state for other in tied[name]):
             raise ValueError(f"{folder}: weight {name} is missing")
     for name, tensor in state.items():
@@ -67,6 +66,39 @@ def copy_weights(model: torch.nn.Module, folder: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
+    return found
+
+
+def _new_state(
+    own: dict[str, torch.Tensor], folder: Path, held: str | None
+) -> tuple[dict[str, torch.Tensor], str | None, bool]:
+    """The tensors that a folder's version changes, its state, and whether they are all that there are."""
+    if not folder.is_dir():
+        raise ValueError(f"no model folder {folder}")
+    later: list[tuple[Path, deltas.About]] = []
+    here, about = folder, deltas.About.read(folder)
+    while about is not None and about.base is not None:
+        later.append((here, about))
+        if held is not None and about.base_state == held:
+            break
+        here = here.with_name(about.base)
+        if not here.is_dir():
+            raise ValueError(f"{folder}: is a difference to {here}, which is gone")
+        base_state, about = about.base_state, deltas.About.read(here)
+        if about is None or about.state != base_state:
+            raise ValueError(f"{folder}: is a difference to other weights than {here} holds now")
+    whole = about is None or about.base is None
+    state: dict[str, torch.Tensor] = {}
+    if whole:
+        for path in weight_files(here):
+            try:
+                state.update(load_file(path))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path}: {error}") from None
+    for place, difference in reversed(later):
+        deltas.apply(place, difference, state, {} if whole else own)
+    last = later[0][1] if later else about
+    return state, last.state if last is not None else None, whole
 
 
 def _tied_names(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:

@@ -19,7 +19,8 @@ from ctrl_hpc.config import Config, dump, load, value
 from ctrl_hpc.config.changes import concerns, depends, prepared
 from ctrl_hpc.config.facts import facts
 from ctrl_hpc.config.stages import PREPARED, STAGES
-from ctrl_hpc.run import disk, snapshot
+from ctrl_hpc.run import snapshot
+from ctrl_hpc.service import access
 
 _WHOLE = 64 << 20
 """Larger files are told by their size and their ends: weights of many GB are not read through."""
@@ -65,7 +66,7 @@ def check(config: Config) -> Path:
     Raises ValueError naming the first key that differs and the stage that has read it; writes nothing.
     """
     folder = Path(config.run_dir or "")
-    if folder.is_dir() and not disk.is_ours(folder.stat()):
+    if folder.is_dir() and not access.is_ours(folder.stat()):
         raise ValueError(f"{folder}: belongs to another user; choose another run_dir (run_dir=PATH)")
     old = _last(folder)
     if old is not None:
@@ -119,7 +120,7 @@ def prepare(config: Config, **versions: Any) -> Path:
     Problems and models that were made under a configuration that has changed since go, to be made anew.
     """
     folder = check(config)
-    disk.make_private(folder)
+    access.make_private(folder)
     old = _last(folder)
     changed = {} if old is None else _changed(folder, old, config)
     if old is not None and changed:

@@ -366,9 +366,8 @@ class Mirror:
 
 def begin(config: Config, place: Path, id: str, name: str, online: bool, trial: dict[str, str] | None) -> Any:
     """``wandb.init`` for a journal's run, or a trial's."""
-    from omegaconf import OmegaConf
-
     import wandb
+    from omegaconf import OmegaConf
 
     of_trial = {} if trial is None else {
         "sweep_id": trial.get("WANDB_SWEEP_ID"), "sweep_param_path": trial.get("WANDB_SWEEP_PARAM_PATH")

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
+from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.train.rollouts import Experience
 
 type Make = Callable[[int, int, int], Experience]
@@ -47,7 +48,8 @@ class Ahead:
     def publish(self, version: int) -> None:
         """Version ``version`` is there: one more step may begin. Does not wait for anything.
 
-        Weights that no server will be asked to load are removed; at most ``max_staleness`` + 2 versions are kept.
+        Weights that no server will be asked to load are removed; at most ``max_staleness`` + 2 versions are kept, and
+        those that they are differences to.
         """
         self._published = version
         self._remove_weights()
@@ -85,10 +87,18 @@ class Ahead:
         return experience
 
     def _remove_weights(self) -> None:
+        oldest = _whole_before(self._stage, self._held)
         for folder in (self._stage / "weights").glob("v*"):
             # newer ones are an earlier start's, which got further than the checkpoint that this one continues from
-            if not self._held <= int(folder.name[1:]) <= self._published:
+            if not oldest <= int(folder.name[1:]) <= self._published:
                 shutil.rmtree(folder)
+
+
+def _whole_before(stage: Path, version: int) -> int:
+    """The version that a server must begin with to come to another: itself, or the last whole one before."""
+    while (about := About.read(weights_folder(stage, version))) is not None and about.base is not None:
+        version = int(about.base[1:])
+    return version
 
 
 def weights_folder(stage: Path, version: int) -> Path:

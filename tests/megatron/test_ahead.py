@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc.config import Config, RLConfig
+from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.service.fleet import LoopThread
 from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import collate
@@ -197,6 +198,25 @@ def test_weights_are_kept_as_long_as_a_server_may_load_them(tmp_path: Path, max_
             assert kept[-1] == step + 1 and kept == list(range(kept[0], step + 2))
             assert len(kept) <= max_staleness + 2 and kept[0] <= loaded[-1]
     assert loaded[0] == 5 and len(loaded) == 7 and all(0 <= 5 + i - v <= max_staleness for i, v in enumerate(loaded))
+
+
+def test_versions_stay_as_long_as_later_ones_are_differences_to_them(tmp_path: Path) -> None:
+    def publish(version: int) -> None:
+        folder = weights_folder(tmp_path, version)
+        folder.mkdir(parents=True)
+        base = None if version % 4 == 0 else f"v{version - 1:06d}"
+        About(state=str(version), base=base, base_state=str(version - 1)).write(folder)
+
+    publish(0)
+    kept = []
+    with Ahead(lambda step, at, version: experience(step, version, at), tmp_path, start=0, steps=9, position=0,
+               max_staleness=0) as ahead:  # fmt: skip
+        for step in range(9):
+            ahead.take(step)
+            publish(step + 1)
+            ahead.publish(step + 1)
+            kept.append(sorted(int(folder.name[1:]) for folder in (tmp_path / "weights").iterdir()))
+    assert kept[2] == [0, 1, 2, 3] and kept[6] == [4, 5, 6, 7]
 
 
 def test_chunks_are_in_order_and_the_first_error_ends_them() -> None:

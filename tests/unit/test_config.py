@@ -111,3 +111,10 @@ def test_every_field_is_documented() -> None:
 
 def test_value_reads_a_dotted_key() -> None:
     assert value(load(TINY), "rl.optimizer.beta1") == 0.9
+
+
+def test_servers_of_others_get_whole_weights() -> None:
+    urls = "rollout.critic_urls=[http://localhost:1]"
+    assert load(TINY, [urls]).rl.publish == "full" and load(TINY, ["rl.publish=delta"]).rl.publish_full_every == 10
+    with pytest.raises(ValueError, match=r"rl\.publish: delta is understood by servers of ours alone"):
+        load(TINY, ["rl.publish=delta", urls])
