@@ -251,7 +251,7 @@ def _python(launch: LaunchConfig, resources: JobConfig, code: Path | None) -> st
 def _common(name: str, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> dict[str, Any]:
     """submitit's parameters for both engines."""
     return {
-        "name": f"{name}-{role}",
+        "name": f"{role}-{name}",  # squeue shows the first letters
         "timeout_min": resources.time_min,
         "nodes": nodes,
         "tasks_per_node": tasks_per_node,

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,27 @@ _WHOLE = 64 << 20
 _END = 1 << 20
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What a path names, where the path stayed the same and this did not."""
+
+    path: str
+    fingerprint: str | None
+
+
 def fingerprint(place: Path) -> str | None:
     """Of a file's content, or of the names and contents of a folder's files; None where there is neither."""
     if place.is_file():
         return _of([("", place)])
     if not place.is_dir():
         return None
-    files = sorted(file for file in place.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return _of([(file.relative_to(place).as_posix(), file) for file in files])
+    inside = [(file.relative_to(place), file) for file in sorted(place.rglob("*")) if file.is_file()]
+    return _of([(name.as_posix(), file) for name, file in inside if not any(map(_is_aside, name.parts))])
+
+
+def _is_aside(part: str) -> bool:
+    """Whether a folder or file is no content: byte code, and what downloads and editors keep in hidden places."""
+    return part == "__pycache__" or part.startswith(".")
 
 
 def _of(files: list[tuple[str, Path]]) -> str:
@@ -73,8 +86,9 @@ def check(config: Config) -> Path:
         _check_changes(folder, old, config)
     elif folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
+    for above in (folder, *folder.parents):
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{above}: is a file; choose another run_dir (run_dir=PATH)")
     return folder
 
 
@@ -91,9 +105,12 @@ def _check_changes(folder: Path, old: Config, new: Config) -> None:
         keys = depends(stage, old) | depends(stage, new) if state else set()
         for key, (there, now) in changed.items():
             if concerns(key, keys):
+                told = f"{key} is {there!r} there and {now!r} now"
+                if isinstance(now, Content):
+                    told = f"{key}: the content of {now.path} has changed"
                 raise ValueError(
-                    f"{folder}: belongs to another configuration: {key} is {there!r} there and {now!r} now, and "
-                    f"{stage} {state} with it; choose another run_dir (run_dir=PATH) or remove the folder"
+                    f"{folder}: belongs to another configuration: {told}, and {stage} {state} with it; choose another "
+                    f"run_dir (run_dir=PATH), or do it and what follows anew with --redo {stage}"
                 )
 
 
@@ -144,7 +161,40 @@ def _changed(folder: Path, old: Config, new: Config) -> dict[str, tuple[Any, Any
         known = inputs.get(key, {}).get("content")
         if place is None or known is None or known != fingerprint(place) or not _names_alike(there, now):
             out[key] = (there, now)
+    flat = _flat(new)
+    for key, told in inputs.items():
+        found = _place(flat.get(key))
+        if key not in out and found is not None and str(found) == told["path"]:
+            content = fingerprint(found)
+            if content != told["content"]:
+                before = Content(path=told["path"], fingerprint=told["content"])
+                out[key] = (before, Content(path=told["path"], fingerprint=content))
     return out
+
+
+def put_aside(folder: Path, stage: str) -> list[tuple[Path, Path]]:
+    """Move what a stage and those after it have made to ``RUN/earlier/N``; returns the moves, from where and to where.
+
+    Raises ValueError where there is nothing of the stage.
+    """
+    names = list(STAGES)[list(STAGES).index(stage) :]
+    if not (folder / stage).is_dir():
+        raise ValueError(f"--redo: {stage}: {folder} holds nothing of it")
+    earlier = folder / "earlier"
+    target = earlier / str(1 + sum(1 for _ in earlier.iterdir()) if earlier.is_dir() else 1)
+    target.mkdir(parents=True)
+    moves = [(folder / name, target / name) for name in names if (folder / name).is_dir()]
+    for source, aside in moves:
+        source.rename(aside)
+    return moves
+
+
+def put_back(moves: list[tuple[Path, Path]]) -> None:
+    """Undo :func:`put_aside`."""
+    for source, aside in moves:
+        aside.rename(source)
+    if moves:
+        moves[0][1].parent.rmdir()
 
 
 def _place(text: Any) -> Path | None:

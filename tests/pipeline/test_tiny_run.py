@@ -105,6 +105,16 @@ def test_the_frozen_generator_is_not_the_policy(finished: Path) -> None:
         assert text.strip() == draft.text.strip()
 
 
+def test_its_logs_and_its_status_end_well(finished: Path) -> None:
+    said = {role: ctrl_hpc("logs", str(finished), role) for role in ("rl", "driver", "trainer", "executor")}
+    assert all(done.returncode == 0 for done in said.values())
+    assert said["rl"].stdout == said["trainer"].stdout
+    assert "rl: done in" in said["driver"].stdout and "report: " in said["driver"].stdout
+    status = json.loads(ctrl_hpc("status", str(finished), "--json").stdout)
+    assert not status["running"] and status["errors"] == []
+    assert all(stage["state"] == "done" for name, stage in status["stages"].items() if name != "models")
+
+
 def test_a_second_run_skips_everything_and_changes_nothing(finished: Path) -> None:
     before = (finished / "report" / "results.json").read_bytes()
     again = ctrl_hpc("run", str(CONFIG), f"run_dir={finished}")
