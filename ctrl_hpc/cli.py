@@ -6,11 +6,13 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +85,9 @@ def _parser() -> Parser:
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
     for name, stage in STAGES.items():
         if name != "report":
-            _configured(commands.add_parser(name, help=stage.about), _stage(name))
+            one = commands.add_parser(name, help=stage.about)
+            _configured(one, _stage(name))
+            one.add_argument("--redo", action="store_true", help="put the records aside and make them again")
     report.add(commands.add_parser("report", help=STAGES["report"].about), _stage("report"))
     sbatch.add(commands.add_parser("sbatch", help="run as a Slurm job: the driver, too, which submits the others"))
     suite = commands.add_parser("suite", help="many runs one after the other, then one report of all")
@@ -182,6 +186,9 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
     rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
     rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    rollout.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the weights' own where it pays"
+    )
     rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
     rollout.add_argument("--max-batch-tokens", type=int, default=65536, help="largest padded batch (default: 65536)")
     rollout.set_defaults(command=_serve_rollout)
@@ -268,6 +275,10 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         from ctrl_hpc.config import load
 
         config = load(options.config, options.overrides)
+        if options.redo:
+            from ctrl_hpc.pipeline import redo
+
+            redo(config, name)
         _begin(config, name, options)
         from ctrl_hpc import pipeline
 
@@ -310,20 +321,21 @@ def _suite(options: argparse.Namespace) -> int:
 def _serve_executor(options: argparse.Namespace) -> int:
     from ctrl_hpc.sandbox.server import serve
 
-    serve(
-        host=options.host,
-        port=options.port,
-        workers=options.workers,
-        cache_dir=options.cache,
-        token=_token(options.token_env),
-        on_ready=_say,
-        judges=dict(options.judge),
-        python=options.python,
-        packages=[name for name in options.packages.split(",") if name],
-        testlib=options.testlib,
-        max_waiting=options.max_waiting,
-        max_body_bytes=options.max_body_mb << 20,
-    )
+    with _token(options) as access:
+        serve(
+            host=options.host,
+            port=options.port,
+            workers=options.workers,
+            cache_dir=options.cache,
+            **access,
+            on_ready=_say,
+            judges=dict(options.judge),
+            python=options.python,
+            packages=[name for name in options.packages.split(",") if name],
+            testlib=options.testlib,
+            max_waiting=options.max_waiting,
+            max_body_bytes=options.max_body_mb << 20,
+        )
     return 0
 
 
@@ -331,25 +343,40 @@ def _serve_rollout(options: argparse.Namespace) -> int:
     from ctrl_hpc.config.machine import resolve_device
     from ctrl_hpc.rollout.server import serve
 
-    serve(
-        options.model,
-        host=options.host,
-        port=options.port,
-        threads=options.threads,
-        device=resolve_device("--device", options.device),
-        batching=options.batching,
-        max_batch_tokens=options.max_batch_tokens,
-        token=_token(options.token_env),
-        on_ready=_say,
-    )
+    with _token(options) as access:
+        serve(
+            options.model,
+            host=options.host,
+            port=options.port,
+            threads=options.threads,
+            device=resolve_device("--device", options.device),
+            dtype=options.dtype,
+            batching=options.batching,
+            max_batch_tokens=options.max_batch_tokens,
+            **access,
+            on_ready=_say,
+        )
     return 0
 
 
-def _token(variable: str | None) -> str | None:
-    token = os.environ.get(variable) if variable else None
-    if variable and not token:
-        raise ValueError(f"--token-env: the environment variable {variable} is not set")
-    return token
+@contextlib.contextmanager
+def _token(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Who may ask: whoever has the token in the variable named, or, on loopback, in a file that is made for it."""
+    from ctrl_hpc.service import http
+
+    variable = options.token_env
+    if variable:
+        token = os.environ.get(variable)
+        if not token:
+            raise ValueError(f"--token-env: the environment variable {variable} is not set")
+        yield {"token": token}
+        return
+    http.access(options.host, None)
+    with tempfile.TemporaryDirectory(prefix="ctrl-hpc-serve-") as folder:
+        file = Path(folder) / "token"
+        token = http.token_in(file)
+        print(f"this user's programs may ask; others need the bearer token in {file}", file=sys.stderr, flush=True)
+        yield {"token": token, "own_user": True}
 
 
 def _status(options: argparse.Namespace) -> int:

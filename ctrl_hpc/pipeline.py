@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import ctrl_hpc.evaluate.run as evaluation
 import ctrl_hpc.report.page as reporting
@@ -35,7 +36,7 @@ from ctrl_hpc.evaluate.critics import roles
 from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.feedback import hint
-from ctrl_hpc.flow.filters import select
+from ctrl_hpc.flow.filters import counts, mend, select, traits
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
 from ctrl_hpc.progress import in_chunks
@@ -153,15 +154,38 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
         hinted = [(problem, solution, hint(problem, solution)) for problem, solution in chunk]
         seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
         critiques += critique_with_hints(hinted, connections.critic, run.prompts, seeded)
-    kept, dropped = select(
-        list(zip(critiques, (solution for _, solution in pairs), strict=True)),
+    judged = list(zip(critiques, (solution for _, solution in pairs), strict=True))
+    kept, rejected = select(
+        judged,
         n=config.synthesize.n_critiques,
         balance=config.synthesize.balance,
         consistent_only=config.synthesize.consistent_only,
         seed=config.seed,
     )
+    shares = _tell(judged)
+    jsonl.write(run.folder / "synthesize" / "rejected.jsonl", rejected)
     jsonl.write(run.folder / "synthesize" / "critiques.jsonl", kept)
-    return {"critiques": len(kept), "dropped": dropped}
+    if not kept:
+        raise ValueError(
+            f"synthesize: none of {len(critiques)} critiques is kept: {mend(critiques, rejected)}; then run "
+            f"`ctrl-hpc synthesize CONFIG --redo`. They are in {run.folder / 'synthesize' / 'rejected.jsonl'}"
+        )
+    return {"critiques": len(kept), "dropped": counts(rejected), "shares": shares}
+
+
+SHOWN_TEXTS, SHOWN_CHARACTERS = 2, 240
+"""Critiques of each kind that ``synthesize`` prints, and how much of each."""
+
+
+def _tell(judged: Sequence[tuple[Critique, Solution]]) -> dict[str, float]:
+    """What share of the critiques is judged, cut off, and so on, printed with a few texts of each."""
+    shares = {}
+    for name, found in traits(judged).items():
+        shares[name] = round(len(found) / max(1, len(judged)), 4)
+        console.print(f"synthesize: {name}: {shares[name]:.1%} of {len(judged)} critiques")
+        for item in found[:SHOWN_TEXTS]:
+            console.print(Text(f"  {item.id}: {item.text[:SHOWN_CHARACTERS]!r}"))
+    return shares
 
 
 def sft(run: Run, connections: Connections | None) -> dict[str, Any]:
@@ -242,6 +266,18 @@ def mirrored(config: Config, folder: Path) -> AbstractContextManager[object]:
     return LiveMirror(config, folder)
 
 
+def redo(config: Config, name: str) -> None:
+    """Put a stage's records aside, so that it is done again, under another configuration too.
+
+    Raises ValueError where a driver works on the run, or another stage has read the records.
+    """
+    folder = Path(config.run_dir or "")
+    Services(config, folder).refuse_second_driver()
+    aside = directory.set_aside(folder, name)
+    if aside is not None:
+        console.print(f"{name}: its records are in {aside} now")
+
+
 def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     """The run's models, prompts and those problems that the stages use, made or read back."""
     config = with_models(config, folder)
@@ -252,7 +288,7 @@ def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     evaluated = {name: _eval_problems(config, folder, name, tests) for name in config.data.eval_names}
     if "eval" in set(names):
         _pairs(config, folder)
-    prompts = Prompts.load(config.prompts.folder, config.prompts.system)
+    prompts = Prompts.of(config.prompts)
     return Run(config=config, folder=folder, tests=tests, problems=problems, eval_problems=evaluated, prompts=prompts)
 
 

@@ -47,7 +47,7 @@ def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | N
     return Connections(
         critic=_rollout(config, run_dir, "critic", config.critic.model),
         generator=_generator(config, run_dir, problems),
-        executor=ExecutorClient(_finder(config, run_dir, "executor"), token=token(config, run_dir)),
+        executor=ExecutorClient(_finder(config, run_dir, "executor"), token=token(run_dir)),
     )
 
 
@@ -66,7 +66,7 @@ def _rollout(config: Config, run_dir: str | Path, role: str, model: str) -> Roll
         _tokenizer(model),
         patience_s=config.launch.start_timeout_s,
         role=role,
-        token=token(config, run_dir),
+        token=token(run_dir),
     )
 
 
@@ -77,7 +77,7 @@ def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] 
 
         if problems is None:
             raise ValueError("generator=oracle: the problems are needed here")
-        return OracleGenerator(problems, Prompts.load(config.prompts.folder, config.prompts.system))
+        return OracleGenerator(problems, Prompts.of(config.prompts))
     if config.generator_is_url:
         endpoint = config.endpoint
         return OpenAIGenerator(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import signal
 import socket
 import threading
@@ -18,10 +17,12 @@ from urllib.parse import urlsplit
 import submitit
 
 from ctrl_hpc.cluster import processes
+from ctrl_hpc.cluster import registry as registries
 from ctrl_hpc.cluster.monitor import Monitor, direct
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.machine import resolve_device
+from ctrl_hpc.service import http
 from ctrl_hpc.store.tests import folder_of
 
 
@@ -60,7 +61,7 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
             port=0,
             workers=config.executor.workers,
             cache_dir=Path(run_dir) / "verdicts" if config.executor.cache else None,
-            token=token(config, run_dir),
+            token=token(run_dir),
             on_ready=this.ready,
             judges=config.executor.judges,
             python=config.executor.python,
@@ -99,9 +100,10 @@ def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element:
             on_ready=this.ready,
             threads=config.rollout.threads,
             device=resolve_device("rollout.device", config.rollout.device),
+            dtype=config.rollout.dtype,
             batching=config.rollout.batching,
             max_batch_tokens=config.rollout.max_batch_tokens,
-            token=token(config, run_dir),
+            token=token(run_dir),
         )
 
 
@@ -140,7 +142,7 @@ class _Element:
             healthy=partial(answers, url),
         )
         if self._config.wandb.services:
-            every_s, key = self._config.wandb.services_every_s, token(self._config, self._run_dir)
+            every_s, key = self._config.wandb.services_every_s, token(self._run_dir)
             self._monitor = Monitor(self._run_dir, self._role, self._element, every_s, url, key).__enter__()
 
     def _advertised(self, url: str) -> str:
@@ -152,11 +154,14 @@ class _Element:
 
 
 def answers(url: str) -> bool:
-    """Whether the service at ``url`` answers on ``/health``, whatever it says."""
+    """Whether this process's service at ``url`` answers on ``/health``; it leaves when the service says it is dead."""
     try:
         with direct.open(f"{url}/health", timeout=HEALTH_S):
             return True
-    except HTTPError:
+    except HTTPError as error:
+        if b'"dead"' in error.read(1000):
+            print("the service's worker has ended: leaving", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
         return True
     except OSError:
         return False
@@ -188,17 +193,6 @@ def _leave(number: int, _: FrameType | None) -> None:
     raise SystemExit(processes.INTERRUPTED)
 
 
-def token(config: Config, run_dir: str | Path) -> str | None:
-    """The bearer token services ask for where they listen on more than loopback; made once a run, readable by its
-    owner only."""
-    if config.launch.bind.startswith("127.") or config.launch.bind == "localhost":
-        return None
-    file = Path(run_dir) / "services" / "token"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-    except FileExistsError:
-        return file.read_text(encoding="ascii")
-    with os.fdopen(descriptor, "w", encoding="ascii") as out:
-        out.write(secrets.token_urlsafe(32))
-    return file.read_text(encoding="ascii")
+def token(run_dir: str | Path) -> str:
+    """The bearer token that a run's services ask for; made once a run, readable by its owner only."""
+    return http.token_in(registries.folder_of(run_dir) / "token")

@@ -80,6 +80,8 @@ class Job:
         path = JobPaths(self.handle.paths.folder, self.id, task).result_pickle
         try:
             with open(path, "rb") as file:
+                if not disk.is_ours(os.fstat(file.fileno())):
+                    raise RuntimeError(f"{path}: another user wrote it, so it is not read")
                 outcome: tuple[str, Any] = pickle.load(file)
                 return outcome
         except (FileNotFoundError, EOFError):

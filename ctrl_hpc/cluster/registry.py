@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import threading
 import time
 import uuid
@@ -23,10 +24,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc.cluster import processes
+from ctrl_hpc.run import disk
 
 SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2
+_MOST_CHARACTERS = 1 << 16
 _LOOK_S = 2.0
 """What a look takes at most; a longer one waited for the disk, as the heartbeats did, and is no silence."""
 
@@ -245,18 +248,30 @@ def new_session() -> str:
 
 
 def read_entry(file: Path, known: Service | None = None) -> Service | None:
-    """An entry, ``known`` where its time is the same; None when it is gone, or is being replaced on a file system
-    without atomic renames."""
+    """An entry, ``known`` where its time is the same; None when it is gone, is no entry (as while it is replaced on a
+    file system without atomic renames), or another user wrote it."""
     try:
-        with open(file, encoding="utf-8") as text:  # opened, and so asked anew of a file system that caches times
-            beat = os.fstat(text.fileno()).st_mtime_ns / 1e9
+        # opened, and so asked anew of a file system that caches times
+        with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as text:
+            info = os.fstat(text.fileno())
+            beat = info.st_mtime_ns / 1e9
             if known is not None and known.beat == beat:
                 return known
-            data: dict[str, Any] = json.load(text)
-    except (OSError, json.JSONDecodeError):
+            if not (stat.S_ISREG(info.st_mode) and disk.is_ours(info)):
+                return None
+            data: Any = json.loads(text.read(_MOST_CHARACTERS))
+    except (OSError, ValueError, RecursionError):
         return None
-    names = {field.name for field in fields(Service)}
-    return Service(**{key: item for key, item in data.items() if key in names} | {"beat": beat})
+    return _service(data, beat)
+
+
+def _service(data: Any, beat: float) -> Service | None:
+    if not isinstance(data, dict):
+        return None
+    values: dict[str, Any] = {field.name: data.get(field.name) for field in fields(Service)} | {"beat": beat}
+    numbers = type(values["pid"]) is int and type(values["started"]) in (int, float, type(None))
+    texts = all(type(values[field.name]) is str for field in fields(Service) if field.type == "str")
+    return Service(**values) if numbers and texts else None
 
 
 def _write(file: Path, service: Service) -> None:

@@ -58,15 +58,15 @@ class Services:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        disk.make_private(self.run_dir)
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
-        self._refuse_second_driver()
+        self.refuse_second_driver()
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
         if changed:
             console.print(changed, highlight=False, soft_wrap=True)
-        token(self.config, self.run_dir)
+        token(self.run_dir)
         log = self.run_dir / "logs" / "driver.log"
         self._driver = self.registry.register(
             "driver", "", id="driver", job_id=os.environ.get("SLURM_JOB_ID", ""), log=str(log), session=self.session
@@ -131,8 +131,11 @@ class Services:
             self._driver.close()
             self._driver = None
 
-    def _refuse_second_driver(self) -> None:
-        """A job that Slurm has started again takes over from its first start, which may live on a lost node."""
+    def refuse_second_driver(self) -> None:
+        """Raises ValueError where another driver lives.
+
+        A job that Slurm has started again takes over from its first start, which may live on a lost node.
+        """
         own_job = os.environ.get("SLURM_JOB_ID", "")
         for service in self.registry.services():
             again = bool(own_job) and service.job_id == own_job

@@ -14,6 +14,7 @@ from ctrl_hpc.records import Limits, Override, Rules
 
 Device = Literal["auto", "cpu", "cuda"]
 """auto: cuda where there is one; :func:`resolve_device` says which."""
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class TrainerConfig:
     """Ranks on a node: one a GPU, or plain processes on a CPU."""
     device: Device = "auto"
     """Where the critic is trained; auto: cuda where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """Weights and activations; auto: bfloat16 on cuda, float32 on cpu."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the loss kernels; auto: triton on cuda, torch on cpu."""
@@ -86,6 +87,9 @@ class RolloutConfig:
     """Largest padded batch of a CPU server, in tokens."""
     device: Device = "auto"
     """Where the models run; auto: cuda where there is one."""
+    dtype: Dtype = "auto"
+    """Weights and activations of the servers; logits are float32. auto: the weights' own on cuda; on CPUs bfloat16 for
+    weights in bfloat16 where the processor multiplies it (AVX512-BF16, AMX), else float32."""
     batching: Literal["auto", "padded", "continuous"] = "auto"
     """padded: length-sorted batches, each request with its own random stream; continuous: requests join and leave the
     running batch, seeded together. auto: continuous on cuda, padded on a CPU."""

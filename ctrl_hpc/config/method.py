@@ -98,6 +98,10 @@ class DataConfig:
         return tuple(name for name in names if not name == self.name == "tiny")
 
 
+CLOSE_ROOM = 32
+"""Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
     """Templates of the user turns."""
@@ -107,6 +111,12 @@ class PromptConfig:
     critique.j2, critique_hinted.j2 and revision.j2."""
     system: str | None = None
     """System message of every chat; None: none is added (the chat template may have a default of its own)."""
+    critique_prefix: str = ""
+    """Text that every critique begins with, as ``Analysis:``: small models, which answer a request for a critique with
+    one word, then write one. The critic continues it; it is no part of what is learnt. Empty: none."""
+    critique_close: str = ""
+    """Text, as ``Overall judgment:``, after which a critique that ended without a judgement is continued, within its
+    ``max_tokens``. RL learns from what the critic wrote itself, before and after the text. Empty: no critique is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 _GENERATOR = ("generator", "generator_model", "endpoint", "tiny")
 _CRITIC = ("critic", "tiny", "trainer", "parallel")
+_ASKING = ("prompts.folder", "prompts.system")
+"""What of ``prompts`` the generator is asked with."""
 COMPARED = ("data.eval_names", "data.eval_path", "data.eval_paths", "data.eval_split")
 TRAINING = (
     "data.name",
@@ -41,7 +43,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "sample": Stage(
         about="drafts of the fixed generator, executed",
-        reads=("seed", *TRAINING, *_GENERATOR, "prompts", "sample", "executor", "rollout"),
+        reads=("seed", *TRAINING, *_GENERATOR, *_ASKING, "sample", "executor", "rollout"),
         services=("executor", "generator"),
     ),
     "synthesize": Stage(

@@ -17,6 +17,7 @@ from ctrl_hpc.config.machine import (
     WandbConfig,
 )
 from ctrl_hpc.config.method import (
+    CLOSE_ROOM,
     CriticConfig,
     DataConfig,
     EvalConfig,
@@ -123,6 +124,13 @@ def check(config: Config) -> None:
 
 
 def _check_combinations(config: Config) -> None:
+    lengths = {"synthesize": config.synthesize.max_tokens, "rl": config.rl.max_tokens, "eval": config.eval.max_tokens}
+    for section, length in lengths.items():
+        if config.prompts.critique_close and length <= CLOSE_ROOM:
+            raise ValueError(
+                f"{section}.max_tokens: {length} leaves no room for prompts.critique_close, which takes {CLOSE_ROOM}; "
+                "raise it, or leave that empty"
+            )
     config.parallel.check(config.trainer.nodes * config.trainer.ranks_per_node)
     if config.rl.estimator != "gae" and config.rl.group_size == 1:
         raise ValueError(f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=gae")

@@ -13,7 +13,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import Chat, Execution, Executor, Generation, Generator, Sampling, StoredTests, TestCase, Verdict
+from ctrl_hpc.records import (
+    Chat,
+    Continuing,
+    Execution,
+    Executor,
+    Generation,
+    Generator,
+    Sampling,
+    StoredTests,
+    TestCase,
+    Verdict,
+)
 
 
 class Journal:
@@ -190,6 +201,14 @@ class RememberingGenerator:
             return self._generator.complete(chats, sampling)
         keys = [_key(chat, sampling) for chat in chats]
         return self._memory.ask(keys, chats, lambda unknown: self._generator.complete(unknown, sampling))
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """As the generator's own."""
+        if not isinstance(self._generator, Continuing):
+            raise ValueError("prompts.critique_close: this critic cannot continue a text; leave it empty")
+        return self._generator.extend(chats, begun, text, sampling)
 
 
 def _key(chat: Chat, sampling: Sampling) -> bytes:

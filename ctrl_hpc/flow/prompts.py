@@ -15,12 +15,13 @@ generator's whole answer, ``program`` the code taken from it (None when it holds
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
 
+from ctrl_hpc.config.method import PromptConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.records import Chat, Message, Problem, Solution
@@ -42,6 +43,16 @@ class Prompts:
 
     templates: dict[str, Template]
     system: str | None = None
+    critique_prefix: str = ""
+    """What every critique begins with: the critic's chats end with it, open."""
+    critique_close: str = ""
+    """What a critique without a judgement is continued after; empty: none is."""
+
+    @classmethod
+    def of(cls, config: PromptConfig) -> Self:
+        """As :meth:`load`, by the section ``prompts`` of a configuration."""
+        loaded = cls.load(config.folder, config.system)
+        return replace(loaded, critique_prefix=config.critique_prefix, critique_close=config.critique_close)
 
     @classmethod
     def load(cls, folder: str, system: str | None = None) -> Self:
@@ -64,11 +75,11 @@ class Prompts:
 
     def critique(self, problem: Problem, solution: Solution) -> Chat:
         """The critic's turn: judge a solution and say how to improve it."""
-        return self._open(self._render("critique", problem=problem, **_draft(solution)))
+        return self._begun(self._render("critique", problem=problem, **_draft(solution)))
 
     def hinted_critique(self, problem: Problem, solution: Solution, hint: Hint) -> Chat:
         """The critic's turn with what the execution showed (stage I)."""
-        return self._open(self._render("critique_hinted", problem=problem, hint=hint.text, **_draft(solution)))
+        return self._begun(self._render("critique_hinted", problem=problem, hint=hint.text, **_draft(solution)))
 
     def revision(self, problem: Problem, solution: Solution, critique_text: str) -> Chat:
         """The generator's second turn, after its draft: revise it in the light of a critique."""
@@ -81,6 +92,11 @@ class Prompts:
 
     def _render(self, name: str, **variables: object) -> str:
         return well_formed(self.templates[name].render(**variables))
+
+    def _begun(self, content: str) -> Chat:
+        """The critic's chat, its answer begun."""
+        prefix = Message(role="assistant", content=self.critique_prefix)
+        return (*self._open(content), prefix) if self.critique_prefix else self._open(content)
 
     def _open(self, content: str) -> Chat:
         user = Message(role="user", content=content)

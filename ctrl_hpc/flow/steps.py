@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+from ctrl_hpc.config.method import CLOSE_ROOM
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
@@ -12,9 +13,11 @@ from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
 from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import (
     Chat,
+    Continuing,
     Critique,
     Execution,
     Executor,
+    Generation,
     Generator,
     Judgement,
     Limits,
@@ -27,6 +30,7 @@ from ctrl_hpc.records import (
     Verdict,
 )
 from ctrl_hpc.records.verdicts import unrun
+from ctrl_hpc.seeds import derive_seed
 
 
 def draft(problems: Sequence[Problem], generator: Generator, prompts: Prompts, sampling: Sampling) -> list[Solution]:
@@ -121,9 +125,13 @@ def execute[R: (Solution, Revision)](
 def critique(
     pairs: Sequence[tuple[Problem, Solution]], critic: Generator, prompts: Prompts, sampling: Sampling
 ) -> list[Critique]:
-    """``sampling.n`` critiques of each solution, flat and in order; ids are ``SOLUTION#j``."""
+    """``sampling.n`` critiques of each solution, flat and in order; ids are ``SOLUTION#j``.
+
+    They begin with ``prompts.critique_prefix``, and are continued after ``prompts.critique_close`` where they have no
+    judgement. Raises ValueError for a critic that cannot continue a text.
+    """
     chats = [prompts.critique(problem, solution) for problem, solution in pairs]
-    return _ask(chats, [solution for _, solution in pairs], critic, sampling)
+    return _ask(chats, [solution for _, solution in pairs], critic, prompts, sampling)
 
 
 def critique_with_hints(
@@ -131,22 +139,62 @@ def critique_with_hints(
 ) -> list[Critique]:
     """As :func:`critique`, by a critic that is shown what the execution found (stage I)."""
     chats = [prompts.hinted_critique(problem, solution, hint) for problem, solution, hint in triples]
-    return _ask(chats, [solution for _, solution, _ in triples], critic, sampling)
+    return _ask(chats, [solution for _, solution, _ in triples], critic, prompts, sampling)
 
 
-def _ask(chats: Sequence[Chat], solutions: Sequence[Solution], critic: Generator, sampling: Sampling) -> list[Critique]:
-    return [
-        Critique(
-            id=f"{solution.id}#{j}",
-            solution_id=solution.id,
-            text=text,
-            judgement=parse_judgement(text),
-            generation=generation,
-        )
-        for solution, generations in zip(solutions, critic.complete(chats, sampling), strict=True)
+def _ask(
+    chats: Sequence[Chat], solutions: Sequence[Solution], critic: Generator, prompts: Prompts, sampling: Sampling
+) -> list[Critique]:
+    written = critic.complete(chats, _before_close(sampling) if prompts.critique_close else sampling)
+    critiques = [
+        _critique(f"{solution.id}#{j}", solution, prompts, generation)
+        for solution, generations in zip(solutions, written, strict=True)
         for j, generation in enumerate(generations)
-        for text in [well_formed(generation.text)]
     ]
+    return _closed(critiques, chats, critic, prompts, sampling) if prompts.critique_close else critiques
+
+
+def _critique(name: str, solution: Solution, prompts: Prompts, generation: Generation) -> Critique:
+    text = well_formed(prompts.critique_prefix + generation.text)
+    return Critique(id=name, solution_id=solution.id, text=text, judgement=parse_judgement(text), generation=generation)
+
+
+def _before_close(sampling: Sampling) -> Sampling:
+    if sampling.max_tokens <= CLOSE_ROOM:
+        raise ValueError(
+            f"prompts.critique_close: takes {CLOSE_ROOM} of a critique's {sampling.max_tokens} tokens (max_tokens); "
+            "raise them, or leave it empty"
+        )
+    return replace(sampling, max_tokens=sampling.max_tokens - CLOSE_ROOM)
+
+
+def _closed(
+    critiques: Sequence[Critique], chats: Sequence[Chat], critic: Generator, prompts: Prompts, sampling: Sampling
+) -> list[Critique]:
+    """The critiques, those without a judgement continued after ``prompts.critique_close``; each by its own seed."""
+    if not isinstance(critic, Continuing):
+        raise ValueError("prompts.critique_close: this critic cannot continue a text; leave it empty")
+    rows, begun, how = [], [], []
+    for row, item in enumerate(critiques):
+        generation, (i, j) = item.generation, divmod(row, sampling.n)
+        assert generation is not None
+        at_the_end_of_its_positions = generation.finish_reason == "length" and (
+            0 < len(generation.token_ids) < sampling.max_tokens - CLOSE_ROOM
+        )
+        if item.judgement is None and not at_the_end_of_its_positions:
+            seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.first + i, j, 1)
+            rows.append(row)
+            begun.append(generation)
+            how.append(replace(sampling, n=1, first=0, seed=seed, max_tokens=CLOSE_ROOM))
+    if not rows:
+        return list(critiques)
+    text = "\n\n" + prompts.critique_close
+    longer = critic.extend([chats[row // sampling.n] for row in rows], begun, text, how)
+    out = list(critiques)
+    for row, generation in zip(rows, longer, strict=True):
+        words = well_formed(prompts.critique_prefix + generation.text)
+        out[row] = replace(out[row], text=words, judgement=parse_judgement(words), generation=generation)
+    return out
 
 
 def revise(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ctrl_hpc.config import SHARE, ParallelConfig
+from ctrl_hpc.rollout.weights import gguf_hint
 
 HUGGINGFACE = "huggingface"
 """Sub-folder of a checkpoint with the critic's configuration and tokenizer."""
@@ -87,7 +88,7 @@ def read(folder: str | Path) -> Architecture:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder}: not a Hugging Face model folder (no config.json)")
+        raise ValueError(f"{folder}: not a Hugging Face model folder (no config.json){gguf_hint(folder)}")
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:

@@ -25,13 +25,17 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.megatron.weights import copy_side_files
 
+EMBEDDING = "embedding.word_embeddings.weight"
+"""Name of a tensor that every checkpoint has."""
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -164,6 +168,16 @@ def load_weights(folder: Path, model: GPTModel) -> None:
     Raises ValueError when it does not fit the model.
     """
     model.load_state_dict(_read(folder, {"policy": {"model": _sharded_weights(model, "policy")}})["policy"]["model"])
+
+
+def dtype(folder: Path) -> str:
+    """The precision of a checkpoint's weights, as torch names it. Raises ValueError when it cannot be read."""
+    try:
+        described = FileSystemReader(str(folder)).read_metadata().state_dict_metadata[EMBEDDING]
+        assert isinstance(described, TensorStorageMetadata)
+    except (CheckpointException, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{folder}: not a checkpoint of a critic: {_one_line(error)}") from None
+    return str(described.properties.dtype).removeprefix("torch.")
 
 
 def _write(part: Path, state: dict[str, Any], world: World, source: str | Path) -> None:

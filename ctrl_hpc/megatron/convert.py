@@ -7,7 +7,6 @@ make each hold less: its own shard plus one tensor. ``python -m ctrl_hpc.megatro
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import socket
@@ -117,7 +116,7 @@ def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: 
     config = Config(
         name="convert",
         parallel=ParallelConfig(tensor=tensor, pipeline=pipeline),
-        trainer=TrainerConfig(device="cpu", dtype=_dtype(described)),  # type: ignore[arg-type]
+        trainer=TrainerConfig(device="cpu", dtype=_dtype(direction, source)),  # type: ignore[arg-type]
     )
     with parallel_state.job(config) as world:
         built = model.build(architecture, config.parallel, world)
@@ -131,13 +130,11 @@ def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: 
             weights.export(built, architecture, world, target, source=described)
 
 
-def _dtype(folder: Path) -> str:
-    """The precision of the folder's weights: converted weights keep their bits."""
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = data.get("dtype") or data.get("torch_dtype") or "float32"
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"{folder}/config.json: dtype {name!r} is not supported; allowed: float32, bfloat16")
-    return str(name)
+def _dtype(direction: str, source: Path) -> str:
+    """The precision of the tensors themselves: converted weights keep their bits."""
+    from ctrl_hpc.megatron import checkpoint, weights
+
+    return weights.Folder(source).dtype() if direction == "hf-to-megatron" else checkpoint.dtype(source)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.rollout import deltas
 from ctrl_hpc.rollout.deltas import About
+from ctrl_hpc.rollout.weights import gguf_hint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,6 +36,13 @@ OPEN_FILES = 2
 """Files kept mapped at a time: a parameter's pieces may lie in two."""
 BUCKET_BYTES = 64 << 20
 """Parameters are gathered over the tensor-parallel group in messages of about this size."""
+DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+"""Precisions of tensors: safetensors' names and torch's."""
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+MADE_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of the names of buffers that older folders hold, and that are computed from the configuration."""
+ROWS = 4096
+"""Rows of tensors that are compared at a time."""
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -139,14 +147,74 @@ class Folder:
         elif (self.path / SINGLE).is_file():
             self._files = dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
         else:
-            raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; safetensors weights are needed")
+            raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; safetensors weights are needed{gguf_hint(folder)}")
+
+    def check(self, architecture: Architecture) -> None:
+        """Raises ValueError, naming the tensor, unless the folder holds the architecture's tensors and no others.
+
+        Buffers that transformers makes itself are let through, and a tied output layer that repeats the embedding.
+        """
+        expected = shapes(architecture)
+        for name in sorted(self._files):
+            found = tuple(self._slice(name).get_shape())
+            if name in expected:
+                if found != expected[name]:
+                    raise ValueError(
+                        f"{self.path}: tensor {name} is {list(found)}, config.json makes it {list(expected[name])}"
+                    )
+            elif name == OUTPUT and architecture.tied:
+                if not self._alike(name, EMBEDDING):
+                    raise ValueError(
+                        f"{self.path}: tensor {name} differs from {EMBEDDING}, but config.json has tie_word_embeddings"
+                    )
+            elif not name.endswith(MADE_ANEW):
+                raise ValueError(f"{self.path}: tensor {name} is not part of a {architecture.kind} of its config.json")
+        missing = sorted(expected.keys() - self._files.keys())
+        if missing:
+            raise ValueError(f"{self.path}: tensor {missing[0]} is missing")
+
+    def dtype(self) -> str:
+        """The precision that all tensors have, as torch names it; raises ValueError for several, or one not supported.
+
+        What config.json says does not count: a conversion keeps the tensors' bits.
+        """
+        known: dict[str, str] = {}
+        for name in sorted(self._files):
+            if not name.endswith(MADE_ANEW):
+                known.setdefault(self._slice(name).get_dtype(), name)
+        names = {found: DTYPES.get(found) for found in known}
+        for found, named in names.items():
+            if named is None:
+                allowed = ", ".join(DTYPES)
+                raise ValueError(
+                    f"{self.path}: tensor {known[found]} is {found}, which is not supported; allowed: {allowed}"
+                )
+        if len(known) != 1:
+            told = ", ".join(f"{name} is {found}" for found, name in sorted(known.items()))
+            raise ValueError(f"{self.path}: tensors of several types: {told}; save it in one")
+        return str(next(iter(names.values())))
+
+    def _alike(self, name: str, other: str) -> bool:
+        if other not in self._files or self._slice(name).get_shape() != self._slice(other).get_shape():
+            return False
+        rows = self._slice(name).get_shape()[0]
+        return all(
+            torch.equal(self._slice(name)[at : at + ROWS], self._slice(other)[at : at + ROWS])
+            for at in range(0, rows, ROWS)
+        )
+
+    def _slice(self, name: str) -> Any:
+        handle = self._handle(self._files[name])
+        if name not in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+            raise ValueError(f"{self.path}: tensor {name} is not in {self._files[name]}, where {INDEX} has it")
+        return handle.get_slice(name)
 
     def read(self, piece: Piece, dim: int) -> Tensor:
         """The rows (``dim`` 0) or columns (``dim`` 1) of a piece."""
         assert piece.name is not None
         if piece.name not in self._files:
             raise ValueError(f"{self.path}: tensor {piece.name} is missing")
-        tensor = self._handle(self._files[piece.name]).get_slice(piece.name)
+        tensor = self._slice(piece.name)
         size = tensor.get_shape()[dim]
         if piece.stop > size:
             raise ValueError(f"{self.path}: tensor {piece.name} has size {size} in dimension {dim}, not {piece.stop}")
@@ -163,10 +231,38 @@ class Folder:
         return self._open[name]
 
 
+def shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Hugging Face folder of this architecture."""
+    width, rows = architecture.hidden_size, architecture.vocab_size
+    queries, keys = (heads * architecture.head_dim for heads in (architecture.n_heads, architecture.n_kv_heads))
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+        "self_attn.q_proj.weight": (queries, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
+        "self_attn.o_proj.weight": (width, queries),
+        "mlp.gate_proj.weight": (architecture.mlp_size, width),
+        "mlp.up_proj.weight": (architecture.mlp_size, width),
+        "mlp.down_proj.weight": (width, architecture.mlp_size),
+    }
+    if architecture.qkv_bias:
+        sizes = {"q": queries, "k": keys, "v": keys}
+        layer |= {f"self_attn.{part}_proj.bias": (size,) for part, size in sizes.items()}
+    if architecture.qk_norm:
+        layer |= {f"self_attn.{part}_norm.weight": (architecture.head_dim,) for part in "qk"}
+    out: dict[str, tuple[int, ...]] = {EMBEDDING: (rows, width), "model.norm.weight": (width,)}
+    out |= {} if architecture.tied else {OUTPUT: (rows, width)}
+    for number in range(architecture.n_layers):
+        out |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    return out
+
+
 @torch.no_grad()
 def load(model: torch.nn.Module, folder: str | Path, architecture: Architecture, world: World) -> None:
     """Set this rank's parameters from a Hugging Face folder; reads only the rank's own bytes, a tensor at a time."""
     source = Folder(folder)
+    source.check(architecture)
     first_layer = first_layer_of(architecture, world)
     for name, parameter in model.named_parameters():
         rule = layout(name, architecture, world.tensor_size, first_layer)
@@ -236,7 +332,8 @@ def _gather_bucket(
     bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Its tensors, put together on one rank of the tensor-parallel group."""
-    flat = torch.cat([parameter.flatten() for _, parameter in bucket])
+    # Norms may be float32 in a bfloat16 model, and would make all that lies beside them so.
+    flat = torch.cat([parameter.flatten().to(world.dtype) for _, parameter in bucket])
     shards = [flat]
     if world.tensor_size > 1:
         shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == rank else []

@@ -10,7 +10,7 @@ import base64
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, PlainSerializer
 from pydantic_core import core_schema
@@ -423,6 +423,8 @@ class Generation:
     finish_reason: Literal["stop", "length", "abort"] = "stop"
     version: int = 0
     """Version of the weights that made it (see weight sync); 0 for a model that never changes."""
+    forced: tuple[int, int] | None = None
+    """Where tokens were put by us, not sampled: ``token_ids[start:end]``; their log-probs are 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -501,7 +503,24 @@ class Generator(Protocol):
     """Answers chats: the rollout array, an OpenAI-compatible endpoint, or the oracle."""
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        """``sampling.n`` completions for each chat, in order."""
+        """``sampling.n`` completions for each chat, in order.
+
+        A chat that ends with a message of the assistant is open: its completions continue that message.
+        """
+        ...
+
+
+@runtime_checkable
+class Continuing(Protocol):
+    """A generator that can go on with a completion after a text of ours."""
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows that, as one; the tokens of ``text`` are ``forced``.
+
+        ``sampling.max_tokens`` is for the text and what follows it, where the text's tokens are known.
+        """
         ...
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.metrics import bootstrap_weights, interval
-from ctrl_hpc.evaluate.results import History, read_histories
 from ctrl_hpc.report import figures, page, paper, samples, tables
+from ctrl_hpc.report.results import History, read_histories
 from ctrl_hpc.report.runs import FinishedRun, focus, read_all, summary
 
 SHOWN = 60

@@ -14,9 +14,9 @@ from rich.console import Console
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.metrics import check_identity
-from ctrl_hpc.evaluate.results import collect, read_histories
 from ctrl_hpc.flow.reward import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
+from ctrl_hpc.report.results import collect, read_histories
 from ctrl_hpc.report.runs import FOCUS, FinishedRun
 from ctrl_hpc.run.journal import STAGES, Artifact, Journal, Table
 

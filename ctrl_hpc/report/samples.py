@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctrl_hpc.evaluate.results import History
 from ctrl_hpc.flow.reward import TRANSITIONS, transition
 from ctrl_hpc.records import Verdict
 from ctrl_hpc.report.plots import label
+from ctrl_hpc.report.results import History
 
 COLUMNS = (
     *("dataset", "critic", "solution_id", "difficulty", "problem", "turn", "draft", "draft_verdict"),

@@ -69,6 +69,13 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return _encode(tokenizer, _cut(text, _control_pattern(tokenizer), cut).split(cut))
 
 
+def inside_ids(tokenizer: Any, text: str) -> list[int]:
+    """As :func:`text_ids`, of text that goes on after other text."""
+    cut = next(_absent_characters([text]))
+    pieces = _cut(text, _control_pattern(tokenizer), cut).split(cut)
+    return [token for piece in pieces for token in _encode_inside(tokenizer, piece)]
+
+
 _patterns: WeakKeyDictionary[Any, tuple[Any, re.Pattern[str]]] = WeakKeyDictionary()
 """What ``_control_pattern`` found, with the template it was found for."""
 

@@ -6,11 +6,12 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Chat, Generation, Sampling
-from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.chat import chat_ids, inside_ids
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Busy, Fault, Lost
@@ -66,12 +67,41 @@ class RolloutClient:
         if not chats:
             return []
         with self._tokenizing:
-            prompts: list[list[int]] = [chat_ids(self._tokenizer, chat) for chat in chats]
+            prompts: list[list[int]] = [
+                chat_ids(self._tokenizer, chat, continue_final_message=chat[-1].role == "assistant") for chat in chats
+            ]
         requests = [
-            (prompt, _parameters(sampling, i, j))
+            (prompt, _parameters(sampling, None if sampling.seed is None else derive_seed(sampling.seed, i, j)))
             for i, prompt in enumerate(prompts, sampling.first)
             for j in range(sampling.n)
         ]
+        flat = self._answers(requests)
+        return [flat[i * sampling.n : (i + 1) * sampling.n] for i in range(len(chats))]
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows, as one: the tokens so far are kept, but for an end of turn.
+
+        One completion each, by its sampling's own seed. Errors as :meth:`complete`, and ValueError for a text that
+        leaves no token.
+        """
+        with self._tokenizing:
+            forced = tuple(inside_ids(self._tokenizer, text))
+            special = frozenset(self._tokenizer.all_special_ids)
+        room = [how.max_tokens - len(forced) for how in sampling]
+        if min(room, default=1) < 1:
+            raise ValueError(f"{text!r} has {len(forced)} tokens; it may have {min(room) + len(forced) - 1}")
+        open_ended = [_without_end(item, special) for item in begun]
+        requests = [
+            ([*item.prompt_ids, *item.token_ids, *forced], _parameters(replace(how, max_tokens=left), how.seed))
+            for item, how, left in zip(open_ended, sampling, room, strict=True)
+        ]
+        answers = self._answers(requests)
+        return [_joined(item, text, forced, rest) for item, rest in zip(open_ended, answers, strict=True)]
+
+    def _answers(self, requests: Sequence[Request]) -> list[Generation]:
+        """The answers to requests, in order, by whichever servers live."""
         answers: dict[int, Generation] = {}
         wanted = self.version if self._folder is not None else None
 
@@ -94,8 +124,7 @@ class RolloutClient:
             return [Chunk(chunk.rows, losses)]
 
         self._fleet.spread(cut, ask, lost)
-        flat = [answers[row] for row in range(len(requests))]
-        return [flat[i * sampling.n : (i + 1) * sampling.n] for i in range(len(chats))]
+        return [answers[row] for row in range(len(requests))]
 
     def update_weights(self, folder: str, version: int) -> int:
         """Let every live server load a Hugging Face folder; returns how many did.
@@ -137,14 +166,34 @@ class RolloutClient:
             self._held[url] = version
 
 
-def _parameters(sampling: Sampling, i: int, j: int) -> dict[str, Any]:
+def _without_end(begun: Generation, special: frozenset[int]) -> Generation:
+    """A completion without the control tokens that end it."""
+    ids = begun.token_ids
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    return replace(begun, token_ids=ids, logprobs=begun.logprobs[: len(ids)])
+
+
+def _joined(begun: Generation, text: str, forced: tuple[int, ...], rest: Generation) -> Generation:
+    start = len(begun.token_ids)
+    return replace(
+        rest,
+        text=begun.text + text + rest.text,
+        prompt_ids=begun.prompt_ids,
+        token_ids=(*begun.token_ids, *forced, *rest.token_ids),
+        logprobs=(*begun.logprobs, *(0.0 for _ in forced), *rest.logprobs),
+        forced=(start, start + len(forced)),
+    )
+
+
+def _parameters(sampling: Sampling, seed: int | None) -> dict[str, Any]:
     out: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_new_tokens": sampling.max_tokens,
     }
-    if sampling.seed is not None:
-        out["sampling_seed"] = derive_seed(sampling.seed, i, j)
+    if seed is not None:
+        out["sampling_seed"] = seed
     return out
 
 

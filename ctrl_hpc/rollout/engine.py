@@ -15,7 +15,7 @@ from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
-from ctrl_hpc.rollout.weights import copy_weights, weight_files
+from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
 
 GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
@@ -94,10 +94,13 @@ class PaddedEngine:
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
+        self.head_VD = _float_head(model)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         self._state = copy_weights(self.model, folder, self._state)
+        if self.head_VD is not None:
+            self.head_VD.copy_(self.model.get_output_embeddings().weight.detach())
         self.version = version
 
     def generate(
@@ -142,6 +145,17 @@ class PaddedEngine:
             batch.append(row)
         if batch:
             yield batch
+
+
+PLAIN_HEADS = frozenset({"qwen2", "qwen3", "llama", "mistral"})
+"""Architectures whose logits are the last hidden state times the output embedding, and nothing else."""
+
+
+def _float_head(model: Any) -> torch.Tensor | None:
+    """The output embedding in float32 for a model of fewer bits: logits as a trainer computes them; else None."""
+    if model.dtype == torch.float32 or model.config.model_type not in PLAIN_HEADS:
+        return None
+    return model.get_output_embeddings().weight.detach().float()
 
 
 class _Batch:
@@ -268,16 +282,20 @@ class _Batch:
         blocked = torch.finfo(self.model.dtype).min
         mask_B1QS = torch.zeros(allowed_BQS.shape, dtype=self.model.dtype, device=self.device)
         mask_B1QS = mask_B1QS.masked_fill_(~allowed_BQS, blocked)[:, None]
-        out = self.model(
-            input_ids=ids_BQ,
-            position_ids=positions_BQ,
-            attention_mask=mask_B1QS,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        inputs = {
+            "input_ids": ids_BQ,
+            "position_ids": positions_BQ,
+            "attention_mask": mask_B1QS,
+            "past_key_values": self.cache,
+            "use_cache": True,
+        }
+        head_VD = self.engine.head_VD
+        if head_VD is None:
+            logits_BV = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+        else:
+            logits_BV = self.model.base_model(**inputs).last_hidden_state[:, -1].float() @ head_VD.T
         self.cache.advance(ids_BQ.shape[1])
-        return out.logits[:, -1]
+        return logits_BV
 
     def _completions(
         self, tokens_BT: torch.Tensor, logprobs_BT: torch.Tensor, lengths_B: torch.Tensor, ends_B: torch.Tensor
@@ -363,6 +381,15 @@ BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": _
 """Engines by name, each made of a model, its stop ids and the largest padded batch in tokens."""
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Weights and activations by name."""
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own; elsewhere it is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
+
+
 def stop_token_ids(folder: str | Path) -> frozenset[int]:
     """The end-of-sequence ids a model folder names in its configuration files."""
     ids: set[int] = set()
@@ -378,14 +405,17 @@ def load_engine(
     folder: str,
     *,
     device: str = "cpu",
+    dtype: str = "auto",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
     stop_ids: frozenset[int] = frozenset(),
 ) -> Engine:
-    """The engine for a Hugging Face folder: in float32 on a cpu, in the folder's own type on cuda.
+    """The engine for a Hugging Face folder.
 
-    ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a CPU. ``stop_ids`` come on top of
-    those the folder names. Raises ValueError when there is no such model or way of batching.
+    ``dtype`` is a key of ``DTYPES``, or auto: the folder's own on cuda; on CPUs bfloat16 for a folder in bfloat16 where
+    they multiply it, else float32. ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a
+    CPU. ``stop_ids`` come on top of those the folder names. Raises ValueError when there is no such model, device, type
+    or way of batching.
     """
     from transformers import AutoModelForCausalLM
 
@@ -394,6 +424,10 @@ def load_engine(
         batching = "continuous" if device == "cuda" else "padded"
     if batching not in BATCHING:
         raise ValueError(f"rollout.batching={batching}: allowed: auto, {', '.join(BATCHING)}")
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"rollout.dtype={dtype}: allowed: auto, {', '.join(DTYPES)}")
+    if dtype == "auto" and device == "cpu":
+        dtype = "bfloat16" if stored_dtype(folder) == "BF16" and cpu_has_bfloat16() else "float32"
+    kind = DTYPES.get(dtype, "auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(device).eval()
     return BATCHING[batching](model, stop_ids | stop_token_ids(folder), max_batch_tokens)

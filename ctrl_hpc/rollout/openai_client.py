@@ -9,12 +9,12 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
-from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.records import Chat, Generation, Message, Sampling
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
 
@@ -26,6 +26,10 @@ _REFUSES_SEVERAL = re.compile(
 )
 """How an endpoint says that it gives one completion at a time."""
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+UNREACHABLE_S = 4.0
+"""An endpoint that has never answered is given up when it cannot be connected to for so long."""
+_SHOWN_CHARACTERS = 300
+"""Of an answer that is no completion, what is told."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,7 @@ class OpenAIGenerator:
         self._next_start = 0.0
         self._limit_name = "max_tokens"
         self._singly = False
+        self._reached = False
         self._prices = (price_in, price_out)
         self._jitter = random.Random()
         self._lock = threading.Lock()
@@ -77,14 +82,31 @@ class OpenAIGenerator:
         key = os.environ.get(key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._thread = LoopThread("openai-client")
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=30.0), headers=headers)
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=UNREACHABLE_S), headers=headers)
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order.
 
         Raises ValueError when the endpoint refuses a request, RuntimeError when it keeps failing.
         """
-        return self._thread.run(self._all(chats, sampling))
+        seeds = [
+            None if sampling.seed is None else derive_seed(sampling.seed, i)
+            for i in range(sampling.first, sampling.first + len(chats))
+        ]
+        bodies = [self._body(seed, chat, sampling) for seed, chat in zip(seeds, chats, strict=True)]
+        return self._thread.run(self._every(bodies))
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows, as one; for endpoints that continue a message (vLLM, SGLang).
+
+        One completion each, by its sampling's own seed. Errors as :meth:`complete`.
+        """
+        longer = [_with_answer(chat, item.text + text) for chat, item in zip(chats, begun, strict=True)]
+        bodies = [self._body(how.seed, chat, replace(how, n=1)) for chat, how in zip(longer, sampling, strict=True)]
+        rests = [generations[0] for generations in self._thread.run(self._every(bodies))]
+        return [replace(rest, text=item.text + text + rest.text) for item, rest in zip(begun, rests, strict=True)]
 
     def close(self) -> None:
         """Close the connections; calls in flight in other threads are cancelled."""
@@ -102,19 +124,19 @@ class OpenAIGenerator:
                 "generator/cost": usage.cost,
             }
 
-    async def _all(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        async def one(i: int, chat: Chat) -> list[Generation]:
+    async def _every(self, bodies: Sequence[dict[str, Any]]) -> list[list[Generation]]:
+        async def one(body: dict[str, Any]) -> list[Generation]:
             async with self._slots:
-                return await self._one(self._body(i, chat, sampling))
+                return await self._one(body)
 
-        tasks = [asyncio.create_task(one(i, chat)) for i, chat in enumerate(chats, sampling.first)]
+        tasks = [asyncio.create_task(one(body)) for body in bodies]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
 
-    def _body(self, i: int, chat: Chat, sampling: Sampling) -> dict[str, Any]:
+    def _body(self, seed: int | None, chat: Chat, sampling: Sampling) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": [{"role": message.role, "content": message.content} for message in chat],
@@ -123,8 +145,10 @@ class OpenAIGenerator:
             "max_tokens": sampling.max_tokens,
             "n": sampling.n,
         }
-        if sampling.seed is not None:
-            body["seed"] = derive_seed(sampling.seed, i)
+        if seed is not None:
+            body["seed"] = seed
+        if chat[-1].role == "assistant":
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
 
     async def _one(self, body: dict[str, Any]) -> list[Generation]:
@@ -139,7 +163,7 @@ class OpenAIGenerator:
 
     async def _ask(self, body: dict[str, Any]) -> list[Generation]:
         """One request's completions: at least one, or none where several at a time are refused."""
-        attempt = 0
+        attempt, started = 0, time.monotonic()
         while attempt < self._max_tries:
             await self._wait_turn()
             sent = self._named(body)
@@ -147,13 +171,17 @@ class OpenAIGenerator:
                 response = await self._http.post(self._url, json=sent)
             except httpx.TransportError as error:
                 problem, wait_s = f"{type(error).__name__}: {error}", 0.0
+                unconnected = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+                if unconnected and not self._reached and time.monotonic() - started + 0.5 * 2**attempt > UNREACHABLE_S:
+                    raise RuntimeError(f"{self._url} cannot be reached: {problem}") from None
             else:
-                problem, wait_s = f"HTTP {response.status_code}: {response.text[:300]}", 0.0
+                self._reached = True
+                problem, wait_s = f"HTTP {response.status_code}: {_line(response.text)}", 0.0
                 if response.status_code < 300:
                     try:
                         return self._read(response.json())
                     except _NO_ANSWER:
-                        problem = f"HTTP {response.status_code} without a completion: {response.text[:300]}"
+                        problem += " (no completion)"
                 elif self._learns(response, sent):
                     if self._singly and body["n"] > 1:
                         return []
@@ -228,6 +256,18 @@ def _text(content: Any) -> str:
     if not isinstance(content, str | None):
         raise TypeError(f"content: {type(content).__name__}")
     return content or ""
+
+
+def _line(text: str) -> str:
+    """An answer in one line, its beginning when it is long (an HTML page)."""
+    return " ".join(text.split())[:_SHOWN_CHARACTERS]
+
+
+def _with_answer(chat: Chat, text: str) -> Chat:
+    """The chat with an answer that is open; one that it ends with already is longer then."""
+    if chat[-1].role == "assistant":
+        return (*chat[:-1], Message(role="assistant", content=chat[-1].content + text))
+    return (*chat, Message(role="assistant", content=text))
 
 
 def _retry_after(response: httpx.Response) -> float:

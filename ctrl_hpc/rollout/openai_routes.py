@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from ctrl_hpc.records import Generation
+from ctrl_hpc.records import Generation, Message
+from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Decoding, check_decoding
 from ctrl_hpc.rollout.worker import Service
 
@@ -37,7 +38,7 @@ class CompletionBody(_Common):
 class ChatMessage(BaseModel):
     """One message of a chat."""
 
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
@@ -48,6 +49,8 @@ class ChatBody(_Common):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
 
 def add_openai_routes(app: FastAPI, service: Service) -> None:
@@ -72,9 +75,14 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         return _envelope("text_completion", "cmpl", choices, groups, service)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody) -> dict[str, Any]:
-        messages = [message.model_dump() for message in body.messages]
-        ids = service.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    async def chat_completions(body: ChatBody) -> dict[str, Any]:
+        chat = [Message(role=message.role, content=message.content) for message in body.messages]
+        ids = chat_ids(
+            service.tokenizer,
+            chat,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
         limit = body.max_completion_tokens or body.max_tokens or service.worker.engine.max_positions - len(ids)
         groups = await service.complete([ids], [_sampling(body, max(1, limit), service)])
         choices: list[dict[str, Any]] = []

@@ -267,13 +267,15 @@ def serve(
     on_ready: Callable[[str], None] | None = None,
     threads: int = 2,
     device: str = "cpu",
+    dtype: str = "auto",
     batching: str = "auto",
     max_batch_tokens: int = 65536,
     token: str | None = None,
+    own_user: bool = False,
 ) -> None:
     """Serve a Hugging Face folder until SIGTERM, SIGINT or SIGUSR2; ``on_ready`` gets the URL once it answers.
 
-    With a ``token`` every route but ``/health`` and ``/metrics`` asks for it as a bearer token. Raises ValueError for a
+    Every route but ``/health`` and ``/metrics`` asks for a token, see :func:`http.access`. Raises ValueError for a
     missing model folder or a port in use.
     """
     import torch
@@ -283,18 +285,32 @@ def serve(
     from ctrl_hpc.rollout.weights import weight_files
 
     weight_files(model)
+    token, own_user = http_service.access(host, token, own_user)
     sock = http_service.listen(host, port)
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(model)
     stop_ids = frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
-    engine = load_engine(model, device=device, batching=batching, max_batch_tokens=max_batch_tokens, stop_ids=stop_ids)
+    engine = load_engine(
+        model,
+        device=device,
+        dtype=dtype,
+        batching=batching,
+        max_batch_tokens=max_batch_tokens,
+        stop_ids=stop_ids,
+    )
     worker = Worker(engine)
     app = create_app(Service(worker, tokenizer, model))
     gate = http_service.Gate(
-        app, token=token, max_body_bytes=MAX_BODY_BYTES, open_paths=frozenset({"/health", "/metrics"})
+        app,
+        token=token,
+        own_user=own_user,
+        max_body_bytes=MAX_BODY_BYTES,
+        open_paths=frozenset({"/health", "/metrics"}),
     )
     server = http_service.DrainingServer(
-        uvicorn.Config(gate, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
+        )
     )
 
     async def ready() -> None:

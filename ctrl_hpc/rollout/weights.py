@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ctrl_hpc.rollout import deltas
@@ -25,7 +25,23 @@ def weight_files(folder: str | Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}{gguf_hint(folder)}")
+
+
+def stored_dtype(folder: str | Path) -> str:
+    """The precision of a folder's first tensor, as safetensors names it: F32, BF16, F16, ..."""
+    file = weight_files(folder)[0]
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            return str(tensors.get_slice(next(iter(tensors.keys()))).get_dtype())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def gguf_hint(folder: str | Path) -> str:
+    """What to do with a folder that holds GGUF files instead, to be put behind a message; empty for others."""
+    files = sorted(path.name for path in Path(folder).glob("*.gguf"))
+    return f"; {files[0]} is converted as docs/your-models.md says (GGUF)" if files else ""
 
 
 def copy_weights(model: torch.nn.Module, folder: str | Path, held: str | None = None) -> str | None:
@@ -63,7 +79,7 @@ def _new_state(
     here, about = folder, deltas.About.read(folder)
     while about is not None and about.base is not None:
         later.append((here, about))
-        if held is not None and about.base_state == held:
+        if held is not None and about.base_state == held and _holds_exactly(own, about):
             break
         here = here.with_name(about.base)
         if not here.is_dir():
@@ -83,6 +99,12 @@ def _new_state(
         deltas.apply(place, difference, state, {} if whole else own)
     last = later[0][1] if later else about
     return state, last.state if last is not None else None, whole
+
+
+def _holds_exactly(own: dict[str, torch.Tensor], about: deltas.About) -> bool:
+    """Whether the model's tensors have all bits of those that a difference changes: it may be served in fewer."""
+    told = {name: getattr(torch, str(item["dtype"])) for name, item in (about.tensors or {}).items() if name in own}
+    return all(torch.promote_types(own[name].dtype, dtype) == own[name].dtype for name, dtype in told.items())
 
 
 def _tied_names(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:

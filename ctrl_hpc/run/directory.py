@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import platform
 import shutil
@@ -18,7 +19,7 @@ from ctrl_hpc.config import Config, dump, load, value
 from ctrl_hpc.config.changes import concerns, depends, prepared
 from ctrl_hpc.config.facts import facts
 from ctrl_hpc.config.stages import PREPARED, STAGES
-from ctrl_hpc.run import snapshot
+from ctrl_hpc.run import disk, snapshot
 
 _WHOLE = 64 << 20
 """Larger files are told by their size and their ends: weights of many GB are not read through."""
@@ -64,6 +65,8 @@ def check(config: Config) -> Path:
     Raises ValueError naming the first key that differs and the stage that has read it; writes nothing.
     """
     folder = Path(config.run_dir or "")
+    if folder.is_dir() and not disk.is_ours(folder.stat()):
+        raise ValueError(f"{folder}: belongs to another user; choose another run_dir (run_dir=PATH)")
     old = _last(folder)
     if old is not None:
         _check_changes(folder, old, config)
@@ -116,7 +119,7 @@ def prepare(config: Config, **versions: Any) -> Path:
     Problems and models that were made under a configuration that has changed since go, to be made anew.
     """
     folder = check(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    disk.make_private(folder)
     old = _last(folder)
     changed = {} if old is None else _changed(folder, old, config)
     if old is not None and changed:
@@ -218,6 +221,27 @@ def _version(package: str) -> str | None:
 def is_done(folder: Path, stage: str) -> bool:
     """Whether a stage has finished in this run."""
     return (folder / stage / "done.json").exists()
+
+
+def set_aside(folder: Path, stage: str) -> Path | None:
+    """Rename a stage's records to ``STAGE.before-N``, for the stage to be done again; None where it has none.
+
+    Raises ValueError where a stage that reads them has records of its own.
+    """
+    if not _state(folder, stage):
+        return None
+    readers, found = {stage}, []
+    for name, other in STAGES.items():
+        if readers & set(other.after):
+            readers.add(name)
+            found += [name] if _state(folder, name) else []
+    if found:
+        raise ValueError(
+            f"{folder}: {stage} cannot be redone: {found[0]} {_state(folder, found[0])} with its records; choose "
+            f"another run_dir (run_dir=PATH), or remove {', '.join(f'{folder / name}' for name in found)} first"
+        )
+    number = next(n for n in itertools.count(1) if not (folder / f"{stage}.before-{n}").exists())
+    return (folder / stage).rename(folder / f"{stage}.before-{number}")
 
 
 def mark_done(folder: Path, stage: str, wall_time_s: float, **facts: Any) -> None:

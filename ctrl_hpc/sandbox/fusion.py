@@ -42,8 +42,9 @@ ALIASES = {
 _LANGUAGE_OF = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
 _EXTRACTION_S = 10.0
 _IMPORT, _DEFINITION = re.compile(r"(?:import|from|#)[^\n]"), re.compile(r"(?:def|class) [^\n]")
-_FENCED = re.compile(r"```([^\n]*)\n(.*?)\n\s*```", re.DOTALL)
-_OPEN_FENCE = re.compile(r"```([^\n]*)\n(.*)", re.DOTALL)
+_FENCE = "```"
+FENCED = r"```([^\n]*)\n(.*?)\n\s*```"
+"""SandboxFusion's expression of a fenced block (with DOTALL): its time is quadratic, so that only jails use it."""
 
 
 class RunCodeBody(BaseModel):
@@ -178,11 +179,48 @@ def extract(completion: str, language: str = languages.PYTHON, custom: Sequence[
 
 
 def _blocks(completion: str, language: str) -> list[Block]:
-    for priority, pattern in ((30, _FENCED), (20, _OPEN_FENCE)):
-        blocks = [(priority, _LANGUAGE_OF.get(tag.strip(), ""), code) for tag, code in pattern.findall(completion)]
+    for priority, found in ((30, _fenced(completion)), (20, _left_open(completion))):
+        blocks = [(priority, _LANGUAGE_OF.get(tag.strip(), ""), code) for tag, code in found]
         if blocks:
             return blocks
     return [(10, language, code) for code in _definitions(completion)[:1]] if language == languages.PYTHON else []
+
+
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Tags and contents of fenced blocks: what :data:`FENCED` finds, in time linear in the text."""
+    blocks, at = [], 0
+    while (opened := _opened(text, at)) and (end := _end_of_block(text, opened[1] + 1)):
+        tag_start, line_end = opened
+        blocks.append((text[tag_start:line_end], text[line_end + 1 : end[0]]))
+        at = end[1]
+    return blocks
+
+
+def _left_open(text: str) -> list[tuple[str, str]]:
+    """The tag of the first fence, and all that follows it; empty where there is none."""
+    opened = _opened(text, 0)
+    return [(text[opened[0] : opened[1]], text[opened[1] + 1 :])] if opened else []
+
+
+def _opened(text: str, at: int) -> tuple[int, int] | None:
+    """Where the tag of the first fence from there on starts, and where its line ends."""
+    fence = text.find(_FENCE, at)
+    line_end = text.find("\n", fence) if fence >= 0 else -1
+    return (fence + len(_FENCE), line_end) if line_end >= 0 else None
+
+
+def _end_of_block(text: str, start: int) -> tuple[int, int] | None:
+    """Where a block's contents end, and where its closing fence does: the first on a line of its own."""
+    fence = text.find(_FENCE, start)
+    while fence >= 0:
+        blank = fence
+        while blank > start and text[blank - 1].isspace():
+            blank -= 1
+        line_end = text.find("\n", blank, fence)
+        if line_end >= 0:
+            return line_end, fence + len(_FENCE)
+        fence = text.find(_FENCE, fence + 1)
+    return None
 
 
 def _definitions(text: str) -> list[str]:
@@ -244,7 +282,7 @@ def extraction(body: SubmitBody) -> Execution:
         "completion": body.completion,
         "logic": body.config.custom_extract_logic,
         "aliases": _LANGUAGE_OF,
-        "fence": _FENCED.pattern,
+        "fence": FENCED,
         "patterns": [_IMPORT.pattern, _DEFINITION.pattern],
     }
     test = StdinTest(stdin=json.dumps(given), expected_stdout="")

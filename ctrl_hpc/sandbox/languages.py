@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,8 @@ class Language:
     """Arguments before the source's name; :data:`BINARY` is what it has to make."""
     aliases: tuple[str, ...]
     """What fences of answers call it."""
+    proof: str
+    """A program that compiles where the compiler and its static libraries are whole."""
     memory_mb: int = 1024
     """What the compiler may use."""
 
@@ -61,6 +64,7 @@ LANGUAGES: dict[str, Language] = {
         source="main.cpp",
         options=("-std=c++17", "-O2", "-static", "-pipe", "-fmax-errors=20", "-I.", "-o", BINARY),
         aliases=("cpp", "c++", "C++", "Cpp", "CPP"),
+        proof="#include <iostream>\nint main() { std::cout << 1; }\n",
     ),
 }
 """Languages by name, as problems and requests give it. Python, which is not compiled, is not among them."""
@@ -83,13 +87,23 @@ def language(name: str | None) -> Language | None:
 
 @functools.cache
 def toolchain(name: str) -> str:
-    """The version of a language's compiler; ValueError where there is none."""
+    """The version of a language's compiler; ValueError where there is none, or one that makes no programs.
+
+    What the compiler lacks must not be taken for a program's fault.
+    """
     entry = LANGUAGES[name]
     command = f"/usr/bin/{entry.compiler}"
     try:
         told = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / entry.source).write_text(entry.proof)
+            subprocess.run(entry.command, cwd=folder, capture_output=True, text=True, check=True)
+    except OSError:
         raise ValueError(f"language: {name} needs {command}; install the package {entry.package}") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or ["no word of why"])[-1][:200]
+        fix = f"install the package {entry.package} whole, static libraries too"
+        raise ValueError(f"language: {name}: {command} compiles no program: {last}; {fix}") from None
     return told.partition("\n")[0].strip()
 
 

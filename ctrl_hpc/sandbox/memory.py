@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import os
 import threading
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 PREFIX = "ctrl-hpc-"
 _numbers = itertools.count()
 _REMOVE_ATTEMPTS = 50
@@ -222,6 +224,11 @@ class Watchdog:
         self._thread = threading.Thread(target=self._look, name="sandbox-memory", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def add(self, watch: Watch) -> None:
         """Begin to watch."""
         with self._lock:
@@ -248,8 +255,11 @@ class Watchdog:
             with self._lock:
                 watches = list(self._watches)
             for watch in watches:
-                if not watch.exceeded and watch.too_much():
-                    self._end(watch)
+                try:
+                    if not watch.exceeded and watch.too_much():
+                        self._end(watch)
+                except Exception:  # whatever one jail's /proc says, the others are watched on
+                    log.warning("a jail's memory cannot be told", exc_info=True)
             pause.wait(PERIOD_S)
 
     def _end(self, watch: Watch) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_hpc.records import Limits
-from ctrl_hpc.sandbox import memory, rootfs
+from ctrl_hpc.sandbox import languages, memory, rootfs
 from ctrl_hpc.sandbox.jail import Jail, JailFault, Kind, memory_file
 from ctrl_hpc.sandbox.nsjail import is_root, nsjail_path
 
@@ -76,9 +76,18 @@ def probe(
         fix = "point TMPDIR at a folder of yours on a local disk"
         return [*checks, Check(name="jail root", ok=False, detail=str(error), fix=fix), _memory()]
     checks += [Check(name="jail root", ok=True, detail=str(root)), _memory()]
+    checks += [_compiler(name) for name in languages.LANGUAGES]
     if checks[1].ok:
         checks.append(_isolation(root, contents))
     return checks
+
+
+def _compiler(name: str) -> Check:
+    """A language's compiler, without which programs in it alone cannot be run."""
+    try:
+        return Check(name=f"compiler for {name}", ok=True, detail=languages.toolchain(name))
+    except ValueError as error:
+        return Check(name=f"compiler for {name}", ok=True, detail="none", fix=str(error))
 
 
 def complaint(checks: list[Check]) -> str:

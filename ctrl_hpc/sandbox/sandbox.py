@@ -111,6 +111,11 @@ class Sandbox:
         self.close()
 
     @property
+    def alive(self) -> bool:
+        """Whether all that is submitted will be answered: every worker's thread and the watchdog run."""
+        return self._watchdog.alive and all(thread.is_alive() for thread in self._threads)
+
+    @property
     def unfinished(self) -> int:
         """Executions that wait or run."""
         return self._unfinished

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -159,6 +160,7 @@ def create_app(
     sandbox: Sandbox,
     *,
     token: str | None = None,
+    own_user: bool = False,
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     on_started: Callable[[], Awaitable[None]] | None = None,
@@ -178,6 +180,7 @@ def create_app(
     app.add_middleware(
         http.Gate,  # type: ignore[arg-type]
         token=token,
+        own_user=own_user,
         max_body_bytes=max_body_bytes,
         open_paths=frozenset({"/health"}),
     )
@@ -214,7 +217,8 @@ def _add_error_handlers(app: FastAPI, state: Service) -> None:
 def _add_routes(app: FastAPI, state: Service) -> None:
     @app.post("/run_tests")
     async def run_tests(request: Request) -> Response:
-        verdicts = await state.run(_executions(await request.body()))
+        sent = await request.body()
+        verdicts = await state.run(await _apart(len(sent), _executions, sent))
         body = json.dumps({"verdicts": jsonl.encode(verdicts)}, separators=(",", ":"))
         return Response(body, media_type="application/json")
 
@@ -246,19 +250,33 @@ def _add_routes(app: FastAPI, state: Service) -> None:
         if body.config.custom_extract_logic:
             (found,) = await state.run([fusion.extraction(body)])
             custom = fusion.extracted(found)
-        execution, code = fusion.submission(body, custom)
+        execution, code = await _apart(_size(body), partial(fusion.submission, custom=custom), body)
         (verdict,) = await state.run([execution])
         return JSONResponse(fusion.submit_response(body, execution, code, verdict, state.host))
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        status = "draining" if state.draining else "ok"
+        status = "draining" if state.draining else "ok" if state.sandbox.alive else "dead"
         answer = {"status": status, "workers": state.sandbox.workers, "waiting": state.sandbox.unfinished}
-        return JSONResponse(answer, status_code=503 if state.draining else 200)
+        return JSONResponse(answer, status_code=200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+_LARGE = 1 << 16
+"""What takes longer to read than a moment is read in a thread, so that other requests are answered meanwhile."""
+
+
+async def _apart[A, R](size: int, read: Callable[[A], R], body: A) -> R:
+    return await asyncio.to_thread(read, body) if size > _LARGE else read(body)
+
+
+def _size(body: fusion.SubmitBody) -> int:
+    data = body.config.provided_data
+    tests = data.get("test") if isinstance(data, dict) else None
+    return len(body.completion) + (len(tests) if isinstance(tests, str) else _LARGE)
 
 
 def _executions(body: bytes) -> list[Execution]:
@@ -279,6 +297,7 @@ def serve(
     workers: int = 2,
     cache_dir: str | Path | None = None,
     token: str | None = None,
+    own_user: bool = False,
     on_ready: Callable[[str], None] | None = None,
     max_waiting: int = MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -293,9 +312,10 @@ def serve(
 
     ``judges`` are special ones, ``FILE.py:FUNCTION`` by name; ``on_ready`` gets the URL once the service answers;
     ``python`` and ``packages`` are what programs run with, see :class:`Sandbox`; ``tests_dir`` has the tests that
-    executions name, others are taken over HTTP.
+    executions name, others are taken over HTTP. ``token`` and ``own_user``: see :func:`ctrl_hpc.service.http.access`.
     Raises ValueError when the port is in use or this machine cannot isolate programs.
     """
+    token, own_user = http.access(host, token, own_user)
     sock = http.listen(host, port)
     try:
         special = judge.load(judges or {})
@@ -324,9 +344,16 @@ def serve(
                     server.should_exit = True
 
             app = create_app(
-                sandbox, token=token, max_waiting=max_waiting, max_body_bytes=max_body_bytes, on_started=ready
+                sandbox,
+                token=token,
+                own_user=own_user,
+                max_waiting=max_waiting,
+                max_body_bytes=max_body_bytes,
+                on_started=ready,
             )
-            config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_s)
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, http=http.Protocol, timeout_graceful_shutdown=drain_s
+            )
             server = http.DrainingServer(config)
             server.run(sockets=[sock])
             if failures:

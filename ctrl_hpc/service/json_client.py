@@ -96,7 +96,7 @@ class JsonClient:
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
-            _allow_many_connections()
+            allow_many_connections()
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
@@ -137,7 +137,7 @@ def _message(body: bytes) -> str:
     return str(data)[:500]
 
 
-def _allow_many_connections() -> None:
+def allow_many_connections() -> None:
     """Let this process have as many sockets as the system allows: its soft limit is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -62,9 +62,10 @@ def advantages_and_returns(
     The reward comes with a response's last token (Schulman et al. 2016; whitening as is usual for PPO). Responses
     without a token in the mask count for nothing.
     """
-    n_S = mask_SR.sum(1)
+    slots_R = torch.arange(mask_SR.shape[1])
+    last_S = torch.where(mask_SR, slots_R, 0).amax(dim=1)
     rewards_SR = torch.zeros_like(values_SR)
-    rewards_SR[torch.arange(len(rewards_S)), (n_S - 1).clamp_min(0)] = rewards_S * (n_S > 0)
+    rewards_SR[torch.arange(len(rewards_S)), last_S] = rewards_S * mask_SR.any(dim=1)
     found = ctrl_kernels.gae(
         rewards_SR.to(device),
         values_SR.to(device),

@@ -23,6 +23,8 @@ class Batch:
     """int64, each >= 1."""
     lengths_S: Tensor
     """int64: prompt and response."""
+    forced_S2: Tensor | None = None
+    """int64: slots [start, end) of the response that the policy did not write, no token of any loss; None: none."""
 
     def __post_init__(self) -> None:
         assert bool((self.prompt_lengths_S >= 1).all()) and bool((self.lengths_S > self.prompt_lengths_S).all())
@@ -32,14 +34,15 @@ class Batch:
 
     @property
     def mask_SR(self) -> Tensor:
-        """Whether slot r of sequence s holds a response token; bool."""
+        """Whether slot r of sequence s holds a response token of the policy; bool."""
         n_S = self.lengths_S - self.prompt_lengths_S
-        return torch.arange(int(n_S.max()))[None, :] < n_S[:, None]
+        slots_R = torch.arange(int(n_S.max()))
+        return (slots_R[None, :] < n_S[:, None]) & ~_between(slots_R[None, :], self.forced_S2)
 
     @property
     def n_tokens(self) -> int:
-        """Response tokens."""
-        return int((self.lengths_S - self.prompt_lengths_S).sum())
+        """Response tokens of the policy."""
+        return int(self.mask_SR.sum())
 
     def select(self, rows: Sequence[int]) -> Batch:
         """Some of the sequences, in the order given."""
@@ -48,11 +51,25 @@ class Batch:
             tokens_SL=self.tokens_SL[index],
             prompt_lengths_S=self.prompt_lengths_S[index],
             lengths_S=self.lengths_S[index],
+            forced_S2=None if self.forced_S2 is None else self.forced_S2[index],
         )
 
 
-def collate(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """A batch of (prompt, response) token ids; both must not be empty."""
+def _between(slots: Tensor, bounds_S2: Tensor | None) -> Tensor:
+    """Whether slots, [1, R] or [S, R], lie in the range of their row."""
+    if bounds_S2 is None:
+        return torch.zeros_like(slots, dtype=torch.bool)
+    return (slots >= bounds_S2[:, :1]) & (slots < bounds_S2[:, 1:])
+
+
+def collate(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    forced: Sequence[tuple[int, int] | None] | None = None,
+) -> Batch:
+    """A batch of (prompt, response) token ids; both must not be empty.
+
+    ``forced``: of each response, the start and end of what the policy did not write.
+    """
     lengths = [len(prompt) + len(response) for prompt, response in sequences]
     tokens_SL = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
     for row, (prompt, response) in enumerate(sequences):
@@ -61,6 +78,7 @@ def collate(sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
         tokens_SL=tokens_SL,
         prompt_lengths_S=torch.tensor([len(prompt) for prompt, _ in sequences]),
         lengths_S=torch.tensor(lengths),
+        forced_S2=torch.tensor([bounds or (0, 0) for bounds in forced]) if forced and any(forced) else None,
     )
 
 
@@ -147,6 +165,8 @@ def _micro_batch(batch: Batch, rows: list[int], multiple: int, device: torch.dev
     tokens_BT *= columns_T[None, :] < lengths_B[:, None]
     # Input position t predicts token t + 1, so the response's first token is predicted at the prompt's last position.
     predicts_BT = (columns_T[None, :] >= prompts_B[:, None] - 1) & (columns_T[None, :] < lengths_B[:, None] - 1)
+    forced_B2 = None if batch.forced_S2 is None else batch.forced_S2[rows_B]
+    predicts_BT &= ~_between(columns_T[None, :] - (prompts_B[:, None] - 1), forced_B2)
     rows_N, columns_N = predicts_BT.nonzero(as_tuple=True)
     targets_N = batch.tokens_SL[rows_B[rows_N], columns_N + 1]
     return MicroBatch(

@@ -40,7 +40,7 @@ class Collector:
         """Connect to the services of the run. Raises ValueError when there is no draft to critique."""
         from transformers import AutoTokenizer
 
-        stage, prompts = run_dir / "rl", Prompts.load(config.prompts.folder, config.prompts.system)
+        stage, prompts = run_dir / "rl", Prompts.of(config.prompts)
         if config.rl.replay is not None:
             return cls(config=config, stage=stage, prompts=prompts)
         # An input is a token shorter than its sequence.

@@ -23,7 +23,8 @@ def response_ids(tokenizer: Any, critique: Critique) -> Sequence[int]:
         ids = generation.token_ids
         whole = generation.finish_reason == "stop"
     else:
-        ids, whole = tuple(text_ids(tokenizer, critique.text)), True
+        text = critique.text if generation is None else generation.text
+        ids, whole = tuple(text_ids(tokenizer, text)), True
     return (*ids, tokenizer.eos_token_id) if whole and ids[-1:] != (tokenizer.eos_token_id,) else ids
 
 

@@ -39,6 +39,8 @@ class Rollout:
     leaked: bool = False
     detail: str = ""
     """One line on what went wrong in the revision."""
+    forced: tuple[int, int] | None = None
+    """Which of ``token_ids`` the critic did not write (``prompts.critique_close``): start and end."""
 
     @classmethod
     def of(cls, critique: Critique, revision: Revision, draft: Verdict, reward: Reward) -> Rollout:
@@ -68,6 +70,7 @@ class Rollout:
             version=generation.version,
             leaked=reward.leaked,
             detail=revision.verdict.detail,
+            forced=generation.forced,
         )
 
 
@@ -90,7 +93,7 @@ class Experience:
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], *, version: int, position: int, metrics: dict[str, float]) -> Experience:
         """From the rollouts of a step that updates version ``version`` of the weights; adds to ``metrics``."""
-        batch = collate([(item.prompt_ids, item.token_ids) for item in rollouts])
+        batch = collate([(item.prompt_ids, item.token_ids) for item in rollouts], [item.forced for item in rollouts])
         rollout_SR = torch.zeros(batch.mask_SR.shape)
         for row, item in enumerate(rollouts):
             rollout_SR[row, : len(item.logprobs)] = torch.tensor(item.logprobs)

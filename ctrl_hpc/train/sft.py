@@ -64,7 +64,7 @@ def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
     problems = {problem.id: problem for problem in jsonl.iterate(Problem, run_dir / "problems" / "train.jsonl")}
     solutions = {item.id: item for item in jsonl.iterate(Solution, run_dir / "sample" / "solutions.jsonl")}
     critiques = jsonl.read(Critique, run_dir / "synthesize" / "critiques.jsonl")
-    prompts = Prompts.load(config.prompts.folder, config.prompts.system)
+    prompts = Prompts.of(config.prompts)
     tokenizer = AutoTokenizer.from_pretrained(config.critic.model)
     sequences: Sequences = []
     for critique in critiques:

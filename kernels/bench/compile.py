@@ -322,17 +322,19 @@ def resources(configuration: Configuration, target: str) -> Resources:
         cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
         cubin.write_bytes(compiled.asm["cubin"])
         ptx.write_text(compiled.asm["ptx"])
-        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
-        sass = _run("cuobjdump", "-sass", str(cubin))
-        architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])
-        assert architecture is not None
-        verbose = _run("ptxas-blackwell", "-v", f"--gpu-name={architecture.group(1)}", str(ptx), "-o", os.devnull)
+        sass = _run("cuobjdump", "-sass", "--dump-resource-usage", str(cubin))
+        stack, spilled = _number(r"STACK:(\d+)", sass), 0
+        if stack:  # where spills would be
+            architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+            assert architecture is not None
+            verbose = _run("ptxas-blackwell", "-v", f"--gpu-name={architecture.group(1)}", str(ptx), "-o", os.devnull)
+            spilled = _number(r"(\d+) bytes spill stores", verbose)
     instructions = _instructions(sass)
     a_thread = configuration.elements / (32 * configuration.warps)
     return Resources(
-        registers=_number(r"REG:(\d+)", usage),
-        stack_bytes=_number(r"STACK:(\d+)", usage),
-        spilled=_number(r"(\d+) bytes spill stores", verbose),
+        registers=_number(r"REG:(\d+)", sass),
+        stack_bytes=stack,
+        spilled=spilled,
         instructions=round(len(instructions) / a_thread, 1) if a_thread else None,
         load_bits=_widest(instructions, "LDG"),
         store_bits=_widest(instructions, "STG"),

@@ -11,6 +11,7 @@ import pytest
 import random_qwen
 from transformers import AutoTokenizer
 
+from ctrl_hpc.cluster.element import token
 from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, CriticConfig, RolloutConfig
@@ -33,7 +34,7 @@ def test_a_server_killed_in_mid_batch_loses_nothing(make_config: Callable[..., C
         both = threading.Event()
         while len(registry.endpoints("critic")) < 2:
             both.wait(0.1)
-        client = RolloutClient(lambda: registry.endpoints("critic"), tokenizer)
+        client = RolloutClient(lambda: registry.endpoints("critic"), tokenizer, token=token(run_dir))
         victim = psutil.Process(registry.services()[0].pid)
         assert registry.services()[0].role == "critic"
         before = sum(victim.cpu_times()[:2])

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from ctrl_hpc.cluster import services as services_module
 from ctrl_hpc.cluster import status, trainer
+from ctrl_hpc.cluster.element import token
 from ctrl_hpc.cluster.registry import Registry, Service
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, CriticConfig, ExecutorConfig, TrainerConfig, load
@@ -132,7 +133,8 @@ def test_a_rollout_server_on_a_gpu_node(on_slurm: Callable[..., Config], run_dir
     with Services(on_slurm(critic=CriticConfig(model=folder)), run_dir) as services:
         services.start({"critic"})
         registry = Registry(run_dir)
-        client = RolloutClient(lambda: registry.endpoints("critic"), AutoTokenizer.from_pretrained(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        client = RolloutClient(lambda: registry.endpoints("critic"), tokenizer, token=token(run_dir))
         chat = (Message(role="user", content="print the sum"),)
         (answer,) = client.complete([chat], Sampling(temperature=0.0, max_tokens=4))[0]
         assert len(answer.token_ids) >= 1

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[2] / "kernels" / "bench"
 
@@ -83,3 +85,22 @@ def test_goals_are_judged_by_hand_worked_numbers(bench: dict[str, ModuleType]) -
     assert judged["one pass, MiB beyond gradients and accumulators"] == (pytest.approx(500), True)
     assert judged["one pass, times as fast as eager"] == (pytest.approx(1.2), False)
     assert judged["gae, part of copy bandwidth"] == (None, None)
+
+
+def test_parity_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss written out by hand agrees with ours; with another clipping its gradient is told apart."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    parity = importlib.import_module("parity")
+
+    def ppo(x: dict[str, torch.Tensor]) -> torch.Tensor:
+        ratio = (x["logprobs"] - x["old_logprobs"]).exp()
+        terms = torch.maximum(-x["advantages"] * ratio, -x["advantages"] * ratio.clamp(0.8, 1.28))
+        return parity.mean(terms, x["mask"])
+
+    agreed = parity.compare(ppo, {"clip_low": 0.2, "clip_high": 0.28}, "torch")
+    assert max(agreed) < parity.AGREEMENT
+    assert parity.compare(ppo, {"clip_low": 0.2, "clip_high": 0.2}, "torch")[1] > 0.1
+    source = parity.from_sources({BENCH / "roofline.py": ("_waves",)}, math=math, TILE=(128, 256), PROCESSORS=132)
+    assert source._waves(8192, 8192) == 16
+    with pytest.raises(ValueError, match="does not define all of"):
+        parity.from_sources({BENCH / "roofline.py": ("absent",)})

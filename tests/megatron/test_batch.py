@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrl_hpc.config import RLConfig
+from ctrl_hpc.train.advantages import advantages_and_returns
 from ctrl_hpc.train.batch import collate, micro_batches, pack, share
 
 CPU = torch.device("cpu")
@@ -26,6 +28,24 @@ def test_a_micro_batch_predicts_each_response_token_from_the_position_before_it(
     assert hidden_TB.flatten()[micro.positions_N].tolist() == [4, 6, 1, 3, 5]
     assert micro.grid(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [[1, 2, 0], [3, 4, 5]]
     assert micro.pick(torch.tensor([[10, 11, 12], [20, 21, 22]])).tolist() == [10, 11, 20, 21, 22]
+
+
+def test_what_the_policy_did_not_write_is_in_no_loss() -> None:
+    batch = collate([([5, 6], [7, 8, 9, 10]), ([1], [2, 3, 4])], [(1, 3), None])
+    assert batch.mask_SR.tolist() == [[True, False, False, True], [True, True, True, False]]
+    assert batch.n_tokens == 5 and batch.select([1]).n_tokens == 3
+    (micro,) = micro_batches(batch, data_rank=0, data_size=1, budget=100, multiple=1, device=CPU)
+    assert micro.tokens_BT.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 0]]  # what was put there is read all the same
+    assert micro.targets_N.tolist() == [7, 10, 2, 3, 4]
+    assert micro.grid(torch.ones(5)).tolist() == [[1, 0, 0, 1], [1, 1, 1, 0]]
+
+
+def test_the_reward_comes_with_the_last_token_that_counts() -> None:
+    mask_SR = torch.tensor([[True, False, False, True], [True, True, False, False]])
+    options = RLConfig(gae_gamma=1.0, gae_lambda=1.0)
+    rewards_S, values_SR = torch.tensor([1.0, 2.0]), torch.zeros(2, 4)
+    _, returns_SR = advantages_and_returns(rewards_S, values_SR, mask_SR, options)
+    assert returns_SR[mask_SR].tolist() == [1.0, 1.0, 2.0, 2.0]
 
 
 def test_the_width_is_a_multiple_of_what_sequence_parallelism_needs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,14 @@ def test_a_problem_says_what_it_is_written_in(sandbox: Sandbox) -> None:
         tests=(StdinTest(stdin="1 2", expected_stdout="3"),),
     )  # fmt: skip
     assert sandbox.submit(execution(problem, SUM, Rules(limits=LIMITS))).result().accepted
+
+
+def test_what_a_compiler_lacks_is_no_program_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a compiler that is not there nor one that cannot link makes a program wrong: the request is refused."""
+    whole = languages.LANGUAGES["cpp"]
+    monkeypatch.setitem(languages.LANGUAGES, "none", replace(whole, compiler="no-such-compiler"))
+    monkeypatch.setitem(languages.LANGUAGES, "broken", replace(whole, options=(*whole.options, "-lno-such-library")))
+    with pytest.raises(ValueError, match=r"none needs /usr/bin/no-such-compiler; install the package g\+\+"):
+        languages.language("none")
+    with pytest.raises(ValueError, match=r"broken: /usr/bin/g\+\+ compiles no program: .*static libraries too"):
+        languages.language("broken")

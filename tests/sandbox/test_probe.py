@@ -18,7 +18,7 @@ def by_name(checks: list[probe.Check]) -> dict[str, probe.Check]:
 def test_this_machine_isolates() -> None:
     checks = probe.probe()
     assert [check.name for check in checks] == [
-        "kernel", "nsjail", "user namespaces", "jail root", "memory of a jail", "isolation"
+        "kernel", "nsjail", "user namespaces", "jail root", "memory of a jail", "compiler for cpp", "isolation"
     ]  # fmt: skip
     assert all(check.ok for check in checks) and probe.complaint(checks) == ""
 
@@ -111,7 +111,7 @@ if os.getuid() == 0:
         code = (
             "from ctrl_hpc.sandbox import probe; print([c.ok for c in probe.probe()], probe.complaint(probe.probe()))"
         )
-        assert ordinary_user.run(code) == "[True, True, True, True, True, True] \n"
+        assert ordinary_user.run(code) == "[True, True, True, True, True, True, True] \n"
 
     def test_where_namespaces_are_used_up_nothing_starts() -> None:
         """In a user namespace that may have no child namespaces, as with user.max_user_namespaces=0."""

@@ -12,13 +12,12 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.data import judgebench
 from ctrl_hpc.evaluate import judgebench as judging
-from ctrl_hpc.evaluate import results
 from ctrl_hpc.evaluate.judgebench import Votes, pairs_file, winners
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.comparison import compared, comparison_chat, comparison_template, judged_apart, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Generation
-from ctrl_hpc.report import page
+from ctrl_hpc.report import page, results
 
 SOURCES = ("mmlu-pro-law", "livebench-reasoning", "livebench-math", "livecodebench", "mmlu-pro-math")
 

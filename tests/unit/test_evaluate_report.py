@@ -212,7 +212,7 @@ def test_a_sample_of_the_environments_fault_is_left_out(finished, tmp_path):
         program="",
         verdict=Verdict(status="sandbox_error"),
     )
-    from ctrl_hpc.evaluate.results import outcomes
+    from ctrl_hpc.report.results import outcomes
 
     order = {history.problem.id: index for index, history in enumerate(histories[::2])}
     broken = [type(first)(problem=first.problem, draft=fault, nodes=first.nodes), *histories[1:]]

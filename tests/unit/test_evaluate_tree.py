@@ -10,12 +10,13 @@ import toy_world
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
-from ctrl_hpc.evaluate import results, tree
+from ctrl_hpc.evaluate import tree
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import elect, majority
 from ctrl_hpc.records import Critique, Message, Solution, Verdict
+from ctrl_hpc.report import results
 from ctrl_hpc.seeds import derived_seed
 
 PROBLEMS = toy_world.problems(20)

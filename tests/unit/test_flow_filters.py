@@ -1,7 +1,9 @@
 """Which synthesised critiques are kept, and what is said about the others."""
 
-from ctrl_hpc.flow.filters import DROPPED, select
-from ctrl_hpc.records import Critique, Solution, Verdict
+from dataclasses import replace
+
+from ctrl_hpc.flow.filters import DROPPED, counts, mend, select, traits
+from ctrl_hpc.records import Critique, Generation, Solution, Verdict
 
 
 def pair(number, *, right, judgement, text="The loop is fine.", status=None):
@@ -11,7 +13,9 @@ def pair(number, *, right, judgement, text="The loop is fine.", status=None):
 
 
 def choose(pairs, n=100, balance=False, consistent_only=True, seed=0):
-    return select(pairs, n=n, balance=balance, consistent_only=consistent_only, seed=seed)
+    kept, rejected = select(pairs, n=n, balance=balance, consistent_only=consistent_only, seed=seed)
+    assert len(kept) + len(rejected) == len(pairs)
+    return kept, counts(rejected)
 
 
 GOOD = [pair(i, right=i % 2 == 0, judgement="correct" if i % 2 == 0 else "incorrect") for i in range(10)]
@@ -57,3 +61,33 @@ def test_n_is_drawn_at_random_in_the_given_order():
     assert ids == sorted(ids)
     assert choose(GOOD, n=4, seed=1)[0] == kept
     assert any(choose(GOOD, n=4, seed=seed)[0] != kept for seed in range(2, 6))
+
+
+def test_traits_and_what_mends_a_stage_without_critiques():
+    closed = Generation(text="", forced=(3, 6))
+    cut = Generation(text="", finish_reason="length")
+    right, solution = pair(
+        0, right=True, judgement="incorrect", text="a test failed: use\n```python\na\nb\nc\nd\ne\n```"
+    )
+    silent, _ = pair(1, right=True, judgement=None)
+    pairs = [
+        (replace(right, generation=closed), replace(solution, program="x")),
+        (replace(silent, generation=cut), replace(solution, id="p/1")),
+        (replace(silent, id="p/2#0", solution_id="p/2"), replace(solution, id="p/2")),
+    ]
+    found = {name: [item.id for item in items] for name, items in traits(pairs).items()}
+    assert found == {
+        "judged": ["p/0#0"],
+        "closed": ["p/0#0"],
+        "cut off": ["p/1#0"],
+        "mentions hint": ["p/0#0"],
+        "leaks": ["p/0#0"],
+        "contradicts": ["p/0#0"],
+    }
+    critiques = [critique for critique, _ in pairs[1:]]
+    _, rejected = select(pairs[1:], n=9, balance=False, consistent_only=True, seed=0)
+    assert "prompts.critique_prefix" in mend(critiques, rejected)
+    assert "synthesize.max_tokens" in mend(critiques[:1], rejected[:1])
+    _, rejected = select(GOOD[:1], n=9, balance=True, consistent_only=True, seed=0)
+    assert "synthesize.balance" in mend([GOOD[0][0]], rejected)
+    assert "sample.n_samples" in mend([], [])

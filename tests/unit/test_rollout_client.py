@@ -10,11 +10,29 @@ from typing import Any
 import pytest
 import random_qwen
 import rollout_server
+import torch
+from jinja2 import Template
 from transformers import AutoTokenizer
 
-from ctrl_hpc.records import Chat, Generation, Message, Sampling
+from ctrl_hpc.config.method import CLOSE_ROOM
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import critique
+from ctrl_hpc.records import (
+    Chat,
+    Critique,
+    Generation,
+    Message,
+    Problem,
+    Revision,
+    Reward,
+    Sampling,
+    Solution,
+    Verdict,
+)
 from ctrl_hpc.rollout.client import RolloutClient
 from ctrl_hpc.rollout.engine import load_engine
+from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+from ctrl_hpc.train.rollouts import Experience, Rollout
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=10, n=2, seed=11)
 
@@ -64,6 +82,78 @@ def test_answers_do_not_depend_on_the_servers(urls: list[str], tokenizer: Any) -
     assert one.complete([], SAMPLING) == []
     many.close()
     one.close()
+
+
+def test_critiques_are_begun_and_closed(urls: list[str], folder: str, tokenizer: Any) -> None:
+    """By ids: what was sampled stays, what is put there is marked, what follows is drawn given all before it."""
+    client = RolloutClient(lambda: urls, tokenizer)
+    plain = Prompts.load("default")
+    templates = {**plain.templates, "critique": Template("{{ problem.prompt }}")}
+    prompts = replace(plain, templates=templates, critique_prefix="Analysis:", critique_close="Overall judgment:")
+    opened = "<|im_start|>user\nsum<|im_end|>\n<|im_start|>assistant\nAnalysis:"
+    problem = Problem(id="p", source="s", split="train", prompt="sum", tests=())
+    draft = Solution(id="p/0", problem_id="p", text="print(1)", program="print(1)")
+    sampling = Sampling(temperature=1.0, max_tokens=48, n=3, seed=5)
+    engine: Any = load_engine(folder, device="cpu")
+    forced = tuple(tokenizer("\n\nOverall judgment:")["input_ids"])
+    begin = replace(prompts, critique_close="")
+    begun = critique([(problem, draft)], client, begin, replace(sampling, max_tokens=48 - CLOSE_ROOM))
+    closed = critique([(problem, draft)], client, prompts, sampling)
+    for first, item in zip(begun, closed, strict=True):
+        made, own = item.generation, first.generation
+        assert made is not None and own is not None and made.forced is not None
+        start, end = made.forced
+        assert made.prompt_ids == tuple(tokenizer(opened).input_ids)
+        assert made.token_ids[:start] == tuple(t for t in own.token_ids if t not in tokenizer.all_special_ids)
+        assert made.token_ids[start:end] == forced and made.logprobs[start:end] == (0.0,) * len(forced)
+        assert start < len(made.token_ids) and end < len(made.token_ids) <= sampling.max_tokens
+        assert item.text.startswith(first.text) and first.text.startswith("Analysis:")
+        assert "\n\nOverall judgment:" in item.text
+        ids = torch.tensor([made.prompt_ids + made.token_ids])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(engine.model(ids).logits[0, len(made.prompt_ids) - 1 : -1], -1)
+        found = logprobs.gather(1, torch.tensor(made.token_ids)[:, None])[:, 0]
+        sampled = [row for row in range(len(made.token_ids)) if not start <= row < end]
+        assert torch.allclose(found[sampled], torch.tensor(made.logprobs)[sampled], atol=1e-4)
+        rollout = Experience.of([_rollout(made)], version=0, position=0, metrics={})
+        assert rollout.batch.n_tokens == len(sampled)
+    again = critique([(problem, draft)], client, prompts, sampling)
+    assert again == closed
+    with pytest.raises(ValueError, match="takes 32 of a critique's 20 tokens"):
+        critique([(problem, draft)], client, prompts, replace(sampling, max_tokens=20))
+    client.close()
+
+
+def _rollout(generation: Generation) -> Rollout:
+    verdict = Verdict(status="accepted")
+    made = Critique(id="p/0#0", solution_id="p/0", text="", judgement=None, generation=generation)
+    revision = Revision(critique_id="p/0#0", text="", program=None, kept=False, verdict=verdict)
+    return Rollout.of(made, revision, verdict, Reward(critique_id="p/0#0", value=1.0, reason="passed"))
+
+
+def test_an_openai_server_continues_a_message_too(urls: list[str], tokenizer: Any) -> None:
+    """Greedy, the same text by OpenAI's route as by token ids."""
+    ours, theirs = RolloutClient(lambda: urls, tokenizer), OpenAIGenerator(urls[0], "m")
+    greedy = Sampling(temperature=0.0, max_tokens=8)
+    begun = [(*chat, Message(role="assistant", content="read the numbers")) for chat in chats(2)]
+    by_ids, by_text = ours.complete(begun, greedy), theirs.complete(begun, greedy)
+    assert [group[0].text for group in by_ids] == [group[0].text for group in by_text]
+    firsts = [Generation(text="correct", prompt_ids=group[0].prompt_ids) for group in by_ids]
+    longer = [
+        client.extend(begun, firsts, " print the sum", [replace(greedy, max_tokens=room)] * 2)
+        for client, room in ((ours, 24), (theirs, 8))
+    ]
+    assert longer[1][0].text.startswith("correct print the sum") and longer[1][0].forced is None
+    assert longer[1] == [
+        replace(rest, text="correct print the sum" + rest.text)
+        for group in theirs.complete(
+            [(*chat, Message(role="assistant", content="read the numberscorrect print the sum")) for chat in chats(2)],
+            greedy,
+        )
+        for rest in group
+    ]
+    ours.close()
+    theirs.close()
 
 
 def test_parts_of_a_call_side_by_side_are_drawn_as_in_the_whole(urls: list[str], tokenizer: Any) -> None:

@@ -1,13 +1,17 @@
 """The padded engine against transformers' own generate and forward."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import random_qwen
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ctrl_hpc.records import Generation, Sampling
+from ctrl_hpc.rollout import engine as engines
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
 from ctrl_hpc.seeds import derive_seed
@@ -173,3 +177,42 @@ def test_continuous_batching_answers_as_the_padded_engine(folder: str, engine: P
 def test_an_unknown_way_of_batching_lists_the_choices(folder: str) -> None:
     with pytest.raises(ValueError, match="allowed: auto, padded, continuous"):
         load_engine(folder, device="cpu", batching="other")
+
+
+def test_bfloat16_weights_are_served_as_such_with_float32_logits(folder: str, tmp_path: Path) -> None:
+    """Log-probs are those of a float32 output layer over the bfloat16 network, before and after an update."""
+    halves = []
+    for seed in (0, 1):
+        place = tmp_path / f"half{seed}"
+        shutil.copytree(folder, place)
+        source = folder if seed == 0 else random_qwen.build(tmp_path / "other", seed=1)
+        tensors = load_file(Path(source) / "model.safetensors")
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, place / "model.safetensors")
+        halves.append(str(place))
+    half = load_engine(halves[0], device="cpu", dtype="bfloat16")
+    assert isinstance(half, PaddedEngine) and half.model.dtype == torch.bfloat16
+    for number, place in enumerate(halves):
+        if number:
+            half.load_weights(place, number)
+        (made,) = half.generate([PROMPTS[0]], [sample(1)])
+        head_VD = load_file(Path(place) / "model.safetensors")["model.embed_tokens.weight"].float()
+        ids = torch.tensor([made.prompt_ids + made.token_ids])
+        with torch.no_grad():
+            hidden_TD = half.model.base_model(ids).last_hidden_state[0, len(made.prompt_ids) - 1 : -1].float()
+        logprobs_TV = torch.log_softmax(hidden_TD @ head_VD.T, -1)
+        expected = logprobs_TV.gather(1, torch.tensor(made.token_ids)[:, None])[:, 0]
+        # what is left is the network's own rounding: with a cache it adds in another order
+        assert torch.allclose(torch.tensor(made.logprobs), expected, atol=0.1)
+
+
+def test_the_type_is_the_folders_own_where_it_pays(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dtype(stored: str, has: bool) -> torch.dtype:
+        monkeypatch.setattr(engines, "stored_dtype", lambda _: stored)
+        monkeypatch.setattr(engines, "cpu_has_bfloat16", lambda: has)
+        loaded: Any = load_engine(folder, device="cpu")
+        return loaded.model.dtype
+
+    assert dtype("BF16", True) == torch.bfloat16
+    assert dtype("BF16", False) == dtype("F32", True) == dtype("F16", True) == torch.float32
+    with pytest.raises(ValueError, match=r"rollout\.dtype=float8: allowed: auto, float32, bfloat16"):
+        load_engine(folder, device="cpu", dtype="float8")

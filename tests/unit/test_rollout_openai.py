@@ -11,6 +11,7 @@ import pytest
 from ctrl_hpc.records import Message, Sampling
 from ctrl_hpc.rollout import openai_client
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+from ctrl_hpc.service.http import listen
 
 CHATS = [(Message(role="user", content=f"question {i}"),) for i in range(3)]
 Answer = tuple[int, dict[str, str], Any]
@@ -128,9 +129,7 @@ def test_an_answer_without_a_completion_is_a_fault(endpoint: tuple[Endpoint, str
     assert (len(state.asked), generator.usage.retries, generator.usage.requests) == (2, 1, 1)
     state.script = lambda number, body: (200, {}, wrong)
     stubborn = OpenAIGenerator(url, "m", max_tries=2)
-    with pytest.raises(
-        RuntimeError, match=r"failed 2 times; the last answer: HTTP 200 without a completion: .*"
-    ) as told:
+    with pytest.raises(RuntimeError, match=r"failed 2 times; the last answer: HTTP 200: .* \(no completion\)") as told:
         stubborn.complete(CHATS[:1], Sampling())
     assert "\n" not in str(told.value)
     generator.close()
@@ -200,4 +199,51 @@ def test_the_rate_limit_spaces_requests(endpoint: tuple[Endpoint, str], monkeypa
     generator = OpenAIGenerator(url, "m", requests_per_min=30)
     generator.complete(CHATS, Sampling())
     assert sorted(waits) == pytest.approx([0.0, 2.0, 4.0])
+    generator.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"error": {"message": "overloaded"}},
+        {"choices": None},
+        {"choices": []},
+        {"choices": [{"index": 0, "message": None}]},
+        [],
+        None,
+        "<html>\n<h1>bad gateway</h1></html>",
+    ],
+)
+def test_answers_that_are_no_completion_are_retried_then_one_line(endpoint: tuple[Endpoint, str], answer: Any) -> None:
+    state, url = endpoint
+    state.script = lambda number, body: (200, {}, answer) if number < 2 else good(body)
+    generator = OpenAIGenerator(url, "m", max_tries=3)
+    assert generator.complete(CHATS[:1], Sampling())[0][0].text == "QUESTION 0 0"
+    assert generator.usage.requests == 1
+    state.script = lambda number, body: (200, {}, answer)
+    with pytest.raises(RuntimeError, match=r"failed 3 times; the last answer: HTTP 200: .* \(no completion\)") as error:
+        generator.complete(CHATS[:1], Sampling())
+    assert "\n" not in str(error.value)
+    generator.close()
+
+
+def test_models_that_want_another_name_for_the_length_get_it(endpoint: tuple[Endpoint, str]) -> None:
+    state, url = endpoint
+    told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    state.script = lambda number, body: (400, {}, {"error": told}) if "max_tokens" in body else good(body)
+    generator = OpenAIGenerator(url, "m")
+    assert generator.complete(CHATS[:1], Sampling(max_tokens=9))[0][0].text == "QUESTION 0 0"
+    assert generator.complete(CHATS[:1], Sampling(max_tokens=9))[0][0].text == "QUESTION 0 0"
+    assert [item.get("max_tokens") for item in state.asked] == [9, None, None]
+    assert [item.get("max_completion_tokens") for item in state.asked] == [None, 9, 9]
+    generator.close()
+
+
+def test_an_endpoint_that_nobody_listens_at_is_said_at_once() -> None:
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    sock.close()
+    generator = OpenAIGenerator(f"http://127.0.0.1:{port}", "m")
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}/v1/chat/completions cannot be reached: ConnectError"):
+        generator.complete(CHATS[:1], Sampling())
     generator.close()

@@ -171,3 +171,32 @@ def test_stages_are_done_only_when_marked_and_attempts_add_up(tmp_path: Path) ->
     assert directory.spent_before(tmp_path, "rl") == 3.5
     directory.mark_done(tmp_path, "rl", 4.0)
     assert directory.is_done(tmp_path, "rl")
+
+
+def test_a_stage_is_put_aside_to_be_done_again_with_other_settings(tmp_path: Path) -> None:
+    base = [f"run_dir={tmp_path / 'run'}"]
+    folder = directory.prepare(load(TINY, base))
+    assert directory.set_aside(folder, "synthesize") is None
+    directory.mark_done(folder, "sample", 1.0)
+    directory.mark_done(folder, "synthesize", 1.0)
+    other = load(TINY, [*base, "prompts.critique_close='Overall judgment:'", "synthesize.balance=false"])
+    with pytest.raises(ValueError, match="and synthesize is done"):
+        directory.check(other)
+    assert directory.set_aside(folder, "synthesize") == folder / "synthesize.before-1"
+    assert (folder / "synthesize.before-1" / "done.json").exists() and not directory.is_done(folder, "synthesize")
+    directory.prepare(other)  # the drafts do not depend on how critiques are closed
+    assert directory.is_done(folder, "sample")
+    directory.mark_done(folder, "synthesize", 1.0)
+    assert directory.set_aside(folder, "synthesize") == folder / "synthesize.before-2"
+    directory.mark_done(folder, "synthesize", 1.0)
+    directory.mark_done(folder, "sft", 1.0)
+    with pytest.raises(
+        ValueError, match=r"synthesize cannot be redone: sft is done with its records; .*/run/sft first"
+    ):
+        directory.set_aside(folder, "synthesize")
+    assert directory.is_done(folder, "synthesize")
+
+
+def test_a_forced_close_needs_room() -> None:
+    with pytest.raises(ValueError, match=r"rl\.max_tokens: 32 leaves no room for prompts\.critique_close"):
+        load(TINY, ["prompts.critique_close=x", "rl.max_tokens=32"])
