@@ -30,7 +30,10 @@ test: lint  ## everything: lint, types and all tests (45 minutes at most)
 	scripts/setup-tests
 	$(RUN)/pytest
 
+docs: .venv/.ready  ## the documentation as a site, in build/site
+	$(RUN)/mkdocs build --quiet --strict
+
 clean:  ## remove the environment and caches, keep the runs
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-.PHONY: help setup tiny lint check test clean
+.PHONY: help setup tiny lint check test docs clean

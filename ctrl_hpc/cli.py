@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, config, data, report, sbatch
+from ctrl_hpc.commands import bench, config, data, init, report, sbatch
+from ctrl_hpc.commands.output import place
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.config.stages import STAGES
 
@@ -46,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         from ctrl_hpc.run import disk
 
-        if error.errno not in disk.FULL:
+        if os.environ.get("CTRL_HPC_TRACEBACK"):
             raise
+        if error.errno not in disk.FULL:
+            place = f"{error.filename}: " if error.filename else ""
+            print(f"ctrl-hpc: {place}{error.strerror or error} (CTRL_HPC_TRACEBACK=1 shows where)", file=sys.stderr)
+            return 1
         print(f"ctrl-hpc: {error}; make space: the same command continues where it stopped", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -80,9 +87,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    init.add(commands.add_parser("init", help="a configuration for your model, your problems, your machines"))
     run = commands.add_parser("run", help="all stages of a configuration; what is done is skipped")
     _configured(run, _run)
     run.add_argument("--dry-run", action="store_true", help="print the configuration and the plan: memory, times, jobs")
+    run.add_argument(
+        "--redo", choices=list(STAGES), help="do this stage and those after it anew; what they had made is kept"
+    )
     for name, stage in STAGES.items():
         if name != "report":
             one = commands.add_parser(name, help=stage.about)
@@ -108,9 +119,12 @@ def _parser() -> Parser:
         about.add_argument("run_dir", metavar="RUN", help="run directory")
         about.set_defaults(command=command)
         if name == "logs":
-            about.add_argument("role", nargs="?", default=None, help="driver, trainer, executor, generator or critic")
+            about.add_argument(
+                "role", nargs="?", default=None, help="driver, trainer (or sft, rl), executor, generator, critic"
+            )
             about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
         if name == "status":
+            about.add_argument("--json", action="store_true", help="as JSON, for programs")
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     _sweep_parsers(commands)
     sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
@@ -172,7 +186,7 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
     executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
-    executor.add_argument("--cache", type=Path, default=None, help="folder of the verdict cache (default: none)")
+    executor.add_argument("--cache", type=place, default=None, help="folder of the verdict cache (default: none)")
     executor.add_argument("--max-waiting", type=int, default=1024, help="executions that may wait (default: 1024)")
     executor.add_argument("--max-body-mb", type=int, default=256, help="largest request (default: 256)")
     executor.add_argument(
@@ -205,8 +219,8 @@ def _convert_parsers(parser: argparse.ArgumentParser) -> None:
         ("megatron-to-hf", "a Megatron checkpoint, a trainer's too, to a Hugging Face folder"),
     ):
         one = directions.add_parser(direction, help=text)
-        one.add_argument("source", metavar="SRC", type=Path)
-        one.add_argument("target", metavar="DST", type=Path, help="must not exist")
+        one.add_argument("source", metavar="SRC", type=place)
+        one.add_argument("target", metavar="DST", type=place, help="must not exist")
         one.add_argument("--tp", type=int, default=1, help="tensor-parallel processes (default: 1)")
         one.add_argument("--pp", type=int, default=1, help="pipeline-parallel processes (default: 1)")
         one.set_defaults(command=_convert, direction=direction)
@@ -216,6 +230,10 @@ def _run(options: argparse.Namespace) -> int:
     from ctrl_hpc.config import dump, load
 
     config = load(options.config, options.overrides)
+    if options.dry_run and options.redo:
+        raise ValueError("--redo: changes the run directory, which --dry-run does not")
+    if options.redo:
+        return _redo(config, options)
     if options.dry_run:
         lacking = _lacking(config)
         print(dump(config), end="")
@@ -228,10 +246,31 @@ def _run(options: argparse.Namespace) -> int:
     from ctrl_hpc.run import directory
 
     before = directory.is_done(Path(config.run_dir or ""), "report")  # else the stage itself says where it is
-    folder = pipeline.run(config)
+    with _logged(config, options):
+        folder = pipeline.run(config)
     if before:
         print(f"report: {folder / 'report' / 'index.html'}")
     return 0
+
+
+def _redo(config: Config, options: argparse.Namespace) -> int:
+    """The run again, from a stage on; its folder is as it was when nothing can be started."""
+    from ctrl_hpc import preflight
+    from ctrl_hpc.cluster.status import status
+    from ctrl_hpc.run import directory
+
+    folder = Path(config.run_dir or "")
+    if (folder / "config.yaml").is_file() and status(folder)["running"]:
+        raise ValueError(f"--redo: {folder}: is running; end it first: ctrl-hpc stop {folder}")
+    moves = directory.put_aside(folder, options.redo)
+    try:
+        preflight.check(config)
+    except BaseException:
+        directory.put_back(moves)
+        raise
+    print(f"put aside: {', '.join(str(aside) for _, aside in moves)}")
+    options.redo = None
+    return _run(options)
 
 
 def _print_scripts(config: Config) -> None:
@@ -282,10 +321,20 @@ def _stage(name: str) -> Callable[[argparse.Namespace], int]:
         _begin(config, name, options)
         from ctrl_hpc import pipeline
 
-        pipeline.run(config, stages=(name,))
+        with _logged(config, options):
+            pipeline.run(config, stages=(name,))
         return 0
 
     return command
+
+
+def _logged(config: Config, options: argparse.Namespace) -> AbstractContextManager[None]:
+    """Where this is a program of its own: what it prints is kept in the run's folder, too."""
+    if not options.is_program:
+        return nullcontext()
+    from ctrl_hpc.run import driver_log
+
+    return driver_log.kept(config.run_dir or "")
 
 
 def _begin(config: Config, command: str, options: argparse.Namespace) -> None:
@@ -308,9 +357,11 @@ def _suite(options: argparse.Namespace) -> int:
     if options.dry_run:
         from rich.console import Console
 
+        from ctrl_hpc.commands.status import fold
+
         read = suite.read(options.suite)
         members = suite.members(read, options.suite, options.overrides)
-        Console().print(suite.plan_table(read, members))
+        Console().print(fold(suite.plan_table(read, members)))
         for told in suite.check(members, dry=True):
             print(f"missing here: {told}")
         return 0
@@ -383,6 +434,9 @@ def _status(options: argparse.Namespace) -> int:
     from ctrl_hpc.cluster.status import status
     from ctrl_hpc.commands.status import show
 
+    if options.json:
+        print(json.dumps(status(options.run_dir), indent=1))
+        return 0
     show(status(options.run_dir))
     while options.watch:
         time.sleep(2.0)

@@ -79,14 +79,15 @@ def launch(config: Config | str | Path, *overrides: str) -> LaunchedRun:
     """
     from ctrl_hpc import config as configuration
     from ctrl_hpc import jsonl, preflight
-    from ctrl_hpc.run import disk, snapshot
+    from ctrl_hpc.run import snapshot
+    from ctrl_hpc.service import access
 
     if isinstance(config, (str, Path)):
         config = configuration.load(config, overrides)
     elif overrides:
         raise ValueError("overrides go with the path of a YAML file, not with a configuration that is already built")
     folder = preflight.check(config)
-    disk.make_private(folder)
+    access.make_private(folder)
     asked = snapshot.folder_of(folder) / snapshot.ASKED
     jsonl.write_text(asked, configuration.dump(config))
     log = folder / "logs" / "driver.log"

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -288,7 +288,7 @@ def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     evaluated = {name: _eval_problems(config, folder, name, tests) for name in config.data.eval_names}
     if "eval" in set(names):
         _pairs(config, folder)
-    prompts = Prompts.of(config.prompts)
+    prompts = Prompts.load(**asdict(config.prompts))
     return Run(config=config, folder=folder, tests=tests, problems=problems, eval_problems=evaluated, prompts=prompts)
 
 

@@ -23,7 +23,9 @@ from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.data import catalog
 from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.records import Problem
 from ctrl_hpc.run import directory
+from ctrl_hpc.sandbox.judge import COMPARISONS
 
 PATIENCE_S = 10.0
 """Longest wait for the answer of an endpoint."""
@@ -136,7 +138,18 @@ def _of_data(config: Config, folder: Path, todo: Sequence[str]) -> None:
         if name == "jsonl" and place is None:
             raise ValueError(f"{place_key}: missing; the data set jsonl is a file of problems")
         if name == "jsonl":
-            catalog.read(name, place, split)
+            _of_comparisons(config, place, catalog.read(name, place, split).items)
+
+
+def _of_comparisons(config: Config, place: str | None, problems: Iterable[Problem]) -> None:
+    known = [*COMPARISONS, *config.executor.judges]
+    for problem in problems:
+        name = (problem.comparison or "exact").partition(":")[0]
+        if name not in known:
+            raise ValueError(
+                f"{place}: {problem.id}: comparison: {name!r} is not one of {', '.join(known)}{close_to(name, known)}; "
+                "executor.judges adds more"
+            )
 
 
 def _of_models(config: Config, folder: Path, todo: Sequence[str]) -> None:
@@ -179,7 +192,8 @@ def _of_disk(config: Config, folder: Path, todo: Sequence[str]) -> None:
     place = folder
     while not place.exists():
         place = place.parent
-    if not os.access(place, os.W_OK):
+    # /proc and /sys, where a root user may write and nothing can be kept, are file systems without a size
+    if not os.access(place, os.W_OK) or shutil.disk_usage(place).total == 0:
         raise ValueError(f"run_dir: {folder}: {place} is not writable; choose another run_dir (run_dir=PATH)")
     if (folder / "config.yaml").exists() or not {"sft", "rl"} & set(todo):
         return

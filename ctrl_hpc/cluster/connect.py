@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ctrl_hpc.cluster.element import token
 from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.tree import ORACLE
+from ctrl_hpc.evaluate.critics import served
 from ctrl_hpc.records import Executor, Generator, Problem
 from ctrl_hpc.rollout.client import RolloutClient
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
@@ -45,7 +46,7 @@ def connect(config: Config, run_dir: str | Path, problems: Iterable[Problem] | N
     from ctrl_hpc.sandbox.client import ExecutorClient
 
     return Connections(
-        critic=_rollout(config, run_dir, "critic", config.critic.model),
+        critic=_rollout(config, run_dir, "critic", config.critic.model, called=_calls_critic(config)),
         generator=_generator(config, run_dir, problems),
         executor=ExecutorClient(_finder(config, run_dir, "executor"), token=token(run_dir)),
     )
@@ -60,10 +61,15 @@ def _finder(config: Config, run_dir: str | Path, role: str) -> Callable[[], Sequ
     return lambda: registry.endpoints(role)
 
 
-def _rollout(config: Config, run_dir: str | Path, role: str, model: str) -> RolloutClient:
+def _calls_critic(config: Config) -> bool:
+    """Whether any stage of the run may ask the critic; its folder is not needed otherwise."""
+    return bool({"synthesize", "rl"} & set(config.stages)) or ("eval" in config.stages and served(config))
+
+
+def _rollout(config: Config, run_dir: str | Path, role: str, model: str, *, called: bool = True) -> RolloutClient:
     return RolloutClient(
         _finder(config, run_dir, role),
-        _tokenizer(model),
+        _tokenizer(model) if called else None,
         patience_s=config.launch.start_timeout_s,
         role=role,
         token=token(run_dir),
@@ -77,7 +83,7 @@ def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] 
 
         if problems is None:
             raise ValueError("generator=oracle: the problems are needed here")
-        return OracleGenerator(problems, Prompts.of(config.prompts))
+        return OracleGenerator(problems, Prompts.load(**asdict(config.prompts)))
     if config.generator_is_url:
         endpoint = config.endpoint
         return OpenAIGenerator(

@@ -128,10 +128,12 @@ def _triton() -> Check:
 
 
 def _file_system(run_dir: Path) -> Check:
-    place = run_dir.absolute()
+    place = run_dir.expanduser().absolute()
     while not place.exists():
         place = place.parent
-    if not os.access(place, os.W_OK):
+    if not place.is_dir():
+        raise ValueError(f"{place}: is a file; doctor looks at the folder where runs are kept")
+    if not os.access(place, os.W_OK) or shutil.disk_usage(place).total == 0:
         fix = "run_dir=PATH on a file system that all nodes share and you may write"
         return Check(name="run directory", state="missing", found=f"{place} is not writable", fix=fix)
     times = []

@@ -28,6 +28,7 @@ from ctrl_hpc.cluster.job_records import JobRecord
 from ctrl_hpc.cluster.slurm import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig, LaunchConfig
 from ctrl_hpc.run import disk, snapshot
+from ctrl_hpc.service import access
 
 State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
@@ -80,7 +81,7 @@ class Job:
         path = JobPaths(self.handle.paths.folder, self.id, task).result_pickle
         try:
             with open(path, "rb") as file:
-                if not disk.is_ours(os.fstat(file.fileno())):
+                if not access.is_ours(os.fstat(file.fileno())):
                     raise RuntimeError(f"{path}: another user wrote it, so it is not read")
                 outcome: tuple[str, Any] = pickle.load(file)
                 return outcome
@@ -250,7 +251,7 @@ def _python(launch: LaunchConfig, resources: JobConfig, code: Path | None) -> st
 def _common(name: str, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> dict[str, Any]:
     """submitit's parameters for both engines."""
     return {
-        "name": f"{name}-{role}",
+        "name": f"{role}-{name}",  # squeue shows the first letters
         "timeout_min": resources.time_min,
         "nodes": nodes,
         "tasks_per_node": tasks_per_node,

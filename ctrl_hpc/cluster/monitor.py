@@ -5,7 +5,6 @@ The step of a line is the time of day, so that a later start of an element comes
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import threading
 import time
@@ -14,6 +13,7 @@ from typing import Any, Self
 from urllib.request import ProxyHandler, Request, build_opener
 
 import psutil
+import pynvml
 
 from ctrl_hpc.records import EVALUATION
 from ctrl_hpc.run.journal import Journal
@@ -52,21 +52,16 @@ def rates(before: dict[str, float], after: dict[str, float], seconds: float) -> 
 
 
 class Node:
-    """This node's figures: CPU and memory; GPUs by NVML, where ``pynvml`` is installed and finds a driver."""
+    """This node's figures: CPU and memory; GPUs by NVML, where there is a driver."""
 
     def __init__(self) -> None:
-        self._nvml: Any = None
         self._gpus: list[Any] = []
         psutil.cpu_percent()  # since here is what the next call tells
-        if importlib.util.find_spec("pynvml") is not None:
-            import pynvml
-
-            try:
-                pynvml.nvmlInit()
-            except pynvml.NVMLError:
-                return  # no driver here
-            self._nvml = pynvml
+        try:
+            pynvml.nvmlInit()
             self._gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        except pynvml.NVMLError:
+            return  # no driver here, or one that is out of order
 
     def figures(self) -> dict[str, float]:
         """Percent of all cores since the last call and of the memory; of every GPU its use in percent, and GiB."""
@@ -75,9 +70,9 @@ class Node:
         out["node/memory_gib"] = (memory.total - memory.available) / 2**30
         for index, gpu in enumerate(self._gpus):
             try:
-                out[f"node/gpu{index}_percent"] = float(self._nvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
-                out[f"node/gpu{index}_memory_gib"] = self._nvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**30
-            except self._nvml.NVMLError:
+                out[f"node/gpu{index}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu)
+                out[f"node/gpu{index}_memory_gib"] = pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 2**30
+            except pynvml.NVMLError:
                 continue  # a part of a GPU (MIG) tells not all of it
         return out
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc.cluster import processes
-from ctrl_hpc.run import disk
+from ctrl_hpc.service import access
 
 SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
@@ -257,7 +257,7 @@ def read_entry(file: Path, known: Service | None = None) -> Service | None:
             beat = info.st_mtime_ns / 1e9
             if known is not None and known.beat == beat:
                 return known
-            if not (stat.S_ISREG(info.st_mode) and disk.is_ours(info)):
+            if not (stat.S_ISREG(info.st_mode) and access.is_ours(info)):
                 return None
             data: Any = json.loads(text.read(_MOST_CHARACTERS))
     except (OSError, ValueError, RecursionError):

@@ -22,6 +22,7 @@ from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.run import disk, snapshot
+from ctrl_hpc.service import access
 
 POLL_S = 0.2
 """Seconds between looks while arrays start."""
@@ -58,7 +59,7 @@ class Services:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        disk.make_private(self.run_dir)
+        access.make_private(self.run_dir)
         disk.await_space(self.run_dir, self.config.launch.disk_patience_s)
         self.refuse_second_driver()
         end_recorded(self.run_dir)

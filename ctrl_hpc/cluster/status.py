@@ -66,12 +66,16 @@ def status(run_dir: str | Path) -> dict[str, Any]:
         "running": any(row["role"] == "driver" for row in rows),
         "jobs": rows,
         "stages": {stage: _stage(folder, stage) for stage in _stages(folder)},
-        "errors": _last_errors(folder),
+        "errors": [] if _is_over(folder) else _last_errors(folder),
     }
 
 
 def logs(run_dir: str | Path, role: str | None = None) -> list[Path]:
-    """The logs of a run, or of one role, oldest first; raises ValueError for a role without logs, naming those with."""
+    """The logs of a run, or of one role, oldest first; ``sft`` and ``rl`` are the trainer's.
+
+    Raises ValueError for a role without logs, naming those with.
+    """
+    role = "trainer" if role in ("sft", "rl") else role
     folder = _run_folder(run_dir) / "logs"
     files = sorted(folder.glob("*.log")) + sorted(folder.glob("*/*.out"))
     names = {file: file.stem if file.parent == folder else file.parent.name for file in files}
@@ -123,12 +127,21 @@ def _stage(folder: Path, stage: str) -> dict[str, Any]:
     return {"state": "started", **(journal.progress(folder, stage) if stage in journal.STAGES else {})}
 
 
+def _is_over(folder: Path) -> bool:
+    """Whether every stage that has begun is done: errors of attempts before are of no interest any more."""
+    stages = [name for name in _stages(folder) if name in STAGES]
+    return bool(stages) and all((folder / name / "done.json").is_file() for name in stages)
+
+
 def _last_errors(folder: Path, count: int = 5) -> list[str]:
     """The last lines of logs that look like an error, newest first."""
     out = []
     for file in reversed(logs(folder)):
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]
-        found = [line.strip() for line in lines if "Error" in line or "error:" in line]
+        # what Slurm says of a service that its driver ended is no error
+        ended = any("CANCELLED AT" in line for line in lines[-3:])
+        found = [line.strip() for line in lines if ("Error" in line or "error:" in line) and "CANCELLED AT" not in line]
+        found = [] if ended and all("error: *** " in line for line in found) else found
         if found:
             out.append(f"{file.parent.name}/{file.name}: {found[-1][:300]}")
         if len(out) == count:

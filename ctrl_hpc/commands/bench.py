@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
-from pathlib import Path
+
+from ctrl_hpc.commands.output import check_file, place
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     trainer.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     trainer.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     trainer.add_argument("--peak-tflops", type=float, default=None, help="the device's bf16 peak, for MFU")
-    trainer.add_argument("--out", type=Path, default=None, help="file for the numbers, as JSON")
+    trainer.add_argument("--out", type=place, default=None, help="file for the numbers, as JSON")
     trainer.set_defaults(command=_bench_trainer)
 
 
@@ -43,5 +44,7 @@ def _bench_trainer(options: argparse.Namespace) -> int:
 
     from ctrl_hpc.train.measure import Options, bench
 
+    if options.out is not None:
+        check_file(options.out, "--out")
     bench(Options(**{field.name: getattr(options, field.name) for field in fields(Options)}), options.out)
     return 0

@@ -16,7 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctrl_hpc.commands.output import check_file, place
 from ctrl_hpc.commands.parser import add_overrides
+
+PROVENANCE = ".provenance.json"
+"""Ending of the file beside one that was written: counts, sources, and what was left out."""
 
 if TYPE_CHECKING:
     from ctrl_hpc.config.machine import ExecutorConfig
@@ -37,10 +41,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[=PATH]",
         help="leave out problems that are like those of this benchmark; may be given several times",
     )
-    parser.add_argument("--out", type=Path, default=None, help="file to write (default: standard output)")
+    parser.add_argument("--out", type=place, default=None, help="file to write (default: standard output)")
     parser.add_argument(
         "--verify",
-        type=Path,
+        type=place,
         default=None,
         metavar="LEDGER.json",
         help="run every canonical solution and every known-wrong program; with a configuration --out gets what "
@@ -56,6 +60,7 @@ def run(options: argparse.Namespace) -> int:
     """Load, decontaminate, verify, write, and tell on stderr; beside ``--out FILE`` goes FILE.provenance.json."""
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"--workers: {options.workers} is not allowed; it must be greater than 0")
+    _check_outputs(options)
     from ctrl_hpc.data import problems
     from ctrl_hpc.store.tests import TestStore
 
@@ -70,6 +75,15 @@ def run(options: argparse.Namespace) -> int:
             items = _verify(options, items, executor, verified_only)
         _write(options.out, items, facts)
     return 0
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    sources = [options.path, *(text.partition("=")[2] for text in options.against), options.target]
+    sources += [text.partition("=")[2] for text in options.overrides]
+    if options.out is not None:
+        check_file(options.out, "--out", inputs=sources, beside=PROVENANCE)
+    if options.verify is not None:
+        check_file(options.verify, "--verify", inputs=[*sources, options.out])
 
 
 def _default_executor() -> ExecutorConfig:
@@ -162,6 +176,6 @@ def _write(out: Path | None, items: Sequence[Any], facts: dict[str, Any]) -> Non
         sys.stdout.writelines(map(jsonl.line, whole))
         return
     jsonl.write(out, whole)
-    beside = out.with_name(out.name + ".provenance.json")
+    beside = out.with_name(out.name + PROVENANCE)
     jsonl.write_text(beside, json.dumps(facts | {"written": len(items)}, indent=1) + "\n")
     print(f"{out}: {len(items)} problems; {beside}: counts, sources, and what was left out")

@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
         if word.startswith("-"):
             options = [name for name in self._option_string_actions if name.startswith("--")]
             self.error(f"{word.partition('=')[0]}: no such option{_near(word.partition('=')[0], options)}")
-        self.error(f"{word!r}: one argument too many")
+        keys = "; a key is set as KEY=VALUE" if any(action.dest == "overrides" for action in self._actions) else ""
+        self.error(f"{word!r}: one argument too many{keys}")
 
 
 def add_help(commands: Any, parser: Parser) -> None:

@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ctrl_hpc.commands.output import check_folder, place
 from ctrl_hpc.config.load import packaged
 
 
 def add(parser: argparse.ArgumentParser, stage: Callable[[argparse.Namespace], int]) -> None:
     """The command's arguments; ``stage`` runs the stage ``report`` of a configuration."""
     parser.add_argument("targets", nargs="+", metavar="CONFIG.yaml|RUN", help="a configuration, or run directories")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the report of several runs")
+    parser.add_argument("--out", type=place, default=None, help="folder of the report of several runs")
     parser.add_argument("--title", default="Several runs", help="title of that report")
     parser.set_defaults(command=lambda options: run(options, stage), overrides=[])
 
@@ -37,6 +38,7 @@ def _runs(folders: list[str], out: Path | None, title: str) -> int:
     if out is not None:
         from ctrl_hpc.report import combined
 
+        check_folder(out, "--out", ours="results.json")
         combined.write(folders, out, title)
         return 0
     if len(folders) > 1:

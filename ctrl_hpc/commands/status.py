@@ -22,6 +22,7 @@ def show(status: dict[str, Any], *, clear: bool = False) -> None:
         beat = "" if job["since_beat_s"] is None else f"{job['since_beat_s']:.0f} s ago"
         cells = (job["role"], job["state"], job["host"], job["job_id"], job["pid"], beat, job["log"])
         jobs.add_row(*("" if cell is None else str(cell) for cell in cells))
+    fold(jobs)
     if status["jobs"]:
         console.print(jobs)
     stages = Table("stage", "state", "step", "seconds", "last metrics")
@@ -31,6 +32,14 @@ def show(status: dict[str, Any], *, clear: bool = False) -> None:
         told = ", ".join(f"{key} {metrics[key]:.3f}" for key in SHOWN if key in metrics)
         seconds = f"{stage['wall_time_s']:.1f}" if "wall_time_s" in stage else ""
         stages.add_row(name, stage["state"], step, seconds, told)
+    fold(stages)
     console.print(stages)
     for error in status["errors"]:
         console.print(f"error: {error}", highlight=False)
+
+
+def fold(table: Table) -> Table:
+    """A table whose cells go on in a second line where the terminal is narrow, instead of losing their ends."""
+    for column in table.columns:
+        column.overflow = "fold"
+    return table

@@ -230,7 +230,13 @@ def _absolute_paths(config: Config, file: Path) -> Config:
     roots = [Path.cwd(), *file.resolve().parents, SHARE]
 
     def absolute(text: str, kind: IsPath) -> str:
-        if not text or is_url(text) or text in kind.names or (kind.or_name and "/" not in text):
+        if (
+            not text
+            or is_url(text)
+            or text in kind.names
+            or (kind.function and ":" not in text)
+            or (kind.or_name and "/" not in text)
+        ):
             return text
         place, sign, function = text.rpartition(":") if kind.function else (text, "", "")
         path = Path(place).expanduser()

@@ -98,10 +98,6 @@ class DataConfig:
         return tuple(name for name in names if not name == self.name == "tiny")
 
 
-CLOSE_ROOM = 32
-"""Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptConfig:
     """Templates of the user turns."""

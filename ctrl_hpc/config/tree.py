@@ -17,7 +17,6 @@ from ctrl_hpc.config.machine import (
     WandbConfig,
 )
 from ctrl_hpc.config.method import (
-    CLOSE_ROOM,
     CriticConfig,
     DataConfig,
     EvalConfig,
@@ -30,6 +29,7 @@ from ctrl_hpc.config.method import (
     TinyConfig,
 )
 from ctrl_hpc.config.stages import STAGES
+from ctrl_hpc.records import CLOSE_ROOM
 
 ORACLE = "oracle"
 """The generator that answers with the canonical solutions."""

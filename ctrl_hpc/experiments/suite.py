@@ -115,7 +115,7 @@ def members(suite: Suite, file: str | Path, overrides: Sequence[str] = ()) -> li
     Raises ValueError naming the variant whose configuration is wrong.
     """
     here = find(file, "suite").resolve().parent
-    folder = Path(suite.folder or Path("runs") / suite.name).absolute()
+    folder = Path(suite.folder or Path("runs") / suite.name).expanduser().absolute()
     out = []
     for variant in suite.variants:
         config = variant.config or suite.config
@@ -161,7 +161,7 @@ def run(file: str | Path, overrides: Sequence[str] = (), only: Sequence[str] = (
     check(wanted)
     failed = [member.folder.name for member, error in run_members(suite.name, wanted, every, suite.share) if error]
     finished = [member for member in every if member.done and "report" in member.config.stages]
-    out = Path(suite.folder or Path("runs") / suite.name).absolute() / "report"
+    out = Path(suite.folder or Path("runs") / suite.name).expanduser().absolute() / "report"
     if finished:
         from ctrl_hpc.report import combined
 

@@ -15,13 +15,12 @@ generator's whole answer, ``program`` the code taken from it (None when it holds
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
 
-from ctrl_hpc.config.method import PromptConfig
 from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.records import Chat, Message, Problem, Solution
@@ -49,14 +48,10 @@ class Prompts:
     """What a critique without a judgement is continued after; empty: none is."""
 
     @classmethod
-    def of(cls, config: PromptConfig) -> Self:
-        """As :meth:`load`, by the section ``prompts`` of a configuration."""
-        loaded = cls.load(config.folder, config.system)
-        return replace(loaded, critique_prefix=config.critique_prefix, critique_close=config.critique_close)
-
-    @classmethod
-    def load(cls, folder: str, system: str | None = None) -> Self:
-        """The templates of a packaged folder (``default``, ``tiny``) or of any other.
+    def load(
+        cls, folder: str, system: str | None = None, *, critique_prefix: str = "", critique_close: str = ""
+    ) -> Self:
+        """The templates of a packaged folder (``default``, ``tiny``) or of any other; the section ``prompts``'s keys.
 
         Raises ValueError with one line when the folder or a file is missing, does not parse, or uses a variable that
         it does not get.
@@ -66,7 +61,10 @@ class Prompts:
             packaged = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/critique.j2")))
             raise ValueError(f"prompts.folder: {folder!r} is no folder; allowed: {packaged}, or the path of a folder")
         return cls(
-            templates={name: load_template(place / f"{name}.j2", VARIABLES[name]) for name in VARIABLES}, system=system
+            templates={name: load_template(place / f"{name}.j2", VARIABLES[name]) for name in VARIABLES},
+            system=system,
+            critique_prefix=critique_prefix,
+            critique_close=critique_close,
         )
 
     def solution(self, problem: Problem) -> Chat:

@@ -395,6 +395,10 @@ class Message:
 Chat = tuple[Message, ...]
 
 
+CLOSE_ROOM = 32
+"""Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How to sample completions; ``temperature=0`` is greedy decoding."""

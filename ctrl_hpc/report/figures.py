@@ -48,7 +48,7 @@ def _turns(ax: Axes, turns: int, title: str, unit: str) -> None:
     ax.set_ylabel(unit)
     ax.set_xticks(range(turns + 1))
     ax.set_xlim(-0.12, turns + 0.06)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(axis="x", visible=False)
 
 
@@ -70,7 +70,7 @@ def accuracy_over_votes(critics: Mapping[str, Mapping[str, Any]]) -> Figure:
     ax.set_title("JudgeBench: accuracy over votes")
     ax.set_xlabel("votes")
     ax.set_ylabel("pairs decided rightly")
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.legend(frameon=False)
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.metrics import check_identity
 from ctrl_hpc.flow.reward import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
@@ -45,10 +47,12 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
     pictures = figures.draw_all(results, folder)
     shown = samples.rows(histories, config.eval.report_samples)
     about = (
-        f"Seed {config.seed}, generator {config.generator}, base critic {config.critic.model}, sampling temperature "
-        f"{config.eval.temperature}."
+        f"Seed {config.seed}, generator {named(config.generator)}, base critic {named(config.critic.model)}, sampling "
+        f"temperature {config.eval.temperature}."
     )
-    write_files(folder, made, page(config.name, [about], made, pictures, shown, results["wall_time_s"]))
+    write_files(
+        folder, made, page(config.name, [about, made_by(run_dir)], made, pictures, shown, results["wall_time_s"])
+    )
     journal = Journal(run_dir, "report")
     journal.log(
         journal.next,
@@ -65,6 +69,45 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         console.print(tables.rich_table(tables.judgebench_table(results["judgebench"])))
     console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
     return results
+
+
+def named(place: str) -> str:
+    """A model as a reader elsewhere knows it: the last two names of its path, or its URL."""
+    return place if is_url(place) else "/".join(Path(place).parts[-2:])
+
+
+def made_by(run_dir: Path) -> str:
+    """When, and by which code, a run was made, as its versions tell."""
+    file = run_dir / "versions.json"
+    versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    commit = (versions.get("git_commit") or "")[:9] + (", changed" if versions.get("git_dirty") else "")
+    told = [f"Report of {time.strftime('%Y-%m-%d')}"]
+    told += [f"code {versions['code']}" + (f" (commit {commit})" if commit else "")] if versions.get("code") else []
+    told += [f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name)]
+    return f"{', '.join(told)}. The run again: ctrl-hpc run {run_dir.name}/config.yaml run_dir=ANOTHER."
+
+
+DESCRIPTIONS = {
+    "learning_curve": "Reward, KL, entropy and clip fraction over the steps of RL",
+    "learning_curves": "A metric over the steps of RL, a line for each run",
+    "pass_at_1": "pass@1 of each critic over critique-revision turns, with 95 % intervals",
+    "deltas": "Shares of samples that one turn makes right and makes wrong, by critic",
+    "error_compounding": "Share of right drafts that revisions break, over turns, by critic",
+    "similarity": "Similarity of the first revision to its draft, by critic",
+    "difficulty": "pass@1 of drafts and after the last turn, by difficulty and critic",
+    "variants": "pass@1 of each variant, a dot for each run",
+    "scaling": "pass@1 over the number of samples",
+}
+"""What a picture shows, by the beginning of its name; the figures themselves stand in the tables."""
+
+
+def described(stem: str) -> str:
+    """The alternative text of a picture."""
+    kind = max((name for name in DESCRIPTIONS if stem.startswith(name)), key=len, default=None)
+    if kind is None:
+        return stem.replace("_", " ")
+    rest = stem.removeprefix(kind).strip("-_").replace("_", " ")
+    return DESCRIPTIONS[kind] + (f" ({rest})" if rest else "")
 
 
 def artifacts(config: Config, run_dir: Path) -> list[Artifact]:
@@ -155,7 +198,9 @@ def page(
         title=title,
         about=about,
         tables=made,
-        pictures=[(picture.stem, base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures],
+        pictures=[
+            (described(picture.stem), base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures
+        ],
         wall_time_s=wall_time_s,
         samples=data,
         transitions=TRANSITIONS,

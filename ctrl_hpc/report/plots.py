@@ -78,8 +78,9 @@ def colours(critics: Sequence[str]) -> dict[str, str]:
 
 
 def save(figure: Figure, file: Path) -> Path:
-    """Write a figure as PNG; returns the file."""
+    """Write a figure as PNG, and as SVG beside it for a paper; returns the former."""
     figure.savefig(file, dpi=160, bbox_inches="tight", pad_inches=0.18)
+    figure.savefig(file.with_suffix(".svg"), bbox_inches="tight", pad_inches=0.18, metadata={"Date": None})
     return file
 
 
@@ -152,7 +153,7 @@ def pass_over_turns(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure
     ax.set_ylabel("pass@1")
     ax.set_xticks(range(turns + 1))
     ax.set_xlim(-0.12, turns + 0.06)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(axis="x", visible=False)
     return figure
 
@@ -331,9 +332,11 @@ def by_difficulty(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     ax.set_ylabel("pass@1 after the last turn")
     ax.set_ylim(0.0, 1.2)
     ax.set_yticks(np.arange(0.0, 1.01, 0.2))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(axis="x", visible=False)
-    ax.legend(frameon=False, fontsize=9.5, ncols=min(len(names), 4) or 1, loc="upper left", title="lines: the drafts")
+    if names:  # below the axes, where no bar's label is
+        columns = min(len(names), 4)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9.5, ncols=columns, title="lines: the drafts")
     return figure
 
 
@@ -356,6 +359,6 @@ def variants(values: Mapping[str, Sequence[float]], baseline: float | None, titl
     highest = max(value for name in order for value in values[name])
     ax.set_xlim(0.0, min(highest + 0.1, 1.1))
     ax.set_title(title)
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.grid(axis="y", visible=False)
     return figure

@@ -10,6 +10,7 @@ import torch
 
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Follower, check_prompts
+from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights
 from ctrl_hpc.seeds import derive_seed
 
@@ -59,8 +60,6 @@ class ContinuousEngine:
             seeds = [item.seed for row in rows if (item := sampling[row]).seed is not None]
             seed = derive_seed(0, *seeds) if seeds else None
             out.update(zip(rows, self._decode([list(prompts[row]) for row in rows], alike, seed), strict=True))
-        from ctrl_hpc.rollout.engine import score_prompts
-
         with torch.inference_mode():
             scored = score_prompts(self.model, prompts, decodings)
         for row, score in enumerate(scored):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
+from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
 
 GROWTH = 64
@@ -330,43 +330,6 @@ class _StopTables:
         """Whether each row's token is one of its stop tokens; ``rows``: the requests of the rows."""
         ids_RS = self._ids_BS if self._same else self._ids_BS[rows_R]
         return (token_R[:, None] == ids_RS).any(dim=-1)
-
-
-SCORED_AT_ONCE = 256
-"""Positions whose logits are held at a time when prompts are scored."""
-Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
-"""Log-probs of a prompt's tokens but the first, and the likeliest tokens there."""
-
-
-def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[Score | None]:
-    """The prompts' own log-probs at temperature 1, where they are asked for; equal prompts are computed once."""
-    known: dict[tuple[tuple[int, ...], int], Score] = {}
-    out: list[Score | None] = []
-    for prompt, decoding in zip(prompts, decodings, strict=True):
-        key = (tuple(prompt), decoding.top_logprobs)
-        if decoding.prompt_logprobs and key not in known:
-            known[key] = _score(model, *key)
-        out.append(known[key] if decoding.prompt_logprobs else None)
-    return out
-
-
-def _score(model: Any, prompt: tuple[int, ...], top: int) -> Score:
-    device = next(model.parameters()).device
-    ids_1T = torch.tensor([prompt], device=device)
-    hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, :-1]
-    values: list[float] = []
-    tops: list[TopLogprobs] = []
-    for start in range(0, len(hidden_TD), SCORED_AT_ONCE):
-        part_CD = hidden_TD[start : start + SCORED_AT_ONCE]
-        logprobs_CV = torch.log_softmax(model.get_output_embeddings()(part_CD).float(), dim=-1)
-        wanted_C1 = ids_1T[0, start + 1 : start + 1 + len(part_CD), None]
-        values += logprobs_CV.gather(1, wanted_C1)[:, 0].tolist()
-        likeliest = logprobs_CV.topk(top, dim=-1)
-        pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-        tops += [tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
-    if not all(map(math.isfinite, values)):
-        raise RuntimeError("the logits are not finite: bad weights?")
-    return tuple(values), tuple(tops)
 
 
 def _continuous(model: Any, stop_ids: frozenset[int], _: int) -> Engine:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import time
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,20 @@ from ctrl_hpc.config import Config, dump, load, value
 from ctrl_hpc.config.changes import concerns, depends, prepared
 from ctrl_hpc.config.facts import facts
 from ctrl_hpc.config.stages import PREPARED, STAGES
-from ctrl_hpc.run import disk, snapshot
+from ctrl_hpc.run import snapshot
+from ctrl_hpc.service import access
 
 _WHOLE = 64 << 20
 """Larger files are told by their size and their ends: weights of many GB are not read through."""
 _END = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """What a path names, where the path stayed the same and this did not."""
+
+    path: str
+    fingerprint: str | None
 
 
 def fingerprint(place: Path) -> str | None:
@@ -32,8 +41,13 @@ def fingerprint(place: Path) -> str | None:
         return _of([("", place)])
     if not place.is_dir():
         return None
-    files = sorted(file for file in place.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
-    return _of([(file.relative_to(place).as_posix(), file) for file in files])
+    inside = [(file.relative_to(place), file) for file in sorted(place.rglob("*")) if file.is_file()]
+    return _of([(name.as_posix(), file) for name, file in inside if not any(map(_is_aside, name.parts))])
+
+
+def _is_aside(part: str) -> bool:
+    """Whether a folder or file is no content: byte code, and what downloads and editors keep in hidden places."""
+    return part == "__pycache__" or part.startswith(".")
 
 
 def _of(files: list[tuple[str, Path]]) -> str:
@@ -65,15 +79,16 @@ def check(config: Config) -> Path:
     Raises ValueError naming the first key that differs and the stage that has read it; writes nothing.
     """
     folder = Path(config.run_dir or "")
-    if folder.is_dir() and not disk.is_ours(folder.stat()):
+    if folder.is_dir() and not access.is_ours(folder.stat()):
         raise ValueError(f"{folder}: belongs to another user; choose another run_dir (run_dir=PATH)")
     old = _last(folder)
     if old is not None:
         _check_changes(folder, old, config)
     elif folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; choose another run_dir (run_dir=PATH)")
+    for above in (folder, *folder.parents):
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{above}: is a file; choose another run_dir (run_dir=PATH)")
     return folder
 
 
@@ -90,9 +105,12 @@ def _check_changes(folder: Path, old: Config, new: Config) -> None:
         keys = depends(stage, old) | depends(stage, new) if state else set()
         for key, (there, now) in changed.items():
             if concerns(key, keys):
+                told = f"{key} is {there!r} there and {now!r} now"
+                if isinstance(now, Content):
+                    told = f"{key}: the content of {now.path} has changed"
                 raise ValueError(
-                    f"{folder}: belongs to another configuration: {key} is {there!r} there and {now!r} now, and "
-                    f"{stage} {state} with it; choose another run_dir (run_dir=PATH) or remove the folder"
+                    f"{folder}: belongs to another configuration: {told}, and {stage} {state} with it; choose another "
+                    f"run_dir (run_dir=PATH), or do it and what follows anew with --redo {stage}"
                 )
 
 
@@ -119,7 +137,7 @@ def prepare(config: Config, **versions: Any) -> Path:
     Problems and models that were made under a configuration that has changed since go, to be made anew.
     """
     folder = check(config)
-    disk.make_private(folder)
+    access.make_private(folder)
     old = _last(folder)
     changed = {} if old is None else _changed(folder, old, config)
     if old is not None and changed:
@@ -143,7 +161,40 @@ def _changed(folder: Path, old: Config, new: Config) -> dict[str, tuple[Any, Any
         known = inputs.get(key, {}).get("content")
         if place is None or known is None or known != fingerprint(place) or not _names_alike(there, now):
             out[key] = (there, now)
+    flat = _flat(new)
+    for key, told in inputs.items():
+        found = _place(flat.get(key))
+        if key not in out and found is not None and str(found) == told["path"]:
+            content = fingerprint(found)
+            if content != told["content"]:
+                before = Content(path=told["path"], fingerprint=told["content"])
+                out[key] = (before, Content(path=told["path"], fingerprint=content))
     return out
+
+
+def put_aside(folder: Path, stage: str) -> list[tuple[Path, Path]]:
+    """Move what a stage and those after it have made to ``RUN/earlier/N``; returns the moves, from where and to where.
+
+    Raises ValueError where there is nothing of the stage.
+    """
+    names = list(STAGES)[list(STAGES).index(stage) :]
+    if not (folder / stage).is_dir():
+        raise ValueError(f"--redo: {stage}: {folder} holds nothing of it")
+    earlier = folder / "earlier"
+    target = earlier / str(1 + sum(1 for _ in earlier.iterdir()) if earlier.is_dir() else 1)
+    target.mkdir(parents=True)
+    moves = [(folder / name, target / name) for name in names if (folder / name).is_dir()]
+    for source, aside in moves:
+        source.rename(aside)
+    return moves
+
+
+def put_back(moves: list[tuple[Path, Path]]) -> None:
+    """Undo :func:`put_aside`."""
+    for source, aside in moves:
+        aside.rename(source)
+    if moves:
+        moves[0][1].parent.rmdir()
 
 
 def _place(text: Any) -> Path | None:

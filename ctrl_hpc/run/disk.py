@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import shutil
 import time
@@ -59,18 +58,3 @@ def await_space(folder: Path, patience_s: float) -> None:
             told = waited
             console.print(f"{folder}: the disk is full ({free} MiB free); waiting for space", soft_wrap=True)
         time.sleep(POLL_S)
-
-
-def is_ours(info: os.stat_result) -> bool:
-    """Whether a file belongs to this user, or to root: what others wrote is not believed."""
-    return info.st_uid in (os.geteuid(), 0)
-
-
-def make_private(folder: Path) -> None:
-    """A folder that others cannot enter; one that is there keeps its readers, but no other may write."""
-    if folder.is_dir():
-        mode = folder.stat().st_mode
-        if mode & 0o022:
-            folder.chmod(mode & 0o7755)
-    else:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from ctrl_hpc.run import disk
+from ctrl_hpc.service.access import is_ours
 from ctrl_hpc.service.json_client import allow_many_connections
 
 
@@ -183,7 +183,7 @@ def _read_token(file: Path) -> str | None:
         return None
     with open(fd, encoding="ascii") as text:
         info = os.fstat(fd)
-        if not disk.is_ours(info) or not stat.S_ISREG(info.st_mode):
+        if not is_ours(info) or not stat.S_ISREG(info.st_mode):
             raise ValueError(f"{file}: is not this user's file; remove it, or choose another run_dir")
         return text.read().strip()
 

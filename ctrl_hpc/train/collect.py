@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -40,7 +40,7 @@ class Collector:
         """Connect to the services of the run. Raises ValueError when there is no draft to critique."""
         from transformers import AutoTokenizer
 
-        stage, prompts = run_dir / "rl", Prompts.of(config.prompts)
+        stage, prompts = run_dir / "rl", Prompts.load(**asdict(config.prompts))
         if config.rl.replay is not None:
             return cls(config=config, stage=stage, prompts=prompts)
         # An input is a token shorter than its sequence.

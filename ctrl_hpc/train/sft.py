@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from ctrl_hpc import jsonl
@@ -64,7 +65,7 @@ def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
     problems = {problem.id: problem for problem in jsonl.iterate(Problem, run_dir / "problems" / "train.jsonl")}
     solutions = {item.id: item for item in jsonl.iterate(Solution, run_dir / "sample" / "solutions.jsonl")}
     critiques = jsonl.read(Critique, run_dir / "synthesize" / "critiques.jsonl")
-    prompts = Prompts.of(config.prompts)
+    prompts = Prompts.load(**asdict(config.prompts))
     tokenizer = AutoTokenizer.from_pretrained(config.critic.model)
     sequences: Sequences = []
     for critique in critiques:

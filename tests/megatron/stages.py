@@ -33,8 +33,8 @@ from ctrl_hpc.records import Chat, Execution, Generation, Sampling, Verdict
 from ctrl_hpc.train import collect, rl, sft
 from ctrl_hpc.train.rollouts import Rollout
 
-KILLS = (2, 7, 12, 18, 21, 5)
-"""The file renames before which a run is killed, one after another: in saves, publications, progress, recordings."""
+KILLS = (2, 7, 12, 18, 5, 3)
+"""The file renames before which a run is killed, one after another: in saves, publications, recordings."""
 
 
 RANDOM_KILLS = 6

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, Verdict
+from ctrl_hpc.run import journal
 from ctrl_hpc.seeds import take
 
 pytestmark = pytest.mark.slow
@@ -80,9 +81,10 @@ def log_of(folder: Path) -> str:
 
 
 def metrics(folder: Path, stage: str) -> list[dict[str, float]]:
-    """The stage's journal without the times."""
-    records = map(json.loads, (folder / stage / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in record.items() if not key.startswith("time")} for record in records]
+    """The numbers of the stage's journal without the times."""
+    lines = journal.lines(journal.place(folder, stage))
+    numbers = [{"step": line["step"], **journal.numbers(line)} for line in lines]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in numbers]
 
 
 def test_the_same_seed_and_layout_give_the_same_bits_with_saves_in_the_background_too(
@@ -214,7 +216,8 @@ def test_every_log_names_the_kernels_backend(folder: Path, status: dict[str, Any
         in (folder / "stages.log").read_text()
     )
     assert all(record["kernels/triton"] == 0 for record in metrics(folder / "whole", "rl"))
-    assert metrics(folder / "whole", "rl")[0]["summary"]["trainer/kernels"] == "torch"
+    first = journal.lines(journal.place(folder / "whole", "rl"))[0]
+    assert first["summary"]["trainer/kernels"] == "torch"
 
 
 def test_ppo_trains_a_value_network_beside_the_critic(folder: Path, status: dict[str, Any]) -> None:

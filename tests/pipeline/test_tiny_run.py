@@ -17,6 +17,7 @@ from process_table import processes_of
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.records import Problem, Solution
+from ctrl_hpc.run import journal
 
 CONFIG = ROOT / "configs" / "tiny_ci.yaml"
 
@@ -104,6 +105,16 @@ def test_the_frozen_generator_is_not_the_policy(finished: Path) -> None:
         assert text.strip() == draft.text.strip()
 
 
+def test_its_logs_and_its_status_end_well(finished: Path) -> None:
+    said = {role: ctrl_hpc("logs", str(finished), role) for role in ("rl", "driver", "trainer", "executor")}
+    assert all(done.returncode == 0 for done in said.values())
+    assert said["rl"].stdout == said["trainer"].stdout
+    assert "rl: done in" in said["driver"].stdout and "report: " in said["driver"].stdout
+    status = json.loads(ctrl_hpc("status", str(finished), "--json").stdout)
+    assert not status["running"] and status["errors"] == []
+    assert all(stage["state"] == "done" for name, stage in status["stages"].items() if name != "models")
+
+
 def test_a_second_run_skips_everything_and_changes_nothing(finished: Path) -> None:
     before = (finished / "report" / "results.json").read_bytes()
     again = ctrl_hpc("run", str(CONFIG), f"run_dir={finished}")
@@ -126,9 +137,8 @@ def test_an_interrupted_run_leaves_no_process_and_continues(how: signal.Signals,
     small += ["tiny.require_conditions=false", "launch.dead_after_s=10"]
     command = [sys.executable, "-m", "ctrl_hpc.cli", "run", str(CONFIG), f"run_dir={folder}", *small]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    progress = folder / "rl" / "progress.json"
     deadline = time.monotonic() + 240
-    while not (progress.exists() and json.loads(progress.read_text())["step"] >= 3):
+    while journal.progress(folder, "rl").get("step", 0) < 3:
         assert process.poll() is None and time.monotonic() < deadline, "the run ended or hung before its third RL step"
         time.sleep(0.1)
     process.send_signal(how)

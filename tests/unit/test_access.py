@@ -23,8 +23,7 @@ import uvicorn
 
 from ctrl_hpc import cli
 from ctrl_hpc.cluster.registry import Registry
-from ctrl_hpc.run import disk
-from ctrl_hpc.service import http
+from ctrl_hpc.service import access, http
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="becoming another user needs root")
 TOKEN = "a-token"
@@ -152,10 +151,10 @@ def test_no_odd_file_stops_a_reader_of_the_registry(tmp_path: Path) -> None:
 
 def test_a_run_directory_is_its_owners_alone(tmp_path: Path) -> None:
     new, old = tmp_path / "runs" / "new", tmp_path / "old"
-    disk.make_private(new)
+    access.make_private(new)
     old.mkdir()
     old.chmod(0o775)
-    disk.make_private(old)
+    access.make_private(old)
     assert stat.S_IMODE(new.stat().st_mode) == 0o700 and stat.S_IMODE(old.stat().st_mode) == 0o755
 
 

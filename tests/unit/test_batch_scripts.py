@@ -28,7 +28,7 @@ def test_scripts_hold_what_the_profile_says() -> None:
     for line in (
         *("--account=science", "--qos=long", "--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8"),
         *("--constraint=h100", "--exclude=n05", "--requeue", "--open-mode=append", "--signal=USR2@120"),
-        *("--mem=65536MB", "--time=1440", "--cpus-per-task=8", "--job-name=tiny_ci-trainer"),
+        *("--mem=65536MB", "--time=1440", "--cpus-per-task=8", "--job-name=trainer-tiny_ci"),
     ):
         assert f"#SBATCH {line}\n" in trainer, trainer
     assert "module load cuda/12.8\n" in trainer and "--container-image=/shared/ctrl.sqsh" in trainer

@@ -54,7 +54,7 @@ def test_wrong_input_ends_with_2_and_one_line(
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("rnu configs/tiny.yaml", "ctrl-hpc: COMMAND: there is no 'rnu' (did you mean run?); allowed: run, sample, "),
+        ("rnu configs/tiny.yaml", "ctrl-hpc: COMMAND: there is no 'rnu' (did you mean run?); allowed: init, run, sam"),
         ("serve exectuor --port 1", "ctrl-hpc serve: KIND: there is no 'exectuor' (did you mean executor?); allowed: "),
         (
             "bench trainer --recompute al",

@@ -6,6 +6,7 @@ a command is parsed all the same. Long commands are run dry here, and for real b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -22,7 +23,7 @@ from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump
 from ctrl_hpc.records import Problem, StdinTest
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 FOR_REAL = {
@@ -34,6 +35,8 @@ FOR_REAL = {
     "make": "tests/pipeline/test_tiny_run.py",
     "sbatch": "tests/cluster/test_faults.py",
     "sync": "tests/cluster/test_sync.py",
+    "logs": "tests/pipeline/test_tiny_run.py",
+    "init": "tests/unit/test_init.py",
     "sweep": "tests/cluster/test_sweep.py",
 }
 """Where the commands that are only run dry or parsed here are run."""
@@ -69,15 +72,21 @@ def commands(page: Path) -> list[tuple[str, str | None]]:
     return out
 
 
-CASES = [(page.name, command, needs) for page in PAGES for command, needs in commands(page)]
+CASES = [
+    (page.relative_to(ROOT).as_posix().removeprefix("docs/"), command, needs)
+    for page in PAGES
+    for command, needs in commands(page)
+]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like the project's, with the files that the pages speak of."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "Makefile", "tests"):
-        (folder / name).symlink_to(ROOT / name)
+    for here in (folder, folder / "fresh"):  # the latter without the runs
+        here.mkdir(exist_ok=True)
+        for name in ("configs", "models", "ctrl_hpc", "slurm", "scripts", "images", "examples", "Makefile", "tests"):
+            (here / name).symlink_to(ROOT / name)
     tests = (StdinTest(stdin="1 2\n", expected_stdout="3\n"),)
     jsonl.write(
         folder / "problems.jsonl",
@@ -92,7 +101,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.results["datasets"] = {"tiny": run.results["datasets"]["codecontests"]}
         jsonl.write_text(run.folder / "config.yaml", dump(run.config))
         jsonl.write_text(run.folder / "report" / "results.json", json.dumps(run.results))
-        jsonl.write_text(run.folder / "logs" / "rl.log", "step 1\n")
     return folder
 
 
@@ -148,10 +156,13 @@ def ctrl_hpc(arguments: list[str]) -> None:
     if name in ("run", "suite") and not placeholder:
         dry = arguments if "--dry-run" in arguments else [*arguments, "--dry-run"]
         folder = Path("my_prompts")
-        if any("my_prompts" in word for word in arguments):
-            shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
-        assert cli.main(dry) == 0
-    elif name in ("help", "completion", "data", "report", "status", "logs", "stop") and not placeholder:
+        with contextlib.chdir("fresh"):
+            if Path("..", "problems.jsonl").exists():
+                shutil.copy(Path("..", "problems.jsonl"), ".")
+            if any("my_prompts" in word for word in arguments):
+                shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
+            assert cli.main(dry) == 0
+    elif name in ("help", "completion", "data", "report", "status", "stop") and not placeholder:
         assert cli.main(arguments) == 0
     elif name == "doctor":
         assert cli.main(arguments) in (0, 1)  # it names what this machine lacks
@@ -174,3 +185,15 @@ def test_code_and_links(page: Path) -> None:
         yaml.safe_load(body)
     for link in LINK.findall(page.read_text(encoding="utf-8")):
         assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link} leads nowhere"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_of_every_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    for page in (ROOT / "docs").glob("*.md"):
+        made = tmp_path / "site" / ("" if page.stem == "index" else page.stem) / "index.html"
+        assert "<h1" in made.read_text(encoding="utf-8"), page.name
+    home = (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
+    titles = re.findall(r'class="md-nav__link[^"]*">\s*<span class="md-ellipsis">\s*(.*?)\s*<', home)
+    assert {"A first run", "On your Slurm", "Architecture"} <= set(titles)

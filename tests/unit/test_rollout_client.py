@@ -14,10 +14,10 @@ import torch
 from jinja2 import Template
 from transformers import AutoTokenizer
 
-from ctrl_hpc.config.method import CLOSE_ROOM
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique
 from ctrl_hpc.records import (
+    CLOSE_ROOM,
     Chat,
     Critique,
     Generation,

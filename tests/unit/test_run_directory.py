@@ -1,10 +1,13 @@
 """A run directory belongs to one configuration, and interrupted stages are known."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from ctrl_hpc import cli
 from ctrl_hpc.config import ROOT, Config, load
 from ctrl_hpc.run import directory
 from ctrl_hpc.run import directory as fingerprints
@@ -171,6 +174,64 @@ def test_stages_are_done_only_when_marked_and_attempts_add_up(tmp_path: Path) ->
     assert directory.spent_before(tmp_path, "rl") == 3.5
     directory.mark_done(tmp_path, "rl", 4.0)
     assert directory.is_done(tmp_path, "rl")
+
+
+def test_an_input_whose_content_changed_is_refused_or_done_anew(
+    tmp_path: Path,
+) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("one\n")
+    words = [f"run_dir={tmp_path / 'run'}", "data.name=jsonl", f"data.path={problems}"]
+    config = load(TINY, words)
+    folder = directory.prepare(config)
+    (folder / "problems").mkdir()
+    (folder / "problems" / "train.jsonl").write_text("made of one\n")
+    problems.write_text("two\n")
+    directory.prepare(config)  # no stage has records: made anew
+    assert not (folder / "problems" / "train.jsonl").exists()
+    directory.mark_done(folder, "sample", 1.0)
+    directory.mark_done(folder, "synthesize", 1.0)
+    directory.check(config)
+    problems.write_text("three\n")
+    told = rf"data\.path: the content of {problems} has changed, and sample is done with it; .* with --redo sample$"
+    with pytest.raises(ValueError, match=told):
+        directory.check(config)
+    moves = directory.put_aside(folder, "sample")
+    assert [aside for _, aside in moves] == [folder / "earlier" / "1" / name for name in ("sample", "synthesize")]
+    directory.check(config)
+    directory.put_back(moves)
+    assert directory.is_done(folder, "synthesize") and not list((folder / "earlier").iterdir())
+
+
+def test_redo_leaves_a_run_as_it_was_when_nothing_can_be_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "tiny", f"run_dir={tmp_path / 'run'}"]
+    folder = directory.prepare(load("tiny", words[2:]))
+    directory.mark_done(folder, "rl", 1.0)
+    assert cli.main([*words, "--redo", "rl", "--dry-run"]) == 2
+    assert cli.main([*words, "--redo", "sft"]) == 2
+    assert f"--redo: sft: {folder} holds nothing of it" in capsys.readouterr().err
+    assert cli.main([*words, "--redo", "rl", "launch.bind=192.0.2.1"]) == 2
+    assert "launch.bind: 192.0.2.1" in capsys.readouterr().err
+    assert directory.is_done(folder, "rl") and not list((folder / "earlier").iterdir())
+
+
+def test_what_a_driver_prints_is_kept_without_bars_and_colours(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rich.console import Console; from ctrl_hpc.run.driver_log import kept\n"
+        f"with kept({str(tmp_path)!r}):\n"
+        "    Console(stderr=True, force_terminal=True).print('[red]sample[/red]: done')\n"
+        "    print('steps ━━━━ 3/5'); print('report: here')\n"
+        "print('after')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "\x1b[" in done.stderr and done.stdout == "steps ━━━━ 3/5\nreport: here\nafter\n"
+    log = tmp_path / "logs" / "driver.log"
+    assert log.read_text() == "sample: done\nreport: here\n"
+    with open(log, "a") as out:  # a driver that was started with its output there writes once
+        subprocess.run([sys.executable, "-c", code], stdout=out, stderr=out, check=True)
+    assert log.read_text().count("report: here") == 2
 
 
 def test_a_stage_is_put_aside_to_be_done_again_with_other_settings(tmp_path: Path) -> None:
