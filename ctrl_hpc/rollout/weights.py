@@ -79,7 +79,7 @@ def _new_state(
     here, about = folder, deltas.About.read(folder)
     while about is not None and about.base is not None:
         later.append((here, about))
-        if held is not None and about.base_state == held:
+        if held is not None and about.base_state == held and _holds_exactly(own, about):
             break
         here = here.with_name(about.base)
         if not here.is_dir():
@@ -99,6 +99,12 @@ def _new_state(
         deltas.apply(place, difference, state, {} if whole else own)
     last = later[0][1] if later else about
     return state, last.state if last is not None else None, whole
+
+
+def _holds_exactly(own: dict[str, torch.Tensor], about: deltas.About) -> bool:
+    """Whether the model's tensors have all bits of those that a difference changes: it may be served in fewer."""
+    told = {name: getattr(torch, str(item["dtype"])) for name, item in (about.tensors or {}).items() if name in own}
+    return all(torch.promote_types(own[name].dtype, dtype) == own[name].dtype for name, dtype in told.items())
 
 
 def _tied_names(state: dict[str, torch.Tensor]) -> dict[str, set[str]]:

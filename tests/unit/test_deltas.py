@@ -81,6 +81,16 @@ def test_a_server_comes_to_a_version_from_any_other(
         assert engine.version == version and held(engine, versions[version])
 
 
+def test_a_server_of_fewer_bits_begins_with_the_last_whole_version(published: tuple[Path, list[Weights]]) -> None:
+    place, versions = published
+    engine = load_engine(str(place / "v000000"), device="cpu")
+    assert isinstance(engine, PaddedEngine)
+    engine.model.to(torch.bfloat16)
+    for version in (1, 2, 3):
+        engine.load_weights(str(place / f"v{version:06d}"), version)
+        assert held(engine, {name: tensor.to(torch.bfloat16) for name, tensor in versions[version].items()})
+
+
 def spoil_checksum(place: Path) -> None:
     about = About.read(place / "v000003")
     assert about is not None and about.tensors is not None
