@@ -238,7 +238,7 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
         if name not in todo:
             console.print(f"{name}: done before, skipped")
     if todo:
-        here = with_models(config, folder)
+        here = _with_models(config, folder)
         with ExitStack() as stack:
             services = stack.enter_context(Services(here, folder))  # the only driver of the run from here on
             directory.prepare(config, jail=rootfs.contents(config.executor.python, config.executor.packages).named())
@@ -253,7 +253,7 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
             for index, name in enumerate(todo):
                 services.keep(roles(here, todo[index:]))
                 services.await_first(roles(here, [name]))
-                run_stage(name, this, connections)
+                _run_stage(name, this, connections)
     return folder
 
 
@@ -280,7 +280,7 @@ def redo(config: Config, name: str) -> list[tuple[Path, Path]]:
 
 def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     """The run's models, prompts and those problems that the stages use, made or read back."""
-    config = with_models(config, folder)
+    config = _with_models(config, folder)
     _make_models(config, folder)
     training = {"sample", "synthesize", "sft", "rl"} & set(names)
     tests = problems_of.store(folder)
@@ -292,14 +292,14 @@ def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     return Run(config=config, folder=folder, tests=tests, problems=problems, eval_problems=evaluated, prompts=prompts)
 
 
-def run_stage(name: str, this: Run, connections: Connections | None) -> None:
+def _run_stage(name: str, this: Run, connections: Connections | None) -> None:
     """One stage, timed; its ``done.json`` is written last."""
     console.rule(f"[bold]{name}")
     started = time.monotonic()
     before = directory.spent_before(this.folder, name)
     try:
         if name == "rl":
-            check_conditions(this, connections)
+            _check_conditions(this, connections)
         facts = _unless_disk_is_full(name, this, connections)
     except BaseException:
         directory.add_attempt(this.folder, name, time.monotonic() - started)
@@ -323,7 +323,7 @@ def _unless_disk_is_full(name: str, this: Run, connections: Connections | None) 
             disk.await_space(this.folder, this.config.launch.disk_patience_s)
 
 
-def check_conditions(this: Run, connections: Connections | None) -> None:
+def _check_conditions(this: Run, connections: Connections | None) -> None:
     """Before RL in the tiny world: the conditions under which the revision's reward is honest, printed."""
     if this.config.data.name != "tiny" or connections is None:
         return
@@ -347,7 +347,7 @@ def check_conditions(this: Run, connections: Connections | None) -> None:
         )
 
 
-def with_models(config: Config, folder: Path) -> Config:
+def _with_models(config: Config, folder: Path) -> Config:
     """The configuration with the places of those models that the run trains for itself, if it does."""
     if not config.tiny.rebuild:
         return config

@@ -29,7 +29,7 @@ from ctrl_hpc.sandbox.judge import COMPARISONS
 
 PATIENCE_S = 10.0
 """Longest wait for the answer of an endpoint."""
-SLURM_SECTIONS = {"executor": "executor", "critic": "rollout", "generator": "rollout", "trainer": "trainer"}
+_SLURM_SECTIONS = {"executor": "executor", "critic": "rollout", "generator": "rollout", "trainer": "trainer"}
 """The section of ``launch`` that each role's resources stand in."""
 _REFUSALS = (
     ("partition", "launch.{section}.partition"),
@@ -268,7 +268,7 @@ def _of_slurm(config: Config, todo: Sequence[str]) -> Iterator[Finding]:
         if "configuration source" in said or "Unable to contact" in said:
             yield Finding(text=f"launch.engine: slurm: {said}", here=True)
             return
-        section = SLURM_SECTIONS[role]
+        section = _SLURM_SECTIONS[role]
         key = next(key for word, key in _REFUSALS if word in said.lower()).format(section=section)
         found = configuration.value(config, key)
         shown_value = f": {found!r}" if isinstance(found, str | int | float) else ""

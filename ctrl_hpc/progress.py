@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-LOG_EVERY_S = 15.0
+_LOG_EVERY_S = 15.0
 """Seconds between the lines of a log."""
 
 
@@ -49,7 +49,7 @@ class Steps:
         self._done = done
         self._bar.update(self._task, completed=done, note=note)
         now = time.monotonic()
-        if not self._console.is_terminal and (now - self._told > LOG_EVERY_S or done >= self._total):
+        if not self._console.is_terminal and (now - self._told > _LOG_EVERY_S or done >= self._total):
             self._told = now
             rate = (done - self._first) / max(now - self._started, 1e-9)
             left = f", {(self._total - done) / rate:.0f} s left" if rate > 0 and done < self._total else ""

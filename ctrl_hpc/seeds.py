@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 
-SEED_BITS = 31
+_SEED_BITS = 31
 """Derived seeds fit a signed 32-bit integer, which every inference server takes."""
 
 
@@ -13,7 +13,7 @@ def derive_seed(seed: int, *indices: int) -> int:
     """The seed of one completion, in [0, 2^31): a hash of the run's seed and the completion's indices."""
     text = ",".join(str(int(part)) for part in (seed, *indices))
     digest = hashlib.blake2b(text.encode("ascii"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+    return int.from_bytes(digest, "little") >> (64 - _SEED_BITS)
 
 
 def derived_seed(seed: int, *parts: object) -> int:

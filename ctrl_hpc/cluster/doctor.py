@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 State = Literal["ok", "absent", "warning", "missing"]
-SLOW_DISK_S = 0.05
+_SLOW_DISK_S = 0.05
 """A run directory where writing and reading back a small file takes longer makes heartbeats and records slow."""
 _PYTHON = (3, 12)
 _UNCONFIGURED = "configuration source"
@@ -150,7 +150,7 @@ def _file_system(run_dir: Path) -> Check:
             times.append(time.perf_counter() - began)
     middle, free = sorted(times)[2], shutil.disk_usage(place).free / 2**30
     found = f"{place}: {middle * 1000:.1f} ms to write, rename and read a file, {free:.0f} GiB free"
-    if middle > SLOW_DISK_S:
+    if middle > _SLOW_DISK_S:
         fix = "a faster shared file system, or launch.dead_after_s and launch.heartbeat_s raised"
         return Check(name="run directory", state="warning", found=found, fix=fix)
     return Check(name="run directory", state="ok", found=found)

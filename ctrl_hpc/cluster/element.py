@@ -45,13 +45,13 @@ def first_node() -> str:
 
 WATCH_S = 1.0
 """Seconds between looks for the driver."""
-HEALTH_S = 5.0
+_HEALTH_S = 5.0
 """A service that does not answer its own question about its health for so long skips a heartbeat."""
-LEAVE_S = 10.0
+_LEAVE_S = 10.0
 """Seconds an orphaned process gets to end by itself."""
 
 
-def serve_executor(config: Config, run_dir: str, element: int, session: str) -> None:
+def _serve_executor(config: Config, run_dir: str, element: int, session: str) -> None:
     """An element of the executor array."""
     from ctrl_hpc.sandbox.server import serve
 
@@ -71,20 +71,20 @@ def serve_executor(config: Config, run_dir: str, element: int, session: str) -> 
         )
 
 
-def serve_critic(config: Config, run_dir: str, element: int, session: str) -> None:
+def _serve_critic(config: Config, run_dir: str, element: int, session: str) -> None:
     """An element of the critic's rollout array; it starts with the base critic."""
     _serve_rollout(config, run_dir, "critic", config.critic.model, element, session)
 
 
-def serve_generator(config: Config, run_dir: str, element: int, session: str) -> None:
+def _serve_generator(config: Config, run_dir: str, element: int, session: str) -> None:
     """An element of the fixed generator's rollout array."""
     _serve_rollout(config, run_dir, "generator", config.generator, element, session)
 
 
 SERVE: dict[str, Callable[[Config, str, int, str], None]] = {
-    "executor": serve_executor,
-    "critic": serve_critic,
-    "generator": serve_generator,
+    "executor": _serve_executor,
+    "critic": _serve_critic,
+    "generator": _serve_generator,
 }
 """The service of each role."""
 
@@ -156,7 +156,7 @@ class _Element:
 def answers(url: str) -> bool:
     """Whether this process's service at ``url`` answers on ``/health``; it leaves when the service says it is dead."""
     try:
-        with direct.open(f"{url}/health", timeout=HEALTH_S):
+        with direct.open(f"{url}/health", timeout=_HEALTH_S):
             return True
     except HTTPError as error:
         if b'"dead"' in error.read(1000):
@@ -182,7 +182,7 @@ def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:
             threading.Event().wait(WATCH_S)
         print(f"the driver of {run_dir} is gone: leaving", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(LEAVE_S)
+        threading.Event().wait(_LEAVE_S)
         os._exit(1)
 
     threading.Thread(target=look, name="driver-watch", daemon=True).start()

@@ -34,7 +34,7 @@ State = Literal["pending", "running", "ended"]
 _SCRUBBED = re.compile(r"(WANDB_(RUN_ID|SWEEP_ID|RUN_GROUP|NAME|RESUME|SERVICE|AGENT.*)|SLURM_(?!CONF$).*|SBATCH_.*)")
 SETTLE_S = 1.0
 """The tasks of a local gang are all there so long after the first."""
-SETUP = (
+_SETUP = (
     "export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}} TMPDIR=${{SLURM_TMPDIR:-${{TMPDIR:-/tmp}}}}",
     "id=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}} id=${{id:-$SLURM_JOB_ID}}",
     # a container holds no scontrol to ask
@@ -167,7 +167,7 @@ class Jobs:
         if launch.engine == "local":
             executor.update_parameters(**common, gpus_per_node=resources.gpus * tasks_per_node)
             return executor
-        own = slurm_parameters(launch, folder, resources, nodes * tasks_per_node, tasks_per_node)
+        own = _slurm_parameters(launch, folder, resources, nodes * tasks_per_node, tasks_per_node)
         executor.update_parameters(**common, **{f"slurm_{name}": value for name, value in own.items()})
         return executor
 
@@ -259,7 +259,7 @@ def _common(name: str, role: str, resources: JobConfig, nodes: int, tasks_per_no
     }
 
 
-def slurm_parameters(
+def _slurm_parameters(
     launch: LaunchConfig, folder: Path, resources: JobConfig, tasks: int, tasks_per_node: int
 ) -> dict[str, Any]:
     """submitit's parameters for Slurm, by sbatch's names where it has one."""
@@ -274,7 +274,7 @@ def slurm_parameters(
         "qos": launch.qos,
         "signal_delay_s": launch.signal_delay_s,
         "array_parallelism": launch.array_parallelism,
-        "setup": [*(line.format(folder=shlex.quote(str(folder))) for line in SETUP), *launch.setup],
+        "setup": [*(line.format(folder=shlex.quote(str(folder))) for line in _SETUP), *launch.setup],
         "srun_args": [*gang, *(launch.srun_args if resources.contained else ())] or None,
         "additional_parameters": {"requeue": True, **resources.additional},
     }
@@ -296,7 +296,7 @@ def scripts(config: Config) -> dict[str, str]:
         executor = _PaperExecutor(folder, python=_python(launch, resources, code))
         common = _common(config.name, role, resources, nodes, per_node)
         executor.update_parameters(**{names.get(name, name): value for name, value in common.items()})
-        executor.update_parameters(**slurm_parameters(launch, folder, resources, nodes * per_node, per_node))
+        executor.update_parameters(**_slurm_parameters(launch, folder, resources, nodes * per_node, per_node))
         if elements > 1:
             executor.parameters["map_count"] = elements
         if elements:

@@ -18,7 +18,7 @@ import pynvml
 from ctrl_hpc.records import EVALUATION
 from ctrl_hpc.run.journal import Journal
 
-RATES = {
+_RATES = {
     "executor_runs_total": "executor/runs_per_s",
     "executor_cache_hits_total": "executor/cache_hits_per_s",
     "ctrl_rollout_completion_tokens_total": "rollout/tokens_per_s",
@@ -26,7 +26,7 @@ RATES = {
     "ctrl_rollout_busy_seconds_total": "rollout/busy",
 }
 """Counters of the services, told as what they grow by a second."""
-LEVELS = {
+_LEVELS = {
     "executor_queue_length": "executor/queue",
     "ctrl_rollout_waiting": "rollout/queue",
     "ctrl_rollout_weight_version": "rollout/weight_version",
@@ -44,8 +44,8 @@ def read(text: str) -> dict[str, float]:
 
 def rates(before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, float]:
     """What is told of a service, from two readings so many seconds apart."""
-    out = {told: (after[name] - before.get(name, 0.0)) / seconds for name, told in RATES.items() if name in after}
-    levels = {told: after[name] for name, told in LEVELS.items() if name in after}
+    out = {told: (after[name] - before.get(name, 0.0)) / seconds for name, told in _RATES.items() if name in after}
+    levels = {told: after[name] for name, told in _LEVELS.items() if name in after}
     if levels.get("rollout/weight_version", 0.0) >= EVALUATION:  # would dwarf those of training
         del levels["rollout/weight_version"]
     return out | levels

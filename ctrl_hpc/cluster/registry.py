@@ -26,7 +26,7 @@ from typing import Any, Self
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.service import access
 
-SUPERSEDED = 76
+_SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2
 _MOST_CHARACTERS = 1 << 16
@@ -91,7 +91,7 @@ class Registration:
         while not self._closed.wait(self._heartbeat_s):
             if self._superseded():
                 print(f"{self._service.role} {self._service.id}: started again elsewhere, leaving", flush=True)
-                os._exit(SUPERSEDED)
+                os._exit(_SUPERSEDED)
             if self._healthy is not None and not self._healthy():
                 continue
             with contextlib.suppress(OSError):  # an absent disk: the next heartbeat tries again

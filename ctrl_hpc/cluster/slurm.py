@@ -13,7 +13,7 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
 """States of a job that does not run yet, or not yet again."""
 SQUEUE_EVERY_S = 2.0
 SACCT_EVERY_S = 10.0
-CANCEL_WAIT_S = 30.0
+_CANCEL_WAIT_S = 30.0
 """Longest wait for cancelled jobs to be gone."""
 DEFAULT_MAX_ARRAY = 1001
 """Slurm's own MaxArraySize, where scontrol does not tell."""
@@ -101,7 +101,7 @@ class SlurmQueue:
             _run("scancel", "--quiet", *job_ids[start : start + _IDS_A_CALL])
         if not wait:
             return 0
-        deadline = time.monotonic() + CANCEL_WAIT_S
+        deadline = time.monotonic() + _CANCEL_WAIT_S
         while (left := len(set(job_ids) & set(self._squeue(fresh=True)))) and time.monotonic() < deadline:
             time.sleep(0.5)
         return left

@@ -85,7 +85,7 @@ def _submit(jobs: Jobs, config: Config, folder: Path, stage: Stage) -> Job:
     resources = config.launch.trainer
     return jobs.submit(
         "trainer",
-        run_rank,
+        _run_rank,
         [(config, str(folder), TRAIN[stage], session, port)],
         resources,
         nodes=trainer.nodes,
@@ -175,7 +175,7 @@ def _progress(folder: Path, stage: Stage) -> tuple[int, int, str]:
     return found.get("step", 0), found.get("steps", 0), note
 
 
-def run_rank(config: Config, run_dir: str, module: str, session: str, port: int) -> None:
+def _run_rank(config: Config, run_dir: str, module: str, session: str, port: int) -> None:
     """One rank of the trainer: sets torch.distributed's environment and runs the module's ``run``."""
     leave_with_driver(run_dir, session, config.launch.dead_after_s)
     environment = submitit.JobEnvironment()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ctrl_hpc.commands.output import check_file, place
 from ctrl_hpc.commands.parser import add_overrides
 
-PROVENANCE = ".provenance.json"
+_PROVENANCE = ".provenance.json"
 """Ending of the file beside one that was written: counts, sources, and what was left out."""
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     sources = [options.path, *(text.partition("=")[2] for text in options.against), options.target]
     sources += [text.partition("=")[2] for text in options.overrides]
     if options.out is not None:
-        check_file(options.out, "--out", inputs=sources, beside=PROVENANCE)
+        check_file(options.out, "--out", inputs=sources, beside=_PROVENANCE)
     if options.verify is not None:
         check_file(options.verify, "--verify", inputs=[*sources, options.out])
 
@@ -176,6 +176,6 @@ def _write(out: Path | None, items: Sequence[Any], facts: dict[str, Any]) -> Non
         sys.stdout.writelines(map(jsonl.line, whole))
         return
     jsonl.write(out, whole)
-    beside = out.with_name(out.name + PROVENANCE)
+    beside = out.with_name(out.name + _PROVENANCE)
     jsonl.write_text(beside, json.dumps(facts | {"written": len(items)}, indent=1) + "\n")
     print(f"{out}: {len(items)} problems; {beside}: counts, sources, and what was left out")

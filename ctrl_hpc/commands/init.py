@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ctrl_hpc.commands.output import place
 
-ONE_NODE = 8
+_ONE_NODE = 8
 """GPUs of a node at most, where the site's profile is not known yet."""
 
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
         profile.write_text((SHARE / "configs" / "cluster" / "slurm.yaml").read_text(encoding="utf-8"), encoding="utf-8")
     file.write_text(text, encoding="utf-8")
-    print("\n".join(next_steps(answers, file, profile)))
+    print("\n".join(_next_steps(answers, file, profile)))
     return 0
 
 
@@ -93,8 +93,8 @@ def ask(options: argparse.Namespace, prompt: Callable[[str, str], str] | None) -
     slurm = options.slurm
     if slurm is None:
         slurm = answer(None, "Jobs on Slurm? (y/n)", "y" if gpus > 1 else "n").lower().startswith("y")
-    if not 0 <= gpus <= ONE_NODE:
-        raise ValueError(f"--gpus: {gpus} is not allowed; it must lie in [0, {ONE_NODE}]: the GPUs of one node")
+    if not 0 <= gpus <= _ONE_NODE:
+        raise ValueError(f"--gpus: {gpus} is not allowed; it must lie in [0, {_ONE_NODE}]: the GPUs of one node")
     if gpus > 1 and not slurm:
         raise ValueError(f"--gpus: {gpus} without Slurm: local jobs share the first GPU; use --gpus 1 or --slurm")
     if slurm and gpus in (1, 2):
@@ -112,7 +112,7 @@ def written(answers: Answers, name: str, profile: str) -> str:
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     # a power of two, so that the heads of attention can be shared out
-    ranks = 1 if answers.gpus < 4 or not answers.slurm else 4 if answers.gpus == ONE_NODE else 2
+    ranks = 1 if answers.gpus < 4 or not answers.slurm else 4 if answers.gpus == _ONE_NODE else 2
     servers = max(0, answers.gpus - ranks)
     return environment.get_template("init.yaml.j2").render(
         answers=answers,
@@ -125,7 +125,7 @@ def written(answers: Answers, name: str, profile: str) -> str:
     )
 
 
-def next_steps(answers: Answers, file: Path, profile: Path) -> list[str]:
+def _next_steps(answers: Answers, file: Path, profile: Path) -> list[str]:
     """What to do now, in lines."""
     out = [f"{file}: written" + (f"; {profile}: your site's partitions and account go there" if answers.slurm else "")]
     places = dict.fromkeys([answers.model, *([] if answers.generator_model else [answers.generator])])

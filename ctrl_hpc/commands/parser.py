@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import ctrl_hpc
 
-SHELLS = ("bash", "zsh", "fish")
+_SHELLS = ("bash", "zsh", "fish")
 """Shells that ``ctrl-hpc completion`` writes for."""
 EXAMPLES = {"": "tiny, humaneval", "suite": "tiny_ablation, paper", "sweep": "learning_rate"}
 _CHOICE = re.compile(
@@ -45,7 +45,7 @@ def add_help(commands: Any, parser: Parser) -> None:
         help="completion of commands, files and keys in a shell",
         description='For this session: eval "$(ctrl-hpc completion bash)"; for good: the same line in ~/.bashrc.',
     )
-    completion.add_argument("shell", choices=SHELLS)
+    completion.add_argument("shell", choices=_SHELLS)
     completion.set_defaults(command=_completion)
 
 
@@ -68,7 +68,7 @@ def add_file(parser: argparse.ArgumentParser, name: str, metavar: str, folder: s
 def add_overrides(parser: argparse.ArgumentParser, help: str = "any key of the configuration") -> None:
     """``a.b.c=value ...``, whose keys and words a shell completes."""
     action = parser.add_argument("overrides", nargs="*", metavar="a.b.c=value", help=help)
-    action.completer = complete_keys  # type: ignore[attr-defined]
+    action.completer = _complete_keys  # type: ignore[attr-defined]
 
 
 def name_leaves(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +86,7 @@ def complete(parser: argparse.ArgumentParser) -> None:
         argcomplete.autocomplete(parser)
 
 
-def complete_keys(prefix: str, **_: object) -> list[str]:
+def _complete_keys(prefix: str, **_: object) -> list[str]:
     """Overrides that begin so: every key with its ``=``; behind it the words that it takes."""
     from ctrl_hpc.config.tree import known
 

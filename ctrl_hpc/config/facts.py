@@ -112,7 +112,7 @@ class Fact:
     @property
     def type_name(self) -> str:
         """Its type in words, null among them where that is allowed."""
-        name = "word" if self.choices else "section" if is_dataclass(self.element) else TYPE_NAMES[self.element]
+        name = "word" if self.choices else "section" if is_dataclass(self.element) else _TYPE_NAMES[self.element]
         form = {tuple: f"list of {name}", dict: f"{name} by name"}.get(get_origin(self.kind), name)
         return form + " or null" * self.optional
 
@@ -149,7 +149,7 @@ class Fact:
         return f"{key}: {shown!r} is not allowed; {told}{', or null' * self.optional}"
 
 
-TYPE_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
 @cache

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _INSTALLED = ROOT / "ctrl_hpc" / "share"
 SHARE = _INSTALLED if _INSTALLED.is_dir() else ROOT
 """Where ``configs``, ``models`` and ``slurm`` lie: within an installed package, in a checkout the project's folder."""
-REMOVED = {"tiny.models": "generator and critic.model name the folders"}
+_REMOVED = {"tiny.models": "generator and critic.model name the folders"}
 """Keys of earlier versions, which the configurations of old runs still hold (ignored there), and what to use now."""
 
 
@@ -67,7 +67,7 @@ def load_with_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[C
     schema, file = OmegaConf.structured(Config), _file(path)
     whole = _is_whole(file.tree)
     if whole:
-        for key in REMOVED:
+        for key in _REMOVED:
             section, _, name = key.rpartition(".")
             OmegaConf.select(file.tree, section).pop(name, None)
     extra = Layer(where="override", tree=OmegaConf.merge(*map(_override, overrides)) if overrides else {})
@@ -191,8 +191,8 @@ def _explain(error: OmegaConfBaseException, base: Any, extra: Any) -> str:
         section, _, name = key.rpartition(".")
         parent = OmegaConf.select(base, section) if section else base
         allowed = sorted(map(str, parent)) if OmegaConf.is_dict(parent) else []
-        if key in REMOVED:
-            return f"{key}: is a key no more; {REMOVED[key]}"
+        if key in _REMOVED:
+            return f"{key}: is a key no more; {_REMOVED[key]}"
         elsewhere = [other for other in facts(Config) if other.endswith(f".{name}")]
         below = [other for other in elsewhere if other.startswith(f"{section}.")] or elsewhere
         hint = f" (did you mean {' or '.join(below[:3])}?)" if below else close_to(name, allowed)

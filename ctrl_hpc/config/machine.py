@@ -14,7 +14,7 @@ from ctrl_hpc.records import Limits, Override, Rules
 
 Device = Literal["auto", "cpu", "cuda"]
 """auto: cuda where there is one; :func:`resolve_device` says which."""
-Dtype = Literal["auto", "float32", "bfloat16"]
+_Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class TrainerConfig:
     """Ranks on a node: one a GPU, or plain processes on a CPU."""
     device: Device = "auto"
     """Where the critic is trained; auto: cuda where there is one."""
-    dtype: Dtype = "auto"
+    dtype: _Dtype = "auto"
     """Weights and activations; auto: bfloat16 on cuda, float32 on cpu."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the loss kernels; auto: triton on cuda, torch on cpu."""
@@ -87,7 +87,7 @@ class RolloutConfig:
     """Largest padded batch of a CPU server, in tokens."""
     device: Device = "auto"
     """Where the models run; auto: cuda where there is one."""
-    dtype: Dtype = "auto"
+    dtype: _Dtype = "auto"
     """Weights and activations of the servers; logits are float32. auto: the weights' own on cuda; on CPUs bfloat16 for
     weights in bfloat16 where the processor multiplies it (AVX512-BF16, AMX), else float32."""
     batching: Literal["auto", "padded", "continuous"] = "auto"
@@ -99,7 +99,7 @@ def _is_override(given: Override) -> bool:
     return all(limit is None or limit > 0 for limit in (given.cpu_s, given.memory_mb))
 
 
-OneOverride = Annotated[Override, Must(_is_override, "have a cpu_s and a memory_mb greater than 0, or null")]
+_OneOverride = Annotated[Override, Must(_is_override, "have a cpu_s and a memory_mb greater than 0, or null")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +121,7 @@ class ExecutorConfig:
     alone. SandboxFusion gives LiveCodeBench's 160."""
     time_factor: Positive[float] = 1.0
     """Multiplies the time limits, those that problems state for faster languages among them."""
-    overrides: Annotated[dict[str, OneOverride], Example("{livecodebench: {cpu_s: 6}}")] = field(default_factory=dict)
+    overrides: Annotated[dict[str, _OneOverride], Example("{livecodebench: {cpu_s: 6}}")] = field(default_factory=dict)
     """Limits and comparison by data set, as ``overrides.livecodebench.cpu_s=6``."""
     python: str = ""
     """Interpreter that programs run with, on every node: CPython 3.11 or newer by path or name; empty: this one."""

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from ctrl_hpc.records import Problem
 
-NGRAM = 10
+_NGRAM = 10
 """Words of an n-gram."""
-THRESHOLD = 0.5
+_THRESHOLD = 0.5
 """Share of the shorter text's n-grams that the other text must contain for a duplicate."""
-SHORTEST = 8
+_SHORTEST = 8
 """Words that a text must have to be found inside another one: shorter ones are formulas, not statements."""
 _WORD = re.compile(r"[^\W_]+")
 
@@ -44,8 +44,8 @@ def decontaminate(
     training: Sequence[Problem],
     benchmarks: Mapping[str, Sequence[Problem]],
     *,
-    n: int = NGRAM,
-    threshold: float | None = THRESHOLD,
+    n: int = _NGRAM,
+    threshold: float | None = _THRESHOLD,
 ) -> tuple[list[Problem], list[Duplicate]]:
     """The training problems that are like no benchmark problem, in order, and what was left out and why.
 
@@ -92,7 +92,7 @@ class _Index:
             self._sizes.append(len(grams))
             for gram in grams:
                 self._by_gram[gram].append(number)
-            if SHORTEST <= len(tokens) < n:
+            if _SHORTEST <= len(tokens) < n:
                 self._short[len(tokens)].setdefault(tuple(tokens), number)
 
     def duplicate(self, problem: Problem, threshold: float | None) -> Duplicate | None:
@@ -122,7 +122,7 @@ class _Index:
             for start in range(len(own) - length + 1):
                 if (gram := tuple(own[start : start + length])) in texts:
                     return texts[gram]
-        if not SHORTEST <= len(own) < self._n:
+        if not _SHORTEST <= len(own) < self._n:
             return None
         if len(own) not in self._parts:
             parts: dict[tuple[str, ...], int] = {}

@@ -13,7 +13,7 @@ from ctrl_hpc.records import AssertTest, Problem
 
 SIZE = 164
 """Problems of the whole data set."""
-ASK = "Complete this Python function, so that it does what its docstring says."
+_ASK = "Complete this Python function, so that it does what its docstring says."
 
 
 def load(path: str | None, split: str) -> Loaded[Problem]:
@@ -60,7 +60,7 @@ def _problem(row: table.Row, source: str) -> Problem:
         id=row.text("task_id"),
         source=source,
         split="test",
-        prompt=ASK,
+        prompt=_ASK,
         starter_code=prompt,
         tests=(AssertTest(code=code),),
         canonical_solution=solution,

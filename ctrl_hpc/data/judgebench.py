@@ -13,7 +13,7 @@ from ctrl_hpc.records import Pair
 
 SIZES = {"gpt": 350, "claude": 270}
 """Pairs of each split as published: of answers by GPT-4o, and by Claude 3.5 Sonnet; the paper judges the 350."""
-CATEGORIES = {
+_CATEGORIES = {
     "mmlu-pro": "knowledge",
     "livebench-reasoning": "reasoning",
     "livebench-math": "math",
@@ -33,9 +33,9 @@ def load(path: str | None, split: str) -> list[Pair]:
 
 def _pair(row: table.Row) -> Pair:
     source, label = row.text("source"), row.text("label")
-    category = next((name for start, name in CATEGORIES.items() if source.startswith(start)), None)
+    category = next((name for start, name in _CATEGORIES.items() if source.startswith(start)), None)
     if category is None:
-        raise ValueError(f"{row.where}: source: {source!r} is not known; it begins with {', '.join(CATEGORIES)}")
+        raise ValueError(f"{row.where}: source: {source!r} is not known; it begins with {', '.join(_CATEGORIES)}")
     right: dict[str, Literal["A", "B"]] = {"A>B": "A", "B>A": "B"}
     if label not in right:
         raise ValueError(f"{row.where}: label: {label!r} is not one of {', '.join(right)}")

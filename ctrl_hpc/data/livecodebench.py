@@ -19,7 +19,7 @@ from ctrl_hpc.records import FunctionTest, Problem, StdinTest, TestCase
 
 SIZE = 112
 """Problems of the paper's window."""
-RELEASES = 6
+_RELEASES = 6
 """Releases so far: release_v1 is the file test.jsonl, every later one adds a file of its own."""
 PAPER = "release_v4:2024-08-01..2024-11-01"
 """The split ``test``: what the paper's code evaluates on."""
@@ -73,8 +73,8 @@ def _files(release: str) -> tuple[str, ...]:
     if match is None:
         return ()
     first = int(match["first"] or 1)
-    last = int(match["upto"] or match["last"] or match["first"] or RELEASES)
-    if not 1 <= first <= last <= RELEASES:
+    last = int(match["upto"] or match["last"] or match["first"] or _RELEASES)
+    if not 1 <= first <= last <= _RELEASES:
         return ()
     return tuple(f"test{number if number > 1 else ''}.jsonl" for number in range(first, last + 1))
 

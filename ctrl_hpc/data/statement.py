@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-TOLERANCE = 1e-6
+_TOLERANCE = 1e-6
 """Error where a statement allows one and names none: the judges' default (``ctrl_hpc.sandbox.judge``)."""
 
 
@@ -13,18 +13,18 @@ def comparison_of(statement: str) -> str | None:
     """How the answers of a problem are compared: a name of ``ctrl_hpc.sandbox.judge`` with options, None for exact.
 
     ``float`` where the statement allows an error, with ``abs`` and ``rel`` where it names another than
-    :data:`TOLERANCE` for both; ``nocase`` where letters may be of any case; ``any`` where several answers are right.
+    :data:`_TOLERANCE` for both; ``nocase`` where letters may be of any case; ``any`` where several answers are right.
     """
     statement = html.unescape(statement)
     bounds = tolerance(statement)
     options = []
-    if bounds is not None and bounds != (TOLERANCE, TOLERANCE):
+    if bounds is not None and bounds != (_TOLERANCE, _TOLERANCE):
         options += [
             f"{name}={bound:g}" for name, bound in zip(("abs", "rel"), bounds, strict=True) if bound is not None
         ]
     if ignores_case(statement):
         options.append("nocase")
-    if has_several_answers(statement):
+    if _has_several_answers(statement):
         options.append("any")
     mode = "exact" if bounds is None else "float"
     return with_options(mode, options)
@@ -143,7 +143,7 @@ def tolerance(statement: str) -> tuple[float | None, float | None] | None:
     decimals = [digits for sentence in sentences if (digits := _decimals(sentence)) is not None]
     if decimals:
         return (float(f"1e-{min(decimals)}"),) * 2
-    return (TOLERANCE, TOLERANCE) if unnamed else None
+    return (_TOLERANCE, _TOLERANCE) if unnamed else None
 
 
 def _allowed(sentence: str) -> list[tuple[str, float]]:
@@ -294,7 +294,7 @@ _ORDER_OF_INPUT = re.compile(
 )
 
 
-def has_several_answers(statement: str) -> bool:
+def _has_several_answers(statement: str) -> bool:
     """Whether a statement says that any of several answers is right, or that a special judge decides."""
     if _SEVERAL.search(statement):
         return True

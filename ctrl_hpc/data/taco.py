@@ -20,7 +20,7 @@ _TIME = re.compile(r"([\d.]+)\s*(milliseconds?|ms|seconds?|secs?|s)\b", re.IGNOR
 _MEMORY = re.compile(r"([\d.]+)\s*(kilobytes?|megabytes?|gigabytes?|kb|mb|gb|kib|mib|gib)\b", re.IGNORECASE)
 
 
-SPECIAL_JUDGES = "output_spj.jsonl"
+_SPECIAL_JUDGES = "output_spj.jsonl"
 """TACO's list of the test problems that need a special judge, of its repository; read where it lies with the data."""
 _SPECIAL = {0: "any", 1: "any", 2: "nocase", 3: "float"}
 """What its classes mean: unclassed, several right answers, any letter case, an error allowed."""
@@ -48,21 +48,21 @@ def _special_judges(path: str | None) -> dict[int, int]:
     """The class of every test problem that needs a special judge; empty where the list is not there."""
     place = Path(path) if path is not None else None
     file = (place if place is None or place.is_dir() else place.parent) if place else None
-    if file is None or not (file / SPECIAL_JUDGES).is_file():
+    if file is None or not (file / _SPECIAL_JUDGES).is_file():
         return {}
-    lines = (file / SPECIAL_JUDGES).read_text().splitlines()
+    lines = (file / _SPECIAL_JUDGES).read_text().splitlines()
     try:
         entries = [json.loads(line) for line in lines if line.strip()]
         return {entry["idx"]: entry["case"] for entry in entries if entry["special_judge"]}
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{file / SPECIAL_JUDGES}: not TACO's list of special judges: {error}") from None
+        raise ValueError(f"{file / _SPECIAL_JUDGES}: not TACO's list of special judges: {error}") from None
 
 
 def _problem(row: table.Row, *, split: str, special: Mapping[int, int], list_streams: bool) -> Problem:
     question = row.text("question")
     solutions = row.decoded("solutions") if row.get("solutions") else []
     difficulty = row.get("difficulty")
-    tests = tests_of(row, list_streams=list_streams)
+    tests = _tests_of(row, list_streams=list_streams)
     starter = row.get("starter_code") or None
     return Problem(
         id=f"taco/{split}/{row.number}",
@@ -106,7 +106,7 @@ def _naming(question: str, starter: str | None, tests: tuple[TestCase, ...]) -> 
     return f"\n\nWrite a function `{calls[0].name}` of {len(calls[0].args)} argument(s)."
 
 
-def tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, ...]:
+def _tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, ...]:
     """The tests in the column ``input_output``: with ``fn_name`` calls of a function, else stdin and stdout.
 
     Where every expected result of a function is a list of one element, that element is the result (the convention of

@@ -14,9 +14,9 @@ from ctrl_hpc.flow.steps import execution
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import Execution, Executor, Problem, Status, Verdict
 
-CHUNK = 32
+_CHUNK = 32
 """Executions between two writes of what was found."""
-NO_SOLUTION = "no canonical solution"
+_NO_SOLUTION = "no canonical solution"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Failure:
 
     id: str
     reason: str
-    """``STATUS: what went wrong``, or :data:`NO_SOLUTION`."""
+    """``STATUS: what went wrong``, or :data:`_NO_SOLUTION`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ def verify(problems: Sequence[Problem], executor: Executor, settings: ExecutorCo
             programs.append((right, key, problem.id))
             if key not in found:
                 todo[key] = run
-            if len(todo) >= CHUNK:
+            if len(todo) >= _CHUNK:
                 found |= _run(todo, executor, journal)
                 todo = {}
             steps.advance()
@@ -149,7 +149,7 @@ def _ledger(problems: Sequence[Problem], programs: Sequence[tuple[bool, str, str
             if accepted:
                 passed.append(identity)
     missing = [problem.id for problem in problems if problem.canonical_solution is None]
-    failed += [Failure(id=identity, reason=NO_SOLUTION) for identity in missing]
+    failed += [Failure(id=identity, reason=_NO_SOLUTION) for identity in missing]
     return Ledger(
         problems=len(problems),
         verified=len(problems) - len(failed),
@@ -161,5 +161,5 @@ def _ledger(problems: Sequence[Problem], programs: Sequence[tuple[bool, str, str
 
 def proven(problems: Sequence[Problem], ledger: Ledger, *, strictly: bool) -> list[Problem]:
     """The problems that a ledger does not fail; without ``strictly`` those without a canonical solution stay."""
-    out = {item.id for item in ledger.failed if strictly or item.reason != NO_SOLUTION}
+    out = {item.id for item in ledger.failed if strictly or item.reason != _NO_SOLUTION}
     return [problem for problem in problems if problem.id not in out]

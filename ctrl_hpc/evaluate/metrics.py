@@ -12,22 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
-Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+_Bools = npt.NDArray[np.bool_]
+_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcomes:
     """What became of every sample of one critic. Samples with an environment fault in any turn are left out."""
 
-    problem_N: Ints
+    problem_N: _Ints
     """Index of the sample's problem, in [0, P)."""
-    correct_NT: Bools
+    correct_NT: _Bools
     """Whether the program passes all tests after the draft (column 0) and after each turn."""
-    judged_N: Ints
+    judged_N: _Ints
     """First critique's overall judgement: 1 correct, -1 incorrect, 0 none."""
-    timeout_NT: Bools
+    timeout_NT: _Bools
     """Whether the program exceeds the time limit."""
 
 
@@ -35,15 +35,15 @@ class Outcomes:
 class Ratio:
     """A metric of the form ``scale * sum(numerator) / sum(denominator)`` over samples."""
 
-    numerator_N: Floats
-    denominator_N: Floats
+    numerator_N: _Floats
+    denominator_N: _Floats
 
     def value(self) -> float:
         """The metric over all samples; 0 where the denominator is."""
         below = float(self.denominator_N.sum())
         return float(self.numerator_N.sum()) / below if below else 0.0
 
-    def resampled(self, problem_N: Ints, weights_BP: Floats) -> Floats:
+    def resampled(self, problem_N: _Ints, weights_BP: _Floats) -> _Floats:
         """The metric in every resample of the problems."""
         size = weights_BP.shape[1]
         above_B = weights_BP @ np.bincount(problem_N, self.numerator_N, size)
@@ -51,13 +51,13 @@ class Ratio:
         return np.divide(above_B, below_B, out=np.zeros_like(above_B), where=below_B > 0)
 
 
-def bootstrap_weights(problems: int, resamples: int, seed: int) -> Floats:
+def bootstrap_weights(problems: int, resamples: int, seed: int) -> _Floats:
     """``weights_BP``: how often each problem is drawn in each resample. One draw serves all critics, pairing them."""
     rng = np.random.default_rng([seed, 0xB007])
     return rng.multinomial(problems, np.full(problems, 1.0 / problems), size=resamples).astype(np.float64)
 
 
-def interval(values_B: Floats) -> list[float]:
+def interval(values_B: _Floats) -> list[float]:
     """The percentile interval that holds 95 % of the resamples."""
     low, high = np.percentile(values_B, [2.5, 97.5])
     return [float(low), float(high)]
@@ -84,17 +84,17 @@ def ratios(outcomes: Outcomes) -> dict[str, Ratio]:
     return out
 
 
-def _share(hits_N: Bools) -> Ratio:
+def _share(hits_N: _Bools) -> Ratio:
     return Ratio(numerator_N=hits_N.astype(np.float64), denominator_N=np.ones(len(hits_N)))
 
 
-def _f1(said_N: Bools, true_N: Bools) -> Ratio:
+def _f1(said_N: _Bools, true_N: _Bools) -> Ratio:
     """``2 TP / (2 TP + FP + FN)``; a missing judgement is a false negative of its draft's class."""
     hits_N = (said_N & true_N).astype(np.float64)
     return Ratio(numerator_N=2.0 * hits_N, denominator_N=said_N.astype(np.float64) + true_N)
 
 
-def summary(outcomes: Outcomes, weights_BP: Floats, *, judges: bool = True) -> dict[str, Any]:
+def summary(outcomes: Outcomes, weights_BP: _Floats, *, judges: bool = True) -> dict[str, Any]:
     """A critic's row of ``report/results.json``: every metric, and its 95 % interval in ``ci95``.
 
     Δ compare the first turn with the draft, as fractions of all samples. ``judges=False`` (drafts alone) leaves the
@@ -140,7 +140,7 @@ def check_identity(row: dict[str, Any]) -> None:
             raise AssertionError(f"pass@1 {share} is not {before} + {up} - {down}")
 
 
-def difference(one: Outcomes, other: Outcomes, weights_BP: Floats) -> dict[str, Any]:
+def difference(one: Outcomes, other: Outcomes, weights_BP: _Floats) -> dict[str, Any]:
     """How much higher pass@1 after one turn is for ``one`` than for ``other``, paired by problem, with its interval."""
     first, second = ratios(one)["pass_at_1@1"], ratios(other)["pass_at_1@1"]
     drawn_B = first.resampled(one.problem_N, weights_BP) - second.resampled(other.problem_N, weights_BP)

@@ -95,13 +95,13 @@ def run(
         revision=Sampling(temperature=0.0, max_tokens=config.eval.max_tokens),
         stop_when_correct=config.eval.stop_when_correct,
     )
-    trees = [tree for name, item in chosen.items() for tree in trees_of(config, run_dir, name, item)]
+    trees = [tree for name, item in chosen.items() for tree in _trees_of(config, run_dir, name, item)]
     judged = len(places) if config.judge.votes else 0
     turns = config.eval.turns
     with Steps("eval: drafts, then turns", len(problems) + turns * len(trees) + judged) as steps:
         drafts = {}
         for dataset, items in problems.items():
-            drafts[dataset] = draft_all(config, run_dir, dataset, items, environment)
+            drafts[dataset] = _draft_all(config, run_dir, dataset, items, environment)
             steps.advance(note=f"{dataset}: drafts")
         done = len(problems)
         version = max(EVALUATION, int(time.time() * 1000))
@@ -146,7 +146,7 @@ def widths(config: Config) -> tuple[int, ...]:
     return config.eval.widths[1:] or (1,) * config.eval.turns
 
 
-def trees_of(config: Config, run_dir: Path, name: str, critic: Critic) -> list[Tree]:
+def _trees_of(config: Config, run_dir: Path, name: str, critic: Critic) -> list[Tree]:
     """The trees of a critic: none for ``none``; computed feedback has no greedy one of its own."""
     if critic.model is None and critic.feedback is None and not critic.oracle:
         return []
@@ -168,7 +168,7 @@ def drafts_file(run_dir: Path, dataset: str, mode: str) -> Path:
     return run_dir / "eval" / dataset / f"drafts{mode}.jsonl"
 
 
-def draft_all(
+def _draft_all(
     config: Config, run_dir: Path, dataset: str, problems: Sequence[Problem], environment: Environment
 ) -> list[Sample]:
     """The sampled drafts, executed; the greedy ones are made and executed beside them."""

@@ -23,7 +23,7 @@ from ctrl_hpc.config.load import find
 from ctrl_hpc.experiments import suite
 
 OBJECTIVE = "eval/pass_at_1"
-GOALS = ("maximize", "minimize")
+_GOALS = ("maximize", "minimize")
 METHODS = ("grid", "random")
 """Methods that need no server."""
 console = Console()
@@ -56,8 +56,8 @@ def read(file: str | Path) -> Sweep:
     metric = data["metric"] if isinstance(data["metric"], dict) else {"name": data["metric"]}
     if metric.get("name") != OBJECTIVE:
         raise ValueError(f"{path}: metric.name: {metric.get('name')!r} is not allowed; it is {OBJECTIVE}")
-    if metric.get("goal", GOALS[0]) not in GOALS:
-        raise ValueError(f"{path}: metric.goal: {metric['goal']!r} is not allowed; allowed: {', '.join(GOALS)}")
+    if metric.get("goal", _GOALS[0]) not in _GOALS:
+        raise ValueError(f"{path}: metric.goal: {metric['goal']!r} is not allowed; allowed: {', '.join(_GOALS)}")
     command = [str(word) for word in data["command"]] if isinstance(data["command"], list) else []
     known = command[:1] == ["ctrl-hpc"] and command[1:2] in (["run"], ["trial"]) and len(command) >= 4
     if not known or command[-1] != "${args_no_hyphens}":
@@ -70,7 +70,7 @@ def read(file: str | Path) -> Sweep:
     return Sweep(
         name=str(data.get("name", path.stem)),
         method=str(data["method"]),
-        goal=str(metric.get("goal", GOALS[0])),
+        goal=str(metric.get("goal", _GOALS[0])),
         parameters=data["parameters"],
         config=command[2],
         overrides=tuple(command[3:-1]),
@@ -120,15 +120,15 @@ def _draw(name: str, given: Mapping[str, Any], chance: random.Random) -> Any:
         raise ValueError(f"parameters.{name}: min {low} is greater than max {high}")
     whole = isinstance(low, int) and isinstance(high, int)
     kind = given.get("distribution", "int_uniform" if whole else "uniform")
-    draw = DISTRIBUTIONS.get(str(kind))
+    draw = _DISTRIBUTIONS.get(str(kind))
     if draw is None:
-        raise ValueError(f"parameters.{name}.distribution: {kind!r}: with --local: {', '.join(DISTRIBUTIONS)}")
+        raise ValueError(f"parameters.{name}.distribution: {kind!r}: with --local: {', '.join(_DISTRIBUTIONS)}")
     if kind == "log_uniform_values" and low <= 0:
         raise ValueError(f"parameters.{name}.min: {low} is not allowed with {kind}; it must be greater than 0")
     return draw(chance, low, high)
 
 
-DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any], Any]] = {
+_DISTRIBUTIONS: dict[str, Callable[[random.Random, Any, Any], Any]] = {
     "uniform": lambda chance, low, high: chance.uniform(low, high),
     "int_uniform": lambda chance, low, high: chance.randint(low, high),
     "log_uniform_values": lambda chance, low, high: math.exp(chance.uniform(math.log(low), math.log(high))),

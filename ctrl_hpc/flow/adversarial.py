@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from ctrl_hpc.flow.steps import execution
 from ctrl_hpc.records import Executor, Problem, Rules, Solution, StdinTest
 
-CANDIDATES = 4
+_CANDIDATES = 4
 """Changed inputs tried for each test wanted."""
-LONGEST_INPUT = 4096
+_LONGEST_INPUT = 4096
 """Characters of an input that is changed; longer ones measure speed."""
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?![\w.])")
 
@@ -87,13 +87,13 @@ def _inputs(problem: Problem, drafts: Sequence[Solution], n: int, seed: int) -> 
         statuses = draft.verdict.statuses if draft.verdict is not None else ()
         for test, status in zip(problem.tests, statuses, strict=False):
             failing = status not in ("accepted", "not_run", "sandbox_error", "unsupported")
-            if failing and isinstance(test, StdinTest) and len(test.stdin) <= LONGEST_INPUT:
+            if failing and isinstance(test, StdinTest) and len(test.stdin) <= _LONGEST_INPUT:
                 failed[test.stdin] = None
     rng = random.Random(f"adversarial {seed} {problem.id}")
-    each = max(-(-CANDIDATES * n // max(len(failed), 1)), 1)
+    each = max(-(-_CANDIDATES * n // max(len(failed), 1)), 1)
     changed = [text for stdin in failed for text in mutations(stdin, each, rng) if text not in known]
     rng.shuffle(changed)
-    return list(dict.fromkeys(changed))[: CANDIDATES * n]
+    return list(dict.fromkeys(changed))[: _CANDIDATES * n]
 
 
 def _answered(wanted: Sequence[tuple[Problem, list[str]]], executor: Executor, rules: Rules) -> list[_Proposal]:

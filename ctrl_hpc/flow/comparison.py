@@ -9,7 +9,7 @@ from typing import Literal
 from jinja2 import Template
 
 from ctrl_hpc.flow.fences import answer, split, well_formed
-from ctrl_hpc.flow.prompts import PACKAGED, load_template
+from ctrl_hpc.flow.prompts import load_template, packaged
 from ctrl_hpc.flow.text import is_quoted, plain
 from ctrl_hpc.records import Chat, Judgement, Message
 
@@ -42,7 +42,7 @@ def comparison_template(file: str | None) -> Template:
 
     Raises ValueError when it is missing or wrong.
     """
-    return load_template(file or PACKAGED / "comparison.j2", VARIABLES)
+    return load_template(file or packaged() / "comparison.j2", VARIABLES)
 
 
 def comparison_chat(template: Template, system: str | None, question: str, answer_a: str, answer_b: str) -> Chat:

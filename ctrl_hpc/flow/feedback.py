@@ -74,7 +74,7 @@ def shown(text: str) -> str:
 
 Kind = Literal["passed", "failed", "partial", "error", "timeout", "unknown"]
 
-CONTEXT_LINES = 2
+_CONTEXT_LINES = 2
 """Lines of code shown before and after the line that failed."""
 
 
@@ -144,7 +144,7 @@ def _error_text(program: str, verdict: Verdict) -> str:
     if line is None:
         return f"The program fails with an error.\n{_fenced(program)}\nError:\n{shown(error)}"
     lines = program.split("\n")
-    block = "\n".join(lines[max(line - 1 - CONTEXT_LINES, 0) : line + CONTEXT_LINES])
+    block = "\n".join(lines[max(line - 1 - _CONTEXT_LINES, 0) : line + _CONTEXT_LINES])
     where = f"in line {line}: {lines[line - 1].strip()}"
     return f"The program fails with an error {where}\n{_fenced(block)}\nError:\n{shown(error)}"
 

@@ -140,7 +140,7 @@ PYTHON = frozenset("python python2 python3 py py2 py3 pypy pypy3 cpython sage ip
 """Tags of Python."""
 LANGUAGE_TAGS = {"cpp": frozenset("c++ cc cpp cxx".split())}
 """Tags of the other languages that problems may ask for."""
-OTHER_LANGUAGES = frozenset(
+_OTHER_LANGUAGES = frozenset(
     "ada asm awk bas basic c c# c++ cc clj clojure cobol coffeescript cpp cs csharp cxx d dart delphi elixir erlang f# "
     "fortran fs fsharp go golang groovy haskell hs java javascript jl js jsx julia kotlin kt lisp lua matlab nim "
     "objective-c objc ocaml pascal perl php pl powershell prolog ps1 r rb rs ruby rust scala scheme solidity sql swift "
@@ -155,7 +155,7 @@ NOT_PROGRAMS = frozenset(
     "yaml yml zsh".split()
 )
 """Tags of blocks that show something else than a program: sample input and output, sessions, commands, data."""
-_TAGS = PYTHON | OTHER_LANGUAGES | NOT_PROGRAMS
+_TAGS = PYTHON | _OTHER_LANGUAGES | NOT_PROGRAMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

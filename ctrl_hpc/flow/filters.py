@@ -21,7 +21,7 @@ DROPPED: dict[str, str] = {
 """Every reason for which a critique is dropped, in the order in which they are tested."""
 
 
-MENDED_BY: dict[str, str] = {
+_MENDED_BY: dict[str, str] = {
     "not_executed": "the executor array answered with faults alone: see the logs of the executors",
     "no_judgement": 'prompts.critique_prefix="Analysis:" and prompts.critique_close="Overall judgment:" make models '
     "that answer with a word or without a judgement write both",
@@ -115,7 +115,7 @@ def mend(critiques: Sequence[Critique], rejected: Sequence[Rejected]) -> str:
     cut_off = sum(item.generation is not None and item.generation.finish_reason == "length" for item in critiques)
     if worst == "no_judgement" and 2 * cut_off > len(critiques):
         return "synthesize.max_tokens: most critiques were cut off; raise it"
-    return f"most were dropped as {worst.replace('_', ' ')}; {MENDED_BY[worst]}"
+    return f"most were dropped as {worst.replace('_', ' ')}; {_MENDED_BY[worst]}"
 
 
 def _fault(critique: Critique, solution: Solution, *, consistent_only: bool) -> str | None:

@@ -25,8 +25,6 @@ from ctrl_hpc.flow.feedback import Hint
 from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.records import Chat, Message, Problem, Solution
 
-PACKAGED = Path(__file__).parent / "templates"
-"""Folder of the templates that come with the package."""
 VARIABLES: dict[str, tuple[str, ...]] = {
     "solution": ("problem",),
     "critique": ("problem", "draft", "program"),
@@ -34,6 +32,13 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "revision": ("problem", "draft", "program", "critique"),
 }
 """The templates of a folder and the variables each may use."""
+
+
+def packaged() -> Path:
+    """Folder of the templates that come with the package, in the run's copy of the code once that is imported from."""
+    import ctrl_hpc.flow
+
+    return Path(ctrl_hpc.flow.__path__[0]) / "templates"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +61,10 @@ class Prompts:
         Raises ValueError with one line when the folder or a file is missing, does not parse, or uses a variable that
         it does not get.
         """
-        place = PACKAGED / folder if "/" not in folder and (PACKAGED / folder).is_dir() else Path(folder)
+        place = packaged() / folder if "/" not in folder and (packaged() / folder).is_dir() else Path(folder)
         if not place.is_dir():
-            packaged = ", ".join(sorted(path.parent.name for path in PACKAGED.glob("*/critique.j2")))
-            raise ValueError(f"prompts.folder: {folder!r} is no folder; allowed: {packaged}, or the path of a folder")
+            names = ", ".join(sorted(path.parent.name for path in packaged().glob("*/critique.j2")))
+            raise ValueError(f"prompts.folder: {folder!r} is no folder; allowed: {names}, or the path of a folder")
         return cls(
             templates={name: load_template(place / f"{name}.j2", VARIABLES[name]) for name in VARIABLES},
             system=system,

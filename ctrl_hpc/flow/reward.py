@@ -8,31 +8,31 @@ from collections.abc import Mapping, Sequence
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Critique, Judgement, Revision, Reward, Solution, Verdict
 
-WHOLE_LINES = 5
+_WHOLE_LINES = 5
 """Lines of code in one block from which on a critique is taken to hold a program."""
-COPIED_SHARE = 0.5
+_COPIED_SHARE = 0.5
 """Share of the revision's new lines that stand in the critique word for word."""
-MIN_NEW_LINES = 3
+_MIN_NEW_LINES = 3
 """New lines that a revision must have for that share to mean anything."""
-MIN_LINE_CHARACTERS = 8
+_MIN_LINE_CHARACTERS = 8
 """Shorter lines (``else:``, ``return x``) are the same in many programs."""
 
 
 def leaks_solution(critique: str, draft: str | None, revision: str | None) -> bool:
     """Whether a critique gives the solution away.
 
-    It does when it holds a block of code of at least :data:`WHOLE_LINES` lines that are not merely quoted from the
+    It does when it holds a block of code of at least :data:`_WHOLE_LINES` lines that are not merely quoted from the
     draft, or when at least half of the lines that the revision adds to the draft stand in it word for word.
     """
     old = _lines(draft or "")
     block = _lines(extract_program(critique) or "")
-    if len(block) >= WHOLE_LINES and not block <= old:
+    if len(block) >= _WHOLE_LINES and not block <= old:
         return True
-    new = {line for line in _lines(revision or "") - old if len(line) >= MIN_LINE_CHARACTERS}
-    if len(new) < MIN_NEW_LINES:
+    new = {line for line in _lines(revision or "") - old if len(line) >= _MIN_LINE_CHARACTERS}
+    if len(new) < _MIN_NEW_LINES:
         return False
     said = _lines(critique)
-    return len(new & said) >= COPIED_SHARE * len(new)
+    return len(new & said) >= _COPIED_SHARE * len(new)
 
 
 def _lines(text: str) -> set[str]:

@@ -18,7 +18,7 @@ HUGGINGFACE = "huggingface"
 KNOWN = SHARE / "configs" / "models.json"
 """Configurations of well-known models by name, for plans where the model's folder is elsewhere."""
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the length of the sequence."""
 
 
@@ -27,7 +27,7 @@ class Architecture:
     """A decoder with pre-norm RMSNorm, rotary attention with grouped queries, and a SwiGLU MLP."""
 
     kind: str
-    """``model_type`` of the Hugging Face configuration: a key of ``VARIANTS``."""
+    """``model_type`` of the Hugging Face configuration: a key of ``_VARIANTS``."""
     n_layers: int
     hidden_size: int
     n_heads: int
@@ -74,7 +74,7 @@ class Variant:
     qk_norm: bool
 
 
-VARIANTS: dict[str, Variant] = {
+_VARIANTS: dict[str, Variant] = {
     "qwen2": Variant(qkv_bias=True, qk_norm=False),
     "qwen3": Variant(qkv_bias=False, qk_norm=True),
     "llama": Variant(qkv_bias=False, qk_norm=False),
@@ -93,8 +93,8 @@ def read(folder: str | Path) -> Architecture:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
-    if kind not in VARIANTS:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; allowed: {', '.join(VARIANTS)}")
+    if kind not in _VARIANTS:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; allowed: {', '.join(_VARIANTS)}")
     from transformers import AutoConfig
 
     return _describe(AutoConfig.from_pretrained(str(folder)), path)
@@ -125,7 +125,7 @@ def _describe(hf: Any, path: Path) -> Architecture:
     n_heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // n_heads
     inverse_frequencies, amplitude = _rope(hf, head_dim, path)
-    variant = VARIANTS[hf.model_type]
+    variant = _VARIANTS[hf.model_type]
     return Architecture(
         kind=hf.model_type,
         n_layers=hf.num_hidden_layers,
@@ -184,8 +184,8 @@ def _rope(hf: Any, head_dim: int, path: Path) -> tuple[tuple[float, ...], float]
 
     parameters = hf.rope_parameters
     kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"{path}: rope_type {kind!r} is not supported; allowed: {', '.join(ROPE_TYPES)}")
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"{path}: rope_type {kind!r} is not supported; allowed: {', '.join(_ROPE_TYPES)}")
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         frequencies, amplitude = 1.0 / (parameters["rope_theta"] ** exponents), 1.0

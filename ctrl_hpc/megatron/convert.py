@@ -23,7 +23,7 @@ from typing import IO, Self
 from ctrl_hpc.config import Config, ParallelConfig, TrainerConfig
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
 
-DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
+_DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
 
 def launch(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
@@ -51,10 +51,10 @@ def launch(direction: str, source: Path, target: Path, tensor: int, pipeline: in
             for process in started:
                 process.kill()
                 process.wait()
-            shutil.rmtree(part_of(target), ignore_errors=True)
+            shutil.rmtree(_part_of(target), ignore_errors=True)
         said = {rank: _text(logs[rank]) for rank in failed}
     for rank, text in said.items():
-        if started[rank].returncode == WRONG_INPUT:
+        if started[rank].returncode == _WRONG_INPUT:
             raise ValueError(text.strip().splitlines()[-1])
     for text in said.values():
         raise RuntimeError(f"{direction} failed:\n{text}")
@@ -65,7 +65,7 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     while True:
         ended = [process.poll() for process in started]
         if any(ended):
-            time.sleep(GRACE_S)
+            time.sleep(_GRACE_S)
             return [rank for rank, process in enumerate(started) if process.poll()]
         if all(code == 0 for code in ended):
             return []
@@ -78,13 +78,13 @@ def _text(log: IO[bytes]) -> str:
 
 
 POLL_S = 0.05
-GRACE_S = 1.0
+_GRACE_S = 1.0
 """The others get so long to say what they know when one has failed."""
-WRONG_INPUT = 2
+_WRONG_INPUT = 2
 """Exit code of a process whose last line on stderr is for the user."""
 
 
-def part_of(target: Path) -> Path:
+def _part_of(target: Path) -> Path:
     """Where a conversion writes until it is whole."""
     return target.with_name(f".{target.name}.part")
 
@@ -103,7 +103,7 @@ def _check(direction: str, source: Path, target: Path, tensor: int, pipeline: in
         described = source / HUGGINGFACE
         if not (described / "config.json").is_file():
             raise ValueError(f"{source}: not a Megatron checkpoint of ctrl-hpc (it holds no {HUGGINGFACE}/config.json)")
-        check_metadata(source / ".metadata")
+        _check_metadata(source / ".metadata")
     else:
         described = source
     architectures.check_layout(architectures.read(described), ParallelConfig(tensor=tensor, pipeline=pipeline))
@@ -139,7 +139,7 @@ class _Reader(pickle.Unpickler):
         return _Inert
 
 
-def check_metadata(file: Path) -> None:
+def _check_metadata(file: Path) -> None:
     """ValueError where reading a checkpoint's metadata could run code of whoever wrote it; runs none itself."""
     if not file.is_file():
         return  # an incomplete checkpoint is found when it is read
@@ -165,9 +165,9 @@ def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: 
         built = model.build(architecture, config.parallel, world)
         if direction == "hf-to-megatron":
             weights.load(built, source, architecture, world)
-            checkpoint.save_weights(part_of(target), built, world, source=source)
+            checkpoint.save_weights(_part_of(target), built, world, source=source)
             if world.main:
-                os.replace(part_of(target), target)
+                os.replace(_part_of(target), target)
         else:
             checkpoint.load_weights(source, built)
             weights.export(built, architecture, world, target, source=described)
@@ -183,7 +183,7 @@ def _dtype(direction: str, source: Path) -> str:
 def main() -> None:
     """One process of a conversion."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("direction", choices=DIRECTIONS)
+    parser.add_argument("direction", choices=_DIRECTIONS)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--tp", type=int, default=1)
@@ -193,7 +193,7 @@ def main() -> None:
         _convert(options.direction, options.source, options.target, options.tp, options.pp)
     except ValueError as error:
         print(error, file=sys.stderr, flush=True)
-        os._exit(WRONG_INPUT)  # the other ranks are ended; the groups are not waited for
+        os._exit(_WRONG_INPUT)  # the other ranks are ended; the groups are not waited for
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def has_transformer_engine() -> bool:
     return util.find_spec("transformer_engine") is not None
 
 
-def transformer_config(architecture: Architecture, parallel: ParallelConfig, world: World) -> TransformerConfig:
+def _transformer_config(architecture: Architecture, parallel: ParallelConfig, world: World) -> TransformerConfig:
     """Megatron's configuration of an architecture; no dropout, no bias but Qwen2's, no random initialisation.
 
     Raises ValueError when heads, layers or groups do not divide.
@@ -162,7 +162,7 @@ def transformer_config(architecture: Architecture, parallel: ParallelConfig, wor
 
 def build(architecture: Architecture, parallel: ParallelConfig, world: World) -> GPTModel:
     """This rank's part of the critic, its weights not yet set (see ``huggingface_weights.load``)."""
-    config = transformer_config(architecture, parallel, world)
+    config = _transformer_config(architecture, parallel, world)
     model = GPTModel(
         config=config,
         transformer_layer_spec=_layer_spec(config, world),

@@ -15,7 +15,7 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from ctrl_hpc.config import OptimizerConfig, ParallelConfig
 from ctrl_hpc.megatron.parallel_state import World
 
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """How a distributed optimizer's state lies in a checkpoint: readable under any TP x PP x DP."""
 
 
@@ -101,7 +101,7 @@ class Optimizer:
 
     def sharded_state_dict(self, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         """The state as Megatron's checkpoints take it; ``weights`` is the model's part of the same checkpoint."""
-        return self.inner.sharded_state_dict(weights, is_loading=is_loading, metadata=SHARDING)
+        return self.inner.sharded_state_dict(weights, is_loading=is_loading, metadata=_SHARDING)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what a checkpoint holds under :meth:`sharded_state_dict`."""

@@ -42,7 +42,7 @@ def explain(error: BaseException, config: Config, rank: int) -> str | None:
     """The line for an error, or None when it is no such fault."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or _MEMORY.search(text):
-        return f"rank {rank} is out of memory: {memory_knobs(config)} ({_short(text or 'MemoryError')})"
+        return f"rank {rank} is out of memory: {_memory_knobs(config)} ({_short(text or 'MemoryError')})"
     if _LOST.search(text) and _TIMED_OUT.search(text):
         return (
             f"rank {rank}: a collective timed out after trainer.timeout_s={config.trainer.timeout_s:g} s, for another "
@@ -53,7 +53,7 @@ def explain(error: BaseException, config: Config, rank: int) -> str | None:
     return None
 
 
-def memory_knobs(config: Config) -> str:
+def _memory_knobs(config: Config) -> str:
     """The keys that make a rank need less, with what they are now."""
     parallel = config.parallel
     knobs = [f"lower trainer.micro_batch_tokens (now {config.trainer.micro_batch_tokens})"]
@@ -177,7 +177,7 @@ def initialize(config: Config) -> World:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=config.trainer.timeout_s / 60,  # type: ignore[arg-type]  # it makes a timedelta
     )
-    seed_everything(config.seed)
+    _seed_everything(config.seed)
     _start_random_tracker(kind, config.seed)
     return World(
         rank=rank,
@@ -206,10 +206,10 @@ def job(config: Config) -> Iterator[World]:
         watch(config.trainer.timeout_s)
         yield world
     faulthandler.cancel_dump_traceback_later()
-    destroy()
+    _destroy()
 
 
-def destroy() -> None:
+def _destroy() -> None:
     """Leave the job."""
     dismantle()
     dist.destroy_process_group()
@@ -234,7 +234,7 @@ def watch(timeout_s: float) -> None:
     faulthandler.dump_traceback_later(0.9 * timeout_s, repeat=True, file=sys.__stderr__ or 2)
 
 
-def seed_everything(seed: int) -> None:
+def _seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch; the same on every rank, for nothing random depends on the layout."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)

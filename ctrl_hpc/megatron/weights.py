@@ -39,11 +39,11 @@ BUCKET_BYTES = 64 << 20
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 """Precisions of tensors: safetensors' names and torch's."""
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-MADE_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_MADE_ANEW = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of the names of buffers that older folders hold, and that are computed from the configuration."""
-ROWS = 4096
+_ROWS = 4096
 """Rows of tensors that are compared at a time."""
-SIDE_FILES = (
+_SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -167,7 +167,7 @@ class Folder:
                     raise ValueError(
                         f"{self.path}: tensor {name} differs from {EMBEDDING}, but config.json has tie_word_embeddings"
                     )
-            elif not name.endswith(MADE_ANEW):
+            elif not name.endswith(_MADE_ANEW):
                 raise ValueError(f"{self.path}: tensor {name} is not part of a {architecture.kind} of its config.json")
         missing = sorted(expected.keys() - self._files.keys())
         if missing:
@@ -180,7 +180,7 @@ class Folder:
         """
         known: dict[str, str] = {}
         for name in sorted(self._files):
-            if not name.endswith(MADE_ANEW):
+            if not name.endswith(_MADE_ANEW):
                 known.setdefault(self._slice(name).get_dtype(), name)
         names = {found: DTYPES.get(found) for found in known}
         for found, named in names.items():
@@ -199,8 +199,8 @@ class Folder:
             return False
         rows = self._slice(name).get_shape()[0]
         return all(
-            torch.equal(self._slice(name)[at : at + ROWS], self._slice(other)[at : at + ROWS])
-            for at in range(0, rows, ROWS)
+            torch.equal(self._slice(name)[at : at + _ROWS], self._slice(other)[at : at + _ROWS])
+            for at in range(0, rows, _ROWS)
         )
 
     def _slice(self, name: str) -> Any:
@@ -263,7 +263,7 @@ def load(model: torch.nn.Module, folder: str | Path, architecture: Architecture,
     """Set this rank's parameters from a Hugging Face folder; reads only the rank's own bytes, a tensor at a time."""
     source = Folder(folder)
     source.check(architecture)
-    first_layer = first_layer_of(architecture, world)
+    first_layer = _first_layer_of(architecture, world)
     for name, parameter in model.named_parameters():
         rule = layout(name, architecture, world.tensor_size, first_layer)
         dim = rule.dim or 0
@@ -293,7 +293,7 @@ def interval(pieces: tuple[Piece, ...], low: int, high: int) -> Iterator[Piece]:
         at += size
 
 
-def first_layer_of(architecture: Architecture, world: World) -> int:
+def _first_layer_of(architecture: Architecture, world: World) -> int:
     """The number of the first layer of this rank's pipeline stage."""
     return architecture.n_layers // world.pipeline_size * world.pipeline_rank
 
@@ -340,7 +340,7 @@ def _gather_bucket(
         dist.gather(flat, shards or None, group=world.tensor_group, group_dst=rank)
     if world.tensor_rank != rank:
         return
-    first_layer = first_layer_of(architecture, world)
+    first_layer = _first_layer_of(architecture, world)
     at = 0
     for name, parameter in bucket:
         rule = layout(name, architecture, world.tensor_size, first_layer)
@@ -488,7 +488,7 @@ def _rename(part: Path, target: Path) -> None:
 
 def copy_side_files(source: Path, target: Path, *, link: bool = False) -> None:
     """Give ``target`` the configuration and tokenizer of ``source``; by hard links where asked for and possible."""
-    for pattern in SIDE_FILES:
+    for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             if link:
                 try:

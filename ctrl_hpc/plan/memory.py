@@ -14,9 +14,9 @@ from ctrl_hpc.config import ParallelConfig
 from ctrl_hpc.megatron.architecture import Architecture
 
 FP32 = 4
-LOSS_WORKSPACE_BYTES = WORKSPACE_MB << 20
+_LOSS_WORKSPACE_BYTES = WORKSPACE_MB << 20
 """Of the fused output layer on a GPU, beyond its results, at most (a fortieth of a smaller card)."""
-LOSS_CHUNK_BYTES = 16 << 20
+_LOSS_CHUNK_BYTES = 16 << 20
 """Of the same on a CPU."""
 
 
@@ -67,7 +67,7 @@ def parameters_of_rank(architecture: Architecture, parallel: ParallelConfig, sta
     return total
 
 
-def layer_activations(architecture: Architecture, parallel: ParallelConfig, width: int, *, fused: bool) -> int:
+def _layer_activations(architecture: Architecture, parallel: ParallelConfig, width: int, *, fused: bool) -> int:
     """Bytes a token that one layer keeps for its backward pass; ``width`` bytes an element.
 
     ``fused``: norms and the MLP's activation keep only their input (GPU).
@@ -116,7 +116,7 @@ def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload
     last = stage == parallel.pipeline - 1
     shards = work.data_size if parallel.distributed_optimizer else 1
     in_flight = parallel.pipeline - stage  # micro-batches whose activations a stage keeps (1F1B)
-    kept = layer_activations(a, parallel, width, fused=work.on_gpu) * (a.n_layers // parallel.pipeline)
+    kept = _layer_activations(a, parallel, width, fused=work.on_gpu) * (a.n_layers // parallel.pipeline)
     sequence = parallel.tensor if parallel.sequence else 1
     activations = work.tokens * kept * in_flight
     if last:
@@ -127,13 +127,13 @@ def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload
     working = width * (wide * a.mlp_size // parallel.tensor + narrow * a.hidden_size)
     if parallel.recompute == "full":
         unsaved = ParallelConfig(tensor=parallel.tensor, sequence=parallel.sequence)
-        working += layer_activations(a, unsaved, width, fused=work.on_gpu)
+        working += _layer_activations(a, unsaved, width, fused=work.on_gpu)
     vocabulary = a.padded_vocab(parallel.tensor) // parallel.tensor * a.hidden_size
     embedding = vocabulary * width if stage == 0 else 0
     loss = 0
     if last:
         loss = work.response_tokens * a.hidden_size * (2 * width + FP32)
-        loss += LOSS_WORKSPACE_BYTES if work.on_gpu else LOSS_CHUNK_BYTES + vocabulary * FP32
+        loss += _LOSS_WORKSPACE_BYTES if work.on_gpu else _LOSS_CHUNK_BYTES + vocabulary * FP32
     step = n * FP32 // shards if work.on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
     optimizer = n * FP32 * (3 if work.on_gpu else 2) // shards
     return Memory(

@@ -18,11 +18,11 @@ from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.plan.memory import Memory, Workload, estimate
 
 GIB = 1 << 30
-RESERVE = {"cuda": 4.0, "cpu": 1.0}
+_RESERVE = {"cuda": 4.0, "cpu": 1.0}
 """GiB of a device that the process itself takes: context, communication buffers, imports, fragmentation."""
-TFLOPS = {"cuda": 0.4 * 989.0, "cpu": 0.04}
+_TFLOPS = {"cuda": 0.4 * 989.0, "cpu": 0.04}
 """Useful Tflop/s of a rank where none are given: 40 % of an H100's dense bf16 peak; one CPU core."""
-ROLLOUT_TOKENS_PER_S = {"cuda": 3000.0, "cpu": 8000.0}
+_ROLLOUT_TOKENS_PER_S = {"cuda": 3000.0, "cpu": 8000.0}
 """Of one critic server where none are given: a large model on a GPU, the tiny one on a CPU."""
 
 
@@ -66,7 +66,7 @@ class Plan:
         """Whether the fullest rank fits its device; None when the device is not known here."""
         if self.available_gb is None:
             return None
-        return self.memory.total / GIB + RESERVE[self.device] <= self.available_gb
+        return self.memory.total / GIB + _RESERVE[self.device] <= self.available_gb
 
     def lines(self) -> Iterator[str]:
         """The plan, a line a fact."""
@@ -102,7 +102,7 @@ class Plan:
 
     def verdict(self) -> str:
         """What the fullest rank needs and has; where that is too little, the keys that help most."""
-        need = f"{self.memory.total / GIB:.1f} GiB + {RESERVE[self.device]:g} GiB reserve"
+        need = f"{self.memory.total / GIB:.1f} GiB + {_RESERVE[self.device]:g} GiB reserve"
         if self.fits:
             return f"{need} of {self.available_gb:.1f} GiB a rank"
         return f"a rank needs {need} and has {self.available_gb:.1f} GiB; {self.remedy()}"
@@ -141,13 +141,13 @@ def plan(config: Config) -> Plan:
         reference_copy=rl.kl_coef > 0 and rl.reference == "copy",
         value_network=rl.estimator == "gae",
     )
-    flops = (config.plan.trainer_tflops or TFLOPS[device]) * 1e12 * ranks
+    flops = (config.plan.trainer_tflops or _TFLOPS[device]) * 1e12 * ranks
     critiques = rl.prompts_per_step * rl.group_size
     # Forward and backward are 6 parts; the old policy's log-probs of all but the first minibatch, and the reference's,
     # are a forward pass each; a value network does all of that again.
     passes = 6 + 2 * (1 - 1 / rl.minibatches) + (2 if rl.kl_coef else 0) + (8 if rl.estimator == "gae" else 0)
     rl_update_s = passes / 6 * training_flops(architecture, critiques * length, length) / flops
-    rollout_rate = config.plan.rollout_tokens_per_s or ROLLOUT_TOKENS_PER_S[device]
+    rollout_rate = config.plan.rollout_tokens_per_s or _ROLLOUT_TOKENS_PER_S[device]
     servers = len(config.rollout.critic_urls) or config.rollout.critic_elements
     sft_length = min(config.sft.max_length, length)
     sft_tokens = config.sft.batch_size * sft_length
@@ -161,7 +161,7 @@ def plan(config: Config) -> Plan:
         device=device,
         stages=estimate(architecture, config.parallel, work),
         available_gb=_available_gb(config, device),
-        trainer_tflops=config.plan.trainer_tflops or TFLOPS[device],
+        trainer_tflops=config.plan.trainer_tflops or _TFLOPS[device],
         given_rate=config.plan.trainer_tflops is not None,
         sft_step_s=sft_step_s,
         sft_tokens_per_s=sft_tokens / sft_step_s,

@@ -18,7 +18,7 @@ from ctrl_hpc.records import (
     Verdict,
 )
 
-KEPT_BYTES = 2000
+_KEPT_BYTES = 2000
 """Bytes of a shown failure's stdout (its beginning) and of its stderr (its end) that are kept."""
 _NO_FAILURE = ("accepted", "not_run")
 
@@ -31,7 +31,7 @@ def answered(execution: Execution, verdict: Verdict) -> Verdict:
 def slim(verdict: Verdict, tests: Sequence[TestCase]) -> Verdict:
     """The verdict with, of its tests' results, the failures that are shown: the first one, and that of shortest input.
 
-    Outputs are cut to :data:`KEPT_BYTES`. A verdict that is slim already stays as it is.
+    Outputs are cut to :data:`_KEPT_BYTES`. A verdict that is slim already stays as it is.
     """
     if verdict.summary is not None:
         return verdict
@@ -47,8 +47,8 @@ def slim(verdict: Verdict, tests: Sequence[TestCase]) -> Verdict:
     kept = tuple(
         replace(
             results[number],
-            stdout=results[number].stdout[:KEPT_BYTES],
-            stderr=results[number].stderr[-KEPT_BYTES:],
+            stdout=results[number].stdout[:_KEPT_BYTES],
+            stderr=results[number].stderr[-_KEPT_BYTES:],
             index=number,
         )
         for number in sorted(shown)

@@ -28,7 +28,7 @@ def write(folders: Sequence[str | Path], out: Path, title: str = "Several runs")
     """
     runs = read_all(folders)
     variants = summary(runs)
-    differences = differences_of(runs)
+    differences = _differences_of(runs)
     results = {
         "runs": {run.name: {"folder": str(run.folder), "seed": run.config.seed, **run.results} for run in runs},
         "variants": variants,
@@ -38,7 +38,7 @@ def write(folders: Sequence[str | Path], out: Path, title: str = "Several runs")
     jsonl.write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     made = tables_of(runs, variants, differences)
     pictures = figures.draw_runs(runs, variants, out)
-    shown = samples_of(runs)
+    shown = _samples_of(runs)
     about = [
         f"{len(runs)} runs of {len(variants)} variants: "
         + "; ".join(f"{name} (seeds {', '.join(map(str, entry['seeds']))})" for name, entry in variants.items())
@@ -52,7 +52,7 @@ def write(folders: Sequence[str | Path], out: Path, title: str = "Several runs")
     return results
 
 
-def differences_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+def _differences_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
     """By data set: how much the main critic's pass@1 after one turn differs between each variant and the first.
 
     Paired by seed and problem: the mean over shared seeds, the bootstrap over problems. Runs whose records are gone,
@@ -129,7 +129,7 @@ def tables_of(runs: Sequence[FinishedRun], variants: dict[str, Any], differences
     return made + paper.tables(runs)
 
 
-def samples_of(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
+def _samples_of(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
     """A few samples of every run whose records are still there."""
     each = max(SHOWN // len(runs), 4)
     out = []

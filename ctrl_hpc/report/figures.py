@@ -16,7 +16,7 @@ from ctrl_hpc.report import plots
 from ctrl_hpc.report.plots import COLOURS, FAINT, OTHER_COLOURS, colours, label, name_ends, running_mean
 from ctrl_hpc.report.runs import FinishedRun, focus
 
-PALETTE = (*[COLOURS[name] for name in ("rl", "sft", "base", "exec_feedback", "oracle")], *OTHER_COLOURS)
+_PALETTE = (*[COLOURS[name] for name in ("rl", "sft", "base", "exec_feedback", "oracle")], *OTHER_COLOURS)
 """Colours of variants, in turn."""
 
 
@@ -52,7 +52,7 @@ def _turns(ax: Axes, turns: int, title: str, unit: str) -> None:
     ax.grid(axis="x", visible=False)
 
 
-def accuracy_over_votes(critics: Mapping[str, Mapping[str, Any]]) -> Figure:
+def _accuracy_over_votes(critics: Mapping[str, Mapping[str, Any]]) -> Figure:
     """JudgeBench: overall accuracy over the number of votes, with its 95 % band; half is chance."""
     figure = Figure(figsize=(8.8, 5.0), layout="constrained")
     ax = figure.subplots()
@@ -80,7 +80,7 @@ def learning_curves(runs: Mapping[str, Sequence[Sequence[Mapping[str, float]]]],
     figure = Figure(figsize=(8.8, 5.4), layout="constrained")
     ax = figure.subplots()
     for index, (name, curves) in enumerate(runs.items()):
-        colour = PALETTE[index % len(PALETTE)]
+        colour = _PALETTE[index % len(_PALETTE)]
         length = min(len(curve) for curve in curves)
         steps = [point["step"] for point in curves[0][:length]]
         values_KT = np.array([[point.get(metric, np.nan) for point in curve[:length]] for curve in curves], dtype=float)
@@ -100,7 +100,7 @@ def scaling(variants: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     ax = figure.subplots()
     turns = 0
     for index, (name, row) in enumerate(variants.items()):
-        colour = PALETTE[index % len(PALETTE)]
+        colour = _PALETTE[index % len(_PALETTE)]
         means, deviations = np.array(row["pass_at_1"]), np.array(row["pass_at_1_sd"])
         turns = max(turns, len(means) - 1)
         x = np.arange(len(means))
@@ -150,7 +150,7 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
                 file = folder / f"difficulty-{dataset}.png"
                 files.append(plots.save(plots.by_difficulty(working, f"{dataset}: by difficulty"), file))
         if "judgebench" in results and results["judgebench"]["critics"]:
-            figure = accuracy_over_votes(results["judgebench"]["critics"])
+            figure = _accuracy_over_votes(results["judgebench"]["critics"])
             files.append(plots.save(figure, folder / "judgebench.png"))
     return files
 

@@ -22,7 +22,7 @@ from ctrl_hpc.report.results import collect, read_histories
 from ctrl_hpc.report.runs import FOCUS, FinishedRun
 from ctrl_hpc.run.journal import STAGES, Artifact, Journal, Table
 
-TABLE_WIDTH = 92
+_TABLE_WIDTH = 92
 """Columns of the results' table: wider than a classical terminal, so that no figure is cut."""
 
 
@@ -51,7 +51,7 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         f"temperature {config.eval.temperature}."
     )
     write_files(
-        folder, made, page(config.name, [about, made_by(run_dir)], made, pictures, shown, results["wall_time_s"])
+        folder, made, page(config.name, [about, _made_by(run_dir)], made, pictures, shown, results["wall_time_s"])
     )
     journal = Journal(run_dir, "report")
     journal.log(
@@ -62,7 +62,7 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         artifacts=artifacts(config, run_dir),
         summary=metrics(results),
     )
-    console = Console(width=max(Console().width, TABLE_WIDTH))
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
     for name, entry in results["datasets"].items():
         console.print(tables.rich_table(tables.terminal_table(name, entry)))
     if "judgebench" in results:
@@ -76,7 +76,7 @@ def named(place: str) -> str:
     return place if is_url(place) else "/".join(Path(place).parts[-2:])
 
 
-def made_by(run_dir: Path) -> str:
+def _made_by(run_dir: Path) -> str:
     """When, and by which code, a run was made, as its versions tell."""
     file = run_dir / "versions.json"
     versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -87,7 +87,7 @@ def made_by(run_dir: Path) -> str:
     return f"{', '.join(told)}. The run again: ctrl-hpc run {run_dir.name}/config.yaml run_dir=ANOTHER."
 
 
-DESCRIPTIONS = {
+_DESCRIPTIONS = {
     "learning_curve": "Reward, KL, entropy and clip fraction over the steps of RL",
     "learning_curves": "A metric over the steps of RL, a line for each run",
     "pass_at_1": "pass@1 of each critic over critique-revision turns, with 95 % intervals",
@@ -103,11 +103,11 @@ DESCRIPTIONS = {
 
 def described(stem: str) -> str:
     """The alternative text of a picture."""
-    kind = max((name for name in DESCRIPTIONS if stem.startswith(name)), key=len, default=None)
+    kind = max((name for name in _DESCRIPTIONS if stem.startswith(name)), key=len, default=None)
     if kind is None:
         return stem.replace("_", " ")
     rest = stem.removeprefix(kind).strip("-_").replace("_", " ")
-    return DESCRIPTIONS[kind] + (f" ({rest})" if rest else "")
+    return _DESCRIPTIONS[kind] + (f" ({rest})" if rest else "")
 
 
 def artifacts(config: Config, run_dir: Path) -> list[Artifact]:

@@ -15,7 +15,7 @@ from ctrl_hpc.report.tables import Table
 
 DATASETS = {"codecontests": "CodeContests", "livecodebench": "LiveCodeBench", "mbppplus": "MBPP+"}
 """The paper's benchmarks of code, by our names."""
-CITED = "arXiv 2502.03492v2"
+_CITED = "arXiv 2502.03492v2"
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def tables(runs: Sequence[FinishedRun]) -> list[Table]:
     return [table for table in out if table is not None]
 
 
-def generator_of(run: FinishedRun) -> str:
+def _generator_of(run: FinishedRun) -> str:
     """The paper's generator that a run's stands for: ``GPT-4o`` when it is called so, else ``Qwen``."""
     name = run.config.generator_model or run.config.generator
     return "GPT-4o" if "gpt-4o" in name.lower() else "Qwen"
@@ -52,13 +52,13 @@ def _rows(runs: Sequence[FinishedRun], dataset: str, critic: str, generator: str
         for run in runs
         for name in ALIASES.get(critic, (critic,))
         if name in run.results["datasets"].get(dataset, {"critics": {}})["critics"]
-        and (generator is None or generator_of(run) == generator)
+        and (generator is None or _generator_of(run) == generator)
     ]
 
 
 def _title(title: str, source: str, runs: Sequence[FinishedRun]) -> str:
     generators = dict.fromkeys(Path(run.config.generator_model or run.config.generator).name for run in runs)
-    return f"{title} ({CITED}, {source}); ours with {', '.join(generators)}"
+    return f"{title} ({_CITED}, {source}); ours with {', '.join(generators)}"
 
 
 def _pass_table(entry: dict[str, Any], runs: Sequence[FinishedRun]) -> Table | None:
@@ -156,7 +156,7 @@ def _votes_table(runs: Sequence[FinishedRun]) -> Table | None:
         ours = [100 * accuracy[str(n)] for accuracy in found if str(n) in accuracy]
         said = f"{votes[str(n)]:.1f}" if str(n) in votes else "–"
         rows.append((str(n), said, f"{statistics.fmean(ours):.1f}" if ours else "–"))
-    title = f"JudgeBench: accuracy of CTRL by votes ({CITED})"
+    title = f"JudgeBench: accuracy of CTRL by votes ({_CITED})"
     return Table(title=title, columns=("votes", "paper", "ours"), rows=tuple(rows)) if found else None
 
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-LABELS = {
+_LABELS = {
     "none": "no critic",
     "base": "base critic",
     "sft": "SFT critic",
@@ -54,7 +54,7 @@ STYLE = {
     "ytick.color": FAINT,
     "figure.facecolor": "white",
 }
-PANELS = (
+_PANELS = (
     ("reward", "Reward", "mean over critiques"),
     ("kl", "KL to the SFT critic", "nats a token"),
     ("entropy", "Entropy", "nats a token"),
@@ -67,7 +67,7 @@ def label(critic: str) -> str:
     """What a critic is called in plots and tables."""
     greedy = critic.endswith("_greedy")
     name = critic.removesuffix("_greedy")
-    return LABELS.get(name, name) + (" (greedy)" if greedy else "")
+    return _LABELS.get(name, name) + (" (greedy)" if greedy else "")
 
 
 def colours(critics: Sequence[str]) -> dict[str, str]:
@@ -89,7 +89,7 @@ def learning_curve(points: Sequence[Mapping[str, float]]) -> Figure:
     figure = Figure(figsize=(10.0, 6.2), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).ravel()
     steps = np.array([point["step"] for point in points], dtype=float)
-    for ax, (name, title, unit) in zip(axes, PANELS, strict=True):
+    for ax, (name, title, unit) in zip(axes, _PANELS, strict=True):
         values = np.array([point.get(name, np.nan) for point in points], dtype=float)
         ax.set_title(title)
         ax.set_ylabel(unit)

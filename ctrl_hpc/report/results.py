@@ -48,7 +48,7 @@ class History:
 def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, list[History]]]) -> dict[str, Any]:
     """All numbers of ``report/results.json``, from the histories by data set and critic."""
     datasets = {name: _dataset(config, items) for name, items in histories.items()}
-    out = {"datasets": datasets, "wall_time_s": wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
+    out = {"datasets": datasets, "wall_time_s": _wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
     if config.judge.votes:
         models = [name for name, critic in critics(config).items() if critic.model is not None]
         out["judgebench"] = judgebench.numbers(config, run_dir, models)
@@ -216,7 +216,7 @@ def _pass_at_k(found: Outcomes) -> dict[str, list[float]]:
     return out
 
 
-def wall_times(run_dir: Path) -> dict[str, float]:
+def _wall_times(run_dir: Path) -> dict[str, float]:
     """Seconds of every stage that is done."""
     times = {}
     for file in sorted(run_dir.glob("*/done.json")):

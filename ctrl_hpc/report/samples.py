@@ -81,7 +81,7 @@ def describe(critic: str, history: History) -> dict[str, Any]:
                 "kept": node.kept,
                 "program": node.program or "",
                 "diff": diff(program or "", node.program or ""),
-                "verdict": verdict_text(node.verdict),
+                "verdict": _verdict_text(node.verdict),
                 "accepted": node.verdict.accepted,
             }
         )
@@ -92,14 +92,14 @@ def describe(critic: str, history: History) -> dict[str, Any]:
         "difficulty": history.problem.difficulty or "unknown",
         "problem": history.problem.prompt,
         "draft": before.program or before.text,
-        "draft_verdict": verdict_text(before.verdict),
+        "draft_verdict": _verdict_text(before.verdict),
         "draft_accepted": before.verdict.accepted,
         "transition": transition(before.verdict, history.nodes[0].verdict),
         "turns": turns,
     }
 
 
-def verdict_text(verdict: Verdict) -> str:
+def _verdict_text(verdict: Verdict) -> str:
     """The status, with how many tests passed."""
     return f"{verdict.status.replace('_', ' ')}, {verdict.passed}/{verdict.total} tests"
 

@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 
 from ctrl_hpc.records import Message
 
-BARRED = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+_BARRED = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
 """Added tokens of this form are control tokens, also where the tokenizer does not call them special (Qwen3's
 ``<|fim_prefix|>``)."""
-BRACKETED = re.compile(r"[^\w\s]\S*[^\w\s]")
+_BRACKETED = re.compile(r"[^\w\s]\S*[^\w\s]")
 """So are those of this form that the template writes: ``<tool_call>``, ``[INST]``."""
-PRIVATE = range(0xF0000, 0x10FFFE)
+_PRIVATE = range(0xF0000, 0x10FFFE)
 """Unicode's private planes: characters of them that a chat does not hold mark the control tokens that it spells."""
 
 
@@ -100,8 +100,8 @@ def _compile(tokenizer: Any) -> re.Pattern[str]:
         if len(token.content) > 1
         and (
             token.special
-            or BARRED.fullmatch(token.content)
-            or (token.content in template and BRACKETED.fullmatch(token.content))
+            or _BARRED.fullmatch(token.content)
+            or (token.content in template and _BRACKETED.fullmatch(token.content))
         )
     }
     return re.compile("|".join(map(re.escape, sorted(control, key=lambda text: (-len(text), text)))) or "(?!)")
@@ -110,7 +110,7 @@ def _compile(tokenizer: Any) -> re.Pattern[str]:
 def _absent_characters(texts: Sequence[str]) -> Iterator[str]:
     """Private characters that none of the texts holds."""
     used = set().union(*texts)
-    return (chr(code) for code in PRIVATE if chr(code) not in used)
+    return (chr(code) for code in _PRIVATE if chr(code) not in used)
 
 
 def _mark(text: str, pattern: re.Pattern[str], marks: Mapping[str, str], cut: str) -> str:

@@ -16,7 +16,7 @@ from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Busy, Fault, Lost
 
-MAX_FAULTS = 5
+_MAX_FAULTS = 5
 """A batch that this many servers answered with an internal error is not tried again."""
 type Request = tuple[list[int], dict[str, Any]]
 """A prompt's token ids and its sampling parameters."""
@@ -119,7 +119,7 @@ class RolloutClient:
             if not isinstance(error, Lost):
                 raise error
             losses = chunk.losses + isinstance(error, Fault)  # one that died took no notice of what it was asked
-            if losses >= MAX_FAULTS:
+            if losses >= _MAX_FAULTS:
                 raise RuntimeError(f"servers keep failing: {error}")
             return [Chunk(chunk.rows, losses)]
 

@@ -11,9 +11,9 @@ from ctrl_hpc.records import Generation, Sampling
 
 GREEDY_BELOW = 1e-6
 """A temperature below is greedy decoding, as with SGLang: its inverse would leave float32."""
-MAX_TOP_LOGPROBS = 128
+_MAX_TOP_LOGPROBS = 128
 """Most log-probs of other tokens that a position is given with."""
-MAX_N = 4096
+_MAX_N = 4096
 """Most completions of one prompt in a request."""
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -154,9 +154,9 @@ def check_decoding(decoding: Decoding, vocabulary: int) -> None:
     _within("presence_penalty", decoding.presence_penalty, -2.0, 2.0)
     _within("max_new_tokens", decoding.max_tokens, 0, None)
     _within("min_tokens", decoding.min_tokens, 0, None)
-    _within("n", decoding.n, 1, MAX_N)
+    _within("n", decoding.n, 1, _MAX_N)
     _within("top_k", decoding.top_k, 0, None)
-    _within("top_logprobs", decoding.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocabulary))
+    _within("top_logprobs", decoding.top_logprobs, 0, min(_MAX_TOP_LOGPROBS, vocabulary))
     if decoding.seed is not None:
         _within("seed", decoding.seed, 0, 2**63 - 1)
     for token, bias in decoding.logit_bias:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-ABOUT = "delta.json"
+_ABOUT = "delta.json"
 _PLANE = struct.Struct("<Q")
 
 
@@ -41,16 +41,16 @@ class About:
     def read(cls, folder: Path) -> About | None:
         """None for a folder that says nothing of itself: whole, and not the base of any other."""
         try:
-            return cls(**json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+            return cls(**json.loads((folder / _ABOUT).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / ABOUT}: cannot be read: {error}") from None
+            raise ValueError(f"{folder / _ABOUT}: cannot be read: {error}") from None
 
     def write(self, folder: Path) -> None:
         """Write it into the folder."""
         told = {"state": self.state, "base": self.base, "base_state": self.base_state, "tensors": self.tensors}
-        (folder / ABOUT).write_text(json.dumps(told), encoding="utf-8")
+        (folder / _ABOUT).write_text(json.dumps(told), encoding="utf-8")
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

@@ -17,7 +17,7 @@ from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
 
-GROWTH = 64
+_GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
 
 
@@ -48,7 +48,7 @@ class KVCache:
             store[layer] = new_BHSK
             return new_BHSK
         if end > old.shape[2]:
-            grown = old.new_zeros(old.shape[0], old.shape[1], end + max(GROWTH, end // 2), old.shape[3])
+            grown = old.new_zeros(old.shape[0], old.shape[1], end + max(_GROWTH, end // 2), old.shape[3])
             grown[:, :, : self.length] = old[:, :, : self.length]
             store[layer] = old = grown
         old[:, :, self.length : end] = new_BHSK
@@ -67,15 +67,15 @@ class KVCache:
         for store in (self._keys, self._values):
             for layer, tensor in enumerate(store):
                 assert tensor is not None
-                chosen = tensor.new_zeros(len(rows_K), tensor.shape[1], self.length + GROWTH, tensor.shape[3])
+                chosen = tensor.new_zeros(len(rows_K), tensor.shape[1], self.length + _GROWTH, tensor.shape[3])
                 chosen[:, :, : self.length] = tensor[rows_K, :, : self.length]
                 store[layer] = chosen
 
 
-COMPACT_BELOW = 0.75
+_COMPACT_BELOW = 0.75
 """Finished rows are dropped from a batch when fewer than this fraction of its rows is alive."""
 LENGTH, STOP, ABORT = 0, 1, 2
-FINISH: tuple[Literal["length", "stop", "abort"], ...] = ("length", "stop", "abort")
+_FINISH: tuple[Literal["length", "stop", "abort"], ...] = ("length", "stop", "abort")
 """Why a completion ended, by its number in a batch; one that goes on is on its way to its length."""
 
 
@@ -147,13 +147,13 @@ class PaddedEngine:
             yield batch
 
 
-PLAIN_HEADS = frozenset({"qwen2", "qwen3", "llama", "mistral"})
+_PLAIN_HEADS = frozenset({"qwen2", "qwen3", "llama", "mistral"})
 """Architectures whose logits are the last hidden state times the output embedding, and nothing else."""
 
 
 def _float_head(model: Any) -> torch.Tensor | None:
     """The output embedding in float32 for a model of fewer bits: logits as a trainer computes them; else None."""
-    if model.dtype == torch.float32 or model.config.model_type not in PLAIN_HEADS:
+    if model.dtype == torch.float32 or model.config.model_type not in _PLAIN_HEADS:
         return None
     return model.get_output_embeddings().weight.detach().float()
 
@@ -212,7 +212,7 @@ class _Batch:
             keep_K = torch.nonzero(running_R & ~ended_R & (step + 1 < lengths_B[alive_R]))[:, 0]
             if len(keep_K) == 0:
                 break
-            if len(keep_K) < COMPACT_BELOW * len(alive_R):
+            if len(keep_K) < _COMPACT_BELOW * len(alive_R):
                 self.cache.keep(keep_K)
                 self.sampler.keep(keep_K)
                 if self.adjustments is not None:
@@ -307,7 +307,7 @@ class _Batch:
                 prompt_ids=tuple(self.prompts[row]),
                 token_ids=tuple(tokens[:length]),
                 logprobs=tuple(logprobs[:length]),
-                finish_reason=FINISH[end],
+                finish_reason=_FINISH[end],
                 version=self.engine.version,
                 top_logprobs=tuple(self.tops[row]),
                 matched=tokens[length - 1] if end == STOP and tokens[length - 1] in self.stop_ids[row] else None,
@@ -340,7 +340,7 @@ def _padded(model: Any, stop_ids: frozenset[int], max_batch_tokens: int) -> Engi
     return PaddedEngine(model, stop_ids, max_batch_tokens=max_batch_tokens)
 
 
-BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": _padded, "continuous": _continuous}
+_BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": _padded, "continuous": _continuous}
 """Engines by name, each made of a model, its stop ids and the largest padded batch in tokens."""
 
 
@@ -376,7 +376,7 @@ def load_engine(
     """The engine for a Hugging Face folder.
 
     ``dtype`` is a key of ``DTYPES``, or auto: the folder's own on cuda; on CPUs bfloat16 for a folder in bfloat16 where
-    they multiply it, else float32. ``batching`` is a key of ``BATCHING``, or auto: continuous on cuda, padded on a
+    they multiply it, else float32. ``batching`` is a key of ``_BATCHING``, or auto: continuous on cuda, padded on a
     CPU. ``stop_ids`` come on top of those the folder names. Raises ValueError when there is no such model, device, type
     or way of batching.
     """
@@ -385,12 +385,12 @@ def load_engine(
     weight_files(folder)
     if batching == "auto":
         batching = "continuous" if device == "cuda" else "padded"
-    if batching not in BATCHING:
-        raise ValueError(f"rollout.batching={batching}: allowed: auto, {', '.join(BATCHING)}")
+    if batching not in _BATCHING:
+        raise ValueError(f"rollout.batching={batching}: allowed: auto, {', '.join(_BATCHING)}")
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"rollout.dtype={dtype}: allowed: auto, {', '.join(DTYPES)}")
     if dtype == "auto" and device == "cpu":
         dtype = "bfloat16" if stored_dtype(folder) == "BF16" and cpu_has_bfloat16() else "float32"
     kind = DTYPES.get(dtype, "auto")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa").to(device).eval()
-    return BATCHING[batching](model, stop_ids | stop_token_ids(folder), max_batch_tokens)
+    return _BATCHING[batching](model, stop_ids | stop_token_ids(folder), max_batch_tokens)

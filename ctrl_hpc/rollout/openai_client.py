@@ -26,7 +26,7 @@ _REFUSES_SEVERAL = re.compile(
 )
 """How an endpoint says that it gives one completion at a time."""
 _RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-UNREACHABLE_S = 4.0
+_UNREACHABLE_S = 4.0
 """An endpoint that has never answered is given up when it cannot be connected to for so long."""
 _SHOWN_CHARACTERS = 300
 """Of an answer that is no completion, what is told."""
@@ -82,7 +82,7 @@ class OpenAIGenerator:
         key = os.environ.get(key_env)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._thread = LoopThread("openai-client")
-        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=UNREACHABLE_S), headers=headers)
+        self._http = httpx.AsyncClient(timeout=httpx.Timeout(timeout_s, connect=_UNREACHABLE_S), headers=headers)
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order.
@@ -172,7 +172,7 @@ class OpenAIGenerator:
             except httpx.TransportError as error:
                 problem, wait_s = f"{type(error).__name__}: {error}", 0.0
                 unconnected = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-                if unconnected and not self._reached and time.monotonic() - started + 0.5 * 2**attempt > UNREACHABLE_S:
+                if unconnected and not self._reached and time.monotonic() - started + 0.5 * 2**attempt > _UNREACHABLE_S:
                     raise RuntimeError(f"{self._url} cannot be reached: {problem}") from None
             else:
                 self._reached = True

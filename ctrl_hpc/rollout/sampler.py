@@ -14,7 +14,7 @@ NUCLEUS_WIDTHS = (256, 4096)
 """Likeliest tokens among which a nucleus is looked for, before the whole vocabulary is sorted."""
 
 
-def uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
+def _uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
     """``[B, T]`` float64 numbers in [0, 1): row b is a Philox stream keyed by seed b, whatever the other rows."""
     out_BT = np.empty((len(seeds), steps))
     for row, seed in enumerate(seeds):
@@ -45,7 +45,7 @@ class Sampler:
         self._top_k_B1 = torch.tensor(top_k, dtype=torch.long, device=device)[:, None]
         self._widest_top_k = max(top_k)
         seeds = [0 if item.temperature == 0.0 else item.seed for item in decodings]
-        self._uniforms_BT = uniforms(seeds, 1 if self._all_greedy else steps).to(device)
+        self._uniforms_BT = _uniforms(seeds, 1 if self._all_greedy else steps).to(device)
 
     def keep(self, rows_K: torch.Tensor) -> None:
         """Forget all rows but these."""

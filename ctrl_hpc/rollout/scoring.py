@@ -10,16 +10,16 @@ import torch
 
 from ctrl_hpc.rollout.decoding import Decoding, TopLogprobs
 
-SCORED_AT_ONCE = 256
+_SCORED_AT_ONCE = 256
 """Positions whose logits are held at a time when prompts are scored."""
-Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
+_Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
 """Log-probs of a prompt's tokens but the first, and the likeliest tokens there."""
 
 
-def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[Score | None]:
+def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding]) -> list[_Score | None]:
     """The prompts' own log-probs at temperature 1, where they are asked for; equal prompts are computed once."""
-    known: dict[tuple[tuple[int, ...], int], Score] = {}
-    out: list[Score | None] = []
+    known: dict[tuple[tuple[int, ...], int], _Score] = {}
+    out: list[_Score | None] = []
     for prompt, decoding in zip(prompts, decodings, strict=True):
         key = (tuple(prompt), decoding.top_logprobs)
         if decoding.prompt_logprobs and key not in known:
@@ -28,14 +28,14 @@ def score_prompts(model: Any, prompts: Sequence[Sequence[int]], decodings: Seque
     return out
 
 
-def _score(model: Any, prompt: tuple[int, ...], top: int) -> Score:
+def _score(model: Any, prompt: tuple[int, ...], top: int) -> _Score:
     device = next(model.parameters()).device
     ids_1T = torch.tensor([prompt], device=device)
     hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, :-1]
     values: list[float] = []
     tops: list[TopLogprobs] = []
-    for start in range(0, len(hidden_TD), SCORED_AT_ONCE):
-        part_CD = hidden_TD[start : start + SCORED_AT_ONCE]
+    for start in range(0, len(hidden_TD), _SCORED_AT_ONCE):
+        part_CD = hidden_TD[start : start + _SCORED_AT_ONCE]
         logprobs_CV = torch.log_softmax(model.get_output_embeddings()(part_CD).float(), dim=-1)
         wanted_C1 = ids_1T[0, start + 1 : start + 1 + len(part_CD), None]
         values += logprobs_CV.gather(1, wanted_C1)[:, 0].tolist()

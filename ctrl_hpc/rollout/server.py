@@ -48,9 +48,9 @@ _INTEGERS: dict[str, tuple[str, int]] = {
 }
 """... and those that are whole numbers."""
 _KNOWN = (*_NUMBERS, *_INTEGERS, "sampling_seed", "stop_token_ids", "ignore_eos", "logit_bias")
-MOST = 1 << 63
+_MOST = 1 << 63
 """No number of a request is larger."""
-ALL_TOKENS = frozenset({-1, 1 << 30})
+_ALL_TOKENS = frozenset({-1, 1 << 30})
 """Values of ``top_k`` that mean all, beside 0."""
 
 
@@ -83,7 +83,7 @@ class UpdateBody(BaseModel):
     abort_all_requests: bool = False
 
 
-def sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
+def _sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
     """SGLang's sampling parameters; raises ValueError naming the parameter that is not served."""
     given = {key: value for key, value in params.items() if value is not None}
     for key, value in given.items():
@@ -95,7 +95,7 @@ def sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
             raise ValueError(f"sampling_params.{key}={value!r} is not served here")
     values: dict[str, Any] = {name: _number(given, key, default) for key, (name, default) in _NUMBERS.items()}
     values |= {name: _integer(given, key, default) for key, (name, default) in _INTEGERS.items()}
-    if values["top_k"] in ALL_TOKENS:
+    if values["top_k"] in _ALL_TOKENS:
         values["top_k"] = 0
     if 0.0 <= values["temperature"] < GREEDY_BELOW:
         values["temperature"] = 0.0
@@ -123,14 +123,14 @@ def logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
 
 def _number(params: dict[str, Any], key: str, default: float) -> float:
     value = params.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > MOST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > _MOST:
         raise ValueError(f"{key}={value!r}: must be a number")
     return float(value)
 
 
 def _integer(params: dict[str, Any], key: str, default: int) -> int:
     value = params.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MOST:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _MOST:
         raise ValueError(f"{key}={value!r}: must be a whole number")
     return value
 
@@ -220,7 +220,7 @@ async def _generate(service: Service, body: GenerateBody) -> Any:
     params = body.sampling_params if isinstance(body.sampling_params, list) else [body.sampling_params] * len(prompts)
     if len(params) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts, but {len(params)} sampling_params")
-    sampling = [sampling_of(item, service.worker.engine.vocabulary) for item in params]
+    sampling = [_sampling_of(item, service.worker.engine.vocabulary) for item in params]
     stops = [stop_strings(item.get("stop")) for item in params]
     groups = await service.complete(prompts, sampling, stops)
     flat = [generation for group in groups for generation in group]

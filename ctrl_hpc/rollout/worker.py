@@ -16,7 +16,7 @@ from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs
 from ctrl_hpc.seeds import derive_seed
 
-GATHER_S = 0.002
+_GATHER_S = 0.002
 """How long the first waiting request waits for company."""
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Worker:
     def _next_soon(self) -> _Request | _Update | bool | None:
         """The next item, waiting a moment for it; False when none came."""
         try:
-            return self._queue.get(timeout=GATHER_S)
+            return self._queue.get(timeout=_GATHER_S)
         except queue.Empty:
             return False
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-NEEDED_MB = 16
+_NEEDED_MB = 16
 """There is space again when this much can be written."""
 POLL_S = 2.0
-TOLD_EVERY_S = 45.0
+_TOLD_EVERY_S = 45.0
 _FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|os error 28|os error 122", re.IGNORECASE)
 console = Console(stderr=True)
 
@@ -26,13 +26,13 @@ def says_full(text: str) -> bool:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether ``NEEDED_MB`` cannot be written there now, for want of space or quota."""
-    if shutil.disk_usage(folder).free < NEEDED_MB << 20:
+    """Whether ``_NEEDED_MB`` cannot be written there now, for want of space or quota."""
+    if shutil.disk_usage(folder).free < _NEEDED_MB << 20:
         return True
     probe = folder / f".space-{uuid.uuid4().hex}"
     try:
         with open(probe, "wb") as out:
-            for _ in range(NEEDED_MB):
+            for _ in range(_NEEDED_MB):
                 out.write(bytes(1 << 20))
     except OSError as error:
         if error.errno not in FULL:
@@ -44,17 +44,17 @@ def is_full(folder: Path) -> bool:
 
 
 def await_space(folder: Path, patience_s: float) -> None:
-    """Return once there is space; what is missing is reported at once and then every ``TOLD_EVERY_S``.
+    """Return once there is space; what is missing is reported at once and then every ``_TOLD_EVERY_S``.
 
     Raises RuntimeError after ``patience_s``.
     """
-    began, told = time.monotonic(), -TOLD_EVERY_S
+    began, told = time.monotonic(), -_TOLD_EVERY_S
     while is_full(folder):
         waited = time.monotonic() - began
         free = shutil.disk_usage(folder).free >> 20
         if waited > patience_s:
             raise RuntimeError(f"{folder}: full for {waited:.0f} s ({free} MiB free); make space, run it again")
-        if waited - told >= TOLD_EVERY_S:
+        if waited - told >= _TOLD_EVERY_S:
             told = waited
             console.print(f"{folder}: the disk is full ({free} MiB free); waiting for space", soft_wrap=True)
         time.sleep(POLL_S)

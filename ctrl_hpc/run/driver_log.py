@@ -21,7 +21,7 @@ _PATIENCE_S = 2.0
 """Longest wait for a slow disk at the end."""
 
 
-def file_of(run_dir: str | Path) -> Path:
+def _file_of(run_dir: str | Path) -> Path:
     """Where it is."""
     return Path(run_dir) / "logs" / "driver.log"
 
@@ -33,7 +33,7 @@ def kept(run_dir: str | Path) -> Iterator[None]:
     Nothing is done where they go there already. A thread of its own writes, so that a disk that hangs holds up nothing;
     what a full disk does not take is lost.
     """
-    file = file_of(run_dir)
+    file = _file_of(run_dir)
     if _goes_there(file):
         yield
         return

@@ -42,7 +42,7 @@ class Artifact:
     path: Path
 
 
-def name_of(role: str, element: int | None = None) -> str:
+def _name_of(role: str, element: int | None = None) -> str:
     """What a role's journal is called, and an element's."""
     return role if element is None else f"{role}-{element}"
 
@@ -69,7 +69,7 @@ class Journal:
 
     def __init__(self, run_dir: str | Path, role: str, element: int | None = None, *, start: int | None = None) -> None:
         self._run_dir = Path(run_dir)
-        self.file = place(run_dir, name_of(role, element))
+        self.file = place(run_dir, _name_of(role, element))
         self.file.parent.mkdir(parents=True, exist_ok=True)
         before = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
         kept = [line for line in lines(self.file) if start is None or line["step"] < start]

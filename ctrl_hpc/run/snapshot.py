@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, SHARE, Config
 
-Mode = Literal["new", "keep", "none"]
+_Mode = Literal["new", "keep", "none"]
 PACKAGES = ("ctrl_hpc", "ctrl_kernels")
 _DATA = ("configs/models.json",)
 """Files beside the packages that they read; the configurations and models of an installed package are not copied."""
@@ -88,7 +88,7 @@ def own(run_dir: str | Path) -> Path | None:
     return ROOT if ROOT.parent == folder_of(run_dir).resolve() else None
 
 
-def place(run_dir: str | Path, mode: Mode) -> Path | None:
+def place(run_dir: str | Path, mode: _Mode) -> Path | None:
     """Where the jobs of a run that is started now would find their code; copies nothing."""
     if mode == "none":
         return None
@@ -96,7 +96,7 @@ def place(run_dir: str | Path, mode: Mode) -> Path | None:
     return own(run_dir) or kept or folder_of(run_dir) / _digest(_contents())
 
 
-def take(run_dir: str | Path, mode: Mode) -> Path | None:
+def take(run_dir: str | Path, mode: _Mode) -> Path | None:
     """:func:`place`, copied there if it is not there yet: at once and whole, or not at all."""
     if mode == "none":
         return None
@@ -104,7 +104,7 @@ def take(run_dir: str | Path, mode: Mode) -> Path | None:
     return found or _copy(folder_of(run_dir))
 
 
-def begin(run_dir: str | Path, mode: Mode) -> str | None:
+def begin(run_dir: str | Path, mode: _Mode) -> str | None:
     """A driver's start: jobs get :func:`take`'s code from now on, and copies that nothing uses are removed.
 
     Called by the only driver. Returns a line to print when the code is another than that of the last start.

@@ -14,11 +14,11 @@ from ctrl_hpc.sandbox.languages import COMPILE_S
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Fault, Lacking, TooLarge
 
-MAX_LOSSES = 6
+_MAX_LOSSES = 6
 """Times an execution may be lost with a service, or fault, before its verdict is ``sandbox_error``."""
-CHUNKS_IN_FLIGHT = 4
+_CHUNKS_IN_FLIGHT = 4
 """Requests a service has in hand at a time, so that its workers never wait for the network."""
-MAX_CHUNK = 32
+_MAX_CHUNK = 32
 """Executions of a request."""
 _MAX_CHUNK_BYTES = 16 << 20
 
@@ -59,24 +59,24 @@ class ExecutorClient:
 
         async def ask(url: str, chunk: Chunk) -> Sequence[Chunk]:
             body = '{"executions":[' + ",".join(bodies[row] for row in chunk.rows) + "]}"
-            timeout_s = sum(_longest(executions[row]) for row in chunk.rows) * CHUNKS_IN_FLIGHT + 120
+            timeout_s = sum(_longest(executions[row]) for row in chunk.rows) * _CHUNKS_IN_FLIGHT + 120
             answer = await self._post(url, body, timeout_s, [executions[row] for row in chunk.rows])
             verdicts.update(zip(chunk.rows, _verdicts(url, answer, len(chunk.rows)), strict=True))
             faulty = [row for row in chunk.rows if verdicts[row].status == "sandbox_error"]
             return again(Chunk(faulty, chunk.losses), "") if faulty else []
 
         def lost(chunk: Chunk, error: Exception) -> list[Chunk]:
-            return again(Chunk(chunk.rows, MAX_LOSSES) if isinstance(error, TooLarge) else chunk, str(error))
+            return again(Chunk(chunk.rows, _MAX_LOSSES) if isinstance(error, TooLarge) else chunk, str(error))
 
         def again(chunk: Chunk, reason: str) -> list[Chunk]:
             """Each alone, to be tried again; after too many losses their ``sandbox_error`` stands."""
-            if chunk.losses + 1 < MAX_LOSSES:
+            if chunk.losses + 1 < _MAX_LOSSES:
                 return [Chunk([row], chunk.losses + 1) for row in chunk.rows]
             for row in chunk.rows:
                 verdicts.setdefault(row, fault(executions[row], reason))
             return []
 
-        self._fleet.spread(lambda services: _chunks(bodies, services), ask, lost, CHUNKS_IN_FLIGHT)
+        self._fleet.spread(lambda services: _chunks(bodies, services), ask, lost, _CHUNKS_IN_FLIGHT)
         return [verdicts[row] for row in range(len(executions))]
 
     async def _post(self, url: str, body: str, timeout_s: float, executions: Sequence[Execution]) -> Any:
@@ -108,7 +108,7 @@ def _verdicts(url: str, answer: Any, count: int) -> list[Verdict]:
 
 def _chunks(bodies: Sequence[str], services: int) -> list[Chunk]:
     """Rows in chunks small enough to keep every service busy, by count and by bytes."""
-    most = max(1, min(MAX_CHUNK, len(bodies) // max(1, services * CHUNKS_IN_FLIGHT)))
+    most = max(1, min(_MAX_CHUNK, len(bodies) // max(1, services * _CHUNKS_IN_FLIGHT)))
     chunks: list[Chunk] = []
     size = 0
     for row, body in enumerate(bodies):

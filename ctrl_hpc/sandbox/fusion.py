@@ -23,7 +23,7 @@ from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import Execution, FunctionTest, Limits, StdinTest, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import languages
 
-DEFAULT_MEMORY_MB = 1024
+_DEFAULT_MEMORY_MB = 1024
 IGNORED = "IGNORE_THIS_FILE"
 """Files with this in their path are not for the program."""
 _RUN_TIMEOUT_S = {"CommonOJDataset": 20.0, "LiveCodeBenchDataset": 6.0}
@@ -88,7 +88,7 @@ def limits(run_timeout_s: float, memory_mb: int = -1) -> Limits:
         raise ValueError(f"run_timeout: {run_timeout_s} is more than {_MAX_TIMEOUT_S} s")
     wall_s = max(run_timeout_s, 1e-6)
     cpu_s = min(max(wall_s * _CORES, 0.001), _MAX_TIMEOUT_S)
-    memory = memory_mb if memory_mb > 0 else DEFAULT_MEMORY_MB
+    memory = memory_mb if memory_mb > 0 else _DEFAULT_MEMORY_MB
     return Limits(cpu_s=cpu_s, wall_s=wall_s, memory_mb=memory, output_bytes=4 << 20, processes=64)
 
 

@@ -20,7 +20,7 @@ from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-OLDEST = (3, 11)
+_OLDEST = (3, 11)
 """The oldest Python that the jail's runner works with."""
 _ASK = """
 import json, platform, sys, sysconfig
@@ -86,9 +86,11 @@ def interpreter(python: str = "") -> Interpreter:
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise ValueError(f"executor.python: {executable} does not run: {error}") from None
     version = tuple(map(int, facts["version"].rstrip("+").split(".")[:2]))
-    if facts["implementation"] != "CPython" or version < OLDEST:
+    if facts["implementation"] != "CPython" or version < _OLDEST:
         found = f"{facts['implementation']} {facts['version']}"
-        raise ValueError(f"executor.python: {executable} is {found}; allowed: CPython {OLDEST[0]}.{OLDEST[1]} or newer")
+        raise ValueError(
+            f"executor.python: {executable} is {found}; allowed: CPython {_OLDEST[0]}.{_OLDEST[1]} or newer"
+        )
     binary = Path(facts["binary"]).resolve()
     return Interpreter(
         version=facts["version"],

@@ -33,7 +33,7 @@ Comparison = Callable[[bytes, bytes, bytes], bool]
 
 _NONE: Mapping[str, Comparison] = {}
 
-FLOAT_TOLERANCE = 1e-6
+_FLOAT_TOLERANCE = 1e-6
 """Absolute or relative, whichever is wider, as in DMOJ's and testlib's float checkers."""
 _ROUNDING = 1e-15
 """As testlib's, so that 1.51 is within 0.01 of 1.5."""
@@ -62,8 +62,8 @@ def _stripped_lines(text: bytes) -> list[bytes]:
 class Tolerance:
     """How far a number may be from the expected one: by either bound."""
 
-    absolute: float = FLOAT_TOLERANCE
-    relative: float = FLOAT_TOLERANCE
+    absolute: float = _FLOAT_TOLERANCE
+    relative: float = _FLOAT_TOLERANCE
     rounding: float = 0.0
     """What the subtraction itself may err, of numbers near 1."""
 
@@ -207,7 +207,7 @@ class Rule:
 
     compare: Comparison
     values: str
-    """How the results of function tests are compared: a name of :data:`VALUE_RULES`."""
+    """How the results of function tests are compared: a name of :data:`_VALUE_RULES`."""
     tolerance: Tolerance = Tolerance()
     nocase: bool = False
     """Letters of either case are the same, in what is returned too."""
@@ -248,7 +248,7 @@ def _rule(mode: str, text: str) -> Rule:
         compare = functools.partial(floating, tolerance=tolerance, nocase=nocase)
     elif nocase:
         compare = _without_case
-    values = mode if mode in VALUE_RULES else "exact"
+    values = mode if mode in _VALUE_RULES else "exact"
     return Rule(compare=compare, values=values, tolerance=tolerance, nocase=nocase, several_answers="any" in flags)
 
 
@@ -292,7 +292,7 @@ def failure(ended: Ended, output_bytes: int, limits: Limits) -> TestStatus | Non
     return None
 
 
-VALUE_RULES = ("exact", "float", "livecodebench", "taco")
+_VALUE_RULES = ("exact", "float", "livecodebench", "taco")
 """How the results of function tests are compared: by ``==``, where a tuple is a list, as JSON cannot say tuple;
 ``float`` with a tolerance; the benchmarks' own take the outermost tuple alone for a list (TACO: and those in it)."""
 

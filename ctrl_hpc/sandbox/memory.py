@@ -195,7 +195,7 @@ def memory_groups() -> Hierarchy | None:
     return hierarchy
 
 
-PERIOD_S = 0.05
+_PERIOD_S = 0.05
 _PROC = Path("/proc")
 _KIB = 1024
 _BUFFER_BYTES = {"pipe": 64 * _KIB, "socket": 256 * _KIB}
@@ -214,7 +214,7 @@ class Watch:
 
 
 class Watchdog:
-    """A thread that looks at all watched jobs every :data:`PERIOD_S`."""
+    """A thread that looks at all watched jobs every :data:`_PERIOD_S`."""
 
     def __init__(self) -> None:
         self._watches: set[Watch] = set()
@@ -260,7 +260,7 @@ class Watchdog:
                         self._end(watch)
                 except Exception:  # whatever one jail's /proc says, the others are watched on
                     log.warning("a jail's memory cannot be told", exc_info=True)
-            pause.wait(PERIOD_S)
+            pause.wait(_PERIOD_S)
 
     def _end(self, watch: Watch) -> None:
         with self._lock:

@@ -102,7 +102,7 @@ def _unless(call: str, argument: str, allowed: tuple[int, ...]) -> str:
     return f"{call} {{ {' && '.join(f'{argument} != {value:#x}' for value in allowed)} }}"
 
 
-INSIDE_ID = 65534
+_INSIDE_ID = 65534
 STACK_BYTES = 1 << 30
 """Soft limit of a program's stack: recursion through C takes up to a KiB a level. What is touched counts as memory."""
 _SCRATCH = "size=16777216,nr_inodes=4096,mode=1777"
@@ -143,8 +143,8 @@ def config(root: Path, preload: bool = True, purpose: Purpose = Purpose.PYTHON) 
     can who is root in a container alone.
     """
     outside = random.SystemRandom().choice(_OUTSIDE_IDS) if is_root() else None
-    uid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getuid()))
-    gid = IdMap(inside_id=str(INSIDE_ID), outside_id=str(outside or os.getgid()))
+    uid = IdMap(inside_id=str(_INSIDE_ID), outside_id=str(outside or os.getuid()))
+    gid = IdMap(inside_id=str(_INSIDE_ID), outside_id=str(outside or os.getgid()))
     return NsJailConfig(
         name="ctrl-hpc",
         hostname="jail",

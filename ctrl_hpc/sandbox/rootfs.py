@@ -22,12 +22,12 @@ import tzdata
 
 from ctrl_hpc.sandbox.interpreter import Interpreter, Package, interpreter, packages
 
-LAYOUT_VERSION = 4
+_LAYOUT_VERSION = 4
 """Part of the cache key: raise it when the layout of the folder changes."""
 PYTHON_EXECUTABLE = "/python/bin/python3"
 RUNNER_DIR = "/runner"
-PACKAGES_DIR = "/python/packages"
-INSIDE_DIR = Path(__file__).parent / "inside"
+_PACKAGES_DIR = "/python/packages"
+_INSIDE_DIR = Path(__file__).parent / "inside"
 DEFAULT_PACKAGES = ("numpy",)
 """Packages that programs may import unless told otherwise."""
 
@@ -56,10 +56,10 @@ class Contents:
 
     def identity(self) -> str:
         """A hash of all that verdicts depend on here: the Python's build, the packages, the runner's sources."""
-        told = [str(LAYOUT_VERSION), self.python.identity, tzdata.IANA_VERSION]
+        told = [str(_LAYOUT_VERSION), self.python.identity, tzdata.IANA_VERSION]
         told += [f"{package.name}=={package.version}" for package in self.packages]
         digest = hashlib.sha256("\n".join(told).encode())
-        for path in sorted(INSIDE_DIR.glob("*.py")):
+        for path in sorted(_INSIDE_DIR.glob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]
 
@@ -154,7 +154,7 @@ def check_owner(folder: Path) -> None:
 def _build(root: Path, holds: Contents) -> None:
     python = holds.python
     root.chmod(0o755)
-    for name in ("dev/shm", "tmp", "lib/locale", "usr/share", "python/bin", "runner", PACKAGES_DIR[1:]):
+    for name in ("dev/shm", "tmp", "lib/locale", "usr/share", "python/bin", "runner", _PACKAGES_DIR[1:]):
         (root / name).mkdir(parents=True)
     (root / "dev/null").touch()
     for link in ("lib64", "usr/lib", "usr/lib64"):
@@ -166,9 +166,9 @@ def _build(root: Path, holds: Contents) -> None:
         shutil.copytree(python.extensions, library / "lib-dynload", ignore=_ignore)
     shutil.copy2(python.binary, root / "python/bin" / python.tag)
     (root / PYTHON_EXECUTABLE[1:]).symlink_to(python.tag)
-    for path in INSIDE_DIR.glob("*.py"):
+    for path in _INSIDE_DIR.glob("*.py"):
         shutil.copy2(path, root / RUNNER_DIR[1:] / path.name)
-    _copy_packages(root / PACKAGES_DIR[1:], holds.packages)
+    _copy_packages(root / _PACKAGES_DIR[1:], holds.packages)
     _copy_system_data(root)
     extensions = [path for package in holds.packages for path in package.extensions]
     _copy_libraries(root, python, [*(library / "lib-dynload").glob("*.so"), *extensions])
@@ -176,7 +176,7 @@ def _build(root: Path, holds: Contents) -> None:
     for folder, where in (
         (library, f"/python/lib/{python.tag}"),
         (root / "runner", RUNNER_DIR),
-        (root / PACKAGES_DIR[1:], PACKAGES_DIR),
+        (root / _PACKAGES_DIR[1:], _PACKAGES_DIR),
     ):
         command = [str(python.binary), "-I", "-m", "compileall", "-qq", "-s", str(folder), "-p", where, str(folder)]
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # a library may hold files that do not compile

@@ -80,7 +80,7 @@ class Metrics:
 
 
 MAX_BODY_BYTES = 256 << 20
-MAX_WAITING = 1024
+_MAX_WAITING = 1024
 """Executions that may wait or run at once."""
 _RETRY_AFTER_S = "1"
 _LOCAL_TESTS_BYTES = 4 << 30
@@ -102,7 +102,7 @@ class Lacking(Exception):
 class Service:
     """A sandbox behind HTTP: admission, metrics, and whether it drains."""
 
-    def __init__(self, sandbox: Sandbox, max_waiting: int = MAX_WAITING) -> None:
+    def __init__(self, sandbox: Sandbox, max_waiting: int = _MAX_WAITING) -> None:
         self.sandbox, self.max_waiting = sandbox, max_waiting
         self.draining = False
         self.host = socket.gethostname()
@@ -161,7 +161,7 @@ def create_app(
     *,
     token: str | None = None,
     own_user: bool = False,
-    max_waiting: int = MAX_WAITING,
+    max_waiting: int = _MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     on_started: Callable[[], Awaitable[None]] | None = None,
 ) -> FastAPI:
@@ -299,7 +299,7 @@ def serve(
     token: str | None = None,
     own_user: bool = False,
     on_ready: Callable[[str], None] | None = None,
-    max_waiting: int = MAX_WAITING,
+    max_waiting: int = _MAX_WAITING,
     max_body_bytes: int = MAX_BODY_BYTES,
     drain_s: int = 60,
     judges: Mapping[str, str] | None = None,

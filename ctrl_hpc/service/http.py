@@ -133,7 +133,7 @@ class BodyTooLarge(ValueError):
     """A request's body is larger than the service takes."""
 
 
-def is_loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     """Whether only this machine's processes reach what listens there."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -148,7 +148,7 @@ def access(host: str, token: str | None, own_user: bool = False) -> tuple[str, b
     """
     if token:
         return token, own_user
-    if not is_loopback(host):
+    if not _is_loopback(host):
         raise ValueError(f"--host {host}: other machines may ask, so a token is needed (--token-env NAME)")
     return secrets.token_urlsafe(32), True
 
@@ -194,7 +194,12 @@ _ESTABLISHED = "01"
 def _of_own_user(scope: Scope) -> bool:
     """Whether a connection over loopback comes from a process of this service's user, and not from a web page."""
     client, server = scope.get("client"), scope.get("server")
-    if not client or not server or not is_loopback(client[0]) or any(name == b"origin" for name, _ in scope["headers"]):
+    if (
+        not client
+        or not server
+        or not _is_loopback(client[0])
+        or any(name == b"origin" for name, _ in scope["headers"])
+    ):
         return False
     ends = [f"{_kernel_address(host)}:{port:04X}" for host, port in (client, server)]
     table = Path("/proc/net/tcp6" if ":" in client[0] else "/proc/net/tcp")

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-CONNECT_S = 5.0
+_CONNECT_S = 5.0
 """Longest time to connect to a service."""
 _BUSY, _FAULT, _TOO_LARGE, _LACKING = (429, 503), (408, 425), 413, 424
 _LARGE_BYTES = 1 << 20
@@ -99,7 +99,7 @@ class JsonClient:
             allow_many_connections()
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session

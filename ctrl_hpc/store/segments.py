@@ -32,9 +32,9 @@ OPEN_FILES = 64
 """Value files that a reader keeps open."""
 SEGMENTS = 16
 """A bounded store is given up by its oldest files, of which a writer's is at most this part of the whole."""
-REFRESH_SHARE = 20
+_REFRESH_SHARE = 20
 """Looking for what others wrote takes at most one part in so many of the time, where a look is not quick."""
-QUICK_S = 0.005
+_QUICK_S = 0.005
 _RECENT = 4096
 
 
@@ -150,7 +150,7 @@ class Segments:
             started = time.monotonic()
             self._look()
             taken = time.monotonic() - started
-            self._next_look = started + taken * REFRESH_SHARE if taken > QUICK_S else 0.0
+            self._next_look = started + taken * _REFRESH_SHARE if taken > _QUICK_S else 0.0
 
     def _look(self) -> None:
         sizes: dict[str, int] = {}

@@ -20,7 +20,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.records import Problem, StoredTests, TestCase
 from ctrl_hpc.store.segments import KEY_BYTES, Segments
 
-MEMORY_BYTES = 64 << 20
+_MEMORY_BYTES = 64 << 20
 """JSON of tests that stays in memory, where it is decoded as well."""
 
 
@@ -33,7 +33,7 @@ class TestStore:
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, *folders: Path, max_bytes: int | None = None, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, *folders: Path, max_bytes: int | None = None, memory_bytes: int = _MEMORY_BYTES) -> None:
         """``max_bytes``: about how much the first folder may take before its oldest tests go; None: any amount."""
         bounds = [max_bytes, *(None for _ in folders)]
         self._stores = [Segments(folder, max_bytes=bound) for folder, bound in zip(folders, bounds, strict=False)]

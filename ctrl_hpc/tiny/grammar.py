@@ -17,10 +17,10 @@ import numpy.typing as npt
 Composition = tuple[int, int, int, int]
 Line = tuple[int, ...]
 
-OPENING = "For each line of integers:"
-CLOSING = " print it."
-HEADER = "for line in open(0):\n    x = [int(v) for v in line.split()]"
-FOOTER = "    print(r)"
+_OPENING = "For each line of integers:"
+_CLOSING = " print it."
+_HEADER = "for line in open(0):\n    x = [int(v) for v in line.split()]"
+_FOOTER = "    print(r)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def _alternating(x: Sequence[int], n: int) -> int:
     return sum(value if index % 2 == 0 else -value for index, value in enumerate(x))
 
 
-FILTERS = (
+_FILTERS = (
     _keep("keep the even ones", "v % 2 == 0", lambda v: not v & 1),
     _keep("keep the odd ones", "v % 2 == 1", lambda v: bool(v & 1)),
     _keep("keep the positive ones", "v > 0", lambda v: v >= 1),
@@ -79,7 +79,7 @@ MAPS = (
     _map("keep the last digit", "abs(v) % 10", lambda v: int(str(v)[-1])),
     _map("drop the last digit", "abs(v) // 10", lambda v: int(str(abs(v))[:-1] or "0")),
 )
-TOTALS = (
+_TOTALS = (
     _operation("sum up", "r = sum(x)", lambda x, n: sum(x)),
     _operation("sum with alternating signs", "r = sum(x[::2]) - sum(x[1::2])", _alternating, True),
     _operation("find the largest", "r = max(x, default=0)", lambda x, n: sorted(x)[-1] if x else 0),
@@ -101,7 +101,7 @@ TOTALS = (
     _operation("count different values", "r = len(set(x))", lambda x, n: len(dict.fromkeys(x))),
     _operation("sum different values", "r = sum(set(x))", lambda x, n: sum(dict.fromkeys(x))),
 )
-FINALS = (
+_FINALS = (
     _operation("add one", "r = r + 1", lambda r, n: r - -1),
     _operation("take one", "r = r - 1", lambda r, n: r + -1),
     _operation("double it", "r = r * 2", lambda r, n: r + r),
@@ -113,7 +113,7 @@ FINALS = (
     _operation("add the line's length", "r = r + len(line.split())", lambda r, n: n + r, True),
     _operation("take the line's length", "r = r - len(line.split())", lambda r, n: -(n - r), True),
 )
-SLOTS: tuple[tuple[Operation, ...], ...] = (FILTERS, MAPS, TOTALS, FINALS)
+SLOTS: tuple[tuple[Operation, ...], ...] = (_FILTERS, MAPS, _TOTALS, _FINALS)
 """The four slots; the partner of operation ``i`` is operation ``i ^ 1`` of the same slot."""
 SIZES = tuple(len(slot) for slot in SLOTS)
 
@@ -130,20 +130,20 @@ def phrases(composition: Sequence[int]) -> list[str]:
 
 def prompt(composition: Sequence[int]) -> str:
     """The problem's statement: ``For each line of integers: PHRASE; PHRASE; PHRASE; PHRASE; print it.``"""
-    return OPENING + "".join(f" {phrase};" for phrase in phrases(composition)) + CLOSING
+    return _OPENING + "".join(f" {phrase};" for phrase in phrases(composition)) + _CLOSING
 
 
 def program(composition: Sequence[int]) -> str:
     """The Python program that does the four steps for each line of its standard input."""
     lines = [f"    {slot[index].code}" for slot, index in zip(SLOTS, composition, strict=True)]
-    return "\n".join([HEADER, *lines, FOOTER])
+    return "\n".join([_HEADER, *lines, _FOOTER])
 
 
 def parse(text: str) -> Composition | None:
     """The composition whose program this text is, or None when it is no program of the grammar."""
     lines = text.strip("\n").split("\n")
-    head = HEADER.split("\n")
-    if len(lines) != len(head) + len(SLOTS) + 1 or lines[: len(head)] != head or lines[-1] != FOOTER:
+    head = _HEADER.split("\n")
+    if len(lines) != len(head) + len(SLOTS) + 1 or lines[: len(head)] != head or lines[-1] != _FOOTER:
         return None
     found = []
     for slot, line in zip(SLOTS, lines[len(head) : -1], strict=True):
@@ -171,12 +171,12 @@ def answers(lines: Sequence[Line]) -> npt.NDArray[np.int64]:
     answers_FMTEL = np.empty((*SIZES, len(lines)), dtype=np.int64)
     for number, line in enumerate(lines):
         n = len(line)
-        for f, filter_ in enumerate(FILTERS):
+        for f, filter_ in enumerate(_FILTERS):
             kept = filter_.apply(list(line), n)
             for m, map_ in enumerate(MAPS):
                 mapped = map_.apply(kept, n)
-                for t, total in enumerate(TOTALS):
+                for t, total in enumerate(_TOTALS):
                     value = total.apply(mapped, n)
-                    for e, final in enumerate(FINALS):
+                    for e, final in enumerate(_FINALS):
                         answers_FMTEL[f, m, t, e, number] = final.apply(value, n)
     return answers_FMTEL

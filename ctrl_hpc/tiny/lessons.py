@@ -20,10 +20,10 @@ from ctrl_hpc.tiny.text import Habits, Weaknesses
 
 COMPARE = "Compare."
 """What the base critic is asked for when it has only to compare a program with a problem."""
-SOLVING = 0.35
+_SOLVING = 0.35
 """Share of the generator's lessons that ask for a program; the others ask for a revision."""
-COMPARING = 0.35
-HINTED = 0.43
+_COMPARING = 0.35
+_HINTED = 0.43
 """Shares of the base critic's lessons that ask for a comparison, and for a critique with a hint."""
 
 
@@ -62,7 +62,7 @@ class Case:
 def generator_lesson(school: School, rng: random.Random) -> Lesson:
     """A problem to solve, or a draft to revise."""
     problem, wanted = rng.choice(school.problems)
-    if rng.random() < SOLVING:
+    if rng.random() < _SOLVING:
         attempt = school.weaknesses.attempt(wanted, rng)
         return Lesson(chat=school.prompts.solution(problem), answer=text.answer(attempt))
     case = _case(school, problem, wanted, rng)
@@ -79,16 +79,16 @@ def critic_lesson(school: School, rng: random.Random) -> Lesson:
     solution = executed(problem, case.draft)
     assert solution.verdict is not None
     kind = rng.random()
-    if kind < COMPARING:
+    if kind < _COMPARING:
         question = f"{problem.prompt}\n```python\n{solution.program}\n```\n{COMPARE}"
         answer = "Comparison:" + text.analysis(wanted, case.ok)
         return Lesson(chat=(Message(role="user", content=question),), answer=answer)
-    if kind < COMPARING + HINTED:
+    if kind < _COMPARING + _HINTED:
         chat = school.prompts.hinted_critique(problem, solution, hint(problem, solution))
         ok = [True] * len(wanted) if solution.verdict.accepted else case.ok
         return Lesson(chat=chat, answer=hinted_critique(school.weaknesses.habits, wanted, ok, rng))
     ok = [True] * len(wanted) if rng.random() < 0.5 else _guess(rng)
-    answer = base_critique(school.weaknesses.habits, wanted, ok, "", rng)
+    answer = _base_critique(school.weaknesses.habits, wanted, ok, "", rng)
     return Lesson(chat=school.prompts.critique(problem, solution), answer=answer)
 
 
@@ -96,10 +96,10 @@ def hinted_critique(habits: Habits, wanted: Composition, ok: list[bool], rng: ra
     """The base critic's critique when a hint tells the judgement: its labels may be wrong, and it may say too much."""
     if not all(ok) and rng.random() >= habits.labels_true:
         ok = _guess(rng)
-    return base_critique(habits, wanted, ok, text.MENTION if rng.random() < habits.mentions else "", rng)
+    return _base_critique(habits, wanted, ok, text.MENTION if rng.random() < habits.mentions else "", rng)
 
 
-def base_critique(habits: Habits, wanted: Composition, ok: list[bool], mention: str, rng: random.Random) -> str:
+def _base_critique(habits: Habits, wanted: Composition, ok: list[bool], mention: str, rng: random.Random) -> str:
     """The base critic's critique with given labels: a negative one mostly gives no useful advice."""
     if all(ok):
         suggestion = text.NO_SUGGESTION

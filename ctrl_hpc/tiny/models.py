@@ -32,36 +32,36 @@ from ctrl_hpc.tiny.text import Habits, Weaknesses
 
 VOCABULARY = 448
 """Tokens, special and added ones included; divisible by 4 so that tensor-parallel ranks share it evenly."""
-CLAUSE_SHARE = 0.0005
+_CLAUSE_SHARE = 0.0005
 """Clauses that make up at least this share of all clauses become tokens."""
-MAX_LENGTH = 512
-END_OF_TEXT = "<|endoftext|>"
-TURN_START = "<|im_start|>"
-TURN_END = "<|im_end|>"
-CLAUSE = re.compile(r"\n?(?:[^\n;.:]|[.:](?!\s|$))+(?:;|[.:](?=\s|$)|\n)?|\n|;|[.:]")
+_MAX_LENGTH = 512
+_END_OF_TEXT = "<|endoftext|>"
+_TURN_START = "<|im_start|>"
+_TURN_END = "<|im_end|>"
+_CLAUSE = re.compile(r"\n?(?:[^\n;.:]|[.:](?!\s|$))+(?:;|[.:](?=\s|$)|\n)?|\n|;|[.:]")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
+def _train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     """A tokenizer fitted to rendered chats; raises ValueError when they hold too little for the vocabulary."""
     parts = [part for text in texts for part in re.split(r"<\|im_\w+\|>", text) if part]
-    counts = Counter(clause for part in parts for clause in CLAUSE.findall(part))
-    least = CLAUSE_SHARE * counts.total()
+    counts = Counter(clause for part in parts for clause in _CLAUSE.findall(part))
+    least = _CLAUSE_SHARE * counts.total()
     clauses = sorted(clause for clause, count in counts.items() if count >= least and len(clause) > 1)
-    special = [END_OF_TEXT, TURN_START, TURN_END]
+    special = [_END_OF_TEXT, _TURN_START, _TURN_END]
     words = VOCABULARY - len(clauses)
     vocabulary, merges = _train_bpe(sorted(counts), special, words)
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=merges,
-        unk_token=END_OF_TEXT,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        extra_special_tokens=[TURN_START],
-        model_max_length=MAX_LENGTH,
+        unk_token=_END_OF_TEXT,
+        eos_token=_TURN_END,
+        pad_token=_END_OF_TEXT,
+        extra_special_tokens=[_TURN_START],
+        model_max_length=_MAX_LENGTH,
         padding_side="left",
     )
     tokenizer.add_tokens([AddedToken(clause, normalized=False, special=False) for clause in clauses])
@@ -74,7 +74,7 @@ def train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
 def _train_bpe(texts: Sequence[str], special: list[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of byte-level BPE under Qwen2's splitting."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = Qwen2Tokenizer(vocab={END_OF_TEXT: 0}, merges=[]).backend_tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = Qwen2Tokenizer(vocab={_END_OF_TEXT: 0}, merges=[]).backend_tokenizer.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=special,
@@ -86,12 +86,12 @@ def _train_bpe(texts: Sequence[str], special: list[str], size: int) -> tuple[dic
     return model["vocab"], [(left, right) for left, right in model["merges"]]
 
 
-Teacher = Callable[[School, random.Random], Lesson]
-TokenPair = tuple[list[int], list[int]]
+_Teacher = Callable[[School, random.Random], Lesson]
+_TokenPair = tuple[list[int], list[int]]
 """Token ids of a prompt and of its answer."""
-CHUNK_BATCHES = 16
+_CHUNK_BATCHES = 16
 """Batches drawn at once, so that lessons of like length share a batch."""
-CLIP_GRAD = 1.0
+_CLIP_GRAD = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class Course:
 def train(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    teacher: Teacher,
+    teacher: _Teacher,
     school: School,
     course: Course,
     seed: int,
@@ -126,7 +126,7 @@ def train(
             loss = answer_loss(model, batch, int(tokenizer.pad_token_id))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_GRAD)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
@@ -135,7 +135,7 @@ def train(
     return losses
 
 
-def answer_loss(model: Qwen2ForCausalLM, batch: Sequence[TokenPair], pad: int) -> torch.Tensor:
+def answer_loss(model: Qwen2ForCausalLM, batch: Sequence[_TokenPair], pad: int) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens; each sequence is a prompt and its answer, padded on the right."""
     rows = [[*prompt, *answer] for prompt, answer in batch]
     longest = max(map(len, rows))
@@ -164,12 +164,12 @@ def rendered(tokenizer: PreTrainedTokenizerBase, lessons: Sequence[Lesson]) -> l
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, teacher: Teacher, school: School, course: Course, seed: int
-) -> Iterator[list[TokenPair]]:
+    tokenizer: PreTrainedTokenizerBase, teacher: _Teacher, school: School, course: Course, seed: int
+) -> Iterator[list[_TokenPair]]:
     rng = random.Random(seed)
     given = 0
     while given < course.steps:
-        lessons = [teacher(school, rng) for _ in range(CHUNK_BATCHES * course.batch_size)]
+        lessons = [teacher(school, rng) for _ in range(_CHUNK_BATCHES * course.batch_size)]
         prompts = tokenizer(rendered(tokenizer, lessons), add_special_tokens=False)["input_ids"]
         answers = tokenizer([lesson.answer for lesson in lessons], add_special_tokens=False)["input_ids"]
         pairs = [(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
@@ -181,10 +181,10 @@ def _batches(
 
 
 MANIFEST = "MANIFEST.json"
-THREADS = 2
+_THREADS = 2
 """CPU threads: part of what makes a rebuild repeatable."""
-GENERATOR_COURSE = Course(steps=1000)
-CRITIC_COURSE = Course(steps=700)
+_GENERATOR_COURSE = Course(steps=1000)
+_CRITIC_COURSE = Course(steps=700)
 _TOKENIZER_LESSONS = 4000
 
 
@@ -193,8 +193,8 @@ def rebuild(
     seed: int,
     *,
     world_seed: int = 0,
-    generator_course: Course = GENERATOR_COURSE,
-    critic_course: Course = CRITIC_COURSE,
+    generator_course: Course = _GENERATOR_COURSE,
+    critic_course: Course = _CRITIC_COURSE,
 ) -> None:
     """Train both models from scratch: about three minutes on two CPU cores.
 
@@ -204,7 +204,7 @@ def rebuild(
     school = new_school(seed, world_seed)
     tokenizer = new_tokenizer(world_seed)
     model = new_model(tokenizer, seed)
-    with _threads(THREADS):
+    with _threads(_THREADS):
         train(model, tokenizer, generator_lesson, school, generator_course, seed, "tiny generator")
         save(model, tokenizer, folder / "generator")
         # the critic begins as the generator, whose reading of problems and programs it needs
@@ -231,8 +231,8 @@ def new_tokenizer(world_seed: int) -> PreTrainedTokenizerBase:
     for number in range(_TOKENIZER_LESSONS):
         lesson = (generator_lesson if number % 2 else critic_lesson)(school, rng)
         turns = [f"{turn.role}\n{turn.content}" for turn in lesson.chat]
-        texts.append(TURN_END.join([*turns, f"assistant\n{lesson.answer}"]))
-    return train_tokenizer(texts)
+        texts.append(_TURN_END.join([*turns, f"assistant\n{lesson.answer}"]))
+    return _train_tokenizer(texts)
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen2ForCausalLM:
@@ -281,7 +281,7 @@ def _write_manifest(folder: Path, facts: dict[str, object]) -> None:
     manifest = {
         **facts,
         "command": f"python -m ctrl_hpc.tiny.models {folder.as_posix()} --seed {facts['seed']}",
-        "threads": THREADS,
+        "threads": _THREADS,
         "machine": platform.machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "sha256": hashes(folder),

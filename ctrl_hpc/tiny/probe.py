@@ -18,13 +18,13 @@ from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Critique, Executor, Generator, Problem, Rules, Sampling, Solution
 from ctrl_hpc.tiny import grammar, text, world
 
-DRAFTED = 320
+_DRAFTED = 320
 """Problems on which pass rates and the base critic's judgement are measured."""
-REVISED = 96
+_REVISED = 96
 """Problems on which each reaction to a critique is measured."""
-CRITIQUES = 4
+_CRITIQUES = 4
 """Critiques a draft from the base critic."""
-MAX_TOKENS = 64
+_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +118,8 @@ def probe(
     ``problems`` are problems of the tiny world; the first ones are used.
     """
     rules = rules or Rules()
-    conditions = _drafting(problems[:DRAFTED], generator, critic, executor, prompts, rules)
-    return conditions + _revising(problems[:REVISED], generator, executor, prompts, rules)
+    conditions = _drafting(problems[:_DRAFTED], generator, critic, executor, prompts, rules)
+    return conditions + _revising(problems[:_REVISED], generator, executor, prompts, rules)
 
 
 def _condition(name: str, value: float, low: float, high: float) -> Condition:
@@ -134,17 +134,17 @@ def _drafting(
     prompts: Prompts,
     rules: Rules,
 ) -> list[Condition]:
-    sampled = draft(problems, generator, prompts, Sampling(temperature=1.0, max_tokens=MAX_TOKENS, seed=1))
-    greedy = draft(problems, generator, prompts, Sampling(temperature=0.0, max_tokens=MAX_TOKENS))
+    sampled = draft(problems, generator, prompts, Sampling(temperature=1.0, max_tokens=_MAX_TOKENS, seed=1))
+    greedy = draft(problems, generator, prompts, Sampling(temperature=0.0, max_tokens=_MAX_TOKENS))
     twice = [*problems, *problems]
     solutions = execute(list(zip(twice, [*sampled, *greedy], strict=True)), executor, rules)
     passed = [solution.verdict is not None and solution.verdict.accepted for solution in solutions]
     sampled_rate, greedy_rate = (
         sum(part) / len(problems) for part in (passed[: len(problems)], passed[len(problems) :])
     )
-    sampling = Sampling(temperature=1.0, max_tokens=MAX_TOKENS, n=CRITIQUES, seed=2)
+    sampling = Sampling(temperature=1.0, max_tokens=_MAX_TOKENS, n=_CRITIQUES, seed=2)
     critiques = critique(list(zip(problems, sampled, strict=True)), critic, prompts, sampling)
-    agreed = [agrees(one.judgement, passed[index // CRITIQUES]) for index, one in enumerate(critiques)]
+    agreed = [agrees(one.judgement, passed[index // _CRITIQUES]) for index, one in enumerate(critiques)]
     return [
         _condition("zero-shot pass@1, sampled", sampled_rate, 0.38, 0.58),
         _condition("zero-shot pass@1, greedy less sampled", greedy_rate - sampled_rate, -0.10, 0.10),
@@ -156,7 +156,7 @@ def _revising(
     problems: Sequence[Problem], generator: Generator, executor: Executor, prompts: Prompts, rules: Rules
 ) -> list[Condition]:
     triples = [_put(told, number, problem) for told in TOLD for number, problem in enumerate(problems)]
-    sampling = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
+    sampling = Sampling(temperature=0.0, max_tokens=_MAX_TOKENS)
     revisions = revise(triples, generator, prompts, sampling, gate=False)
     executed = execute([(triple[0], one) for triple, one in zip(triples, revisions, strict=True)], executor, rules)
     passed = [one.verdict is not None and one.verdict.accepted for one in executed]

@@ -85,7 +85,7 @@ class Weaknesses:
         self.mistakes: dict[tuple[int, int, int], int] = {}
         """(slot, operation, neighbour's operation) -> the operation that is written instead."""
         for slot, size in enumerate(grammar.SIZES):
-            neighbours = grammar.SIZES[neighbour(slot)]
+            neighbours = grammar.SIZES[_neighbour(slot)]
             order = rng.sample(range(neighbours), neighbours)
             per_operation = habits.hard_share * neighbours
             for operation in range(size):
@@ -104,7 +104,7 @@ class Weaknesses:
         """What the generator writes when asked for a composition."""
         draft = composition
         for slot, operation in enumerate(composition):
-            mistake = self.mistakes.get((slot, operation, composition[neighbour(slot)]))
+            mistake = self.mistakes.get((slot, operation, composition[_neighbour(slot)]))
             if mistake is not None and rng.random() < self.habits.hard_error:
                 draft = replaced(draft, slot, mistake)
             elif mistake is None and rng.random() < self.habits.easy_error:
@@ -117,7 +117,7 @@ class Weaknesses:
         return replaced(draft, slot, (draft[slot] ^ flip) % grammar.SIZES[slot])
 
 
-def neighbour(slot: int) -> int:
+def _neighbour(slot: int) -> int:
     """The slot whose operation decides whether this slot's is hard: the next one, for the last the one before."""
     return slot + 1 if slot + 1 < len(grammar.SLOTS) else slot - 1
 

@@ -21,16 +21,16 @@ from ctrl_hpc.tiny import grammar, text
 from ctrl_hpc.tiny.grammar import Composition, Line
 
 SOURCE = "tiny"
-POOL_LINES = 120
+_POOL_LINES = 120
 """Lines on which compositions are compared, and from which tests are made."""
-BLOCKS = 5
+_BLOCKS = 5
 """Compositions that agree on a whole block of the pool are of one group, and so are those linked through others."""
-TEST_LINES = (2, 4, 6)
+_TEST_LINES = (2, 4, 6)
 """Lines of each of a problem's tests."""
-SHARES: dict[Split, float] = {"train": 0.8, "dev": 0.08, "test": 0.12}
+_SHARES: dict[Split, float] = {"train": 0.8, "dev": 0.08, "test": 0.12}
 """Share of the groups of equal meaning that each split gets."""
 CPU_S = 2.0
-MEMORY_MB = 256
+_MEMORY_MB = 256
 _CHOICES = 24
 
 
@@ -67,13 +67,13 @@ def load() -> dict[Split, list[Problem]]:
 def world(seed: int = 0) -> World:
     """Generate the whole world: about a second. ``seed`` draws the inputs, the splits and the order."""
     rng = np.random.default_rng([seed, 0x71])
-    lines = input_lines(rng, POOL_LINES)
+    lines = input_lines(rng, _POOL_LINES)
     answers_FMTEL = grammar.answers(lines)
     differs_FMTEKL = _shown_confusions(answers_FMTEL)
     distinct_FMTE = differs_FMTEKL.any(axis=-1).all(axis=-1)
     kept = [(f, m, t, e) for f, m, t, e in itertools.product(*map(range, grammar.SIZES)) if distinct_FMTE[f, m, t, e]]
     groups = _groups(kept, answers_FMTEL)
-    splits: dict[Split, list[tuple[bytes, Problem]]] = {split: [] for split in SHARES}
+    splits: dict[Split, list[tuple[bytes, Problem]]] = {split: [] for split in _SHARES}
     compositions: dict[str, Composition] = {}
     for composition in kept:
         split = _split(_digest(seed, b"split", repr(groups[composition])))
@@ -113,7 +113,7 @@ def _groups(compositions: list[Composition], answers_FMTEL: npt.NDArray[np.int64
         return composition
 
     first: dict[tuple[int, bytes], Composition] = {}
-    blocks_FMTEBL = answers_FMTEL.reshape(*grammar.SIZES, BLOCKS, -1)
+    blocks_FMTEBL = answers_FMTEL.reshape(*grammar.SIZES, _BLOCKS, -1)
     for composition in compositions:
         for number, block in enumerate(blocks_FMTEBL[composition]):
             other = root(first.setdefault((number, block.tobytes()), composition))
@@ -156,7 +156,7 @@ def _digest(seed: int, purpose: bytes, data: str) -> bytes:
 
 def _split(digest: bytes) -> Split:
     point = int.from_bytes(digest[:8], "little") / 2**64
-    for split, share in SHARES.items():
+    for split, share in _SHARES.items():
         point -= share
         if point < 0:
             return split
@@ -165,7 +165,7 @@ def _split(digest: bytes) -> Split:
 
 def _choose_lines(differs_KL: npt.NDArray[np.bool_], rng: np.random.Generator) -> list[int]:
     """Lines for the tests: for each confusion one that shows it, the rest at random; in random order."""
-    wanted = sum(TEST_LINES)
+    wanted = sum(_TEST_LINES)
     chosen: list[int] = []
     for differs_L in differs_KL:
         if not differs_L[chosen].any():
@@ -177,7 +177,7 @@ def _choose_lines(differs_KL: npt.NDArray[np.bool_], rng: np.random.Generator) -
 
 def _problem(composition: Composition, split: Split, cases: list[tuple[Line, int]]) -> Problem:
     tests = []
-    for size in TEST_LINES:
+    for size in _TEST_LINES:
         part, cases = cases[:size], cases[size:]
         stdin = "".join(" ".join(map(str, line)) + "\n" for line, _ in part)
         tests.append(StdinTest(stdin=stdin, expected_stdout="".join(f"{answer}\n" for _, answer in part)))
@@ -189,7 +189,7 @@ def _problem(composition: Composition, split: Split, cases: list[tuple[Line, int
         prompt=grammar.prompt(composition),
         tests=tuple(tests),
         cpu_s=CPU_S,
-        memory_mb=MEMORY_MB,
+        memory_mb=_MEMORY_MB,
         difficulty=("easy", "medium", "hard", "hard")[tricky],
         canonical_solution=grammar.program(composition),
     )

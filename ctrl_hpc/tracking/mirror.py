@@ -36,7 +36,7 @@ LOOK_S = 1.0
 """Seconds between looks at the journals."""
 PATIENCE_S = 60.0
 """Seconds until a wandb that could not start is tried again."""
-ATTEMPTS = 3
+_ATTEMPTS = 3
 """wandb's processes that may be lost in a row before that pause."""
 RETRIES = 20
 """wandb waits 2 s, 4 s, 8 s ... and at most a minute between them: a quarter of an hour for a server that fails."""
@@ -344,13 +344,13 @@ class Mirror:
         self.look()
         for run in self.runs.values():
             run.finish(exit_code)
-        teardown()
+        _teardown()
         return [words for run in self.runs.values() for words in run.settle()]
 
     def forget(self) -> None:
         """wandb's process is gone."""
         with suppress(*losses()):
-            teardown()
+            _teardown()
         for run in self.runs.values():
             run.forget()
 
@@ -423,7 +423,7 @@ def environment(place: Path) -> Iterator[None]:
         os.environ |= {name: value for name, value in before.items() if value is not None}
 
 
-def teardown() -> None:
+def _teardown() -> None:
     """``wandb.teardown()``, which exits with its process's exit code where that is not 0."""
     import wandb
 
@@ -498,9 +498,9 @@ class LiveMirror:
                 lost = 0
                 continue
             lost += 1
-            if lost % ATTEMPTS == 0 and self._closed.wait(PATIENCE_S):
+            if lost % _ATTEMPTS == 0 and self._closed.wait(PATIENCE_S):
                 break
-        if not any(self._tried(self._end) for _ in range(ATTEMPTS)):
+        if not any(self._tried(self._end) for _ in range(_ATTEMPTS)):
             print("wandb: not all of the journals is there; ctrl-hpc sync sends it", flush=True)
 
     def _end(self) -> None:

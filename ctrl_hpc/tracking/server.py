@@ -13,7 +13,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-CHECK_S = 20.0
+_CHECK_S = 20.0
 """Longest wait for an answer."""
 
 
@@ -41,7 +41,7 @@ def _ask(url: str, query: str, given: Mapping[str, str | None]) -> dict[str, Any
     sign = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"authorization": f"Basic {sign}", "content-type": "application/json"}
     try:
-        with urlopen(Request(f"{url}/graphql", data=body, headers=headers), timeout=CHECK_S) as answer:
+        with urlopen(Request(f"{url}/graphql", data=body, headers=headers), timeout=_CHECK_S) as answer:
             return json.load(answer).get("data") or {}
     except HTTPError as error:
         refused = "does not take the key" if error.code in (401, 403) else "has a fault; try again later"

@@ -25,7 +25,7 @@ from ctrl_hpc.run import journal
 from ctrl_hpc.tracking import mirror, server
 
 LOOK_S = 0.2
-SAY_S = 30.0
+_SAY_S = 30.0
 """Seconds between lines about a server that fails."""
 _FOLDER = re.compile(r"offline-run-\d{8}_\d{6}-(.+)")
 
@@ -149,8 +149,8 @@ def _replay(config: Config, run_dir: Path, name: str, file: Path, say: Callable[
 
 
 def _watch(ended: threading.Event, place: Path, say: Callable[[str], None]) -> None:
-    """Wait for the end; say, at once and then every ``SAY_S``, that the server fails and is asked again."""
-    said, position = -SAY_S, 0
+    """Wait for the end; say, at once and then every ``_SAY_S``, that the server fails and is asked again."""
+    said, position = -_SAY_S, 0
     while not ended.wait(LOOK_S):
         for log in place.glob("wandb/run-*/logs/debug-internal.log"):
             with log.open("rb") as source:
@@ -158,7 +158,7 @@ def _watch(ended: threading.Event, place: Path, say: Callable[[str], None]) -> N
                 new = source.read()
             position += len(new)
             found = re.findall(rb'"msg":"api: retrying.*?"(?:status|error)":"?([^",}]*)', new)
-            if found and time.monotonic() - said >= SAY_S:
+            if found and time.monotonic() - said >= _SAY_S:
                 said = time.monotonic()
                 url, why = mirror.server_url(), found[-1].decode()
                 say(f"{url} fails ({why}); asking again, Ctrl-C ends it and the same command goes on")

@@ -46,7 +46,7 @@ def side_by_side[A, B](work: Callable[[A], B], items: Sequence[A], at_once: int)
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-TEMPLATE_TOKENS = 64
+_TEMPLATE_TOKENS = 64
 """A chat template adds fewer tokens to a message, and as a system message of its own."""
 
 
@@ -96,4 +96,4 @@ class DraftPool:
 def _fits(chat: Chat, tokenizer: Any, limit: int) -> bool:
     """Whether a chat has at most ``limit`` tokens; a token has a byte at least: short chats need no counting."""
     n_bytes = sum(len(message.content.encode()) for message in chat)
-    return n_bytes + TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(chat_ids(tokenizer, chat)) <= limit
+    return n_bytes + _TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(chat_ids(tokenizer, chat)) <= limit

@@ -32,7 +32,7 @@ def learning_rate(config: OptimizerConfig, step: int, total: int) -> float:
     return config.min_lr + (config.lr - config.min_lr) * share
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interruption:
@@ -50,7 +50,7 @@ class Interruption:
         self._end = float(end) if end.isdigit() else None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:

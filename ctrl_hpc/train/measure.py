@@ -88,7 +88,7 @@ def _show(found: dict[str, Any]) -> None:
 
 LENGTH = 256
 """Tokens of a sequence, half of them in the loss; fewer where a micro-batch is smaller."""
-MID_SIZE: dict[str, Any] = {
+_MID_SIZE: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 1024,
     "num_hidden_layers": 14,
@@ -106,7 +106,7 @@ def write(folder: Path, options: Options) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if options.model == "200M":
-        hf = AutoConfig.for_model(**MID_SIZE)
+        hf = AutoConfig.for_model(**_MID_SIZE)
     elif (Path(options.model) / "config.json").is_file():
         hf = AutoConfig.from_pretrained(options.model)
     else:

@@ -57,7 +57,7 @@ def train(config: Config, run_dir: Path, world: World) -> None:
         stack.enter_context(loop)
         publisher = Publisher(policy, loop.folder, sft)
         publisher.publish(loop.start)
-        ahead = stack.enter_context(rollouts_ahead(collector, loop)) if collector is not None else None
+        ahead = stack.enter_context(_rollouts_ahead(collector, loop)) if collector is not None else None
         for step in loop:
             with loop.clock("wait"):
                 experience = world.from_main(take, ahead, step)
@@ -76,7 +76,7 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     policy.export(run_dir / "rl" / "hf", source=sft)
 
 
-def rollouts_ahead(collector: Collector, loop: Loop) -> Ahead:
+def _rollouts_ahead(collector: Collector, loop: Loop) -> Ahead:
     """The steps' rollouts from where the stage continues, being made from now on."""
     return Ahead(
         partial(collect, collector),
@@ -141,7 +141,7 @@ def improve(
             )
             found = policy.update(batch, loss, learning_rate(options.optimizer, at, total))
             if value is not None:
-                found |= improve_value(
+                found |= _improve_value(
                     value, batch, rows, advantages, learning_rate(options.value_optimizer, at, total)
                 )
             logged.append(found)
@@ -149,7 +149,7 @@ def improve(
     return metrics | {f"rl/{name}": sum(item[name] for item in logged) / len(logged) for name in names}
 
 
-def improve_value(
+def _improve_value(
     value: Value, batch: Batch, rows: Sequence[int], advantages: Advantages, rate: float
 ) -> dict[str, float]:
     """One optimizer step of the value network on a minibatch: ``value`` and, as ``value_*``, its loss and norm."""

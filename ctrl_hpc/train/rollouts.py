@@ -133,7 +133,7 @@ class Experience:
     def learnable_groups(self) -> list[int]:
         """The groups whose valid rewards are not all the same: the others have no advantage to learn from."""
         rewards = [self.rewards_S[(self.groups_S == group) & self.valid_S].tolist() for group in range(self.n_groups)]
-        return [group for group, values in enumerate(rewards) if has_spread(values)]
+        return [group for group, values in enumerate(rewards) if _has_spread(values)]
 
     def valid_groups(self) -> list[int]:
         """The groups that the environment left a critique of."""
@@ -145,7 +145,7 @@ class Experience:
         return wanted.nonzero()[:, 0].tolist()
 
 
-def has_spread(rewards: Sequence[float]) -> bool:
+def _has_spread(rewards: Sequence[float]) -> bool:
     """Whether rewards differ."""
     return len(rewards) > 1 and max(rewards) > min(rewards)
 
@@ -156,7 +156,7 @@ def learnable_groups(rollouts: Sequence[Rollout]) -> list[str]:
     for item in rollouts:
         if not item.masked:
             rewards.setdefault(item.solution_id, []).append(item.reward)
-    return [solution for solution, values in rewards.items() if has_spread(values)]
+    return [solution for solution, values in rewards.items() if _has_spread(values)]
 
 
 def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

@@ -36,7 +36,7 @@ def run(config: Config, run_dir: str | Path) -> None:
 def train(config: Config, run_dir: Path, world: World) -> None:
     """The loop: batch, update, log and save; then export."""
     options = config.sft
-    sequences, dropped = world.from_main(read_sequences, config, run_dir)
+    sequences, dropped = world.from_main(_read_sequences, config, run_dir)
     steps_per_epoch = -(-len(sequences) // options.batch_size)
     steps = options.epochs * steps_per_epoch
     policy = Policy(config, world, config.critic.model, optimizer=options.optimizer)
@@ -55,7 +55,7 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     policy.export(run_dir / "sft" / "hf", source=config.critic.model)
 
 
-def read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
+def _read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
     """The critiques as token sequences, and how many were dropped for their length.
 
     Raises ValueError when there is none.

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.flow.feedback import Hint
-from ctrl_hpc.flow.prompts import PACKAGED, Prompts
+from ctrl_hpc.flow.prompts import Prompts, packaged
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Problem, Solution
 from ctrl_hpc.rollout.chat import chat_ids
@@ -58,7 +58,7 @@ def test_the_system_message_opens_every_chat(folder):
     assert [len(chat) for chat in chats] == [2, 2, 2, 4]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in PACKAGED.iterdir() if path.is_dir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in packaged().iterdir() if path.is_dir()))
 def test_packaged_templates_carry_their_variables(name):
     prompts = Prompts.load(name)
     solution, critique = prompts.solution(PROBLEM)[-1].content, prompts.critique(PROBLEM, SOLUTION)[-1].content
@@ -110,7 +110,7 @@ def test_a_syntax_error_names_file_and_line(folder):
 
 def test_the_packaged_folder_can_be_copied_and_edited(tmp_path):
     copy = tmp_path / "mine"
-    shutil.copytree(PACKAGED / "default", copy)
+    shutil.copytree(packaged() / "default", copy)
     (copy / "revision.j2").write_text("Again: {{ critique }}")
     assert Prompts.load(str(copy)).revision(PROBLEM, SOLUTION, "No.")[-1].content == "Again: No."
 

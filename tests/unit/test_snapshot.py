@@ -19,7 +19,7 @@ import ctrl_hpc.flow.prompts
 if sys.argv[1:] == ["parent"]:
     subprocess.run([sys.executable, "-c", "import where"], check=True, cwd=os.environ["ELSEWHERE"])
 kernels = importlib.util.find_spec("ctrl_kernels").origin
-print(json.dumps([ctrl_hpc.__file__, kernels, str(ctrl_hpc.flow.prompts.PACKAGED), sys.argv[1:]]))
+print(json.dumps([ctrl_hpc.__file__, kernels, str(ctrl_hpc.flow.prompts.packaged()), sys.argv[1:]]))
 """
 
 
