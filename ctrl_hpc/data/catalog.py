@@ -166,10 +166,6 @@ def prepared(data: DataConfig, seed: int, *, critic: str | None = None, keep: ta
     So ``data.n_train`` problems are left where there are as many. ``critic``: the folder whose tokenizer counts where
     ``data.filters.tokenizer`` names none; ``keep``: see :func:`read`. Raises ValueError where nothing is left.
     """
-    if not 0 < data.overlap <= 1:
-        raise ValueError(f"data.overlap: {data.overlap} is not allowed; it must be greater than 0 and at most 1")
-    if data.ngram < 1:
-        raise ValueError(f"data.ngram: {data.ngram} is not allowed; it must be greater than 0")
     loaded = read(data.name, data.path, data.split, data.filters, keep=keep)
     tell(data.name, loaded.left_out)
     problems, taken = filters.apply(loaded.items, data.filters, _counter(data.filters, critic))

@@ -77,18 +77,24 @@ def check(config: Config) -> Path:
     counts as the same configuration.
     Raises ValueError naming the first key that differs and the stage that has read it; writes nothing.
     """
+    return _checked(config)[0]
+
+
+def _checked(config: Config) -> tuple[Path, Config | None, dict[str, tuple[Any, Any]]]:
+    """The folder, the configuration of its last start, and what has changed since."""
     folder = Path(config.run_dir or "")
     if folder.is_dir() and not access.is_ours(folder.stat()):
         raise ValueError(f"{folder}: belongs to another user; choose another run_dir (run_dir=PATH)")
     old = _last(folder)
+    changed = {} if old is None else _changed(folder, old, config)
     if old is not None:
-        _check_changes(folder, old, config)
+        _check_changes(folder, changed, old, config)
     elif folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     for above in (folder, *folder.parents):
         if above.exists() and not above.is_dir():
             raise ValueError(f"{above}: is a file; choose another run_dir (run_dir=PATH)")
-    return folder
+    return folder, old, changed
 
 
 def _last(folder: Path) -> Config | None:
@@ -97,8 +103,7 @@ def _last(folder: Path) -> Config | None:
     return load(file, validate=False) if file.exists() else None
 
 
-def _check_changes(folder: Path, old: Config, new: Config) -> None:
-    changed = _changed(folder, old, new)
+def _check_changes(folder: Path, changed: dict[str, tuple[Any, Any]], old: Config, new: Config) -> None:
     for stage in STAGES if changed else ():
         state = _state(folder, stage)
         keys = depends(stage, old) | depends(stage, new) if state else set()
@@ -135,10 +140,8 @@ def prepare(config: Config, **versions: Any) -> Path:
 
     Problems and models that were made under a configuration that has changed since go, to be made anew.
     """
-    folder = check(config)
+    folder, old, changed = _checked(config)
     access.make_private(folder)
-    old = _last(folder)
-    changed = {} if old is None else _changed(folder, old, config)
     if old is not None and changed:
         for pattern in PREPARED:
             if any(concerns(key, prepared(pattern, old) | prepared(pattern, config)) for key in changed):

@@ -92,14 +92,6 @@ def test_tokens_need_a_tokenizer(tmp_path):
         catalog.prepared(data, 0, critic="/nowhere")
 
 
-@pytest.mark.parametrize(
-    ("setting", "told"), [("overlap", "data.overlap: 0 is not allowed"), ("ngram", "data.ngram: 0 is not allowed")]
-)
-def test_ranges(setting, told):
-    with pytest.raises(ValueError, match=told):
-        catalog.prepared(DataConfig(**{setting: 0}), 0)
-
-
 def test_nothing_left_is_one_line(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(row("q <image>")) + "\n")
     data = DataConfig(name="taco", path=str(tmp_path / "train.jsonl"), filters=FilterConfig(without=("<image>",)))
