@@ -143,8 +143,11 @@ def _literals(hint: Any) -> list[str]:
 
 
 def iterate[R](cls: type[R], path: str | Path) -> Iterator[R]:
-    """The records of a JSONL file; blank lines are skipped; a bad line raises ValueError "FILE:LINE: field: ..."."""
-    with open(path, encoding="utf-8") as lines:
+    """The records of a JSONL file; a byte order mark and blank lines are skipped.
+
+    A bad line raises ValueError "FILE:LINE: field: ...".
+    """
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
