@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.flow.fences import parsed, well_formed
+from ctrl_hpc.flow.fences import parsed
 from ctrl_hpc.harness import harness
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest, TestCase
 from ctrl_hpc.sandbox.judge import COMPARISONS, rule
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from ctrl_hpc.flow.fences import well_formed
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Chat, Generation, Message, Sampling
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
