@@ -257,6 +257,10 @@ class _Scanner:
             opening = replace(opening, column=column)
         lines = [*([opening.code] if opening.code else []), *(_dedent(line, opening.column) for line in content)]
         cut = _glued_end(lines, opening, closed)
+        if cut is None and opening.glued and not (closed or opening.tag or _parses("\n".join(lines))):
+            for line in content:  # stray marks behind a line of prose open nothing
+                self._prose(line)
+            return
         if cut is None:
             self._add(opening.tag, "\n".join(lines), closed=closed, label=opening.label)
             return

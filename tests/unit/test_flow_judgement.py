@@ -238,3 +238,11 @@ def test_any_wrapping_gives_the_judgement(tags, thought, verdict, dress, control
     said = dress.format(v=verdict)
     text = f"{tags[0]}Overall judgment: {thought}{tags[1]}{analysis}\n{said}{control}"
     assert parse_judgement(text) == verdict.lower()
+
+
+def test_stray_marks_behind_prose_hide_no_judgement() -> None:
+    text = "Analysis: take the length; ok.```\nthe rest is right.\nImprovement suggestions: none.\nOverall judgment: Correct"
+    assert parse_judgement(text) == "correct"
+    assert (
+        parse_judgement(text.replace("ok.```", "like this: ```python").replace("the rest is right.", "x = 1")) is None
+    )
