@@ -211,8 +211,12 @@ def _of_endpoints(config: Config, todo: Sequence[str]) -> Iterator[Finding]:
     generates = any("generator" in STAGES[name].services for name in todo)
     if config.generator_is_url and generates:
         asked["generator"] = (config.generator, "models", config.endpoint.key_env)
+    rollout = config.rollout
     if "critic" in roles(config, todo):
-        asked |= {f"rollout.critic_urls: {url}": (url, "health", "") for url in config.rollout.critic_urls}
+        if rollout.critic_urls and rollout.critic_key_env and not os.environ.get(rollout.critic_key_env):
+            text = f"rollout.critic_key_env: the environment variable {rollout.critic_key_env} is not set"
+            yield Finding(text=text, here=True)
+        asked |= {f"rollout.critic_urls: {url}": (url, "health", "") for url in rollout.critic_urls}
     for key, (url, route, key_env) in asked.items():
         told = _unreachable(url, route, key_env)
         if told:

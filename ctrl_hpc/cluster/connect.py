@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,8 +73,19 @@ def _rollout(config: Config, run_dir: str | Path, role: str, model: str, *, call
         _tokenizer(model) if called else None,
         patience_s=config.launch.start_timeout_s,
         role=role,
-        token=token(run_dir),
+        token=_critic_key(config) if role == "critic" and config.rollout.critic_urls else token(run_dir),
     )
+
+
+def _critic_key(config: Config) -> str | None:
+    """The token for servers of the critic that are not the run's own, which never get the run's."""
+    variable = config.rollout.critic_key_env
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ValueError(f"rollout.critic_key_env: the environment variable {variable} is not set")
+    return key
 
 
 def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] | None) -> Generator:

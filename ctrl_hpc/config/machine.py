@@ -79,6 +79,8 @@ class RolloutConfig:
     """Servers of the critic being trained."""
     critic_urls: Free[tuple[str, ...]] = ()
     """SGLang servers (real ones, or ``ctrl-hpc serve rollout``) that serve the critic instead of an array of ours."""
+    critic_key_env: Free[str | None] = None
+    """Environment variable with the bearer token of ``critic_urls``; null: none is sent, the run's own least of all."""
     generator_elements: Free[NotNegative[int]] = 1
     """Servers of the fixed generator; 0 when ``generator`` is a URL or ``oracle``."""
     threads: Free[Positive[int]] = 2

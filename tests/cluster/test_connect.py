@@ -1,16 +1,20 @@
 """All services of a run at once, through the clients a driver uses."""
 
+import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import random_qwen
 import rollout_server
 
-from ctrl_hpc.cluster import status
+from ctrl_hpc.cluster import element, status
 from ctrl_hpc.cluster.connect import connect, spent
+from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, CriticConfig, EndpointConfig, RolloutConfig
 from ctrl_hpc.records import AssertTest, Execution, Limits, Message, Problem, Sampling
@@ -78,6 +82,59 @@ def test_the_critic_may_be_served_by_others(make_config: Callable[..., Config], 
             assert tokens == (len(native.prompt_ids), len(native.token_ids))
             assert counted["generator/cost"] == pytest.approx((2.0 * tokens[0] + 8.0 * tokens[1]) / 1e6)
             connections.close()
+
+
+@contextlib.contextmanager
+def asked_for() -> Iterator[tuple[str, list[str | None]]]:
+    """A server that refuses everything, and the Authorization headers it was sent."""
+    sent: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            sent.append(self.headers["authorization"])
+            self.send_response(401)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", sent
+        server.shutdown()
+        thread.join()
+
+
+def test_the_runs_token_goes_to_its_own_services_alone(
+    make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    critic = CriticConfig(model=random_qwen.build(run_dir / "critic"))
+    chat = (Message(role="user", content="read the numbers"),)
+
+    def ask(rollout: RolloutConfig) -> None:
+        connections = connect(make_config(critic=critic, rollout=rollout, generator="http://127.0.0.1:9"), run_dir)
+        with pytest.raises(ValueError, match="refuses: 401"):
+            connections.critic.complete([chat], Sampling(max_tokens=1))
+        connections.close()
+
+    with asked_for() as (url, sent):
+        ask(RolloutConfig(critic_urls=(url,)))
+        assert set(sent) == {None}
+        sent.clear()
+        with pytest.raises(
+            ValueError, match=r"rollout\.critic_key_env: the environment variable CRITIC_KEY is not set"
+        ):
+            ask(RolloutConfig(critic_urls=(url,), critic_key_env="CRITIC_KEY"))
+        monkeypatch.setenv("CRITIC_KEY", "theirs")
+        ask(RolloutConfig(critic_urls=(url,), critic_key_env="CRITIC_KEY"))
+        assert set(sent) == {"Bearer theirs"}
+        sent.clear()
+        with Registry(run_dir).register("critic", url, id="0"):
+            ask(RolloutConfig(critic_key_env="CRITIC_KEY"))
+        assert set(sent) == {f"Bearer {element.token(run_dir)}"}
 
 
 def test_a_missing_model_folder_is_one_line(make_config: Callable[..., Config], run_dir: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 import uvicorn
 
 from ctrl_hpc.cluster import element
+from ctrl_hpc.records import Execution, Limits, StdinTest
 from ctrl_hpc.sandbox import Sandbox, fusion
+from ctrl_hpc.sandbox.client import ExecutorClient
 from ctrl_hpc.sandbox.memory import Watch, Watchdog
 from ctrl_hpc.sandbox.server import create_app
 from ctrl_hpc.service import http
@@ -72,6 +74,33 @@ def test_an_element_whose_worker_has_ended_leaves(ended: Sandbox, monkeypatch: p
         thread.join()
         sock.close()
     assert asked_to_leave == [signal.SIGTERM]
+
+
+@pytest.mark.slow
+def test_a_request_over_the_size_limit_costs_its_own_program_alone() -> None:
+    """A real service that takes 64 KiB: the rest of the batch is judged, and it answers on."""
+    tests = (StdinTest(stdin="", expected_stdout="1\n"),)
+    programs = ["print(1)", "print(2)", f"print(1)  # {'x' * (1 << 16)}", "print(1)"]
+    sock = http.listen("127.0.0.1", 0)
+    with Sandbox(workers=1) as sandbox:
+        app = create_app(sandbox, max_body_bytes=1 << 16)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            with ExecutorClient(lambda: [http.url(sock)]) as executor:
+                verdicts = executor.run_many(
+                    [Execution(program=text, tests=tests, limits=Limits()) for text in programs]
+                )
+            chunked = httpx.post(f"{http.url(sock)}/run_tests", content=iter([b"x" * (1 << 15)] * 3))
+            health = httpx.get(f"{http.url(sock)}/health")
+        finally:
+            server.should_exit = True
+            thread.join()
+            sock.close()
+    assert [verdict.status for verdict in verdicts] == ["accepted", "wrong_answer", "sandbox_error", "accepted"]
+    assert "larger than 65536 bytes" in verdicts[2].detail
+    assert (chunked.status_code, health.status_code) == (413, 200)
 
 
 def test_the_watchdog_watches_on_whatever_one_watch_raises() -> None:

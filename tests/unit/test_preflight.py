@@ -37,6 +37,10 @@ LACKING = [
     ),
     ("rollout.critic_urls=[http://127.0.0.1:{closed}]", "rollout.critic_urls: http://127.0.0.1:{closed}"),
     (
+        "rollout.critic_urls=[http://127.0.0.1:{refusing}] rollout.critic_key_env=NO_SUCH",
+        "rollout.critic_key_env: the environment variable NO_SUCH is not set",
+    ),
+    (
         "generator=http://127.0.0.1:{refusing}/v1 generator_model=m",
         "it is read from $OPENAI_API_KEY (endpoint.",
     ),
