@@ -239,6 +239,22 @@ CONTROL = st.sampled_from(
         "<|return|>",
     ]
 )
+FENCE = st.sampled_from(["```", "```python", "```text", "``` and so on."])
+
+
+@settings(derandomize=True, max_examples=200)
+@given(inner=st.lists(FENCE, min_size=1, max_size=6), quotes=st.sampled_from(['"""', "'''"]), more=PROSE)
+def test_fences_within_a_text_of_the_program_are_text(inner, quotes, more):
+    code = f"def f(x):\n    {quotes}Doc.\n" + "\nf(1)\n".join(inner) + f"\n    {quotes}\n    return x"
+    assert extract_program(f"It is:\n```python\n{code}\n```\n{more}") == code
+
+
+def test_a_text_that_never_ends_holds_no_other_block():
+    broken = 'def f(x):\n    """Doc.\n    return x'
+    assert extract_program(f"```python\n{broken}\n```\nBetter:\n```python\nprint(1)\n```") == "print(1)"
+    assert extract_program(f"```python\n{broken}\n```\nThat is all.") == broken
+
+
 GLUE = st.sampled_from(
     ["{p}```python\n{c}\n```", "{p}\n```python\n{c}```", "{p}\n```py\n{c}\n``` and so on.", "{p} ```python\n{c}```"]
 )
