@@ -7,7 +7,7 @@ import builtins
 import re
 import unicodedata
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctrl_hpc.flow.fences import (
     LANGUAGE_TAGS,
@@ -45,7 +45,7 @@ def extract_program(text: str, names: Collection[str] = (), language: str | None
     thought or outside of fences is no program.
     """
     blocks, _ = split(answer(text))
-    blocks = [inner for block in blocks for inner in _inside(block)]
+    blocks = [_without_prose(inner) for block in blocks for inner in _inside(block)]
     programs = [block for block in blocks if block.content.strip() and block.tag not in NOT_PROGRAMS]
     if not programs:
         return None
@@ -65,6 +65,28 @@ def extract_program(text: str, names: Collection[str] = (), language: str | None
 def _inside(block: Block) -> list[Block]:
     """The blocks that a block of Markdown holds; another block itself."""
     return split(block.content)[0] if block.tag in ("markdown", "md") else [block]
+
+
+_PROSE = re.compile(
+    r"(?:[-*]\s|\d{1,2}[.)]\s|>\s)?[*_\"'(]{0,3}[A-Z][\w'’`-]*[*_`\"')]{0,3}"  # a word that begins a sentence
+    r"(?:[:,]?[*_]{0,3}(?:\s+[`*_\"'(]{0,3}[\w'’`-]+(?:\(\))?[`*_\"')]{0,3}[,.:;]?){2,}.*|[*_]{0,3}:[*_]{0,3})"
+)
+_MOST_CUTS = 20
+"""Lines of prose at which a block without an end is tried to be cut."""
+
+
+def _without_prose(block: Block) -> Block:
+    """A block of Python that was never closed, without the sentences after its program; another block itself."""
+    if block.closed or block.tag not in PYTHON | {""} or parsed(block.content) is not None:
+        return block
+    lines = block.content.split("\n")
+    cuts = [row for row, line in enumerate(lines) if _PROSE.fullmatch(line.rstrip()) and parsed(line) is None]
+    for row in cuts[:_MOST_CUTS]:
+        code = "\n".join(lines[:row]).rstrip()
+        tree = parsed(code)
+        if tree is not None and tree.body:
+            return replace(block, content=code)
+    return block
 
 
 _SESSION = re.compile(r"\s*(?:>>>|\$ |% |!?(?:pip|python3?|conda) |In \[\d+\]:)")
