@@ -445,7 +445,7 @@ def _fits(data: Any, largest: int) -> bool:
     return not isinstance(data, list)
 
 
-_SCALARS = frozenset({"int", "complex", "bytes", "bytearray", "range", "Decimal", "Fraction"})
+_SCALARS = frozenset({"int", "numpy_bool", "complex", "bytes", "bytearray", "range", "Decimal", "Fraction"})
 """Tags of plain data that hold no collections."""
 
 

@@ -233,7 +233,9 @@ def test_malformed_values_are_unsupported(text: str) -> None:
         plain.loads(text)
 
 
-tags = st.sampled_from(["int", "complex", "bytes", "dict", "tuple", "set", "range", "deque", "Decimal", "Fraction"])
+tags = st.sampled_from(
+    ["int", "numpy_bool", "complex", "bytes", "dict", "tuple", "set", "range", "deque", "Decimal", "Fraction"]
+)
 tagged = st.recursive(
     st.none() | st.integers() | st.text() | tags, lambda inner: st.lists(inner) | st.dictionaries(tags, inner)
 )
