@@ -189,7 +189,11 @@ class _Scanner:
 
     def read(self, lines: list[str]) -> None:
         """The next lines of a text."""
-        for line in lines:
+        until = 0
+        for row, line in enumerate(lines):
+            if row < until:
+                self._content.append(line)
+                continue
             if self._opening is not None and self._opening.quoted:
                 if not _QUOTE.match(line):  # a quotation ends, and with it its block
                     self._end(closed=False)
@@ -198,13 +202,14 @@ class _Scanner:
             fence = _FENCE.match(bare)
             if self._opening is None:
                 self._outside_line(bare, fence)
-            elif fence and _closes(fence, self._opening):
-                self._end(closed=True)
-            elif fence and _reopens(fence, self._opening):
-                self._end(closed=False)
-                self._opening = _opened(fence, self._label)
-            else:
+                continue
+            closes = fence is not None and _closes(fence, self._opening)
+            reopens = fence is not None and _reopens(fence, self._opening)
+            if not (closes or reopens) or (until := _end_of_text(self._opening, self._content, lines, row)):
                 self._content.append(line)
+            else:
+                self._end(closed=closes)
+                self._opening = _opened(fence, self._label) if fence and not closes else None
 
     @property
     def in_block(self) -> bool:
@@ -329,6 +334,31 @@ def _closes(fence: re.Match[str], opening: _Opening) -> bool:
 def _reopens(fence: re.Match[str], opening: _Opening) -> bool:
     tagged = _is_tag(fence["info"].strip())
     return tagged and _same_kind(fence, opening) and len(fence["marks"]) == opening.length
+
+
+_MOST_FENCES = 8
+"""Closing fences after one that are tried, to find whether it stands within a text of the program."""
+
+
+def _end_of_text(opening: _Opening, content: list[str], lines: list[str], row: int) -> int:
+    """Where the block ends whose fence at a row stands within a text in triple quotes; 0 where it does not.
+
+    That is so where the program is none up to this fence, but is up to a later one.
+    """
+    code = "\n".join(_dedent(line, opening.column) for line in content)
+    if opening.quoted or opening.tag not in PYTHON | {""} or not re.search("\"{3}|'{3}", code) or _parses(code):
+        return 0
+    tried = 0
+    for end in range(row + 1, len(lines)):
+        fence = _FENCE.match(without_controls(lines[end]))
+        if fence is None or not _closes(fence, opening):
+            continue
+        if _parses("\n".join([code, *(_dedent(line, opening.column) for line in lines[row:end])])):
+            return end
+        tried += 1
+        if tried == _MOST_FENCES:
+            break
+    return 0
 
 
 def _is_tag(info: str) -> bool:

@@ -7,7 +7,7 @@ import builtins
 import re
 import unicodedata
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctrl_hpc.flow.fences import (
     LANGUAGE_TAGS,
@@ -45,7 +45,7 @@ def extract_program(text: str, names: Collection[str] = (), language: str | None
     thought or outside of fences is no program.
     """
     blocks, _ = split(answer(text))
-    blocks = [inner for block in blocks for inner in _inside(block)]
+    blocks = [_without_prose(inner) for block in blocks for inner in _inside(block)]
     programs = [block for block in blocks if block.content.strip() and block.tag not in NOT_PROGRAMS]
     if not programs:
         return None
@@ -65,6 +65,28 @@ def extract_program(text: str, names: Collection[str] = (), language: str | None
 def _inside(block: Block) -> list[Block]:
     """The blocks that a block of Markdown holds; another block itself."""
     return split(block.content)[0] if block.tag in ("markdown", "md") else [block]
+
+
+_PROSE = re.compile(
+    r"(?:[-*]\s|\d{1,2}[.)]\s|>\s)?[*_\"'(]{0,3}[A-Z][\w'’`-]*[*_`\"')]{0,3}"  # a word that begins a sentence
+    r"(?:[:,]?[*_]{0,3}(?:\s+[`*_\"'(]{0,3}[\w'’`-]+(?:\(\))?[`*_\"')]{0,3}[,.:;]?){2,}.*|[*_]{0,3}:[*_]{0,3})"
+)
+_MOST_CUTS = 20
+"""Lines of prose at which a block without an end is tried to be cut."""
+
+
+def _without_prose(block: Block) -> Block:
+    """A block of Python that was never closed, without the sentences after its program; another block itself."""
+    if block.closed or block.tag not in PYTHON | {""} or parsed(block.content) is not None:
+        return block
+    lines = block.content.split("\n")
+    cuts = [row for row, line in enumerate(lines) if _PROSE.fullmatch(line.rstrip()) and parsed(line) is None]
+    for row in cuts[:_MOST_CUTS]:
+        code = "\n".join(lines[:row]).rstrip()
+        tree = parsed(code)
+        if tree is not None and tree.body:
+            return replace(block, content=code)
+    return block
 
 
 _SESSION = re.compile(r"\s*(?:>>>|\$ |% |!?(?:pip|python3?|conda) |In \[\d+\]:)")
@@ -207,11 +229,20 @@ _SENTENCE_ENDS = re.compile(
 )
 _AT_FAULT = re.compile(r"^\s*(?:for|when|in|on|with|but|if|where|at|by)\b", re.IGNORECASE)
 """What may follow ``Incorrect``, and tells where; behind ``Correct`` it takes some of it back."""
+_QUALITY = re.compile(
+    r"^\s*but\s+(?:(?:it|the\s+\w+|is|are|rather|quite|very|a|bit|somewhat|still)\s+)*"
+    r"(?:slow|inefficient|suboptimal|not\s+(?:optimal|efficient|idiomatic|pythonic)|verbose|unidiomatic"
+    r"|hard\s+to\s+read|could|can\s+be\s+(?:improved|simplified|shortened|faster|made))\b"
+    r"(?!.*\b(?:fail|wrong|bug|error|incorrect|break|crash|time[\s-]?(?:out|limit)|TLE|not\s+pass))",
+    re.IGNORECASE,
+)
+"""What may follow ``Correct``: that the program could be better."""
 _LONE = re.compile(
     rf"^{_OPEN}#{{0,6}}\s*(?:{_MARKUP}(?:(?:final|overall)\s+)?(?:answer|conclusion|result|decision|evaluation|overall)"
     rf"{_MARKUP}\s*:{_MARKUP}\s*)?{_OPEN}(?P<verdict>correct|incorrect){_CLOSED}.!।]{{0,16}}$",
     re.IGNORECASE,
 )
+_NUMBER = re.compile(r"^ {0,3}\(?\d{1,2}[.)]\s+")
 _BOXED = re.compile(
     r"\bboxed\s*\{\s*(?:\\\w+\s*\{\s*){0,3}[\"']?(?P<verdict>correct|incorrect)\s*[.!]?\s*[\"']?\s*\}", re.IGNORECASE
 )
@@ -223,8 +254,8 @@ def parse_judgement(text: str) -> Judgement | None:
     A judgement is a line "Overall judgment: ..."; letter case, emphasis, headings, list markers, boxes, emoji, other
     scripts' punctuation and the spelling "judgement" do not matter, and under a heading the verdict may stand on the
     next line that is not blank. Without such a line a verdict in a ``\\boxed{}``, or one that is alone on the first or
-    the last line, counts. Thoughts, lines inside code and quotations are not judgements, nor is a line that offers
-    both verdicts ("Correct/Incorrect"), negates one, or asks.
+    the last line, counts (as an item of a numbered list where no other item is one). Thoughts, lines inside code and
+    quotations are not judgements, nor is a line that offers both verdicts ("Correct/Incorrect"), negates one, or asks.
     """
     _, lines = split(answer(text))
     cleaned = [plain(line) for line in lines]
@@ -245,6 +276,7 @@ def parse_judgement(text: str) -> Judgement | None:
     if not found:
         ends = [line for line in cleaned if line.strip()]
         found = {_of(match["verdict"]) for line in ends[:1] + ends[-1:] if (match := _lone(line))}
+        found = found or _numbered(ends)
     return found.pop() if len(found) == 1 else None
 
 
@@ -274,7 +306,7 @@ def _verdict(rest: str) -> Judgement | None:
         return None
     after = _CLOSE.sub("", match["after"])
     verdict = _of(match["verdict"])
-    told = _SENTENCE_ENDS.match(after) or (verdict == "incorrect" and _AT_FAULT.match(after))
+    told = _SENTENCE_ENDS.match(after) or (_AT_FAULT if verdict == "incorrect" else _QUALITY).match(after)
     if not told or _ALTERNATIVE.search(after):
         return None
     return None if marks & set(_BAD if verdict == "correct" else _GOOD) else verdict
@@ -288,6 +320,14 @@ def _lone(line: str) -> re.Match[str] | None:
     if match is None:
         return None
     return None if set(line) & set(_BAD if _of(match["verdict"]) == "correct" else _GOOD) else match
+
+
+def _numbered(lines: list[str]) -> set[Judgement | None]:
+    """The verdict that is the first or the last item of a numbered list, where no other line is one."""
+    told = [(row, match) for row, line in enumerate(lines) if (match := _lone(_NUMBER.sub("", line)))]
+    if len(told) != 1 or told[0][0] not in (0, len(lines) - 1):
+        return set()
+    return {_of(told[0][1]["verdict"])}
 
 
 def _of(word: str) -> Judgement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 import uuid
 from collections.abc import Sequence
@@ -9,11 +10,15 @@ from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, model_validator
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ctrl_hpc.records import Generation, Message
 from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Decoding, check_decoding
 from ctrl_hpc.rollout.worker import Service, cut, stop_strings
+
+_BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte that a character of a byte-level vocabulary stands for."""
 
 
 class _Strict(BaseModel):
@@ -103,8 +108,13 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         for generation, text, reason in _texts(groups, body.stop, service):
             choice = {"index": len(choices), "text": text, "finish_reason": reason, "logprobs": None}
             if body.logprobs is not None:
-                pieces = service.tokenizer.convert_ids_to_tokens(list(generation.token_ids))
-                choice["logprobs"] = {"tokens": pieces, "token_logprobs": list(generation.logprobs)}
+                pieces = _pieces(generation, service.tokenizer)
+                choice["logprobs"] = {
+                    "tokens": [_shown(piece) for piece in pieces],
+                    "token_logprobs": list(generation.logprobs),
+                    "top_logprobs": None,
+                    "text_offset": _offsets(generation, pieces, service.tokenizer),
+                }
             choices.append(choice)
         return _envelope("text_completion", "cmpl", choices, groups, service)
 
@@ -125,9 +135,8 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
             message = {"role": "assistant", "content": text}
             choice = {"index": len(choices), "message": message, "finish_reason": reason, "logprobs": None}
             if body.logprobs:
-                pieces = service.tokenizer.convert_ids_to_tokens(list(generation.token_ids))
-                pairs = zip(pieces, generation.logprobs, strict=True)
-                choice["logprobs"] = {"content": [{"token": token, "logprob": value} for token, value in pairs]}
+                pairs = zip(_pieces(generation, service.tokenizer), generation.logprobs, strict=True)
+                choice["logprobs"] = {"content": [_entry(piece, logprob) for piece, logprob in pairs]}
             choices.append(choice)
         return _envelope("chat.completion", "chatcmpl", choices, groups, service)
 
@@ -174,6 +183,37 @@ def _texts(
         text, stopped_by = cut(whole, stops)
         out.append((generation, text, str(generation.finish_reason) if stopped_by is None else "stop"))
     return out
+
+
+def _pieces(generation: Generation, tokenizer: Any) -> list[bytes]:
+    """The bytes of each token; those of a byte-level vocabulary need not be whole characters."""
+    out = []
+    names = tokenizer.convert_ids_to_tokens(list(generation.token_ids))
+    for token, name in zip(generation.token_ids, names, strict=True):
+        text = tokenizer.decode([token])
+        raw = bytes(map(_BYTES.get, name)) if _BYTES.keys() >= set(name) else b""  # type: ignore[arg-type]
+        out.append(raw if raw.decode(errors="replace") == text else text.encode())
+    return out
+
+
+def _shown(piece: bytes) -> str:
+    """A token's text; bytes that are no whole character are written as ``\\xf0``."""
+    return piece.decode(errors="backslashreplace")
+
+
+def _entry(piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": _shown(piece), "logprob": logprob, "bytes": list(piece), "top_logprobs": []}
+
+
+def _offsets(generation: Generation, pieces: Sequence[bytes], tokenizer: Any) -> list[int]:
+    """Where in the completion's text each token begins, in characters; special tokens are not in it."""
+    special = set(tokenizer.all_special_ids)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    offsets, at = [], 0
+    for token, piece in zip(generation.token_ids, pieces, strict=True):
+        offsets.append(at)
+        at += 0 if token in special else len(decoder.decode(piece))
+    return offsets
 
 
 def _envelope(

@@ -42,6 +42,9 @@ _XFSZ, _XCPU = 25, 24
 MOST_OUTPUT_BYTES = 1 << 30
 _NUMBER = re.compile(rb"[+-]?(?:(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|inf(?:inity)?)", re.IGNORECASE)
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
+_WHOLE = re.compile(rb"[+-]?[0-9]+\.0*")
+_ROUNDED = 1e12
+"""From here on sums of doubles may err by one."""
 
 
 def exact(stdout: bytes, expected: bytes, stdin: bytes = b"") -> bool:
@@ -67,6 +70,11 @@ class Tolerance:
     rounding: float = 0.0
     """What the subtraction itself may err, of numbers near 1."""
 
+    @property
+    def is_for_rounding(self) -> bool:
+        """Whether it forgives what arithmetic errs, and not an estimate."""
+        return max(self.absolute, self.relative) <= _FLOAT_TOLERANCE
+
     def allows(self, value: float, expected: float) -> bool:
         """Whether two numbers are close; infinities only equal themselves, and not a number nothing."""
         if not (math.isfinite(value) and math.isfinite(expected)):
@@ -80,7 +88,8 @@ def floating(
 ) -> bool:
     """Like :func:`exact`, but numbers may differ by a tolerance, and integers be written as ``2.0``.
 
-    Two integers must be the same: a count is not measured.
+    Two integers must be the same: a count is not measured. So must a whole number written as ``2.0`` and an expected
+    integer, where no rounding of doubles is as large as one and the tolerance is one for rounding.
     """
     ours, theirs = _tokens(stdout, nocase), _tokens(expected, nocase)
     return len(ours) == len(theirs) and all(_close_tokens(*pair, tolerance) for pair in zip(ours, theirs, strict=True))
@@ -98,9 +107,16 @@ def _close_tokens(token: bytes, expected: bytes, tolerance: Tolerance) -> bool:
     if _INTEGER.fullmatch(token) and _INTEGER.fullmatch(expected):
         return _same_decimals(token.decode(), expected.decode())
     value, target = float(token), float(expected)
+    if tolerance.is_for_rounding and _counts(token, expected, target):
+        return value == target
     if math.isinf(value) and math.isinf(target):  # infinite as written, or too large for a float
         return _same_decimals(token.decode(), expected.decode())
     return tolerance.allows(value, target)
+
+
+def _counts(token: bytes, expected: bytes, target: float) -> bool:
+    """Whether an integer is expected, and a whole number printed with decimals."""
+    return abs(target) < _ROUNDED and _INTEGER.fullmatch(expected) is not None and _WHOLE.fullmatch(token) is not None
 
 
 def _same_decimals(line: str, expected: str) -> bool:
@@ -429,7 +445,7 @@ def _fits(data: Any, largest: int) -> bool:
     return not isinstance(data, list)
 
 
-_SCALARS = frozenset({"int", "complex", "bytes", "bytearray", "range", "Decimal", "Fraction"})
+_SCALARS = frozenset({"int", "numpy_bool", "complex", "bytes", "bytearray", "range", "Decimal", "Fraction"})
 """Tags of plain data that hold no collections."""
 
 

@@ -145,3 +145,32 @@ def f(x):
 """
     assert check(sandbox, program, "assert f(1) == 8675309").stdout == b"clean\n"
     assert call(sandbox, program, 1, expected=8675309).stdout == b"clean\n"
+
+
+NUMPY = (
+    "import numpy as np\ndef f(a): return np.bool_(a > 0)\ndef g(a): return [a > np.int64(0), {a: a > np.float64(2)}]"
+)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "assert f(1) == True and f(0) == False",
+        "assert f(1) and not f(0)",
+        "assert f(1) in [True] and f(0) in {False: 1}",
+        "assert g(1) == [True, {1: False}]",
+        "assert str(f(1)) == 'True' and repr(f(0)) == 'np.False_'",
+        "assert f(1) is True",
+        "assert isinstance(f(1), bool)",
+        "assert f(0) == True",
+        "assert f(0) or type(f(1)) == bool",
+        "assert f(f(1)) == True",
+    ],
+)
+def test_numpys_bool_is_what_it_is_in_one_process(sandbox: Sandbox, code: str) -> None:
+    try:
+        exec(f"{NUMPY}\n{code}", {})
+        expected = "accepted"
+    except AssertionError:
+        expected = "wrong_answer"
+    assert check(sandbox, NUMPY, code).status == expected

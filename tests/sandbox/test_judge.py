@@ -35,6 +35,12 @@ CASES = [
     (b"0.3333333", b"0.33333333", "nynny"),
     (b"0.333", b"0.333333", "nnnnn"),
     (b"1000000.5", b"1000000.0", "nynny"),
+    (b"1000000008.0", b"1000000007", "nnnny"),
+    (b"1000000007.0", b"1000000007", "nynyy"),
+    (b"1000000007.5", b"1000000007", "nynny"),
+    (b"1000000008", b"1000000007.0", "nynny"),
+    (b"3000000000001.0", b"3000000000000", "nynny"),
+    (b"-0.0", b"0", "nynyy"),
     (b"1e-17", b"0", "nynny"),
     (b"1e-17", b"0.0", "nynny"),
     (b"1_2", b"12", "nnnyy"),
@@ -112,6 +118,12 @@ def test_float_tolerance_is_absolute_or_relative(value: float, change: float) ->
 @given(st.integers(), st.integers())
 def test_integers_are_always_exact(left: int, right: int) -> None:
     assert judge.floating(b"%d" % left, b"%d" % right) == (left == right)
+
+
+def test_a_whole_number_with_decimals_is_measured_where_an_estimate_is_allowed() -> None:
+    assert judge.comparison("float:rel=0.01")(b"1001.0", b"1000", b"")
+    assert judge.comparison("float:abs=2")(b"7.0", b"6", b"")
+    assert not judge.comparison("float:abs=1e-9,rel=1e-9")(b"5000000001.0", b"5000000000", b"")
 
 
 BOUNDS = st.integers(1, 9).map(lambda exponent: f"1e-{exponent}")
@@ -221,7 +233,9 @@ def test_malformed_values_are_unsupported(text: str) -> None:
         plain.loads(text)
 
 
-tags = st.sampled_from(["int", "complex", "bytes", "dict", "tuple", "set", "range", "deque", "Decimal", "Fraction"])
+tags = st.sampled_from(
+    ["int", "numpy_bool", "complex", "bytes", "dict", "tuple", "set", "range", "deque", "Decimal", "Fraction"]
+)
 tagged = st.recursive(
     st.none() | st.integers() | st.text() | tags, lambda inner: st.lists(inner) | st.dictionaries(tags, inner)
 )

@@ -239,6 +239,53 @@ CONTROL = st.sampled_from(
         "<|return|>",
     ]
 )
+FENCE = st.sampled_from(["```", "```python", "```text", "``` and so on."])
+
+
+@settings(derandomize=True, max_examples=200)
+@given(inner=st.lists(FENCE, min_size=1, max_size=6), quotes=st.sampled_from(['"""', "'''"]), more=PROSE)
+def test_fences_within_a_text_of_the_program_are_text(inner, quotes, more):
+    code = f"def f(x):\n    {quotes}Doc.\n" + "\nf(1)\n".join(inner) + f"\n    {quotes}\n    return x"
+    assert extract_program(f"It is:\n```python\n{code}\n```\n{more}") == code
+
+
+def test_a_text_that_never_ends_holds_no_other_block():
+    broken = 'def f(x):\n    """Doc.\n    return x'
+    assert extract_program(f"```python\n{broken}\n```\nBetter:\n```python\nprint(1)\n```") == "print(1)"
+    assert extract_program(f"```python\n{broken}\n```\nThat is all.") == broken
+
+
+CODE = 'def f(x):\n    """Doc.\n\nThis is the doc.\n    """\n    return x'
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "This program returns x.",
+        "The time complexity is O(n) = O(1).",
+        "**Explanation**: it returns x.\n- one item",
+        "**Explanation:**\nfoo",
+        "Explanation:\n\nIt is so.",
+        "### Explanation\n\nThe function `f` returns x = 1.",
+        "1. First it reads x.\n2. Then it returns.",
+        "- It returns x.",
+        "Overall judgment: Correct",
+    ],
+)
+@pytest.mark.parametrize("tag", ["", "python"])
+def test_sentences_after_a_program_whose_fence_is_never_closed_are_no_part_of_it(tag, after):
+    program = CODE + ("\n\n### Explanation" if after.startswith("###") else "")
+    assert extract_program(f"Here:\n```{tag}\n{CODE}\n\n{after}") == program
+    assert extract_program(f"Here:\n```{tag}\n{CODE}\n\n{after}\n```") == f"{CODE}\n\n{after}"  # closed: as it is
+
+
+@pytest.mark.parametrize(
+    "rest", ["for i in range(", "print('", "class", "Answer = [f(i) for i in (", "Table = {", "if x:", "@cache"]
+)
+def test_a_program_that_was_cut_off_is_left_as_it_is(rest):
+    assert extract_program(f"```python\n{CODE}\n\n{rest}") == f"{CODE}\n\n{rest}"
+
+
 GLUE = st.sampled_from(
     ["{p}```python\n{c}\n```", "{p}\n```python\n{c}```", "{p}\n```py\n{c}\n``` and so on.", "{p} ```python\n{c}```"]
 )

@@ -14,7 +14,10 @@ import random_qwen
 import rollout_server
 import torch
 from fastapi.testclient import TestClient
+from transformers import AutoTokenizer
 
+from ctrl_hpc.records import Generation
+from ctrl_hpc.rollout import openai_routes
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.server import create_app, serve
 from ctrl_hpc.rollout.worker import Service, Worker
@@ -144,6 +147,29 @@ def test_openai_completions_and_models(http: httpx.Client, folder: str) -> None:
     stop = native["text"][1:3]
     cut = http.post("/v1/completions", json={**body, "prompt": PROMPT, "stop": stop}).json()["choices"][0]
     assert cut["text"] == native["text"][: native["text"].find(stop)] and cut["finish_reason"] == "stop"
+
+
+def test_openai_logprobs_hold_decoded_text(http: httpx.Client, folder: str) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    choice = http.post("/v1/completions", json=body).json()["choices"][0]
+    told = choice["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["text_offset"]) == 30
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 30, "temperature": 0, "logprobs": True}
+    answer = http.post("/v1/chat/completions", json=chat).json()["choices"][0]
+    entries = [item for item in answer["logprobs"]["content"] if not item["token"].startswith("<|")]
+    raw = b"".join(bytes(item["bytes"]) for item in entries)
+    assert raw.decode(errors="replace") == answer["message"]["content"]
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "a numbers\n 😀é"
+    end = tokenizer.eos_token_id
+    said = Generation(text=text, token_ids=(*tokenizer.encode(text), end), finish_reason="stop")
+    pieces = openai_routes._pieces(said, tokenizer)
+    assert b"".join(pieces) == text.encode() + tokenizer.eos_token.encode()
+    shown = [openai_routes._shown(piece) for piece in pieces]
+    assert not any("Ġ" in piece or "Ċ" in piece for piece in shown) and "\\xf0" in "".join(shown)
+    offsets = openai_routes._offsets(said, pieces, tokenizer)
+    assert offsets[0] == 0 and offsets[-1] == len(text) and offsets == sorted(offsets)
 
 
 def test_health_and_metrics(http: httpx.Client) -> None:
@@ -278,6 +304,12 @@ def test_openai_bodies_as_clients_send_them(http: httpx.Client) -> None:
     nulls = {"stop": None, "seed": None, "tools": None, "response_format": None, "stream_options": None}
     assert chat("read the numbers", **nulls).json()["choices"][0]["message"] == expected
     assert chat("read the numbers", temperature=1, top_k=1).json()["choices"][0]["message"] == expected
+    unset = dict.fromkeys(("temperature", "top_p", "n", "stream", "frequency_penalty", "logit_bias"))
+    assert chat("read the numbers", **unset, top_k=1).json()["choices"][0]["message"] == expected
+    assert chat("read the numbers", temperature=1e-45).json()["choices"][0]["message"] == expected
+    for field, wrong in (("temperature", "nan"), ("max_tokens", -1), ("top_p", -0.5), ("n", 0)):
+        answer = chat("read the numbers", **{field: wrong})
+        assert answer.status_code == 400, answer.text
     assert chat(None).status_code == 200
     none = chat("read the numbers", max_tokens=0).json()
     assert none["choices"][0]["message"]["content"] == "" and none["usage"]["completion_tokens"] == 0

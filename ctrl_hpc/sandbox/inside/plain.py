@@ -34,12 +34,26 @@ def loads(text: str | bytes) -> object:
         raise Unsupported(f"malformed value: {type(error).__name__}") from None
 
 
+class NumpyBool(int):
+    """numpy's bool where numpy is not: it equals True or False, and is neither."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return str(bool(self))
+
+    def __repr__(self) -> str:
+        return f"np.{self}_"
+
+
 def encode(value: object, depth: int = 0) -> object:
     """A value as JSON data; what JSON lacks becomes ``{"TAG": ...}``, and every dictionary is tagged."""
     if depth > MAX_DEPTH:
         raise Unsupported("nested too deeply")
     if value is None or value is True or value is False:
         return value
+    if isinstance(value, NumpyBool):
+        return {"numpy_bool": bool(value)}
     if isinstance(value, int):
         number = int(value)
         return number if -_BIG < number < _BIG else {"int": hex(number)}
@@ -74,7 +88,8 @@ def _encode_collection(value: Any, depth: int) -> object:
     if name in ("dict_keys", "dict_values", "dict_items"):
         return {name: [encode(item, depth + 1) for item in value]}
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
-        return encode(value.item(), depth + 1)
+        item = value.item()
+        return {"numpy_bool": item} if item is True or item is False else encode(item, depth + 1)
     if hasattr(type(value), "__next__"):
         return {"iterator": [encode(item, depth + 1) for item in _bounded(value)]}
     raise Unsupported(f"a value of type {name} cannot cross")
@@ -136,6 +151,7 @@ def _fraction(body: Any) -> object:
 _DECODERS: dict[str, Callable[[Any], object]] = {
     "int": _integer,
     "type": lambda body: {kind.__name__: kind for kind in _TYPES}[body],
+    "numpy_bool": lambda body: NumpyBool(body is True),
     "complex": lambda body: complex(*body),
     "bytes": bytes.fromhex,
     "bytearray": bytearray.fromhex,
