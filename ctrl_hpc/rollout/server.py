@@ -8,6 +8,7 @@ OpenAI: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` (``ctrl_hp
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -307,7 +308,23 @@ def serve(
         stop_ids=stop_ids,
     )
     worker = Worker(engine)
-    app = create_app(Service(worker, tokenizer, model))
+    try:
+        _until_told(create_app(Service(worker, tokenizer, model)), sock, on_ready, token, own_user)
+    finally:
+        worker.close()
+        sock.close()
+
+
+def _until_told(
+    app: FastAPI, sock: socket.socket, on_ready: Callable[[str], None] | None, token: str | None, own_user: bool
+) -> None:
+    """Serve an application until a signal ends it."""
+
+    async def ready() -> None:
+        if on_ready is not None:
+            await asyncio.to_thread(on_ready, http_service.url(sock))
+
+    app.router.on_startup.append(ready)
     gate = http_service.Gate(
         app,
         token=token,
@@ -315,19 +332,7 @@ def serve(
         max_body_bytes=MAX_BODY_BYTES,
         open_paths=frozenset({"/health", "/metrics"}),
     )
-    server = http_service.DrainingServer(
-        uvicorn.Config(
-            gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
-        )
+    config = uvicorn.Config(
+        gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
     )
-
-    async def ready() -> None:
-        if on_ready is not None:
-            await asyncio.to_thread(on_ready, http_service.url(sock))
-
-    app.router.on_startup.append(ready)
-    try:
-        server.run(sockets=[sock])
-    finally:
-        worker.close()
-        sock.close()
+    http_service.DrainingServer(config).run(sockets=[sock])

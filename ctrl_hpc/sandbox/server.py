@@ -1,4 +1,4 @@
-"""Prometheus metrics of the executor service."""
+"""The executor service: a sandbox behind HTTP, with SandboxFusion's routes beside its own, and its metrics."""
 
 from __future__ import annotations
 
@@ -333,30 +333,41 @@ def serve(
                 testlib=testlib,
             ) as sandbox,
         ):
-            failures: list[Exception] = []
-
-            async def ready() -> None:
-                try:
-                    if on_ready is not None:
-                        await asyncio.to_thread(on_ready, http.url(sock))
-                except Exception as error:  # noqa: BLE001 (raised again once the server has ended)
-                    failures.append(error)
-                    server.should_exit = True
-
-            app = create_app(
+            app = partial(
+                create_app,
                 sandbox,
                 token=token,
                 own_user=own_user,
                 max_waiting=max_waiting,
                 max_body_bytes=max_body_bytes,
-                on_started=ready,
             )
-            config = uvicorn.Config(
-                app, log_level="warning", access_log=False, http=http.Protocol, timeout_graceful_shutdown=drain_s
-            )
-            server = http.DrainingServer(config)
-            server.run(sockets=[sock])
-            if failures:
-                raise failures[0]
+            _until_told(app, sock, on_ready, drain_s)
     finally:
         sock.close()
+
+
+def _until_told(
+    app: Callable[..., FastAPI], sock: socket.socket, on_ready: Callable[[str], None] | None, drain_s: int
+) -> None:
+    """Serve what ``app(on_started=...)`` makes until a signal ends it. Raises what ``on_ready`` raised."""
+    failures: list[Exception] = []
+
+    async def ready() -> None:
+        try:
+            if on_ready is not None:
+                await asyncio.to_thread(on_ready, http.url(sock))
+        except Exception as error:  # noqa: BLE001 (raised again once the server has ended)
+            failures.append(error)
+            server.should_exit = True
+
+    config = uvicorn.Config(
+        app(on_started=ready),
+        log_level="warning",
+        access_log=False,
+        http=http.Protocol,
+        timeout_graceful_shutdown=drain_s,
+    )
+    server = http.DrainingServer(config)
+    server.run(sockets=[sock])
+    if failures:
+        raise failures[0]
