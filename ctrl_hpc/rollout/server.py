@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Completion, Decoding, check_decoding
 from ctrl_hpc.rollout.openai_routes import add_openai_routes
-from ctrl_hpc.rollout.worker import Service, Worker, cut, stop_strings
+from ctrl_hpc.rollout.worker import RolloutService, Worker, cut, stop_strings
 from ctrl_hpc.service import http as http_service
 
 MAX_BODY_BYTES = 1 << 28
@@ -150,7 +150,7 @@ def _ids(params: dict[str, Any], key: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: RolloutService) -> FastAPI:
     """The HTTP application over a service."""
     app = FastAPI(title="ctrl-hpc rollout server", docs_url=None, redoc_url=None)
 
@@ -206,7 +206,7 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _generate(service: Service, body: GenerateBody) -> Any:
+async def _generate(service: RolloutService, body: GenerateBody) -> Any:
     if body.stream:
         raise ValueError("stream=true is not served here")
     if (body.text is None) == (body.input_ids is None):
@@ -254,7 +254,7 @@ def _native(generation: Completion, text: str, stopped_by: str | None, with_logp
     return {"text": text, "output_ids": tokens, "meta_info": meta}
 
 
-def _metrics(service: Service) -> str:
+def _metrics(service: RolloutService) -> str:
     totals = service.worker.totals
     rows = (
         ("ctrl_rollout_requests_total", "counter", "Completions served.", totals.requests),
@@ -309,7 +309,7 @@ def serve(
     )
     worker = Worker(engine)
     try:
-        _until_told(create_app(Service(worker, tokenizer, model)), sock, on_ready, token, own_user)
+        _until_told(create_app(RolloutService(worker, tokenizer, model)), sock, on_ready, token, own_user)
     finally:
         worker.close()
         sock.close()
