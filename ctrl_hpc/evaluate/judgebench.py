@@ -19,7 +19,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Generator, Pair, Problem, Sampling, Solution
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def judge(config: Config, run_dir: Path, name: str, critic: Generator | None, pr
 
     def work(part: Sequence[Pair], number: int, log: WriteAheadLog) -> list[Votes]:
         assert critic is not None, f"{name} has not been asked and is not served"
-        seeds = [derived_seed(config.seed, "judgebench", name, number, side) for side in (0, 1)]
+        seeds = [evaluation_seed(config.seed, "judgebench", name, number, side) for side in (0, 1)]
         return ask(config, part, number, log, critic, prompts, [replace(sampling, seed=seed) for seed in seeds])
 
     size = max(config.eval.chunk // max(config.judge.votes), 1)

@@ -26,7 +26,7 @@ from ctrl_hpc.flow.steps import critique, critique_with_hints, draft, elect, exe
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import EVALUATION, Critique, Executor, Generator, Problem, Sampling, Solution
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 MODES = ("", "_greedy")
 """What is appended to a critic's name: sampled, and greedy."""
@@ -130,7 +130,7 @@ def _shape(config: Config, tree: Tree) -> Shape:
         widths=widths(config),
         chunk=config.eval.chunk,
         at_once=config.eval.chunks_in_flight,
-        seed=derived_seed(config.seed, tree.dataset, tree.critic + tree.mode),
+        seed=evaluation_seed(config.seed, tree.dataset, tree.critic + tree.mode),
     )
 
 
@@ -181,7 +181,7 @@ def _draft_all(
         def work(
             part: Sequence[Problem], number: int, log: WriteAheadLog, sampling: Sampling = sampling
         ) -> list[Solution]:
-            seed = derived_seed(config.seed, dataset, "drafts", number)
+            seed = evaluation_seed(config.seed, dataset, "drafts", number)
             return _drafts(part, number, log, replace(sampling, seed=seed), environment)
 
         size = max(config.eval.chunk // n, 1)

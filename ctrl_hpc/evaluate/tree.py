@@ -27,7 +27,7 @@ from ctrl_hpc.records import (
     Solution,
     Verdict,
 )
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 Sample = tuple[Problem, Solution]
 """A problem and the state of its solution; its id is that of the node."""
@@ -102,7 +102,7 @@ def grow(
         def work(
             part: Sequence[Sample], number: int, log: WriteAheadLog, turn: int = turn, width: int = width
         ) -> list[Node]:
-            seed = derived_seed(shape.seed, turn, number)
+            seed = evaluation_seed(shape.seed, turn, number)
             return _turn(part, number, log, environment, width, lambda: write(part, width, seed))
 
         def told(done: int, total: int, turn: int = turn) -> None:

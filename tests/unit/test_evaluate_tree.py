@@ -17,7 +17,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import elect, majority
 from ctrl_hpc.records import Critique, Message, Solution, Verdict
 from ctrl_hpc.report import results
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 PROBLEMS = toy_world.problems(20)
 
@@ -131,7 +131,7 @@ def test_the_majority(votes, winner):
 def test_votes_are_asked_for_and_counted(tmp_path):
     config, run_dir = evaluated(tmp_path, "eval.widths=[1,2]", "eval.votes=3", "eval.chunk=64")
     drafts = jsonl.read(Solution, run_dir / "eval" / "toy" / "drafts.jsonl")
-    seed = derived_seed(derived_seed(config.seed, "toy", "base"), 1, 0)
+    seed = evaluation_seed(evaluation_seed(config.seed, "toy", "base"), 1, 0)
     nodes = list(tree.read(run_dir / "eval" / "toy" / "base", 1)[0].values())
     assert len(nodes) == 40
     assert nodes[0].parent == drafts[0].id
