@@ -189,13 +189,25 @@ def _pair(text: str) -> tuple[str, str]:
     return name, place
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; it must be greater than 0")
+    return number
+
+
+_positive.__name__ = "int"  # argparse names the type of what is no number by it
+
+
 def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
-    executor.add_argument("--workers", type=int, default=2, help="jails; about one a core")
+    executor.add_argument("--workers", type=_positive, default=2, help="jails; about one a core")
     executor.add_argument("--cache", type=place, default=None, help="folder of the verdict cache (default: none)")
-    executor.add_argument("--max-waiting", type=int, default=1024, help="executions that may wait (default: 1024)")
-    executor.add_argument("--max-body-mb", type=int, default=256, help="largest request (default: 256)")
+    executor.add_argument(
+        "--max-waiting", type=_positive, default=1024, help="executions that may wait (default: 1024)"
+    )
+    executor.add_argument("--max-body-mb", type=_positive, default=256, help="largest request (default: 256)")
     executor.add_argument(
         "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
     )
@@ -205,13 +217,15 @@ def _serve_parsers(parser: argparse.ArgumentParser) -> None:
     executor.set_defaults(command=_serve_executor)
     rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
     rollout.add_argument("--model", required=True, help="Hugging Face folder")
-    rollout.add_argument("--threads", type=int, default=2, help="CPU threads")
+    rollout.add_argument("--threads", type=_positive, default=2, help="CPU threads")
     rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
     rollout.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the weights' own where it pays"
     )
     rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
-    rollout.add_argument("--max-batch-tokens", type=int, default=65536, help="largest padded batch (default: 65536)")
+    rollout.add_argument(
+        "--max-batch-tokens", type=_positive, default=65536, help="largest padded batch (default: 65536)"
+    )
     rollout.set_defaults(command=_serve_rollout)
     for kind in (executor, rollout):
         kind.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
@@ -382,7 +396,6 @@ def _serve_executor(options: argparse.Namespace) -> int:
             workers=options.workers,
             cache_dir=options.cache,
             **access,
-            on_ready=_say,
             judges=dict(options.judge),
             python=options.python,
             packages=[name for name in options.packages.split(",") if name],
@@ -408,14 +421,16 @@ def _serve_rollout(options: argparse.Namespace) -> int:
             batching=options.batching,
             max_batch_tokens=options.max_batch_tokens,
             **access,
-            on_ready=_say,
         )
     return 0
 
 
 @contextlib.contextmanager
 def _token(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Who may ask: whoever has the token in the variable named, or, on loopback, in a file that is made for it."""
+    """Who may ask: whoever has the token in the variable named, or, on loopback, in a file that is made for it.
+
+    That file is named once the service answers, so that a wrong argument is told in one line.
+    """
     from ctrl_hpc.service import http
 
     variable = options.token_env
@@ -423,14 +438,17 @@ def _token(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         token = os.environ.get(variable)
         if not token:
             raise ValueError(f"--token-env: the environment variable {variable} is not set")
-        yield {"token": token}
+        yield {"token": token, "on_ready": _say}
         return
     http.access(options.host, None)
     with tempfile.TemporaryDirectory(prefix="ctrl-hpc-serve-") as folder:
         file = Path(folder) / "token"
-        token = http.token_in(file)
-        print(f"this user's programs may ask; others need the bearer token in {file}", file=sys.stderr, flush=True)
-        yield {"token": token, "own_user": True}
+
+        def ready(url: str) -> None:
+            print(f"this user's programs may ask; others need the bearer token in {file}", file=sys.stderr, flush=True)
+            _say(url)
+
+        yield {"token": http.token_in(file), "own_user": True, "on_ready": ready}
 
 
 def _status(options: argparse.Namespace) -> int:

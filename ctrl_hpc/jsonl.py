@@ -142,9 +142,19 @@ def _literals(hint: Any) -> list[str]:
     return out
 
 
+def well_formed(text: str) -> str:
+    """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it can be encoded."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def iterate[R](cls: type[R], path: str | Path) -> Iterator[R]:
-    """The records of a JSONL file; blank lines are skipped; a bad line raises ValueError "FILE:LINE: field: ..."."""
-    with open(path, encoding="utf-8") as lines:
+    """The records of a JSONL file; a byte order mark and blank lines are skipped.
+
+    A bad line raises ValueError "FILE:LINE: field: ...".
+    """
+    with open(path, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

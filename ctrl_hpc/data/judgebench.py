@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from ctrl_hpc.data import table
-from ctrl_hpc.flow.fences import well_formed
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Pair
 
 SIZES = {"gpt": 350, "claude": 270}

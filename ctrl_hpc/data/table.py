@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.flow.fences import parsed, well_formed
+from ctrl_hpc.flow.fences import parsed
 from ctrl_hpc.harness import harness
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest, TestCase
 from ctrl_hpc.sandbox.judge import COMPARISONS, rule
 
@@ -294,7 +295,7 @@ def _published(hub: str, folder: Path | None, files: Sequence[str], config: str 
         else:
             table = datasets.load_dataset(hub, config, split=split, streaming=folder is not None)
         for number, values in enumerate(table):
-            read = _json(values["text"]) if files and kind == "text" else dict(values)
+            read = _json(values["text"].removeprefix("\ufeff")) if files and kind == "text" else dict(values)
             if not (files and kind == "text" and not values["text"].strip()):
                 yield _row(f"{hub}[{number}]", read, number)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, *_client_errors()) as error:

@@ -50,7 +50,7 @@ def _special_judges(path: str | None) -> dict[int, int]:
     file = (place if place is None or place.is_dir() else place.parent) if place else None
     if file is None or not (file / _SPECIAL_JUDGES).is_file():
         return {}
-    lines = (file / _SPECIAL_JUDGES).read_text().splitlines()
+    lines = (file / _SPECIAL_JUDGES).read_text(encoding="utf-8-sig").splitlines()
     try:
         entries = [json.loads(line) for line in lines if line.strip()]
         return {entry["idx"]: entry["case"] for entry in entries if entry["special_judge"]}

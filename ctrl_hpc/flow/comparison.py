@@ -8,9 +8,10 @@ from typing import Literal
 
 from jinja2 import Template
 
-from ctrl_hpc.flow.fences import answer, split, well_formed
+from ctrl_hpc.flow.fences import answer, split
 from ctrl_hpc.flow.prompts import load_template, packaged
 from ctrl_hpc.flow.text import is_quoted, plain
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Chat, Judgement, Message
 
 Side = Literal["A", "B"]

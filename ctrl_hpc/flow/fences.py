@@ -7,14 +7,6 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 
-
-def well_formed(text: str) -> str:
-    """The text with surrogate pairs joined and lone surrogates replaced by U+FFFD, so that it can be encoded."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 # --- the answer: without the thought before it and the control tokens after it
 
 _CONTROL = r"(?:<\|[\w/▁-]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:eos|bos|pad|eot|end_of_turn)>|\[/INST\]|\[EOS\])"

@@ -22,7 +22,7 @@ from typing import Self
 from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
 
 from ctrl_hpc.flow.feedback import Hint
-from ctrl_hpc.flow.fences import well_formed
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Chat, Message, Problem, Solution
 
 VARIABLES: dict[str, tuple[str, ...]] = {

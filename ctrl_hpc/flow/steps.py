@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ctrl_hpc.flow.feedback import Hint
-from ctrl_hpc.flow.fences import well_formed
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
 from ctrl_hpc.harness import prepared
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import (
     CLOSE_ROOM,
     Chat,

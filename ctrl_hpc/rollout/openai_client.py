@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Chat, Generation, Message, Sampling
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
@@ -250,12 +251,12 @@ class OpenAIGenerator:
 
 
 def _text(content: Any) -> str:
-    """A message's content: text, or a list of parts of which those of text count."""
+    """A message's content: text, or a list of parts of which those of text count; such that it can be sent again."""
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content)
     if not isinstance(content, str | None):
         raise TypeError(f"content: {type(content).__name__}")
-    return content or ""
+    return well_formed(content or "")
 
 
 def _line(text: str) -> str:

@@ -297,7 +297,11 @@ def serve(
     token, own_user = http_service.access(host, token, own_user)
     sock = http_service.listen(host, port)
     torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (ValueError, OSError) as error:  # of several lines
+        sock.close()
+        raise ValueError(f"{model}: no tokenizer that can be read: {' '.join(str(error).split())}") from None
     stop_ids = frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
     engine = load_engine(
         model,

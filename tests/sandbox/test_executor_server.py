@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,24 @@ import pytest
 import sandbox_fusion
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.records import AssertTest, Execution, FunctionTest, Limits, Problem, StdinTest, StoredTests, Verdict
+from ctrl_hpc.flow import steps
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.records import (
+    AssertTest,
+    Critique,
+    Execution,
+    FunctionTest,
+    Limits,
+    Problem,
+    Revision,
+    Rules,
+    Sampling,
+    Solution,
+    StdinTest,
+    StoredTests,
+    Verdict,
+)
+from ctrl_hpc.rollout.openai_client import OpenAIGenerator
 from ctrl_hpc.sandbox import Sandbox
 from ctrl_hpc.sandbox.client import ExecutorClient
 from ctrl_hpc.store.tests import TestStore
@@ -70,6 +88,78 @@ def test_all_kinds_of_tests_cross(url: str) -> None:
     with ExecutorClient(lambda: [url]) as executor:
         (verdict,) = executor.run_many([Execution(program="f = set", tests=tests, limits=LIMITS)])
     assert verdict.accepted and verdict.passed == 2
+
+
+@pytest.mark.parametrize("kind", ["program", "test"])
+def test_a_lone_surrogate_spoils_nothing_beside_it(url: str, kind: str) -> None:
+    code = "def f(x): return x  # \ud800"
+    spoilt = double(1) if kind == "test" else Execution(program=code, tests=double(1).tests, limits=LIMITS)
+    if kind == "test":
+        spoilt = replace(spoilt, tests=(FunctionTest(name="f", args=("\udfff",), expected="\ud800"),), program=code)
+    with ExecutorClient(lambda: [url]) as executor:
+        verdicts = executor.run_many([double(2), spoilt, double(3)])
+    assert [verdict.accepted for verdict in verdicts] == [True, False, True]
+    assert verdicts[1].status != "sandbox_error"
+
+
+@contextmanager
+def answering(answers: list[str], asked: list[dict[str, Any]]) -> Iterator[str]:
+    """An OpenAI-compatible endpoint that gives these answers, one a request, and remembers what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            message = {"role": "assistant", "content": answers[len(asked) - 1]}
+            text = json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_lone_surrogate_in_an_answer_ends_no_step(url: str, tmp_path: Path) -> None:
+    """Draft, execution, critique (continued), revision, execution: every answer holds one, and all is judged."""
+    answers = [
+        "Here \ud83d:\n```python\ns = '\ud800'\nprint(0)\n```",
+        "It prints 0 \udc00, not 1.",
+        " Incorrect \ud83d",
+        "\udfff\n```python\ns = '\udfff'\nprint(1)\n```",
+    ]
+    asked: list[dict[str, Any]] = []
+    problem = Problem(
+        id="p", source="s", split="test", prompt="Print 1.", tests=(StdinTest(stdin="", expected_stdout="1"),)
+    )
+    prompts = Prompts.load("default", critique_close="Overall judgment:")
+    sampling = Sampling(temperature=0.0, max_tokens=200)
+    with answering(answers, asked) as endpoint, ExecutorClient(lambda: [url]) as executor:
+        model = OpenAIGenerator(endpoint, "m", max_tries=1)
+        drafts = steps.execute(
+            [(problem, item) for item in steps.draft([problem], model, prompts, sampling)], executor, Rules()
+        )
+        critiques = steps.critique([(problem, drafts[0])], model, prompts, sampling)
+        revised = steps.revise([(problem, drafts[0], critiques[0])], model, prompts, sampling)
+        (revision,) = steps.execute([(problem, revised[0])], executor, Rules())
+        model.close()
+    assert drafts[0].program == "s = '\ufffd'\nprint(0)" and drafts[0].verdict.status == "wrong_answer"
+    assert critiques[0].judgement == "incorrect"
+    assert asked[2]["messages"][-1]["content"] == "It prints 0 \ufffd, not 1.\n\nOverall judgment:"
+    assert revision.program == "s = '\ufffd'\nprint(1)" and revision.verdict.accepted
+    for kind, record in ((Solution, drafts[0]), (Critique, critiques[0]), (Revision, revision)):
+        jsonl.write(tmp_path / "records.jsonl", [record])
+        assert jsonl.read(kind, tmp_path / "records.jsonl") == [record]
 
 
 @pytest.mark.parametrize(

@@ -568,6 +568,8 @@ def test_tacos_list_of_special_judges(tmp_path):
         tmp_path / "output_spj.jsonl",
         *[{"idx": number, "special_judge": judged, "case": case} for number, (case, judged) in enumerate(cases)],
     )
+    listed = (tmp_path / "output_spj.jsonl").read_bytes()
+    (tmp_path / "output_spj.jsonl").write_bytes(b"\xef\xbb\xbf" + listed)  # with a byte order mark
     found = load("taco", str(tmp_path / "test.jsonl"))
     assert [item.comparison for item in found] == [None, "exact:any", "exact:nocase", "float", "exact:any"]
     train = load("taco", str(tmp_path / "test.jsonl"), "train")
@@ -865,6 +867,30 @@ PUBLISHED = {
     "humaneval": HUMANEVAL,
     "humanevalplus": HUMANEVAL,
 }
+
+
+OWN = {"id": "a", "source": "s", "split": "test", "prompt": "p"} | {
+    "tests": [{"kind": "stdin", "stdin": "", "stdout": "1"}]
+}
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+@pytest.mark.parametrize("name", [*PUBLISHED, "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(name, gzipped, tmp_path):
+    text = b"\xef\xbb\xbf" + (json.dumps((PUBLISHED | {"jsonl": OWN})[name]) + "\n").encode()
+    file = tmp_path / ("f.jsonl.gz" if gzipped else "f.jsonl")
+    file.write_bytes(gzip.compress(text) if gzipped else text)
+    loaded = catalog.read(name, str(file), "all" if "live" in name else "test")
+    assert len(loaded.items) == 1 and not loaded.left_out
+
+
+def test_a_byte_order_mark_in_the_hubs_layout(hub):
+    folder = hub("livecodebench/code_generation_lite")
+    for number, name in enumerate(("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl")):
+        line = json.dumps(LIVE | {"question_id": f"q{number}"}) + "\n"
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + line.encode())
+    loaded = both("livecodebench", folder, "test")
+    assert len(loaded.items) == 4 and not loaded.left_out
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

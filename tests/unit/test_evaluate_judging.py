@@ -46,6 +46,9 @@ def file(tmp_path):
 
 def test_the_data_sets_own_format(file):
     pairs = judgebench.load(str(file), "gpt")
+    content = file.read_bytes()
+    file.write_bytes(b"\xef\xbb\xbf" + content)  # a byte order mark is no part of the first pair
+    assert judgebench.load(str(file), "gpt") == pairs
     assert [pair.right for pair in pairs[:2]] == ["A", "B"]
     assert judgebench.categories(pairs) == {"knowledge": 4, "reasoning": 2, "math": 2, "coding": 2}
     assert pairs[3].provenance == f"{file}:4"

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrl_hpc.flow import fences
-from ctrl_hpc.flow.fences import NOT_PROGRAMS, well_formed
+from ctrl_hpc.flow.fences import NOT_PROGRAMS
 from ctrl_hpc.flow.text import asked_for, extract_program
+from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import AssertTest, FunctionTest, Problem, StdinTest
 
 CASES = {

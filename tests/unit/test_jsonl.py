@@ -198,6 +198,16 @@ def test_whole_numbers_of_other_programs_are_read_as_floats() -> None:
     assert result.cpu_s == 2.0 and isinstance(result.cpu_s, float)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    line = '{"id": "a", "source": "s", "split": "train", "prompt": "", "tests": []}\n'
+    file = tmp_path / "problems.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert [problem.id for problem in jsonl.read(Problem, file)] == ["a"]
+    file.write_bytes(line.encode() + b"\xef\xbb\xbf" + line.encode())  # anywhere else it is a fault
+    with pytest.raises(ValueError, match=r"problems\.jsonl:2: not JSON"):
+        jsonl.read(Problem, file)
+
+
 def test_write_replaces_whole_files_only(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     jsonl.write(file, [Verdict(status="accepted")])

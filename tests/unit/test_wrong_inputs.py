@@ -44,10 +44,14 @@ serve                                           | required: KIND
 serve executer --port 1                         | there is no 'executer' (did you mean executor?)
 serve executor                                  | required: --port
 serve executor --port x                         | --port: invalid int value: 'x'
+serve executor --port 99999999                  | cannot listen on 127.0.0.1:99999999
+serve executor --port 0 --max-waiting 0         | --max-waiting: 0 is not allowed; it must be greater than 0
 serve executor --port 0 --judge x               | 'x' is not NAME=FILE.py:FUNCTION
 serve executor --port 0 --token-env NO_SUCH     | --token-env: the environment variable NO_SUCH is not set
+serve executor --port 0 --workers x             | --workers: invalid int value: 'x'
 serve rollout --port 0                          | required: --model
 serve rollout --model x --port 0 --device tpu   | --device: there is no 'tpu' (did you mean cpu?); allowed: a
+serve rollout --model nowhere --port 0          | no model folder nowhere
 convert hf-to-megatron                          | required: SRC, DST
 convert hf2megatron a b                         | there is no 'hf2megatron'
 convert hf-to-megatron nowhere out              | nowhere: not a Hugging Face model folder
