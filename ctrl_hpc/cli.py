@@ -112,6 +112,26 @@ def _parser() -> Parser:
     data.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
     config.add(commands.add_parser("config", help="what a key means and allows; where the values of a file come from"))
     _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
+    _run_parsers(commands)
+    _sweep_parsers(commands)
+    sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
+    sync.add_argument("run_dir", metavar="RUN", help="run directory")
+    sync.add_argument("--again", action="store_true", help="ask of what was sent before, too")
+    sync.set_defaults(command=_sync)
+    doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
+    doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
+    doctor.set_defaults(command=_doctor)
+    _convert_parsers(
+        commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
+    )
+    bench.add(commands.add_parser("bench", help="measure: executor, trainer"))
+    add_help(commands, parser)
+    name_leaves(parser)
+    return parser
+
+
+def _run_parsers(commands: Any) -> None:
+    """What looks at a run, or ends it."""
     for name, text, command in (
         ("status", "jobs, stages, steps and the last errors of a run", _status),
         ("logs", "the logs of a run, or of one role", _logs),
@@ -128,21 +148,6 @@ def _parser() -> Parser:
         if name == "status":
             about.add_argument("--json", action="store_true", help="as JSON, for programs")
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
-    _sweep_parsers(commands)
-    sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
-    sync.add_argument("run_dir", metavar="RUN", help="run directory")
-    sync.add_argument("--again", action="store_true", help="ask of what was sent before, too")
-    sync.set_defaults(command=_sync)
-    doctor = commands.add_parser("doctor", help="what this machine can do for ctrl-hpc, each gap with its fix")
-    doctor.add_argument("run_dir", nargs="?", default="runs", help="where runs are kept (default: runs)")
-    doctor.set_defaults(command=_doctor)
-    _convert_parsers(
-        commands.add_parser("convert", help="weights between Hugging Face folders and Megatron checkpoints")
-    )
-    bench.add(commands.add_parser("bench", help="measure: executor, trainer"))
-    add_help(commands, parser)
-    name_leaves(parser)
-    return parser
 
 
 class _Version(argparse.Action):

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -39,13 +38,11 @@ from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import counts, mend, select, traits
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
-from ctrl_hpc.progress import in_chunks
+from ctrl_hpc.progress import console, in_chunks
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
 from ctrl_hpc.sandbox import rootfs
 from ctrl_hpc.store.tests import TestStore
-
-console = Console(stderr=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

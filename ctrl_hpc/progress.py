@@ -9,6 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+console = Console(stderr=True)
+"""Where a command says what goes on; its results go to standard output."""
 _LOG_EVERY_S = 15.0
 """Seconds between the lines of a log."""
 

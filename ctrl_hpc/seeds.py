@@ -16,7 +16,7 @@ def derive_seed(seed: int, *indices: int) -> int:
     return int.from_bytes(digest, "little") >> (64 - _SEED_BITS)
 
 
-def derived_seed(seed: int, *parts: object) -> int:
+def evaluation_seed(seed: int, *parts: object) -> int:
     """A seed of its own for a named part of the evaluation, in [0, 2**31)."""
     text = " ".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1

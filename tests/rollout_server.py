@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from ctrl_hpc.rollout.decoding import Engine
 from ctrl_hpc.rollout.engine import load_engine
-from ctrl_hpc.rollout.server import Service, create_app
+from ctrl_hpc.rollout.server import RolloutService, create_app
 from ctrl_hpc.rollout.worker import Worker
 from ctrl_hpc.service.http import listen
 
@@ -20,7 +20,7 @@ from ctrl_hpc.service.http import listen
 def running(folder: str, engine: Engine | None = None) -> Iterator[str]:
     """The URL of a server that answers."""
     worker = Worker(engine or load_engine(folder, device="cpu"))
-    app = create_app(Service(worker, AutoTokenizer.from_pretrained(folder), folder))
+    app = create_app(RolloutService(worker, AutoTokenizer.from_pretrained(folder), folder))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
     ready = threading.Event()
     app.router.on_startup.append(ready.set)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.registry import Registry
 
@@ -67,7 +67,4 @@ def end_recorded(run_dir: str | Path) -> int:
 
 def write(file: Path, records: Sequence[JobRecord]) -> None:
     """Replace a driver's records."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps([asdict(record) for record in records], indent=1), encoding="utf-8")
-    os.replace(part, file)
+    jsonl.write_text(file, json.dumps([asdict(record) for record in records], indent=1))

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import psutil
 import submitit
-from rich.console import Console
 from submitit.core.utils import JobPaths
 from submitit.slurm.slurm import SlurmExecutor
 
@@ -27,6 +26,7 @@ from ctrl_hpc.cluster import job_records, processes
 from ctrl_hpc.cluster.job_records import JobRecord
 from ctrl_hpc.cluster.slurm import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig, LaunchConfig
+from ctrl_hpc.progress import console
 from ctrl_hpc.run import disk, snapshot
 from ctrl_hpc.service import access
 
@@ -46,7 +46,6 @@ _SETUP = (
 )
 """Shell lines before every job's own: a node's own disk for scratch; the addresses of the job's nodes; the logs of its
 earlier starts put aside."""
-console = Console(stderr=True)
 _environment_lock = threading.Lock()
 
 

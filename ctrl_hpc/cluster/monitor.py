@@ -51,7 +51,7 @@ def rates(before: dict[str, float], after: dict[str, float], seconds: float) -> 
     return out | levels
 
 
-class Node:
+class _NodeFigures:
     """This node's figures: CPU and memory; GPUs by NVML, where there is a driver."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class Monitor:
         self._thread.join()
 
     def _follow(self) -> None:
-        node, before, when = Node(), self._read(), time.monotonic()
+        node, before, when = _NodeFigures(), self._read(), time.monotonic()
         if self._closed.wait(self._every_s):
             return
         journal = Journal(*self._about)

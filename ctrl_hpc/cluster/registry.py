@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.service import access
 
@@ -275,7 +276,4 @@ def _service(data: Any, beat: float) -> Service | None:
 
 
 def _write(file: Path, service: Service) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(asdict(service)), encoding="utf-8")
-    os.replace(part, file)
+    jsonl.write_text(file, json.dumps(asdict(service)))

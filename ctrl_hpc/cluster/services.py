@@ -14,13 +14,13 @@ from types import FrameType
 from typing import Any, Self
 
 import submitit
-from rich.console import Console
 
 from ctrl_hpc.cluster.element import SERVE, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
+from ctrl_hpc.progress import console
 from ctrl_hpc.run import disk, snapshot
 from ctrl_hpc.service import access
 
@@ -30,7 +30,6 @@ WATCH_S = 1.0
 """Seconds between looks afterwards."""
 STUCK_S = 45.0
 """An array that has not come up for so long is reported, again and again."""
-console = Console(stderr=True)
 
 
 class Services:

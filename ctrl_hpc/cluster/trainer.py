@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import submitit
-from rich.console import Console
 
 from ctrl_hpc.cluster import element
 from ctrl_hpc.cluster.element import leave_with_driver
@@ -20,7 +19,7 @@ from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.monitor import Monitor
 from ctrl_hpc.cluster.registry import Registry, read_entry
 from ctrl_hpc.config import Config
-from ctrl_hpc.progress import Steps
+from ctrl_hpc.progress import Steps, console
 from ctrl_hpc.run import disk, journal
 
 Stage = Literal["sft", "rl"]
@@ -38,7 +37,6 @@ _PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 """Errors that say that another rank went away, or that the job was told to stop: worth another start."""
-console = Console(stderr=True)
 
 
 def run_trainer(config: Config, run_dir: str | Path, stage: Stage) -> None:

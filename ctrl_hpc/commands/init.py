@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
 
 def ask(options: argparse.Namespace, prompt: Callable[[str, str], str] | None) -> Answers:
     """What the options say, else the answers, else defaults. Raises ValueError for what cannot be."""
+    from ctrl_hpc.config.facts import is_url
 
     def answer(given: str | None, question: str, default: str) -> str:
         return given if given is not None else prompt(question, default) if prompt else default
@@ -80,9 +81,9 @@ def ask(options: argparse.Namespace, prompt: Callable[[str, str], str] | None) -
     data = answer(options.data, "Problems: a JSONL file, or a data set (taco, mbpp, ...)", "problems.jsonl")
     model = answer(options.model, "Critic: a Hugging Face folder or hub id", "Qwen/Qwen2.5-0.5B-Instruct")
     generator = answer(options.generator, "Fixed generator: the same, or the URL of an endpoint", model)
-    is_url = "://" in generator
-    name = answer(options.generator_model, "Name of the endpoint's model", "") if is_url else ""
-    if is_url and not name:
+    served_elsewhere = is_url(generator)
+    name = answer(options.generator_model, "Name of the endpoint's model", "") if served_elsewhere else ""
+    if served_elsewhere and not name:
         raise ValueError("--generator-model: missing; a generator that is a URL needs the name of its model")
     gpus = options.gpus
     if gpus is None:

@@ -12,13 +12,13 @@ from typing import Annotated, Literal
 from annotated_types import Gt, Interval
 
 from ctrl_hpc.config.facts import Example, Free, IsPath, Must, NotNegative, PathName, Positive, Share
+from ctrl_hpc.records import TRANSITIONS
 
 _IS_TREE = Must(
     lambda widths: not widths or len(widths) > 1, "be the drafts of a problem, then the critiques of at least one turn"
 )
-_TRANSITIONS = {"fix", "keep", "break", "stuck"}
 _IS_TRANSITIONS = Must(
-    lambda rewards: not rewards or set(rewards) == _TRANSITIONS, "be a number for each of fix, keep, break, stuck"
+    lambda rewards: not rewards or set(rewards) == set(TRANSITIONS), f"be a number for each of {', '.join(TRANSITIONS)}"
 )
 
 

@@ -13,13 +13,13 @@ import numpy as np
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.metrics import bootstrap_weights, interval
-from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
+from ctrl_hpc.evaluate.write_ahead import WriteAheadLog, in_parts
 from ctrl_hpc.flow.comparison import Side, compared, comparison_chat, comparison_template, judged_apart, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Generator, Pair, Problem, Sampling, Solution
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +51,10 @@ def judge(config: Config, run_dir: Path, name: str, critic: Generator | None, pr
     sampling = Sampling(temperature=config.eval.temperature, max_tokens=config.eval.max_tokens)
     ask = {"pointwise": _pointwise, "pairwise": _pairwise}[config.judge.mode]
 
-    def work(part: Sequence[Pair], number: int, journal: Journal) -> list[Votes]:
+    def work(part: Sequence[Pair], number: int, log: WriteAheadLog) -> list[Votes]:
         assert critic is not None, f"{name} has not been asked and is not served"
-        seeds = [derived_seed(config.seed, "judgebench", name, number, side) for side in (0, 1)]
-        return ask(config, part, number, journal, critic, prompts, [replace(sampling, seed=seed) for seed in seeds])
+        seeds = [evaluation_seed(config.seed, "judgebench", name, number, side) for side in (0, 1)]
+        return ask(config, part, number, log, critic, prompts, [replace(sampling, seed=seed) for seed in seeds])
 
     size = max(config.eval.chunk // max(config.judge.votes), 1)
     in_parts(votes_file(run_dir, name), Votes, pairs, work, size=size, at_once=config.eval.chunks_in_flight)
@@ -62,7 +62,7 @@ def judge(config: Config, run_dir: Path, name: str, critic: Generator | None, pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Said:
-    """The votes of one request, as the journal keeps them."""
+    """The votes of one request, as the log keeps them."""
 
     votes: tuple[str, ...]
 
@@ -71,7 +71,7 @@ def _pointwise(
     config: Config,
     pairs: Sequence[Pair],
     number: int,
-    journal: Journal,
+    log: WriteAheadLog,
     critic: Generator,
     prompts: Prompts,
     sampling: Sequence[Sampling],
@@ -86,7 +86,7 @@ def _pointwise(
             [item.judgement for item in critique(samples, critic, prompts, replace(sampling[side], n=n))], n
         )
 
-    sides = [journal.once(f"answer {side}", number, _Said, asked(side)) for side in (0, 1)]
+    sides = [log.once(f"answer {side}", number, _Said, asked(side)) for side in (0, 1)]
     return _votes(pairs, sides)
 
 
@@ -99,7 +99,7 @@ def _pairwise(
     config: Config,
     pairs: Sequence[Pair],
     number: int,
-    journal: Journal,
+    log: WriteAheadLog,
     critic: Generator,
     prompts: Prompts,
     sampling: Sequence[Sampling],
@@ -121,7 +121,7 @@ def _pairwise(
         ]
 
     sides = [
-        journal.once(f"order {side}", number, _Said, asked(side)) if count else [_Said(votes=())] * len(pairs)
+        log.once(f"order {side}", number, _Said, asked(side)) if count else [_Said(votes=())] * len(pairs)
         for side, count in enumerate(counts)
     ]
     return _votes(pairs, sides)

@@ -18,15 +18,15 @@ from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate import judgebench
 from ctrl_hpc.evaluate.critics import Critic, Feedback, Oracles, check_oracles, critics, feedback_critiques, feedback_of
-from ctrl_hpc.evaluate.tree import Environment, Plan, Sample, Write, grow, is_grown
-from ctrl_hpc.evaluate.write_ahead import Journal, RememberingExecutor, RememberingGenerator, in_parts
+from ctrl_hpc.evaluate.tree import Environment, Sample, Shape, Write, grow, is_grown
+from ctrl_hpc.evaluate.write_ahead import RememberingExecutor, RememberingGenerator, WriteAheadLog, in_parts
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, critique_with_hints, draft, elect, execute
 from ctrl_hpc.progress import Steps
 from ctrl_hpc.records import EVALUATION, Critique, Executor, Generator, Problem, Sampling, Solution
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 MODES = ("", "_greedy")
 """What is appended to a critic's name: sampled, and greedy."""
@@ -40,7 +40,7 @@ class CriticServers(Generator, Protocol):
         ...
 
 
-class Services(Protocol):
+class Connected(Protocol):
     """What the evaluation talks to (:func:`ctrl_hpc.cluster.connect.connect`)."""
 
     @property
@@ -72,7 +72,7 @@ class Tree:
 def run(
     config: Config,
     run_dir: Path,
-    connections: Services,
+    connections: Connected,
     problems: dict[str, list[Problem]],
     prompts: Prompts,
     oracles: Oracles | None = None,
@@ -114,7 +114,7 @@ def run(
                         critic = _load(places[name], connections, version)
                     write = _writer(config, tree, item, critic, prompts, feedback_of(item, oracles))
                     tell = _teller(steps, done, f"{tree.dataset}: {tree.critic}{tree.mode}")
-                    grow(drafts[tree.dataset], write, environment, tree.folder, _plan(config, tree), tell)
+                    grow(drafts[tree.dataset], write, environment, tree.folder, _shape(config, tree), tell)
                 done += turns
                 steps.reach(done, f"{tree.dataset}: {tree.critic}{tree.mode}")
             if config.judge.votes and item.model is not None:
@@ -125,12 +125,12 @@ def run(
                 steps.reach(done, f"judgebench: {name}")
 
 
-def _plan(config: Config, tree: Tree) -> Plan:
-    return Plan(
+def _shape(config: Config, tree: Tree) -> Shape:
+    return Shape(
         widths=widths(config),
         chunk=config.eval.chunk,
         at_once=config.eval.chunks_in_flight,
-        seed=derived_seed(config.seed, tree.dataset, tree.critic + tree.mode),
+        seed=evaluation_seed(config.seed, tree.dataset, tree.critic + tree.mode),
     )
 
 
@@ -179,10 +179,10 @@ def _draft_all(
         sampling = Sampling(temperature=temperature, max_tokens=config.eval.max_tokens, n=n)
 
         def work(
-            part: Sequence[Problem], number: int, journal: Journal, sampling: Sampling = sampling
+            part: Sequence[Problem], number: int, log: WriteAheadLog, sampling: Sampling = sampling
         ) -> list[Solution]:
-            seed = derived_seed(config.seed, dataset, "drafts", number)
-            return _drafts(part, number, journal, replace(sampling, seed=seed), environment)
+            seed = evaluation_seed(config.seed, dataset, "drafts", number)
+            return _drafts(part, number, log, replace(sampling, seed=seed), environment)
 
         size = max(config.eval.chunk // n, 1)
         solutions = in_parts(file, Solution, problems, work, size=size, at_once=config.eval.chunks_in_flight)
@@ -192,22 +192,22 @@ def _draft_all(
 
 
 def _drafts(
-    problems: Sequence[Problem], number: int, journal: Journal, sampling: Sampling, environment: Environment
+    problems: Sequence[Problem], number: int, log: WriteAheadLog, sampling: Sampling, environment: Environment
 ) -> list[Solution]:
     def drafted() -> list[Solution]:
         return draft(problems, environment.generator, environment.prompts, sampling)
 
-    solutions = journal.once("drafts", number, Solution, drafted)
+    solutions = log.once("drafts", number, Solution, drafted)
     by_id = {problem.id: problem for problem in problems}
     pairs = [(by_id[solution.problem_id], solution) for solution in solutions]
 
     def executed() -> list[Solution]:
         return execute(pairs, environment.executor, environment.rules)
 
-    return journal.once("executed", number, Solution, executed)
+    return log.once("executed", number, Solution, executed)
 
 
-def _load(place: str, connections: Services, version: int) -> Generator:
+def _load(place: str, connections: Connected, version: int) -> Generator:
     if is_url(place):
         url, _, model = place.partition("#")
         if not model:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
+from ctrl_hpc.evaluate.write_ahead import WriteAheadLog, in_parts
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import execute, revise
 from ctrl_hpc.records import (
@@ -27,7 +27,7 @@ from ctrl_hpc.records import (
     Solution,
     Verdict,
 )
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 Sample = tuple[Problem, Solution]
 """A problem and the state of its solution; its id is that of the node."""
@@ -70,7 +70,7 @@ class Environment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Shape:
     """The shape of a tree and how its work is divided."""
 
     widths: tuple[int, ...]
@@ -87,7 +87,7 @@ def grow(
     write: Write,
     environment: Environment,
     folder: Path,
-    plan: Plan,
+    shape: Shape,
     tell: Callable[[int, int, int], None] | None = None,
 ) -> None:
     """Run the turns that are not recorded in ``folder`` yet, each from where it was left.
@@ -96,21 +96,21 @@ def grow(
     """
     samples = list(drafts)
     stopped: set[str] = set()
-    for turn, width in enumerate(plan.widths, start=1):
+    for turn, width in enumerate(shape.widths, start=1):
         active = [sample for sample in samples if sample[1].id not in stopped]
 
         def work(
-            part: Sequence[Sample], number: int, journal: Journal, turn: int = turn, width: int = width
+            part: Sequence[Sample], number: int, log: WriteAheadLog, turn: int = turn, width: int = width
         ) -> list[Node]:
-            seed = derived_seed(plan.seed, turn, number)
-            return _turn(part, number, journal, environment, width, lambda: write(part, width, seed))
+            seed = evaluation_seed(shape.seed, turn, number)
+            return _turn(part, number, log, environment, width, lambda: write(part, width, seed))
 
         def told(done: int, total: int, turn: int = turn) -> None:
             if tell is not None:
                 tell(turn, done, total)
 
         file = folder / f"turn_{turn}.jsonl"
-        nodes = in_parts(file, Node, active, work, size=plan.chunk, at_once=plan.at_once, tell=told)
+        nodes = in_parts(file, Node, active, work, size=shape.chunk, at_once=shape.at_once, tell=told)
         samples, stopped = _carry(samples, nodes, stopped, environment.stop_when_correct)
 
 
@@ -145,12 +145,12 @@ def paths(draft: str, turns: Sequence[dict[str, list[Node]]], widths: Sequence[i
 def _turn(
     samples: Sequence[Sample],
     number: int,
-    journal: Journal,
+    log: WriteAheadLog,
     environment: Environment,
     width: int,
     write: Callable[[], list[Critique]],
 ) -> list[Node]:
-    critiques = journal.once("critiques", number, Critique, lambda: list(map(_slim, write())))
+    critiques = log.once("critiques", number, Critique, lambda: list(map(_slim, write())))
     repeated = [sample for sample in samples for _ in range(width)]
     triples = [(*sample, critique) for sample, critique in zip(repeated, critiques, strict=True)]
 
@@ -158,14 +158,14 @@ def _turn(
         gate = environment.stop_when_correct
         return revise(triples, environment.generator, environment.prompts, environment.revision, gate=gate)
 
-    revisions = journal.once("revisions", number, Revision, revised)
+    revisions = log.once("revisions", number, Revision, revised)
     pairs = [(problem, revision) for (problem, _), revision in zip(repeated, revisions, strict=True)]
 
     def executed() -> list[Verdict]:
         records = execute(pairs, environment.executor, environment.rules)
         return [record.verdict for record in records if record.verdict is not None]
 
-    verdicts = journal.once("verdicts", number, Verdict, executed)
+    verdicts = log.once("verdicts", number, Verdict, executed)
     nodes = []
     for index, (_, solution, critique) in enumerate(triples):
         revision, verdict = revisions[index], verdicts[index]

@@ -27,7 +27,7 @@ from ctrl_hpc.records import (
 )
 
 
-class Journal:
+class WriteAheadLog:
     """The answers of one file that have arrived, by step and part; safe to use from several threads."""
 
     def __init__(self, file: Path) -> None:
@@ -74,22 +74,22 @@ def in_parts[T, R](
     file: Path,
     record: type[R],
     items: Sequence[T],
-    make: Callable[[Sequence[T], int, Journal], list[R]],
+    make: Callable[[Sequence[T], int, WriteAheadLog], list[R]],
     *,
     size: int,
     at_once: int,
     tell: Callable[[int, int], None] | None = None,
 ) -> list[R]:
-    """The records of a file; when it is not there, ``make(items[i * size : (i + 1) * size], i, journal)`` for every i.
+    """The records of a file; when it is not there, ``make(items[i * size : (i + 1) * size], i, log)`` for every i.
 
-    ``at_once`` parts are made at a time, each in a thread. ``make`` goes through the journal for whatever it asks.
+    ``at_once`` parts are made at a time, each in a thread. ``make`` goes through the log for whatever it asks.
     ``tell`` hears how many items are done, of how many, after each part.
     """
     place = file.with_name(file.name + ".journal")
     if not file.exists():
         parts = [items[start : start + size] for start in range(0, len(items), size)]
-        with Journal(place) as journal:
-            jobs = [_job(make, part, number, journal) for number, part in enumerate(parts)]
+        with WriteAheadLog(place) as log:
+            jobs = [_job(make, part, number, log) for number, part in enumerate(parts)]
             made = _concurrently(jobs, at_once, lambda done: tell and tell(min(done * size, len(items)), len(items)))
             jsonl.write(file, [item for part in made for item in part])
     place.unlink(missing_ok=True)
@@ -97,9 +97,9 @@ def in_parts[T, R](
 
 
 def _job[T, R](
-    make: Callable[[Sequence[T], int, Journal], list[R]], part: Sequence[T], number: int, journal: Journal
+    make: Callable[[Sequence[T], int, WriteAheadLog], list[R]], part: Sequence[T], number: int, log: WriteAheadLog
 ) -> Callable[[], list[R]]:
-    return lambda: make(part, number, journal)
+    return lambda: make(part, number, log)
 
 
 def _concurrently[R](
@@ -146,7 +146,7 @@ def _concurrently[R](
     return [future.result() for future in futures]
 
 
-class Memory[K: Hashable, T, R]:
+class _Answers[K: Hashable, T, R]:
     """Answers by key: each is asked for once, whichever of several threads comes first."""
 
     def __init__(self) -> None:
@@ -193,14 +193,14 @@ class RememberingGenerator:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
-        self._memory: Memory[bytes, Chat, list[Generation]] = Memory()
+        self._answers: _Answers[bytes, Chat, list[Generation]] = _Answers()
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order."""
         if sampling.temperature > 0.0:
             return self._generator.complete(chats, sampling)
         keys = [_key(chat, sampling) for chat in chats]
-        return self._memory.ask(keys, chats, lambda unknown: self._generator.complete(unknown, sampling))
+        return self._answers.ask(keys, chats, lambda unknown: self._generator.complete(unknown, sampling))
 
     def extend(
         self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
@@ -222,15 +222,15 @@ class RememberingExecutor:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self._memory: Memory[tuple[str, int | str], Execution, Verdict] = Memory()
+        self._answers: _Answers[tuple[str, int | str], Execution, Verdict] = _Answers()
         self._tests: dict[int, Sequence[TestCase]] = {}  # keeps alive the tests whose identity is a key
 
     def run_many(self, executions: Sequence[Execution]) -> list[Verdict]:
         """A verdict for each execution, in order."""
         keys = [(execution.program, self._name(execution.tests)) for execution in executions]
-        verdicts = self._memory.ask(keys, executions, self._executor.run_many)
+        verdicts = self._answers.ask(keys, executions, self._executor.run_many)
         faults = [key for key, verdict in zip(keys, verdicts, strict=True) if verdict.status == "sandbox_error"]
-        self._memory.forget(faults)
+        self._answers.forget(faults)
         return verdicts
 
     def _name(self, tests: Sequence[TestCase]) -> int | str:

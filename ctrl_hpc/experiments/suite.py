@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, load
 from ctrl_hpc.config.changes import depends, reads
 from ctrl_hpc.config.load import find, no_such
+from ctrl_hpc.progress import console
 from ctrl_hpc.run import directory, journal
 from ctrl_hpc.store.tests import folder_of
 from ctrl_hpc.tracking import mirror
@@ -33,8 +33,6 @@ def read_yaml(path: Path, what: str) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
-
-console = Console(stderr=True)
 
 SHARED = ("sample", "synthesize", "sft")
 """Stages that a member takes over from another which agrees in all that they depend on."""

@@ -40,8 +40,6 @@ def _lines(text: str) -> set[str]:
     return {line.strip().removeprefix("- ").strip().strip("`").strip() for line in text.split("\n")} - {""}
 
 
-TRANSITIONS = ("fix", "keep", "break", "stuck")
-"""What became of a draft: wrong to right, right to right, right to wrong, wrong to wrong."""
 REASONS: dict[str, str] = {
     "passed": "the revision passes all tests",
     "kept_passed": "judged correct, and the kept draft passes all tests",
@@ -68,7 +66,7 @@ def agrees(judgement: Judgement | None, accepted: bool) -> bool:
 
 
 def transition(draft: Verdict, revision: Verdict) -> str:
-    """One of :data:`TRANSITIONS`."""
+    """One of :data:`~ctrl_hpc.records.TRANSITIONS`."""
     if draft.accepted:
         return "keep" if revision.accepted else "break"
     return "fix" if revision.accepted else "stuck"
@@ -88,7 +86,7 @@ def score(
 
     ``(1 - verdict_coef) * [revision passes] + verdict_coef * [judgement agrees with the draft's verdict]``, in [0, 1];
     ``verdict_coef=0`` is the paper's reward (the other term: Critique-RL, arXiv 2510.24320). ``transitions``, a value
-    for each of :data:`TRANSITIONS`, takes the place of [revision passes] (ReCrit, arXiv 2605.18799). ``leak_penalty``
+    for each of ``TRANSITIONS``, takes the place of [revision passes] (ReCrit, arXiv 2605.18799). ``leak_penalty``
     is taken off when the critique gives the solution away (:func:`~ctrl_hpc.flow.reward.leaks_solution`; it needs
     ``draft_program``).
 

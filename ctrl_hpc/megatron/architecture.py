@@ -27,7 +27,7 @@ class Architecture:
     """A decoder with pre-norm RMSNorm, rotary attention with grouped queries, and a SwiGLU MLP."""
 
     kind: str
-    """``model_type`` of the Hugging Face configuration: a key of ``_VARIANTS``."""
+    """``model_type`` of the Hugging Face configuration: a key of ``_FAMILIES``."""
     n_layers: int
     hidden_size: int
     n_heads: int
@@ -67,17 +67,17 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
+class _Family:
     """What differs between the architectures and is not a number in the configuration."""
 
     qkv_bias: bool
     qk_norm: bool
 
 
-_VARIANTS: dict[str, Variant] = {
-    "qwen2": Variant(qkv_bias=True, qk_norm=False),
-    "qwen3": Variant(qkv_bias=False, qk_norm=True),
-    "llama": Variant(qkv_bias=False, qk_norm=False),
+_FAMILIES: dict[str, _Family] = {
+    "qwen2": _Family(qkv_bias=True, qk_norm=False),
+    "qwen3": _Family(qkv_bias=False, qk_norm=True),
+    "llama": _Family(qkv_bias=False, qk_norm=False),
 }
 
 
@@ -93,8 +93,8 @@ def read(folder: str | Path) -> Architecture:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON: {error.msg} at line {error.lineno}") from None
-    if kind not in _VARIANTS:
-        raise ValueError(f"{path}: model_type {kind!r} is not supported; allowed: {', '.join(_VARIANTS)}")
+    if kind not in _FAMILIES:
+        raise ValueError(f"{path}: model_type {kind!r} is not supported; allowed: {', '.join(_FAMILIES)}")
     from transformers import AutoConfig
 
     return _describe(AutoConfig.from_pretrained(str(folder)), path)
@@ -125,7 +125,7 @@ def _describe(hf: Any, path: Path) -> Architecture:
     n_heads = hf.num_attention_heads
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // n_heads
     inverse_frequencies, amplitude = _rope(hf, head_dim, path)
-    variant = _VARIANTS[hf.model_type]
+    family = _FAMILIES[hf.model_type]
     return Architecture(
         kind=hf.model_type,
         n_layers=hf.num_hidden_layers,
@@ -137,8 +137,8 @@ def _describe(hf: Any, path: Path) -> Architecture:
         vocab_size=hf.vocab_size,
         norm_eps=hf.rms_norm_eps,
         tied=bool(hf.tie_word_embeddings),
-        qkv_bias=variant.qkv_bias,
-        qk_norm=variant.qk_norm,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         max_positions=hf.max_position_embeddings,
         inverse_frequencies=inverse_frequencies,
         rope_amplitude=amplitude,

@@ -469,6 +469,10 @@ class Revision:
     verdict: Verdict | None = None
 
 
+TRANSITIONS = ("fix", "keep", "break", "stuck")
+"""What became of a draft: wrong to right, right to right, right to wrong, wrong to wrong."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
     """What a critique earned, and why."""

@@ -16,7 +16,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.metrics import check_identity
-from ctrl_hpc.flow.reward import TRANSITIONS
+from ctrl_hpc.records import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
 from ctrl_hpc.report.results import collect, read_histories
 from ctrl_hpc.report.runs import FOCUS, FinishedRun

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctrl_hpc.flow.reward import TRANSITIONS, transition
-from ctrl_hpc.records import Verdict
+from ctrl_hpc.flow.reward import transition
+from ctrl_hpc.records import TRANSITIONS, Verdict
 from ctrl_hpc.report.plots import label
 from ctrl_hpc.report.results import History
 

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ctrl_hpc.records import Generation, Message
 from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Decoding, check_decoding
-from ctrl_hpc.rollout.worker import Service, cut, stop_strings
+from ctrl_hpc.rollout.worker import RolloutService, cut, stop_strings
 
 _BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 """The byte that a character of a byte-level vocabulary stands for."""
@@ -91,7 +91,7 @@ class ChatBody(_Common):
     continue_final_message: bool = False
 
 
-def add_openai_routes(app: FastAPI, service: Service) -> None:
+def add_openai_routes(app: FastAPI, service: RolloutService) -> None:
     """Add ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
 
     @app.get("/v1/models")
@@ -141,7 +141,7 @@ def add_openai_routes(app: FastAPI, service: Service) -> None:
         return _envelope("chat.completion", "chatcmpl", choices, groups, service)
 
 
-def _sampling(body: _Common, max_tokens: int, service: Service) -> Decoding:
+def _sampling(body: _Common, max_tokens: int, service: RolloutService) -> Decoding:
     if body.stream:
         raise ValueError("stream=true is not served here")
     sampling = Decoding(
@@ -164,7 +164,7 @@ def _sampling(body: _Common, max_tokens: int, service: Service) -> Decoding:
     return sampling
 
 
-def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
+def _prompt_ids(prompt: Any, service: RolloutService) -> list[list[int]]:
     if isinstance(prompt, str):
         prompt = [prompt]
     if prompt and isinstance(prompt[0], int):
@@ -173,7 +173,7 @@ def _prompt_ids(prompt: Any, service: Service) -> list[list[int]]:
 
 
 def _texts(
-    groups: Sequence[Sequence[Generation]], stop: str | list[str] | None, service: Service
+    groups: Sequence[Sequence[Generation]], stop: str | list[str] | None, service: RolloutService
 ) -> list[tuple[Generation, str, str]]:
     """Completions with their texts, cut at the first stop string, and why they ended."""
     stops = stop_strings(stop)
@@ -217,7 +217,11 @@ def _offsets(generation: Generation, pieces: Sequence[bytes], tokenizer: Any) ->
 
 
 def _envelope(
-    kind: str, prefix: str, choices: list[dict[str, Any]], groups: Sequence[Sequence[Generation]], service: Service
+    kind: str,
+    prefix: str,
+    choices: list[dict[str, Any]],
+    groups: Sequence[Sequence[Generation]],
+    service: RolloutService,
 ) -> dict[str, Any]:
     prompt_tokens = sum(len(group[0].prompt_ids) for group in groups)
     completion_tokens = sum(len(item.token_ids) for group in groups for item in group)

@@ -8,6 +8,7 @@ OpenAI: ``/v1/completions``, ``/v1/chat/completions``, ``/v1/models`` (``ctrl_hp
 from __future__ import annotations
 
 import asyncio
+import socket
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Completion, Decoding, check_decoding
 from ctrl_hpc.rollout.openai_routes import add_openai_routes
-from ctrl_hpc.rollout.worker import Service, Worker, cut, stop_strings
+from ctrl_hpc.rollout.worker import RolloutService, Worker, cut, stop_strings
 from ctrl_hpc.service import http as http_service
 
 MAX_BODY_BYTES = 1 << 28
@@ -149,7 +150,7 @@ def _ids(params: dict[str, Any], key: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: RolloutService) -> FastAPI:
     """The HTTP application over a service."""
     app = FastAPI(title="ctrl-hpc rollout server", docs_url=None, redoc_url=None)
 
@@ -205,7 +206,7 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-async def _generate(service: Service, body: GenerateBody) -> Any:
+async def _generate(service: RolloutService, body: GenerateBody) -> Any:
     if body.stream:
         raise ValueError("stream=true is not served here")
     if (body.text is None) == (body.input_ids is None):
@@ -253,7 +254,7 @@ def _native(generation: Completion, text: str, stopped_by: str | None, with_logp
     return {"text": text, "output_ids": tokens, "meta_info": meta}
 
 
-def _metrics(service: Service) -> str:
+def _metrics(service: RolloutService) -> str:
     totals = service.worker.totals
     rows = (
         ("ctrl_rollout_requests_total", "counter", "Completions served.", totals.requests),
@@ -311,7 +312,23 @@ def serve(
         stop_ids=stop_ids,
     )
     worker = Worker(engine)
-    app = create_app(Service(worker, tokenizer, model))
+    try:
+        _until_told(create_app(RolloutService(worker, tokenizer, model)), sock, on_ready, token, own_user)
+    finally:
+        worker.close()
+        sock.close()
+
+
+def _until_told(
+    app: FastAPI, sock: socket.socket, on_ready: Callable[[str], None] | None, token: str | None, own_user: bool
+) -> None:
+    """Serve an application until a signal ends it."""
+
+    async def ready() -> None:
+        if on_ready is not None:
+            await asyncio.to_thread(on_ready, http_service.url(sock))
+
+    app.router.on_startup.append(ready)
     gate = http_service.Gate(
         app,
         token=token,
@@ -319,19 +336,7 @@ def serve(
         max_body_bytes=MAX_BODY_BYTES,
         open_paths=frozenset({"/health", "/metrics"}),
     )
-    server = http_service.DrainingServer(
-        uvicorn.Config(
-            gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
-        )
+    config = uvicorn.Config(
+        gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
     )
-
-    async def ready() -> None:
-        if on_ready is not None:
-            await asyncio.to_thread(on_ready, http_service.url(sock))
-
-    app.router.on_startup.append(ready)
-    try:
-        server.run(sockets=[sock])
-    finally:
-        worker.close()
-        sock.close()
+    http_service.DrainingServer(config).run(sockets=[sock])

@@ -215,7 +215,7 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
     return (text[: min(found)[0]], min(found)[1]) if found else (text, None)
 
 
-class Service:
+class RolloutService:
     """A worker with its tokenizer: expands ``n``, runs requests, decodes texts."""
 
     def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:

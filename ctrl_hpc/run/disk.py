@@ -9,7 +9,7 @@ import time
 import uuid
 from pathlib import Path
 
-from rich.console import Console
+from ctrl_hpc.progress import console
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _NEEDED_MB = 16
@@ -17,7 +17,6 @@ _NEEDED_MB = 16
 POLL_S = 2.0
 _TOLD_EVERY_S = 45.0
 _FULL_TEXT = re.compile(r"no space left on device|disk quota exceeded|os error 28|os error 122", re.IGNORECASE)
-console = Console(stderr=True)
 
 
 def says_full(text: str) -> bool:

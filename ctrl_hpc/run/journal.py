@@ -185,7 +185,7 @@ def progress(run_dir: str | Path, stage: str) -> dict[str, Any]:
     return found | ({"steps": json.loads(file.read_text(encoding="utf-8"))["steps"]} if file.is_file() else {})
 
 
-class Follower:
+class Tail:
     """Reads a journal as it grows."""
 
     def __init__(self, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the executor service."""
+"""The executor service: a sandbox behind HTTP, with SandboxFusion's routes beside its own, and its metrics."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ _LOCAL_TESTS_BYTES = 4 << 30
 """Compressed tests that a service keeps on its node's own disk."""
 
 
-class Busy(Exception):
+class _Full(Exception):
     """More work than may wait."""
 
 
-class Lacking(Exception):
+class _TestsMissing(Exception):
     """Tests that executions name and that are not here: their hashes."""
 
     def __init__(self, missing: list[str]) -> None:
@@ -99,7 +99,7 @@ class Lacking(Exception):
         self.missing = missing
 
 
-class Service:
+class ExecutorService:
     """A sandbox behind HTTP: admission, metrics, and whether it drains."""
 
     def __init__(self, sandbox: Sandbox, max_waiting: int = _MAX_WAITING) -> None:
@@ -109,14 +109,14 @@ class Service:
         self.metrics = Metrics(sandbox)
 
     async def run(self, executions: list[Execution]) -> list[Verdict]:
-        """Verdicts in order. Raises Busy when too much waits; a batch always fits an idle service."""
+        """Verdicts in order. Raises _Full when too much waits; a batch always fits an idle service."""
         self._admit(len(executions))
         start = time.monotonic()
         for execution in executions:
             self.sandbox.check(execution)
         named = {item.tests.sha256 for item in executions if isinstance(item.tests, StoredTests)}
         if missing := sorted(sha256 for sha256 in named if sha256 not in self.sandbox.tests):
-            raise Lacking(missing)
+            raise _TestsMissing(missing)
         futures = [self.sandbox.submit(execution) for execution in executions]
         try:
             verdicts = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -153,7 +153,7 @@ class Service:
         waiting = self.sandbox.unfinished
         if self.draining or (waiting and waiting + count > self.max_waiting):
             self.metrics.refused()
-            raise Busy
+            raise _Full
 
 
 def create_app(
@@ -165,8 +165,8 @@ def create_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     on_started: Callable[[], Awaitable[None]] | None = None,
 ) -> FastAPI:
-    """The HTTP application over a sandbox; ``app.state.service`` is its :class:`Service`."""
-    state = Service(sandbox, max_waiting)
+    """The HTTP application over a sandbox; ``app.state.service`` is its :class:`ExecutorService`."""
+    state = ExecutorService(sandbox, max_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -189,7 +189,7 @@ def create_app(
     return app
 
 
-def _add_error_handlers(app: FastAPI, state: Service) -> None:
+def _add_error_handlers(app: FastAPI, state: ExecutorService) -> None:
     @app.exception_handler(http.BodyTooLarge)
     async def too_large(_: Request, error: http.BodyTooLarge) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, status_code=413)
@@ -204,17 +204,17 @@ def _add_error_handlers(app: FastAPI, state: Service) -> None:
         where = ".".join(str(part) for part in first["loc"][1:])
         return JSONResponse({"detail": f"{where or 'body'}: {first['msg']}"}, status_code=400)
 
-    @app.exception_handler(Lacking)
-    async def lacking(_: Request, error: Lacking) -> JSONResponse:
+    @app.exception_handler(_TestsMissing)
+    async def lacking(_: Request, error: _TestsMissing) -> JSONResponse:
         return JSONResponse({"detail": str(error), "missing": error.missing}, status_code=424)
 
-    @app.exception_handler(Busy)
-    async def busy(_: Request, __: Busy) -> JSONResponse:
+    @app.exception_handler(_Full)
+    async def busy(_: Request, __: _Full) -> JSONResponse:
         status = 503 if state.draining else 429
         return JSONResponse({"detail": "busy"}, status_code=status, headers={"retry-after": _RETRY_AFTER_S})
 
 
-def _add_routes(app: FastAPI, state: Service) -> None:
+def _add_routes(app: FastAPI, state: ExecutorService) -> None:
     @app.post("/run_tests")
     async def run_tests(request: Request) -> Response:
         sent = await request.body()
@@ -333,30 +333,41 @@ def serve(
                 testlib=testlib,
             ) as sandbox,
         ):
-            failures: list[Exception] = []
-
-            async def ready() -> None:
-                try:
-                    if on_ready is not None:
-                        await asyncio.to_thread(on_ready, http.url(sock))
-                except Exception as error:  # noqa: BLE001 (raised again once the server has ended)
-                    failures.append(error)
-                    server.should_exit = True
-
-            app = create_app(
+            app = partial(
+                create_app,
                 sandbox,
                 token=token,
                 own_user=own_user,
                 max_waiting=max_waiting,
                 max_body_bytes=max_body_bytes,
-                on_started=ready,
             )
-            config = uvicorn.Config(
-                app, log_level="warning", access_log=False, http=http.Protocol, timeout_graceful_shutdown=drain_s
-            )
-            server = http.DrainingServer(config)
-            server.run(sockets=[sock])
-            if failures:
-                raise failures[0]
+            _until_told(app, sock, on_ready, drain_s)
     finally:
         sock.close()
+
+
+def _until_told(
+    app: Callable[..., FastAPI], sock: socket.socket, on_ready: Callable[[str], None] | None, drain_s: int
+) -> None:
+    """Serve what ``app(on_started=...)`` makes until a signal ends it. Raises what ``on_ready`` raised."""
+    failures: list[Exception] = []
+
+    async def ready() -> None:
+        try:
+            if on_ready is not None:
+                await asyncio.to_thread(on_ready, http.url(sock))
+        except Exception as error:  # noqa: BLE001 (raised again once the server has ended)
+            failures.append(error)
+            server.should_exit = True
+
+    config = uvicorn.Config(
+        app(on_started=ready),
+        log_level="warning",
+        access_log=False,
+        http=http.Protocol,
+        timeout_graceful_shutdown=drain_s,
+    )
+    server = http.DrainingServer(config)
+    server.run(sockets=[sock])
+    if failures:
+        raise failures[0]

@@ -49,7 +49,7 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
+class TinyWorld:
     """All problems, and the composition behind each."""
 
     splits: dict[Split, list[Problem]]
@@ -64,7 +64,7 @@ def load() -> dict[Split, list[Problem]]:
 
 
 @lru_cache(maxsize=2)
-def world(seed: int = 0) -> World:
+def world(seed: int = 0) -> TinyWorld:
     """Generate the whole world: about a second. ``seed`` draws the inputs, the splits and the order."""
     rng = np.random.default_rng([seed, 0x71])
     lines = input_lines(rng, _POOL_LINES)
@@ -90,7 +90,7 @@ def world(seed: int = 0) -> World:
         groups=len(set(groups.values())),
         problems={split: len(members) for split, members in ordered.items()},
     )
-    return World(splits=ordered, compositions=compositions, counts=counts)
+    return TinyWorld(splits=ordered, compositions=compositions, counts=counts)
 
 
 def _shown_confusions(answers_FMTEL: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

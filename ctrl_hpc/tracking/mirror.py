@@ -128,7 +128,7 @@ class _Source:
         self.file, self.id, self._online = file, id, online
         self.mark = mark(file, id)
         self.told = self.certain
-        self._follower = journal.Follower(file)
+        self._tail = journal.Tail(file)
         self._read: list[dict[str, Any]] = []
 
     @property
@@ -138,7 +138,7 @@ class _Source:
 
     def due(self) -> list[dict[str, Any]]:
         """The lines that are to be told; they stay due until :meth:`done`."""
-        self._read = [line for line in (*self._read, *self._follower.new()) if line["step"] > self.told]
+        self._read = [line for line in (*self._read, *self._tail.new()) if line["step"] > self.told]
         return self._read
 
     def done(self, line: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class _Source:
 
     def again(self, told: int) -> None:
         """Begin at the line after step ``told``."""
-        self._follower.rewind()
+        self._tail.rewind()
         self._read, self.told = [], told
 
     def set(self, **changes: Any) -> None:

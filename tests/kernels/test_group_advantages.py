@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_oracle import loop_group_advantages
 
-ESTIMATORS = ["grpo", "dr_grpo", "rloo"]
+ESTIMATORS = ctrl_kernels.ESTIMATORS
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

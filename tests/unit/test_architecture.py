@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ctrl_hpc.config import ROOT
@@ -15,6 +16,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = {"ctrl_hpc": ROOT, "ctrl_kernels": ROOT / "kernels"}
 MAX_FLOORS = 7
 MAX_TOP_MODULES = 9
+MAX_LINES = 60
 
 
 def floors() -> dict[str, int]:
@@ -39,9 +41,15 @@ def room(module: str) -> str:
     return package if package == "ctrl_kernels" else inside[0] if inside else ""
 
 
+@cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    """All that a file's syntax is made of."""
+    return tuple(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def imports(file: Path, known: dict[str, Path]) -> Iterator[str]:
     """The modules of ours that a file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes(file):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -90,3 +98,14 @@ def test_no_circle_of_modules() -> None:
 def test_the_command_line_and_the_method_import_no_torch() -> None:
     code = "import sys, ctrl_hpc.cli, ctrl_hpc.config, ctrl_hpc.flow.steps; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_function_of_ours_is_longer_than_60_lines() -> None:
+    long = [
+        f"{file.name}: {node.name}"
+        for file in (ROOT / "ctrl_hpc").rglob("*.py")
+        for node in nodes(file)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MAX_LINES
+    ]
+    assert long == []

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ctrl_hpc.config import ROOT, dump, load, value
+from ctrl_hpc.config import ROOT, Config, dump, load, value
+from ctrl_hpc.config.facts import facts
 
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml"))
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -118,3 +119,15 @@ def test_servers_of_others_get_whole_weights() -> None:
     assert load(TINY, [urls]).rl.publish == "full" and load(TINY, ["rl.publish=delta"]).rl.publish_full_every == 10
     with pytest.raises(ValueError, match=r"rl\.publish: delta is understood by servers of ours alone"):
         load(TINY, ["rl.publish=delta", urls])
+
+
+def test_the_choices_of_the_kernels_are_the_kernels() -> None:
+    """They stand in both places, as loading a configuration imports no torch."""
+    import ctrl_kernels
+
+    offered = {key: fact.choices for key, fact in facts(Config).items()}
+    assert offered["rl.estimator"] == (*ctrl_kernels.ESTIMATORS, "gae")
+    assert offered["rl.aggregation"] == ctrl_kernels.AGGREGATIONS
+    assert offered["trainer.kernels"] == ctrl_kernels.BACKENDS
+    assert set(offered["rl.ratio"]) <= set(ctrl_kernels.RATIOS)
+    assert set(offered["rl.kl_estimator"]) <= set(ctrl_kernels.KL_ESTIMATORS)

@@ -12,12 +12,12 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import ROOT, load
 from ctrl_hpc.evaluate import tree
 from ctrl_hpc.evaluate.run import run
-from ctrl_hpc.evaluate.write_ahead import Journal, in_parts
+from ctrl_hpc.evaluate.write_ahead import WriteAheadLog, in_parts
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import elect, majority
 from ctrl_hpc.records import Critique, Message, Solution, Verdict
 from ctrl_hpc.report import results
-from ctrl_hpc.seeds import derived_seed
+from ctrl_hpc.seeds import evaluation_seed
 
 PROBLEMS = toy_world.problems(20)
 
@@ -131,7 +131,7 @@ def test_the_majority(votes, winner):
 def test_votes_are_asked_for_and_counted(tmp_path):
     config, run_dir = evaluated(tmp_path, "eval.widths=[1,2]", "eval.votes=3", "eval.chunk=64")
     drafts = jsonl.read(Solution, run_dir / "eval" / "toy" / "drafts.jsonl")
-    seed = derived_seed(derived_seed(config.seed, "toy", "base"), 1, 0)
+    seed = evaluation_seed(evaluation_seed(config.seed, "toy", "base"), 1, 0)
     nodes = list(tree.read(run_dir / "eval" / "toy" / "base", 1)[0].values())
     assert len(nodes) == 40
     assert nodes[0].parent == drafts[0].id
@@ -157,29 +157,29 @@ def test_votes_are_asked_for_and_counted(tmp_path):
 
 def test_a_journal_keeps_what_was_answered_and_drops_a_torn_line(tmp_path):
     place = tmp_path / "x.journal"
-    with Journal(place) as journal:
-        assert journal.once("a", 0, Message, lambda: [Message(role="user", content="one")])[0].content == "one"
+    with WriteAheadLog(place) as log:
+        assert log.once("a", 0, Message, lambda: [Message(role="user", content="one")])[0].content == "one"
     with place.open("ab") as out:
         out.write(b'{"step":"a","part":1,"records":[{"role":"us')
-    with Journal(place) as journal:
-        assert journal.once("a", 0, Message, lambda: pytest.fail("asked again"))[0].content == "one"
-        journal.once("a", 1, Message, lambda: [Message(role="user", content="two")])
-    with Journal(place) as journal:
-        assert journal.once("a", 1, Message, lambda: pytest.fail("asked again"))[0].content == "two"
+    with WriteAheadLog(place) as log:
+        assert log.once("a", 0, Message, lambda: pytest.fail("asked again"))[0].content == "one"
+        log.once("a", 1, Message, lambda: [Message(role="user", content="two")])
+    with WriteAheadLog(place) as log:
+        assert log.once("a", 1, Message, lambda: pytest.fail("asked again"))[0].content == "two"
 
 
 def test_parts_made_at_once_come_in_order_and_a_failure_is_raised(tmp_path):
-    def make(part, number, journal):
+    def make(part, number, log):
         return [Message(role="user", content=f"{number} {item}") for item in part]
 
     made = in_parts(tmp_path / "x", Message, list("abcdefg"), make, size=2, at_once=3)
     assert [item.content for item in made] == ["0 a", "0 b", "1 c", "1 d", "2 e", "2 f", "3 g"]
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
-    def failing(part, number, journal):
+    def failing(part, number, log):
         if number == 1:
             raise ValueError("no part")
-        return make(part, number, journal)
+        return make(part, number, log)
 
     with pytest.raises(ValueError, match="no part"):
         in_parts(tmp_path / "y", Message, list("abcdefg"), failing, size=2, at_once=3)

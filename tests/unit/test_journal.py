@@ -13,7 +13,7 @@ import pytest
 from ctrl_hpc.cluster import monitor
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.run import journal
-from ctrl_hpc.run.journal import Artifact, Follower, Journal, Table
+from ctrl_hpc.run.journal import Artifact, Journal, Table, Tail
 
 
 def rewards(run_dir):
@@ -88,16 +88,16 @@ def test_the_last_line_is_found_behind_long_ones(tmp_path):
 
 def test_a_follower_reads_whole_lines_and_a_file_that_was_cut_anew(tmp_path):
     writer = Journal(tmp_path, "rl")
-    follower = Follower(writer.file)
-    assert follower.new() == []
+    tail = Tail(writer.file)
+    assert tail.new() == []
     for step in range(4):
         writer.log(step, {"rl/kl": 0.0})
     with writer.file.open("a") as out:
         out.write('{"step": 4')
-    assert [line["step"] for line in follower.new()] == [0, 1, 2, 3]
-    assert follower.new() == []
+    assert [line["step"] for line in tail.new()] == [0, 1, 2, 3]
+    assert tail.new() == []
     Journal(tmp_path, "rl", start=2).log(2, {"rl/kl": 1.0})
-    assert [line["step"] for line in follower.new()] == [0, 1, 2]
+    assert [line["step"] for line in tail.new()] == [0, 1, 2]
 
 
 def test_a_line_for_which_there_is_no_space_is_not_there_in_part(tmp_path):

@@ -20,7 +20,7 @@ from ctrl_hpc.records import Generation
 from ctrl_hpc.rollout import openai_routes
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.server import create_app, serve
-from ctrl_hpc.rollout.worker import Service, Worker
+from ctrl_hpc.rollout.worker import RolloutService, Worker
 from ctrl_hpc.service.http import listen
 
 PROMPT = [5, 9, 200]
@@ -241,7 +241,7 @@ def test_a_dead_model_thread_is_not_healthy(folder: str) -> None:
     worker = Worker(BrokenEngine())
     worker.close()
     worker._thread.join()
-    with TestClient(create_app(Service(worker, None, folder)), raise_server_exceptions=False) as http:
+    with TestClient(create_app(RolloutService(worker, None, folder)), raise_server_exceptions=False) as http:
         assert http.get("/health").status_code == 503
         answer = http.post("/generate", json={"input_ids": PROMPT})
         assert answer.status_code == 500 and "thread has ended" in answer.json()["error"]["message"]

@@ -1,4 +1,4 @@
-"""What a course of training is made of: data order, learning rate, clock, interruption, experience."""
+"""What a training loop is made of: data order, learning rate, clock, interruption, experience."""
 
 from __future__ import annotations
 

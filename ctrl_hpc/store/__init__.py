@@ -1,0 +1,1 @@
+"""Bytes by hash on a shared disk: tests, verdicts."""
