@@ -241,7 +241,7 @@ def test_any_wrapping_gives_the_judgement(tags, thought, verdict, dress, control
 
 
 def test_stray_marks_behind_prose_hide_no_judgement() -> None:
-    text = "Analysis: take the length; ok.```\nthe rest is right.\nImprovement suggestions: none.\nOverall judgment: Correct"
+    text = "Analysis: take the length; ok.```\nthe rest is right.\nSuggestions: none.\nOverall judgment: Correct"
     assert parse_judgement(text) == "correct"
     assert (
         parse_judgement(text.replace("ok.```", "like this: ```python").replace("the rest is right.", "x = 1")) is None
