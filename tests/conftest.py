@@ -3,6 +3,8 @@
 import os
 import signal
 
+from hypothesis import settings
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +14,6 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background of a shell: children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("project", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("project")
