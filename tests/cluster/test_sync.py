@@ -108,7 +108,7 @@ def test_the_folders_that_the_roles_of_an_earlier_version_wrote_are_sent_in_orde
     trained = [{"step": step, "rl/reward": 0.5} for step in range(4)]
     Journal(run_dir, "rl").file.write_text("".join(f"{line}\n".replace("'", '"') for line in trained))
     piece = run_dir / "wandb" / f"offline-run-20260101_000000-{run_id(run_dir, 'rl')}"
-    piece.mkdir()
+    (piece / "files").mkdir(parents=True)  # as every folder of that version has
     shutil.copy(min(run_dir.glob("wandb/offline-run-*/*.wandb")), piece / f"run-{run_id(run_dir, 'rl')}.wandb")
     with LiveMirror(config, run_dir):
         Journal(run_dir, "rl", start=2).log(2, {"rl/reward": 1.0})  # RL goes on with this version

@@ -103,7 +103,10 @@ def test_the_oracle_solves_what_it_is_asked(command: Command, place: Path) -> No
 def test_sbatch_hands_slurm_the_packaged_script(environment: Path, command: Command, tmp_path: Path) -> None:
     """What sbatch is called with; tests/cluster/test_testcluster.py submits it to a real Slurm."""
     slurm = tmp_path / "sbatch"
-    slurm.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "$CTRL_HPC_PROGRAM" "$CTRL_HPC_SLURM" >&2\nexit 1\n')
+    slurm.write_text(
+        '#!/bin/sh\ncase "$*" in *--test-only*) exit 0;; esac\n'  # the check before the start
+        'printf "%s\\n" "$@" "$CTRL_HPC_PROGRAM" "$CTRL_HPC_SLURM" >&2\nexit 1\n'
+    )
     slurm.chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = command("sbatch", "tiny_ci", "rl.steps=3", "--partition=cpu", "launch.account=ours", PATH=path)
