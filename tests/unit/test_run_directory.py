@@ -1,5 +1,6 @@
 """A run directory belongs to one configuration, and interrupted stages are known."""
 
+import contextlib
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 
 from ctrl_hpc import cli
 from ctrl_hpc.config import ROOT, Config, load
-from ctrl_hpc.run import directory
+from ctrl_hpc.run import directory, driver_log
 from ctrl_hpc.run import directory as fingerprints
 
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -255,3 +256,23 @@ def test_a_stage_is_put_aside_to_be_done_again_with_other_settings(tmp_path: Pat
 def test_a_forced_close_needs_room() -> None:
     with pytest.raises(ValueError, match=r"rl\.max_tokens: 32 leaves no room for prompts\.critique_close"):
         load(TINY, ["prompts.critique_close=x", "rl.max_tokens=32"])
+
+
+@pytest.mark.parametrize("goes_there", [False, True])
+def test_a_full_disk_under_what_a_driver_prints_does_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_there: bool
+) -> None:
+    (tmp_path / "logs").mkdir()
+    if goes_there:
+        (tmp_path / "logs" / "driver.log").symlink_to("/dev/full")
+    full = open("/dev/full", "w")  # the device on which every write finds no space
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stderr", full)
+    with driver_log.kept(tmp_path):
+        for stream in (sys.stdout, sys.stderr):
+            print("x" * 100_000, file=stream, flush=True)
+    with pytest.raises(OSError, match="No space left"):
+        full.flush()
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+        full.close()
