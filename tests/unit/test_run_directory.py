@@ -265,7 +265,7 @@ def test_a_full_disk_under_what_a_driver_prints_does_not_end_it(
     (tmp_path / "logs").mkdir()
     if goes_there:
         (tmp_path / "logs" / "driver.log").symlink_to("/dev/full")
-    full = open("/dev/full", "w")  # the device on which every write finds no space
+    full = open("/dev/full", "w")  # noqa: SIM115 - every write to it finds no space, the last one too
     monkeypatch.setattr(sys, "stdout", full)
     monkeypatch.setattr(sys, "stderr", full)
     with driver_log.kept(tmp_path):
