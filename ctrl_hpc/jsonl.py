@@ -223,3 +223,13 @@ def _write(path: str | Path, parts: Iterable[str]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def integer_keys(value: Any) -> Any:
+    """A dictionary whose keys are all written as integers, with integers as its keys, which JSON forces to be text."""
+    if not isinstance(value, dict):
+        return value
+    try:
+        return {int(key): item for key, item in value.items()}
+    except ValueError:
+        return value

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.data import table
 from ctrl_hpc.data.statement import comparison_of, with_options
 from ctrl_hpc.data.table import Loaded
@@ -139,7 +140,7 @@ def _tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, .
     return tuple(
         FunctionTest(
             name=name,
-            args=tuple(_integer_keys(item) if index == 0 else item for index, item in enumerate(arguments)),
+            args=tuple(jsonl.integer_keys(item) if index == 0 else item for index, item in enumerate(arguments)),
             expected=_result(expected[0] if wrapped else expected),
         )
         for arguments, expected in calls
@@ -149,18 +150,8 @@ def _tests_of(row: table.Row, *, list_streams: bool = True) -> tuple[TestCase, .
 def _result(expected: Any) -> Any:
     """A result with its integer keys: of a dictionary, or of one that is first in a list, as TACO's code has it."""
     if isinstance(expected, list) and expected and isinstance(expected[0], dict):
-        return [_integer_keys(expected[0]), *expected[1:]]
-    return _integer_keys(expected)
-
-
-def _integer_keys(value: Any) -> Any:
-    """A dictionary whose keys are all written as integers, with integers as its keys."""
-    if not isinstance(value, dict):
-        return value
-    try:
-        return {int(key): item for key, item in value.items()}
-    except ValueError:
-        return value
+        return [jsonl.integer_keys(expected[0]), *expected[1:]]
+    return jsonl.integer_keys(expected)
 
 
 def _stream(value: Any) -> str:

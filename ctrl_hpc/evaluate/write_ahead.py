@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from ctrl_hpc import jsonl
+from ctrl_hpc.flow.steps import continuing
 from ctrl_hpc.records import (
     Chat,
-    Continuing,
     Execution,
     Executor,
     Generation,
@@ -206,9 +206,7 @@ class RememberingGenerator:
         self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
     ) -> list[Generation]:
         """As the generator's own."""
-        if not isinstance(self._generator, Continuing):
-            raise ValueError("prompts.critique_close: this critic cannot continue a text; leave it empty")
-        return self._generator.extend(chats, begun, text, sampling)
+        return continuing(self._generator).extend(chats, begun, text, sampling)
 
 
 def _key(chat: Chat, sampling: Sampling) -> bytes:

@@ -168,12 +168,18 @@ def _before_close(sampling: Sampling) -> Sampling:
     return replace(sampling, max_tokens=sampling.max_tokens - CLOSE_ROOM)
 
 
+def continuing(critic: Generator) -> Continuing:
+    """The critic, which has to be one that continues texts; ValueError names the key that asks it to."""
+    if not isinstance(critic, Continuing):
+        raise ValueError("prompts.critique_close: this critic cannot continue a text; leave it empty")
+    return critic
+
+
 def _closed(
     critiques: Sequence[Critique], chats: Sequence[Chat], critic: Generator, prompts: Prompts, sampling: Sampling
 ) -> list[Critique]:
     """The critiques, those without a judgement continued after ``prompts.critique_close``; each by its own seed."""
-    if not isinstance(critic, Continuing):
-        raise ValueError("prompts.critique_close: this critic cannot continue a text; leave it empty")
+    continued = continuing(critic)
     rows, begun, how = [], [], []
     for row, item in enumerate(critiques):
         generation, (i, j) = item.generation, divmod(row, sampling.n)
@@ -189,7 +195,7 @@ def _closed(
     if not rows:
         return list(critiques)
     text = "\n\n" + prompts.critique_close
-    longer = critic.extend([chats[row // sampling.n] for row in rows], begun, text, how)
+    longer = continued.extend([chats[row // sampling.n] for row in rows], begun, text, how)
     out = list(critiques)
     for row, generation in zip(rows, longer, strict=True):
         words = well_formed(prompts.critique_prefix + generation.text)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.harness import prepared
 from ctrl_hpc.records import Execution, FunctionTest, Limits, StdinTest, TestCase, TestResult, Verdict
 from ctrl_hpc.sandbox import languages
@@ -380,7 +381,7 @@ def _live_code_bench_tests(row: dict[str, Any]) -> tuple[TestCase, ...]:
             else:
                 arguments = [json.loads(line) for line in given.split("\n")]
                 if isinstance(arguments[0], dict):
-                    arguments = [_integer_keys(arguments[0])]
+                    arguments = [jsonl.integer_keys(arguments[0])]
                 tests.append(FunctionTest(name=name, args=tuple(arguments), expected=json.loads(expected)))
     except (TypeError, KeyError, ValueError, zlib.error, binascii.Error, pickle.UnpicklingError) as error:
         raise ValueError(f"config.provided_data.test: not LiveCodeBench's format ({error})") from None
@@ -389,14 +390,6 @@ def _live_code_bench_tests(row: dict[str, Any]) -> tuple[TestCase, ...]:
 
 def _joined(lines: str | list[str]) -> str:
     return lines if isinstance(lines, str) else "\n".join(lines)
-
-
-def _integer_keys(value: dict[str, Any]) -> dict[Any, Any]:
-    """JSON forces keys to be strings; the harness undoes it for a first argument whose keys are all numbers."""
-    try:
-        return {int(key): item for key, item in value.items()}
-    except ValueError:
-        return value
 
 
 class _PlainUnpickler(pickle.Unpickler):

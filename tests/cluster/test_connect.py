@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import json_endpoint
 import pytest
 import random_qwen
 import rollout_server
@@ -89,23 +89,12 @@ def asked_for() -> Iterator[tuple[str, list[str | None]]]:
     """A server that refuses everything, and the Authorization headers it was sent."""
     sent: list[str | None] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            sent.append(self.headers["authorization"])
-            self.send_response(401)
-            self.send_header("content-length", "0")
-            self.end_headers()
+    def refuse(_: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        sent.append(headers.get("authorization"))
+        return 401, {}, {}
 
-        def log_message(self, format: str, *arguments: object) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", sent
-        server.shutdown()
-        thread.join()
+    with json_endpoint.serving(refuse) as url:
+        yield url, sent
 
 
 def test_the_runs_token_goes_to_its_own_services_alone(

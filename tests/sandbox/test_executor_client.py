@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import json_endpoint
 import pytest
 
 from ctrl_hpc.records import Execution, Limits, StdinTest
@@ -31,35 +30,14 @@ def judged(items: list[dict[str, Any]], status: str = "") -> tuple[int, Any]:
     return 200, {"verdicts": verdicts}
 
 
-@contextmanager
-def service(answer: Answer) -> Iterator[str]:
+def service(answer: Answer) -> AbstractContextManager[str]:
     """A service that answers ``/run_tests`` as told; status 0 drops the connection."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            status, data = answer(body["executions"], dict(self.headers))
-            if status == 0:
-                self.close_connection = True
-                return
-            text = json.dumps(data).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answered(body: Any, headers: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        status, data = answer(body["executions"], headers)
+        return status, {}, data
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return json_endpoint.serving(answered)
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,13 @@ import sys
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+import json_endpoint
 import pytest
 import sandbox_fusion
 
@@ -102,32 +102,15 @@ def test_a_lone_surrogate_spoils_nothing_beside_it(url: str, kind: str) -> None:
     assert verdicts[1].status != "sandbox_error"
 
 
-@contextmanager
-def answering(answers: list[str], asked: list[dict[str, Any]]) -> Iterator[str]:
+def answering(answers: list[str], asked: list[dict[str, Any]]) -> AbstractContextManager[str]:
     """An OpenAI-compatible endpoint that gives these answers, one a request, and remembers what it was asked."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            message = {"role": "assistant", "content": answers[len(asked) - 1]}
-            text = json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}).encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answer(body: Any, _: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        asked.append(body)
+        message = {"role": "assistant", "content": answers[len(asked) - 1]}
+        return 200, {}, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return json_endpoint.serving(answer)
 
 
 def test_a_lone_surrogate_in_an_answer_ends_no_step(url: str, tmp_path: Path) -> None:

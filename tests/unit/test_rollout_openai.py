@@ -1,11 +1,10 @@
 """The OpenAI-compatible generator against a scripted endpoint: retries, limits, cost, user errors."""
 
-import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import json_endpoint
 import pytest
 
 from ctrl_hpc.records import Message, Sampling
@@ -40,35 +39,19 @@ def good(body: dict[str, Any]) -> Answer:
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Endpoint, str]]:
     state = Endpoint()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            with state.lock:
-                number = len(state.asked)
-                state.asked.append(body)
-                state.keys.append(self.headers["authorization"])
-            code, headers, data = state.script(number, body)
-            text = json.dumps(data).encode()
-            self.send_response(code)
-            for name, value in {"content-length": str(len(text)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *_: object) -> None:
-            return
+    def answer(body: dict[str, Any], headers: dict[str, str]) -> Answer:
+        with state.lock:
+            number = len(state.asked)
+            state.asked.append(body)
+            state.keys.append(headers.get("authorization"))
+        return state.script(number, body)
 
     async def no_sleep(_: float) -> None:
         return
 
     monkeypatch.setattr(openai_client.asyncio, "sleep", no_sleep)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield state, f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with json_endpoint.serving(answer) as url:
+        yield state, url
 
 
 def test_answers_come_in_order_with_their_cost(endpoint: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> None:
