@@ -6,19 +6,15 @@ Exit codes: 0 done, 2 the user's input is wrong (one line says what, where and w
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, config, data, init, report, sbatch
+from ctrl_hpc.commands import bench, config, data, init, report, sbatch, serve, status
 from ctrl_hpc.commands.output import place
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.config.stages import STAGES
@@ -36,30 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError) as error:
         if os.environ.get("CTRL_HPC_TRACEBACK"):
             raise
-        print(f"ctrl-hpc: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if os.environ.get("CTRL_HPC_TRACEBACK"):
-            raise
-        print(f"ctrl-hpc: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        from ctrl_hpc.run import disk
-
-        if os.environ.get("CTRL_HPC_TRACEBACK"):
-            raise
-        if error.errno not in disk.FULL:
-            place = f"{error.filename}: " if error.filename else ""
-            print(f"ctrl-hpc: {place}{error.strerror or error} (CTRL_HPC_TRACEBACK=1 shows where)", file=sys.stderr)
-            return 1
-        print(f"ctrl-hpc: {error}; make space: the same command continues where it stopped", file=sys.stderr)
-        return 1
+        print(f"ctrl-hpc: {error if isinstance(error, (ValueError, RuntimeError)) else _told(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("ctrl-hpc: stopped; the same command continues where it stopped", file=sys.stderr)
         return 1
+
+
+def _told(error: OSError) -> str:
+    """What the system refuses, in one line."""
+    from ctrl_hpc.run import disk
+
+    if error.errno in disk.FULL:
+        return f"{error}; make space: the same command continues where it stopped"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error} (CTRL_HPC_TRACEBACK=1 shows where)"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,8 +101,8 @@ def _parser() -> Parser:
     suite.set_defaults(command=_suite)
     data.add(commands.add_parser("data", help="a data set's problems as JSONL, counted and decontaminated"))
     config.add(commands.add_parser("config", help="what a key means and allows; where the values of a file come from"))
-    _serve_parsers(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
-    _run_parsers(commands)
+    serve.add(commands.add_parser("serve", help="one service by hand: an executor or a rollout server"))
+    status.add(commands)
     _sweep_parsers(commands)
     sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")
@@ -128,26 +118,6 @@ def _parser() -> Parser:
     add_help(commands, parser)
     name_leaves(parser)
     return parser
-
-
-def _run_parsers(commands: Any) -> None:
-    """What looks at a run, or ends it."""
-    for name, text, command in (
-        ("status", "jobs, stages, steps and the last errors of a run", _status),
-        ("logs", "the logs of a run, or of one role", _logs),
-        ("stop", "end a run and everything it started", _stop),
-    ):
-        about = commands.add_parser(name, help=text)
-        about.add_argument("run_dir", metavar="RUN", help="run directory")
-        about.set_defaults(command=command)
-        if name == "logs":
-            about.add_argument(
-                "role", nargs="?", default=None, help="driver, trainer (or sft, rl), executor, generator, critic"
-            )
-            about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
-        if name == "status":
-            about.add_argument("--json", action="store_true", help="as JSON, for programs")
-            about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
 
 
 class _Version(argparse.Action):
@@ -180,57 +150,6 @@ def _sweep_parsers(commands: Any) -> None:
     add_overrides(agent)
     agent.add_argument("--again", action="store_true", help="continue the trial that CTRL_HPC_TRIAL names")
     agent.set_defaults(command=_trial)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, sign, place = text.partition("=")
-    if not sign:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE.py:FUNCTION")
-    return name, place
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; it must be greater than 0")
-    return number
-
-
-_positive.__name__ = "int"  # argparse names the type of what is no number by it
-
-
-def _serve_parsers(parser: argparse.ArgumentParser) -> None:
-    kinds = parser.add_subparsers(metavar="KIND", required=True)
-    executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
-    executor.add_argument("--workers", type=_positive, default=2, help="jails; about one a core")
-    executor.add_argument("--cache", type=place, default=None, help="folder of the verdict cache (default: none)")
-    executor.add_argument(
-        "--max-waiting", type=_positive, default=1024, help="executions that may wait (default: 1024)"
-    )
-    executor.add_argument("--max-body-mb", type=_positive, default=256, help="largest request (default: 256)")
-    executor.add_argument(
-        "--judge", action="append", default=[], type=_pair, metavar="NAME=FILE.py:FUNCTION", help="special judge"
-    )
-    executor.add_argument("--python", default="", help="interpreter that programs run with (default: this one)")
-    executor.add_argument("--testlib", default="", metavar="FILE", help="testlib.h, for problems with a checker")
-    executor.add_argument("--packages", default="numpy", help="its packages that programs may import (default: numpy)")
-    executor.set_defaults(command=_serve_executor)
-    rollout = kinds.add_parser("rollout", help="SGLang's and OpenAI's routes over a Hugging Face model")
-    rollout.add_argument("--model", required=True, help="Hugging Face folder")
-    rollout.add_argument("--threads", type=_positive, default=2, help="CPU threads")
-    rollout.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
-    rollout.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: the weights' own where it pays"
-    )
-    rollout.add_argument("--batching", choices=["auto", "padded", "continuous"], default="auto")
-    rollout.add_argument(
-        "--max-batch-tokens", type=_positive, default=65536, help="largest padded batch (default: 65536)"
-    )
-    rollout.set_defaults(command=_serve_rollout)
-    for kind in (executor, rollout):
-        kind.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
-        kind.add_argument("--token-env", default=None, help="environment variable with the bearer token to ask for")
-        kind.add_argument("--port", type=int, required=True, help="port; 0: any free one")
 
 
 def _convert_parsers(parser: argparse.ArgumentParser) -> None:
@@ -386,101 +305,6 @@ def _suite(options: argparse.Namespace) -> int:
     return 0
 
 
-def _serve_executor(options: argparse.Namespace) -> int:
-    from ctrl_hpc.sandbox.server import serve
-
-    with _token(options) as access:
-        serve(
-            host=options.host,
-            port=options.port,
-            workers=options.workers,
-            cache_dir=options.cache,
-            **access,
-            judges=dict(options.judge),
-            python=options.python,
-            packages=[name for name in options.packages.split(",") if name],
-            testlib=options.testlib,
-            max_waiting=options.max_waiting,
-            max_body_bytes=options.max_body_mb << 20,
-        )
-    return 0
-
-
-def _serve_rollout(options: argparse.Namespace) -> int:
-    from ctrl_hpc.config.machine import resolve_device
-    from ctrl_hpc.rollout.server import serve
-
-    with _token(options) as access:
-        serve(
-            options.model,
-            host=options.host,
-            port=options.port,
-            threads=options.threads,
-            device=resolve_device("--device", options.device),
-            dtype=options.dtype,
-            batching=options.batching,
-            max_batch_tokens=options.max_batch_tokens,
-            **access,
-        )
-    return 0
-
-
-@contextlib.contextmanager
-def _token(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Who may ask: whoever has the token in the variable named, or, on loopback, in a file that is made for it.
-
-    That file is named once the service answers, so that a wrong argument is told in one line.
-    """
-    from ctrl_hpc.service import http
-
-    variable = options.token_env
-    if variable:
-        token = os.environ.get(variable)
-        if not token:
-            raise ValueError(f"--token-env: the environment variable {variable} is not set")
-        yield {"token": token, "on_ready": _say}
-        return
-    http.access(options.host, None)
-    with tempfile.TemporaryDirectory(prefix="ctrl-hpc-serve-") as folder:
-        file = Path(folder) / "token"
-
-        def ready(url: str) -> None:
-            print(f"this user's programs may ask; others need the bearer token in {file}", file=sys.stderr, flush=True)
-            _say(url)
-
-        yield {"token": http.token_in(file), "own_user": True, "on_ready": ready}
-
-
-def _status(options: argparse.Namespace) -> int:
-    from ctrl_hpc.cluster.status import status
-    from ctrl_hpc.commands.status import show
-
-    if options.json:
-        print(json.dumps(status(options.run_dir), indent=1))
-        return 0
-    show(status(options.run_dir))
-    while options.watch:
-        time.sleep(2.0)
-        show(status(options.run_dir), clear=True)
-    return 0
-
-
-def _logs(options: argparse.Namespace) -> int:
-    from ctrl_hpc.cluster.status import logs
-
-    for file in logs(options.run_dir, options.role):
-        print(f"==> {file} <==")
-        print("\n".join(file.read_text(errors="replace").splitlines()[-options.lines :]))
-    return 0
-
-
-def _stop(options: argparse.Namespace) -> int:
-    from ctrl_hpc.cluster.status import stop
-
-    print("\n".join(stop(options.run_dir)) or f"{options.run_dir}: nothing was running")
-    return 0
-
-
 def _sweep(options: argparse.Namespace) -> int:
     from ctrl_hpc.config.load import find
     from ctrl_hpc.experiments import sweep
@@ -532,10 +356,6 @@ def _convert(options: argparse.Namespace) -> int:
     convert.launch(options.direction, options.source, options.target, options.tp, options.pp)
     print(options.target)
     return 0
-
-
-def _say(url: str) -> None:
-    print(f"listening on {url}", flush=True)
 
 
 if __name__ == "__main__":

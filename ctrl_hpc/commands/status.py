@@ -1,18 +1,44 @@
-"""What ``ctrl-hpc status`` prints: the jobs of a run, its stages, and its last errors."""
+"""``ctrl-hpc status``, ``logs`` and ``stop``: what looks at a run, or ends it."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+import json
+import time
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHOWN = ("sft/loss", "rl/reward", "rl/kl", "executor/runs_per_s", "rollout/tokens_per_s")
 """Metrics of the last step that are worth a glance."""
 
 
+def add(commands: Any) -> None:
+    """What looks at a run, or ends it."""
+    for name, text, command in (
+        ("status", "jobs, stages, steps and the last errors of a run", _status),
+        ("logs", "the logs of a run, or of one role", _logs),
+        ("stop", "end a run and everything it started", _stop),
+    ):
+        about = commands.add_parser(name, help=text)
+        about.add_argument("run_dir", metavar="RUN", help="run directory")
+        about.set_defaults(command=command)
+        if name == "logs":
+            about.add_argument(
+                "role", nargs="?", default=None, help="driver, trainer (or sft, rl), executor, generator, critic"
+            )
+            about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
+        if name == "status":
+            about.add_argument("--json", action="store_true", help="as JSON, for programs")
+            about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+
+
 def show(status: dict[str, Any], *, clear: bool = False) -> None:
     """Print what :func:`ctrl_hpc.cluster.status.status` found."""
+    from rich.console import Console
+    from rich.table import Table
+
     console = Console()
     if clear:
         console.clear()
@@ -43,3 +69,32 @@ def fold(table: Table) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     return table
+
+
+def _status(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.status import status
+
+    if options.json:
+        print(json.dumps(status(options.run_dir), indent=1))
+        return 0
+    show(status(options.run_dir))
+    while options.watch:
+        time.sleep(2.0)
+        show(status(options.run_dir), clear=True)
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.status import logs
+
+    for file in logs(options.run_dir, options.role):
+        print(f"==> {file} <==")
+        print("\n".join(file.read_text(errors="replace").splitlines()[-options.lines :]))
+    return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    from ctrl_hpc.cluster.status import stop
+
+    print("\n".join(stop(options.run_dir)) or f"{options.run_dir}: nothing was running")
+    return 0
