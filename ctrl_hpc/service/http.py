@@ -109,6 +109,13 @@ class Protocol(H11Protocol):
         elif self not in self._waiting[self.server_state]:
             self._await_request()
 
+    def on_response_complete(self) -> None:
+        """Give a next request its time from here on, of which a part came with the last one."""
+        super().on_response_complete()
+        begun, _ = self.conn.trailing_data
+        if begun and self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self._await_request()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._stop_waiting()
