@@ -68,7 +68,7 @@ config rl.stepps                                | config: rl.stepps: unknown key
 config rl.steps sft.epochs                      | one key and one configuration at a time
 config lr                                       | config: lr: which?
 config rl.steps seed=3                          | overrides go with a configuration
-sbatch tiny                                     | sbatch
+sbatch tiny                                     | Unable to contact slurm controller
 sbatch                                          | required: CONFIG
 sbatch nowhere.yaml                             | nowhere.yaml: no such configuration file
 report                                          | required
@@ -316,6 +316,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no_config.yaml": "name: s\nvariants: [{name: a}]\n",
         "wrong_key.yaml": "name: s\nconfig: good.yaml\nvariants: [{name: a, overrides: [rl.step=1]}]\n",
         "one.yaml": "name: s\nconfig: good.yaml\nvariants: [{name: a}]\n",
+        "slurm.conf": "ClusterName=gone\nSlurmctldHost=localhost\nSlurmctldPort=1\nMessageTimeout=2\n",
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -336,6 +337,7 @@ def test_a_wrong_input(
     line: str, told: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setenv("SLURM_CONF", str(place / "slurm.conf"))  # a cluster that is up would take what is submitted
     before = contents(place)
     try:
         code = cli.main(shlex.split(line))
