@@ -138,8 +138,9 @@ def plan(config: Config) -> Plan:
         tokens=config.trainer.micro_batch_tokens,
         response_tokens=round(config.trainer.micro_batch_tokens * rl.max_tokens / length),
         on_gpu=device == "cuda",
-        reference_copy=rl.kl_coef > 0 and rl.reference == "copy",
+        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
         value_network=rl.estimator == "gae",
+        lora=config.lora,
     )
     flops = (config.plan.trainer_tflops or _TFLOPS[device]) * 1e12 * ranks
     critiques = rl.prompts_per_step * rl.group_size

@@ -74,6 +74,8 @@ def train(config: Config, run_dir: Path, world: World) -> None:
             shown = partial(samples, collector, step)
             loop.done(step, experience.metrics | logged, shown, position=experience.position)
     policy.export(run_dir / "rl" / "hf", source=sft)
+    if config.lora.rank:
+        policy.export_adapters(run_dir / "rl" / "adapters")
 
 
 def _rollouts_ahead(collector: Collector, loop: Loop) -> Ahead:
@@ -176,9 +178,12 @@ class Publisher:
         """This rank's part of the tensors, as they were published last."""
 
     def publish(self, version: int) -> None:
-        """Publish the weights as they are, whole or as the difference to the last published version."""
+        """Publish the weights as they are: whole, as the difference to the last published version, or the adapters."""
         policy, folder = self._policy, weights_folder(self._stage, version)
         options, parts = policy.config.rl, (policy.model, policy.architecture, policy.world)
+        if policy.config.lora.rank and not policy.config.rollout.critic_urls:
+            policy.export_adapters(folder)
+            return
         if options.publish == "full":
             weights.export(*parts, folder, source=self._sft, link=True)
             return
