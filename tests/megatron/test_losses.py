@@ -320,8 +320,8 @@ def check(
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_a_masked_critique_is_in_no_comparison(name: str) -> None:
     options = RLConfig(estimator=name, pass_k=2)  # type: ignore[arg-type]
-    one = estimate(experience(invalid=(1,)), None, options).advantages_SR
-    other = estimate(experience((1.0, 7.0, 0.0, 1.0, 0.25, 1.0), invalid=(1,)), None, options).advantages_SR
+    one = estimate(experience((1.0, 0.0, 0.0, 1.0, 0.25, 0.5), (1,)), None, options).advantages_SR
+    other = estimate(experience((1.0, 7.0, 0.0, 1.0, 0.25, 0.5), (1,)), None, options).advantages_SR
     assert torch.equal(one, other) and bool((one[1] == 0).all()) and bool((one[3:] != 0).any())
     assert bool(estimate(experience(invalid=tuple(range(6))), None, options).advantages_SR.eq(0).all())
 
