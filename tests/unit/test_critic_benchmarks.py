@@ -234,7 +234,7 @@ def test_all_numbers_of_a_benchmark_worked_by_hand():
 
 
 def test_a_served_critic_on_pairs_of_ones_own(tmp_path, capsys):
-    """The whole command: a critic that sees what is good, but its second vote prefers the first place; once it fails."""
+    """The whole command: a critic that sees what is good, but whose second vote prefers the first place."""
 
     def say(text, j):
         if "broken" in text:
