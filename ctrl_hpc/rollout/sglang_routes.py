@@ -18,12 +18,10 @@ from ctrl_hpc.rollout.openai_logprobs import pieces, shown
 from ctrl_hpc.rollout.streaming import TextStream, event_stream
 from ctrl_hpc.rollout.worker import Asked, RolloutService, Step, cut, stop_strings
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "skip_special_tokens": (True, False),
-    "spaces_between_special_tokens": (True, False),
-    "no_stop_trim": (True, False),
-}
-"""Sampling parameters of SGLang that this server accepts only where they change nothing."""
+_TEXT = ("skip_special_tokens", "no_stop_trim")
+"""SGLang's sampling parameters that say what is shown of a completion: special tokens, the stop string."""
+_NEUTRAL = "spaces_between_special_tokens"
+"""The one that changes nothing: fast tokenizers put no spaces there."""
 _NUMBERS: dict[str, tuple[str, float]] = {
     "temperature": ("temperature", 1.0),
     "top_p": ("top_p", 1.0),
@@ -101,13 +99,9 @@ class PauseBody(BaseModel):
 def _sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
     """SGLang's sampling parameters; raises ValueError naming the parameter that is not served."""
     given = {key: value for key, value in params.items() if value is not None}
-    for key, value in given.items():
-        if key in _KNOWN or key == "stop":
-            continue
-        if key not in _NEUTRAL:
-            raise ValueError(f"sampling_params.{key} is unknown; allowed: {', '.join(_KNOWN)}")
-        if value not in _NEUTRAL[key]:
-            raise ValueError(f"sampling_params.{key}={value!r} is not served here")
+    for key in given:
+        if key not in (*_KNOWN, *_TEXT, _NEUTRAL, "stop"):
+            raise ValueError(f"sampling_params.{key} is unknown; allowed: {', '.join((*_KNOWN, *_TEXT, 'stop'))}")
     values: dict[str, Any] = {name: _number(given, key, default) for key, (name, default) in _NUMBERS.items()}
     values |= {name: _integer(given, key, default) for key, (name, default) in _INTEGERS.items()}
     if values["top_k"] in _ALL_TOKENS:
@@ -118,7 +112,7 @@ def _sampling_of(params: dict[str, Any], vocabulary: int) -> Decoding:
         **values,
         seed=_integer(given, "sampling_seed", 0) if "sampling_seed" in given else None,
         stop_token_ids=_ids(given, "stop_token_ids"),
-        ignore_eos=_flag(given, "ignore_eos"),
+        ignore_eos=_flag(given, "ignore_eos", False),
         logit_bias=logit_bias(given.get("logit_bias", {})),
     )
     check_decoding(decoding, vocabulary)
@@ -150,11 +144,11 @@ def _integer(params: dict[str, Any], key: str, default: int) -> int:
     return value
 
 
-def _flag(params: dict[str, Any], key: str) -> bool:
-    value = params.get(key, False)
-    if not isinstance(value, bool):
+def _flag(params: dict[str, Any], key: str, default: bool) -> bool:
+    value = params.get(key)
+    if value is not None and not isinstance(value, bool):
         raise ValueError(f"{key}={value!r}: must be true or false")
-    return value
+    return default if value is None else value
 
 
 def _ids(params: dict[str, Any], key: str) -> tuple[int, ...]:
@@ -269,6 +263,13 @@ def _add_information_routes(app: FastAPI, service: RolloutService) -> None:
     async def model_info() -> dict[str, Any]:
         return model()
 
+    @app.get("/get_load")
+    @app.get("/v1/loads")
+    async def loads() -> dict[str, Any]:
+        """Completions asked for and not answered, as a trainer looks at that waits until a server is idle."""
+        count = service.worker.unanswered
+        return {"loads": [{"dp_rank": 0, "num_total_reqs": count}], "num_reqs": count}
+
     @app.get("/get_server_info")
     @app.get("/server_info")
     async def server_info() -> dict[str, Any]:
@@ -310,6 +311,8 @@ class _Native:
             check_decoding(decoding, service.worker.engine.vocabulary)
             stops = stop_strings(params[i].get("stop"))
             self.asked.append(Asked(prompt=prompt, decoding=decoding, stops=stops, rid=rids[i]))
+        self.skips = [_flag(item, "skip_special_tokens", True) for item in params]
+        self.shows_stop = [_flag(item, "no_stop_trim", False) for item in params]
         self.single = self.single and self.asked[0].decoding.n == 1
 
     async def whole(self) -> Any:
@@ -320,7 +323,11 @@ class _Native:
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """Answers so far, with their ``index`` where there are several."""
         flat = [(i, item) for i, item in enumerate(self.asked) for _ in range(item.decoding.n)]
-        texts = [TextStream(self.service.tokenizer, item.stops) for _, item in flat]
+        tokenizer = self.service.tokenizer
+        texts = [
+            TextStream(tokenizer, () if self.shows_stop[i] else item.stops, skip_special_tokens=self.skips[i])
+            for i, item in flat
+        ]
         steps: list[list[Step]] = [[] for _ in flat]
         async for step in self.service.stream(self.asked):
             if isinstance(step, Step):
@@ -342,11 +349,15 @@ class _Native:
                 yield answer if self.single else {**answer, "index": index}
 
     def _answers(self, groups: Sequence[Sequence[Completion]]) -> list[dict[str, Any]]:
-        flat = [(i, completion) for i, group in enumerate(groups) for completion in group]
         out = []
-        for (i, completion), whole in zip(flat, self.service.texts([item for _, item in flat]), strict=True):
-            text, stopped_by = cut(whole, self.asked[i].stops)
-            out.append(self._answer(i, completion, text, _finish(completion, stopped_by)))
+        for i, group in enumerate(groups):
+            for completion in group:
+                ids = list(completion.token_ids)
+                whole = self.service.tokenizer.decode(ids, skip_special_tokens=self.skips[i])
+                text, stopped_by = cut(whole, self.asked[i].stops)
+                if stopped_by is not None and self.shows_stop[i]:
+                    text += stopped_by
+                out.append(self._answer(i, completion, text, _finish(completion, stopped_by)))
         return out
 
     def _answer(self, i: int, completion: Completion, text: str, finish: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,8 +16,8 @@ _UNFINISHED = "�"
 class TextStream:
     """The text that a completion's tokens add, in whole characters, without what may become a stop string."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._stops, self._skip = tokenizer, tuple(stops), skip_special_tokens
         self._ids: list[int] = []
         self._from = self._read = 0  # tokens before `_read` are said; those from `_from` are the next ones' context
         self._said = ""
@@ -38,7 +38,7 @@ class TextStream:
         return self._send(text)
 
     def _decode(self, end: int) -> str:
-        return self._tokenizer.decode(self._ids[self._from : end], skip_special_tokens=True)
+        return self._tokenizer.decode(self._ids[self._from : end], skip_special_tokens=self._skip)
 
     def _send(self, text: str) -> str:
         new = text[len(self.sent) :]

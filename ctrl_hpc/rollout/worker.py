@@ -76,6 +76,12 @@ class Worker:
         return self._queue.qsize()
 
     @property
+    def unanswered(self) -> int:
+        """Completions asked for and not yet answered."""
+        with self._lock:
+            return sum(len(request.prompts) for request in self._open)
+
+    @property
     def alive(self) -> bool:
         """Whether anything will be answered."""
         return self._thread.is_alive()
