@@ -12,13 +12,14 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
 from ctrl_hpc.config import Config
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.reward import score, score_verdict, verdict_only
+from ctrl_hpc.flow.reward import verdict_only
 from ctrl_hpc.flow.steps import critique, execute, revise
 from ctrl_hpc.records import Problem, Sampling, Solution
 from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.ahead import weights_folder
 from ctrl_hpc.train.drafts import DraftPool, side_by_side
 from ctrl_hpc.train.loop import Clock
+from ctrl_hpc.train.rewards import SCHEDULED, Rewards
 from ctrl_hpc.train.rollouts import Cell, Experience, Rollout, learnable_groups, record_file, replay, rows
 from ctrl_hpc.train.validation import Validation, problems_of
 
@@ -104,6 +105,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert collector.pool is not None
+    rewards = Rewards.at(options, step)
     rollouts: list[Rollout] = []
     executed, refills = 0, 0
     for turn in range(1 + options.refill_rounds):
@@ -115,7 +117,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
         if not pairs:
             continue
         seed = sampling_seed(collector.config.seed, step, f"critiques, round {turn}")
-        made, n_runs = roll_out(collector, pairs, seed, clock)
+        made, n_runs = roll_out(collector, pairs, rewards, seed, clock)
         refills += turn > 0
         rollouts += made
         executed += n_runs
@@ -132,6 +134,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
         "executor/runs": float(executed),
         "executor/runs_per_s": _rate(executed, times["time/execute_s"]),
         "rl/refills": float(refills),
+        **{f"rl/{name}": getattr(rewards, name) for name in SCHEDULED if isinstance(getattr(options, name), str)},
     }
     metrics = times | validated | rates | spent(collector.connections.generator)
     return Experience.of(rollouts, version=step, position=position, metrics=metrics)
@@ -142,7 +145,7 @@ def _rate(count: float, seconds: float) -> float:
 
 
 def roll_out(
-    collector: Collector, pairs: Sequence[tuple[Problem, Solution]], seed: int, clock: Clock
+    collector: Collector, pairs: Sequence[tuple[Problem, Solution]], rewards: Rewards, seed: int, clock: Clock
 ) -> tuple[list[Rollout], int]:
     """The rollouts of drafts, in order, and the number of programs executed.
 
@@ -150,13 +153,13 @@ def roll_out(
     while others are still sampled. What comes out is the same for every size.
     """
     options = collector.config.rl
-    judged_alone = verdict_only([draft for _, draft in pairs], options.verdict_only_share, seed)
+    judged_alone = verdict_only([draft for _, draft in pairs], rewards.verdict_only_share, seed)
     sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens, n=options.group_size, seed=seed)
     size = options.chunk or len(pairs)
 
     def chunk(first: int) -> tuple[list[Rollout], int]:
         part = pairs[first : first + size]
-        return roll_out_chunk(collector, part, judged_alone, replace(sampling, first=first), clock)
+        return roll_out_chunk(collector, part, judged_alone, rewards, replace(sampling, first=first), clock)
 
     made = side_by_side(chunk, range(0, len(pairs), size), options.chunks_in_flight)
     return [item for rollouts, _ in made for item in rollouts], sum(n_runs for _, n_runs in made)
@@ -166,6 +169,7 @@ def roll_out_chunk(
     collector: Collector,
     pairs: Sequence[tuple[Problem, Solution]],
     judged_alone: frozenset[str],
+    rewards: Rewards,
     sampling: Sampling,
     clock: Clock,
 ) -> tuple[list[Rollout], int]:
@@ -187,20 +191,10 @@ def roll_out_chunk(
     with clock("execute"):
         stop = options.stop_at_first_failure
         revisions = execute(todo, services.executor, config.executor.rules, stop_at_first_failure=stop)
-    rollouts = []
-    for (_, draft, item), revision in zip(triples, revisions, strict=True):
-        assert draft.verdict is not None
-        if draft.id in judged_alone:
-            reward = score_verdict(item, draft.verdict)
-        else:
-            reward = score(
-                item,
-                revision,
-                draft.verdict,
-                verdict_coef=options.verdict_coef,
-                transitions=options.transition_reward,
-                leak_penalty=options.leak_penalty,
-                draft_program=draft.program,
-            )
-        rollouts.append(Rollout.of(item, revision, draft.verdict, reward))
+    samples = [(*triple, revision) for triple, revision in zip(triples, revisions, strict=True)]
+    rollouts = [
+        Rollout.of(item, revision, draft.verdict, reward)
+        for (_, draft, item, revision), reward in zip(samples, rewards.score(samples, judged_alone), strict=True)
+        if draft.verdict is not None
+    ]
     return rollouts, len(runs)
