@@ -4,7 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
-from test_judge import Scripted, critic_of, serving
+from test_serve_judge import Scripted, critic_of, serving
 
 from ctrl_hpc import cli
 from ctrl_hpc.data.critic_benchmarks import load
