@@ -11,11 +11,12 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from pathlib import Path
 from types import GenericAlias, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from ctrl_hpc.config.functions import is_function
 
 T = TypeVar("T")
 
@@ -53,17 +54,12 @@ class Example:
     text: str
 
 
-def _is_function(place: str) -> bool:
-    file, _, function = place.rpartition(":")
-    return file.endswith(".py") and Path(file).is_file() and function.isidentifier()
-
-
 Positive = Annotated[T, Gt(0)]
 NotNegative = Annotated[T, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Free = Annotated[T, IsFree()]
 PathName = Annotated[str, IsPath()]
-FunctionName = Annotated[str, IsPath(function=True), Must(_is_function, "be FILE.py:FUNCTION of a file that exists")]
+FunctionName = Annotated[str, IsPath(function=True), Must(is_function, "be FILE.py:FUNCTION of a file that exists")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
