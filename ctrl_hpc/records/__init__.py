@@ -509,6 +509,30 @@ class Pair:
     """File and line, or row of the hub's data set."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledAnswers:
+    """A question of a benchmark of critics, with answers of which it is known what they are worth."""
+
+    id: str
+    category: str
+    question: str
+    answers: tuple[str, ...]
+    worth: tuple[float, ...]
+    """Of each answer, in [0, 1]: 1 is right, 0 is wrong."""
+    provenance: str | None = None
+    """File and line, or row of the hub's data set."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there are two answers, one right and one wrong."""
+        return sorted(self.worth) == [0.0, 1.0]
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether every answer is right or wrong."""
+        return set(self.worth) <= {0.0, 1.0}
+
+
 EVALUATION = 10**12
 """Weight versions from here on are evaluation's, milliseconds since 1970: newer than whatever a server holds."""
 

@@ -19,7 +19,7 @@ from ctrl_hpc.train.batch import Batch, collate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One critique, what came of it and what it earned: a line of ``rl/rollouts/step-NNNNNN.jsonl``."""
+    """One critique, what came of it and what it earned: a line of ``rl/rollouts/step-NNNNNN.jsonl.gz``."""
 
     solution_id: str
     critique: str
@@ -34,6 +34,7 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    """In as many digits as single precision has."""
     finish_reason: str
     version: int
     leaked: bool = False
@@ -78,7 +79,7 @@ class Rollout:
             masked=reward.masked,
             prompt_ids=generation.prompt_ids,
             token_ids=generation.token_ids,
-            logprobs=generation.logprobs,
+            logprobs=tuple(map(single_precision, generation.logprobs)),
             finish_reason=generation.finish_reason,
             version=generation.version,
             leaked=reward.leaked,
@@ -87,6 +88,11 @@ class Rollout:
             turn=turn,
             draft=(draft.program or draft.text) if turn > 1 else None,
         )
+
+
+def single_precision(value: float) -> float:
+    """A number in nine digits, which are enough for the same number in single precision."""
+    return float(f"{value:.9g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,15 +225,17 @@ def _by_turn(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 def record_file(folder: Path, step: int) -> Path:
     """Where the rollouts of a step are written."""
-    return folder / f"step-{step:06d}.jsonl"
+    return folder / f"step-{step:06d}.jsonl.gz"
 
 
 def replay(folder: Path, step: int) -> list[Rollout]:
-    """The recorded rollouts of a step.
+    """The recorded rollouts of a step, compressed or not.
 
     Raises ValueError when the step was not recorded.
     """
     file = record_file(folder, step)
+    if not file.exists():
+        file = file.with_suffix("")
     if not file.exists():
         raise ValueError(f"rl.replay: {file} does not exist")
     return jsonl.read(Rollout, file)
