@@ -174,7 +174,12 @@ def load_weights(folder: Path, model: GPTModel) -> None:
 def dtype(folder: Path) -> str:
     """The precision of a checkpoint's weights, as torch names it. Raises ValueError when it cannot be read."""
     try:
-        described = FileSystemReader(str(folder)).read_metadata().state_dict_metadata[EMBEDDING]
+        found = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        if any(".lora_" in name for name in found):
+            raise ValueError(
+                f"{folder}: holds adapters alone; RUN/STAGE/hf and RUN/STAGE/adapters are there at the end"
+            )
+        described = found[EMBEDDING]
         assert isinstance(described, TensorStorageMetadata)
     except (CheckpointException, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"{folder}: not a checkpoint of a critic: {_one_line(error)}") from None

@@ -17,17 +17,19 @@ from pathlib import Path
 from torch import Tensor
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.config.functions import load_function
+from ctrl_hpc.config.objectives import LOSSES
 from ctrl_hpc.megatron import parallel_state, weights
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.run.journal import Table
 from ctrl_hpc.seeds import sampling_seed
-from ctrl_hpc.train.advantages import Advantages, estimate
+from ctrl_hpc.train.advantages import OVER_THE_STEP, Advantages, estimate
 from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import Batch
 from ctrl_hpc.train.collect import Collector, collect
 from ctrl_hpc.train.loop import Clock, Loop, learning_rate
-from ctrl_hpc.train.losses import RLLoss, ValueLoss
+from ctrl_hpc.train.losses import RLLoss, ValueLoss, needs_old
 from ctrl_hpc.train.policy import Policy, Reference, Value, make_reference
 from ctrl_hpc.train.rollouts import COLUMNS, Experience
 
@@ -47,6 +49,9 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     With ``rl.max_staleness`` the rollouts are made ahead, beside the rest.
     """
     options, sft = config.rl, run_dir / "sft" / "hf"
+    for key, place in (("rl.loss", options.loss), ("rl.reward", options.reward)):
+        if place is not None and place not in LOSSES:
+            load_function(key, place)  # a file that fails does so before anything starts
     policy = Policy(config, world, sft, optimizer=options.optimizer)
     reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
     value = Value(config, world, sft, optimizer=options.value_optimizer) if options.estimator == "gae" else None
@@ -115,17 +120,21 @@ def improve(
 
     Log-probabilities of the old policy and of the reference are this trainer's own, never the rollout engine's; those
     of the first minibatch's old policy come from the pass of its own update. Groups whose rewards are all the same
-    are left out and counted (with a value network they have advantages too, and stay).
+    are left out and counted (compared with the whole step, or with a value network, they have advantages too, and
+    stay).
     """
     options, seed = policy.config.rl, policy.config.seed
-    groups = experience.learnable_groups() if value is None else experience.valid_groups()
+    whole = options.estimator in OVER_THE_STEP
+    groups = experience.valid_groups() if whole else experience.learnable_groups()
     metrics = {"rl/groups": float(len(groups)), "rl/skipped_groups": float(experience.n_groups - len(groups))}
     random.Random(sampling_seed(seed, step, "minibatches")).shuffle(groups)
     n_parts = min(options.minibatches, len(groups))
     parts = [experience.rows(groups[i::n_parts]) for i in range(n_parts)]
     batches = [experience.batch.select(rows) for rows in parts]
+    known = 0 if needs_old(options) else 1  # the first minibatch's old log-probabilities are the update's own
     with clock("logprobs"):
-        old = [None, *(policy.logprobs(batch, temperature=options.temperature) for batch in batches[1:])]
+        later = [policy.logprobs(batch, temperature=options.temperature) for batch in batches[known:]]
+        old = [None] * known + later
     with clock("reference"):
         fixed = [reference.logprobs(batch, temperature=options.temperature) if reference else None for batch in batches]
     logged: list[dict[str, float]] = []
@@ -140,6 +149,7 @@ def improve(
                 rollout_SR=experience.rollout_SR[rows, :width],
                 old_SR=old_SR,
                 reference_SR=reference_SR,
+                seed=sampling_seed(seed, at, "covariance"),
             )
             found = policy.update(batch, loss, learning_rate(options.optimizer, at, total))
             if value is not None:

@@ -115,3 +115,30 @@ def test_the_driver_is_watched(run_dir: Path) -> None:
 def test_service_records_are_plain_data() -> None:
     names = {field.name for field in dataclasses.fields(registry.Service)}
     assert {"role", "id", "url", "host", "pid", "job_id", "log", "session", "beat"} <= names
+
+
+def test_who_asks_reads_the_drivers_list_and_not_every_entry(run_dir: Path, monkeypatch: object) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(registry.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
+    here = Registry(run_dir, heartbeat_s=600)
+    with here.register("executor", "http://a", id="0"), here.register("critic", "http://c", id="0"):
+        here.write_list(here.census()[0])
+        with here.register("executor", "http://b", id="1"):
+            reader, list_file = Registry(run_dir), run_dir / "services" / "alive.json"
+            assert reader.endpoints("executor") == ["http://a"]  # as the driver says: it has not seen the other one yet
+            assert reader.endpoints("critic") == ["http://c"]
+            here.write_list(here.census()[0])
+            assert reader.endpoints("executor") == ["http://a", "http://b"]
+            beat(list_file, -10_000)  # renewed by a node whose clock is fast
+            clock[0] += 5
+            assert reader.endpoints("executor") == ["http://a", "http://b"]
+            list_file.write_text("[]")
+            os.utime(list_file, (7, 7))
+            assert reader.endpoints("executor") == []
+            clock[0] += 7  # nobody renews it: the entries count
+            assert reader.endpoints("executor") == ["http://a", "http://b"]
+            list_file.write_text('{"not": "a list"}')
+            assert reader.endpoints("critic") == ["http://c"]
+        here.remove_list()
+        clock[0] += 1
+        assert reader.endpoints("executor") == ["http://a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import random_qwen
+import torch
 from safetensors.torch import load_file
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, Verdict
+from ctrl_hpc.rollout.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merged
 from ctrl_hpc.run import journal
 from ctrl_hpc.seeds import take
 
@@ -61,7 +64,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=Path(__file__).parent,
         check=True,
     )
-    for name in ("whole", "again", "killed", "killed-anywhere", "live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
+    for name in (
+        "whole",
+        "again",
+        "killed",
+        "killed-anywhere",
+        "live-0",
+        "live-1",
+        "chunks",
+        "ahead",
+        "ppo",
+        "refill",
+        "lora",
+    ):
         write_inputs(place / name)
     for name in ("live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
         shutil.copytree(place / "critic", place / name / "sft" / "hf")
@@ -143,8 +158,8 @@ def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[s
         assert record["executor/runs"] == 4
         assert record["rl/reward"] == record["rl/draft_pass_rate"] / 2
     files = sorted((run_dir / "rl" / "rollouts").iterdir())
-    assert [file.name for file in files] == [f"step-{step:06d}.jsonl" for step in range(3)]
-    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert [file.name for file in files] == [f"step-{step:06d}.jsonl.gz" for step in range(3)]
+    lines = [json.loads(line) for line in gzip.decompress(files[0].read_bytes()).splitlines()]
     assert len(lines) == 16 and lines[1]["kept"] and lines[0]["status"] == "wrong_answer"
     assert lines[0]["token_ids"] == [10, 20, 30] and lines[0]["version"] == 0
     # Seven drafts, four a step: two passes over the pool take each draft twice before any comes a third time.
@@ -156,7 +171,7 @@ def test_chunks_of_a_step_give_the_bits_of_the_whole_step(folder: Path, status: 
     assert status["chunks"] == 0, log_of(folder)
     whole, chunks = folder / "live-1", folder / "chunks"
     for step in range(3):
-        name = f"rl/rollouts/step-{step:06d}.jsonl"
+        name = f"rl/rollouts/step-{step:06d}.jsonl.gz"
         assert (chunks / name).read_bytes() == (whole / name).read_bytes()
     first, second = (load_file(run / "rl" / "hf" / "model.safetensors") for run in (whole, chunks))
     assert all(first[name].equal(second[name]) for name in first)
@@ -174,7 +189,7 @@ def test_a_trainer_stopped_with_rollouts_ahead_continues_with_every_step_once(
     assert {stale[2], stale[5]} <= {1, 2}
     drawn = take(7, seed=0, start=0, count=24)
     for step in range(6):
-        lines = (run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+        lines = gzip.decompress((run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl.gz").read_bytes()).splitlines()
         drafts = [json.loads(line)["solution_id"] for line in lines[::4]]
         solutions = [f"p{number}/0" for number in drawn[4 * step : 4 * step + 4]]
         assert sorted(drafts) == sorted(dict.fromkeys(solutions))
@@ -226,3 +241,21 @@ def test_ppo_trains_a_value_network_beside_the_critic(folder: Path, status: dict
     assert len(records) == 3
     assert len({record["rl/value"] for record in records}) == 3, "the values move with every update"
     assert all(record["rl/groups"] == 4 and record["rl/value_loss"] > 0 for record in records)
+
+
+def test_with_adapters_the_stages_publish_them_alone_and_end_with_both_kinds_of_folder(
+    folder: Path, status: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status["lora"] == 0, log_of(folder)
+    run_dir = folder / "lora"
+    published = sorted((run_dir / "rl" / "weights").iterdir())[-1]
+    assert {file.name for file in published.iterdir()} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    for stage, base in (("sft", folder / "critic"), ("rl", run_dir / "sft" / "hf")):
+        whole, before = (load_file(place / "model.safetensors") for place in (run_dir / stage / "hf", base))
+        served = merged(run_dir / stage / "adapters")
+        assert all(torch.allclose(served[name], whole[name], rtol=0, atol=1e-6) for name in whole)
+        changed = {name for name in whole if not torch.equal(whole[name], before[name])}
+        assert changed == {name for name in whole if "_proj.weight" in name}
+    checkpoint = sorted((run_dir / "rl" / "checkpoints").iterdir())[-1]
+    assert cli.main(["convert", "megatron-to-hf", str(checkpoint), str(folder / "never")]) == 2
+    assert "holds adapters alone" in capsys.readouterr().err
