@@ -282,6 +282,15 @@ class RLConfig:
     log-ratio itself, is zero in expectation: not allowed."""
     entropy_coef: NotNegative[float] = 0.0
     """Weight of the entropy bonus."""
+    turns: Positive[int] = 1
+    """Critique-revision turns of an episode at most: each revision is the next turn's draft, and each turn's critique a
+    sample, compared with those of the same draft and turn. A critique that judges correct ends its episode."""
+    turn_reward: Literal["last", "each", "gain"] = "last"
+    """What a turn's critique earns: what the episode's last one did (``last``); the mean of its own and the later
+    ones', where a last one counts for all turns after it (``each``); or how much more than the turn before, later gains
+    included (``gain``)."""
+    turn_discount: Share = 1.0
+    """Weight of the next turn's reward against a turn's own."""
     reward: FunctionName | None = None
     """FILE.py:FUNCTION in place of the reward that the keys below make; None: those."""
     verdict_coef: ScheduledShare = 0.0

@@ -412,6 +412,12 @@ class Sampling:
     """Completion j of chat i is drawn with a seed derived from (seed, i, j), whatever the batch it is decoded in."""
     first: int = 0
     """The number i of a call's first chat: a part of a call is drawn as it would be in the whole."""
+    rows: tuple[int, ...] = ()
+    """The number i of each chat, where they do not follow each other; empty: they do, from ``first`` on."""
+
+    def number(self, index: int) -> int:
+        """The number i of the chat at an index of the call."""
+        return self.rows[index] if self.rows else self.first + index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,3 +76,27 @@ class Rewards:
             leak_penalty=self.leak_penalty,
             draft_program=draft.program,
         )
+
+
+def returns(values: Sequence[float], options: RLConfig) -> list[float]:
+    """What each turn's critique of an episode is worth, from the reward of each; for one turn that reward itself.
+
+    With rewards v(1) to v(T), of at most K turns, and g = ``turn_discount``, turn t is worth
+
+        last   g^(T - t) v(T)
+        each   sum over s = t..K of g^(s - t) v(min(s, T)), over the sum of the weights: stopping early costs nothing
+        gain   sum over s = t..T of g^(s - t) (v(s) - v(s - 1)), with v(0) = 0
+    """
+    count, discount = len(values), options.turn_discount
+    if options.turn_reward == "last":
+        return [discount ** (count - 1 - turn) * values[-1] for turn in range(count)]
+    if options.turn_reward == "each":
+        length, padded = options.turns, [*values, *[values[-1]] * (options.turns - count)]
+    else:
+        length, padded = count, [now - before for now, before in zip(values, [0.0, *values], strict=False)]
+    out = []
+    for turn in range(count):
+        weights = [discount ** (later - turn) for later in range(turn, length)]
+        total = sum(weight * value for weight, value in zip(weights, padded[turn:], strict=True))
+        out.append(total / sum(weights) if options.turn_reward == "each" else total)
+    return out
