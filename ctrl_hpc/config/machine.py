@@ -95,6 +95,16 @@ class RolloutConfig:
     batching: Literal["auto", "padded", "continuous"] = "auto"
     """padded: length-sorted batches, each request with its own random stream; continuous: requests join and leave the
     running batch, seeded together. auto: continuous on cuda, padded on a CPU."""
+    engine: Free[Literal["builtin", "sglang", "vllm"]] = "builtin"
+    """What an element of the rollout arrays is: our own server, or one of SGLang or vLLM, which must be installed on
+    its node; ``threads``, ``device``, ``batching`` and ``max_batch_tokens`` are the built-in one's."""
+    tensor: Free[Positive[int]] = 1
+    """Tensor-parallel ranks (GPUs) of a server of SGLang or vLLM."""
+    engine_command: Free[Annotated[tuple[str, ...], Example("[/opt/vllm/bin/vllm]")]] = ()
+    """What starts the engine, before its arguments; empty: ``python -m sglang.launch_server`` of this interpreter, or
+    ``vllm``."""
+    engine_args: Free[Annotated[tuple[str, ...], Example("[--mem-fraction-static, '0.8']")]] = ()
+    """Further arguments of the engine's command line."""
 
 
 def _is_override(given: Override) -> bool:
