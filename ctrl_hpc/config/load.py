@@ -209,7 +209,7 @@ def _explain(error: OmegaConfBaseException, base: Any, extra: Any) -> str:
                 said = _one_line(own).replace(" of type '$VALUE_TYPE'", "").replace("'$VALUE'", str(item))
                 return f"{name}: {said}"
     said = _one_line(error)
-    if said.endswith("is not a TupleConfig, ListConfig, list, or tuple."):
+    if key and said.endswith("is not a TupleConfig, ListConfig, list, or tuple."):
         return f"{key}: {OmegaConf.select(extra, key)!r} is not a list; write {key}=[A,B]"
     return f"{key}: {said}"
 

@@ -392,3 +392,20 @@ def variants(
     ax.xaxis.set_major_formatter(PERCENT)
     ax.grid(axis="y", visible=False)
     return figure
+
+
+def reliability(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Share of right answers against the critic's probability, a point a bin with its number of answers."""
+    figure = Figure(figsize=(5.2, 5.0), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1.0, linestyle="--")
+    confidence = [item["confidence"] for item in bins]
+    accuracy = [item["accuracy"] for item in bins]
+    ax.plot(confidence, accuracy, color=COLOURS["rl"], marker="o", linewidth=2.0)
+    for item in bins:
+        place = (item["confidence"], item["accuracy"])
+        ax.annotate(f"{item['n']:.0f}", place, xytext=(4, 6), textcoords="offset points", fontsize=8)
+    ax.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.08), title=title)
+    ax.set_xlabel("probability that the answer is right")
+    ax.set_ylabel("share of right answers")
+    return figure

@@ -12,7 +12,7 @@ import pytest
 
 from ctrl_hpc.flow.steps import execution
 from ctrl_hpc.records import Execution, Limits, Problem, Rules, StdinTest, TestResult
-from ctrl_hpc.sandbox import Sandbox, languages, worker
+from ctrl_hpc.sandbox import Sandbox, checkers, languages
 from ctrl_hpc.sandbox.cache import VerdictCache
 
 LIMITS = Limits(cpu_s=1.0, wall_s=4.0, memory_mb=128)
@@ -80,7 +80,7 @@ def test_a_checker_judges(sandbox: Sandbox, program: str, status: str, word: str
 
 
 def test_a_checker_that_never_ends_ends(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_LIMITS_OF_CHECKERS", LIMITS)
+    monkeypatch.setattr(checkers, "_LIMITS", LIMITS)
     assert judged(sandbox, "print(77)").status == "unsupported"
     assert judged(sandbox, "print(4)").status == "accepted"
 
