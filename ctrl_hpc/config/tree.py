@@ -13,6 +13,7 @@ from ctrl_hpc.config.machine import (
     ParallelConfig,
     PlanConfig,
     RolloutConfig,
+    TrackingConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -91,7 +92,9 @@ class Config:
     launch: Free[LaunchConfig] = field(default_factory=LaunchConfig)
     """Slurm or local."""
     wandb: Free[WandbConfig] = field(default_factory=WandbConfig)
-    """Tracking."""
+    """Tracking by wandb."""
+    tracking: Free[TrackingConfig] = field(default_factory=TrackingConfig)
+    """Tracking by others."""
 
     @property
     def generator_is_url(self) -> bool:
