@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,32 +65,42 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def _scores(options: argparse.Namespace, labelled: list[Labelled]) -> list[float | None]:
     """The judge's own probabilities; raises ValueError where it refuses an answer or does not reply."""
+    items = [
+        {
+            "problem": item.problem,
+            "answer": item.answer,
+            "starter_code": item.starter_code,
+            "language": item.language,
+        }
+        for item in labelled
+    ]
+    out: list[float | None] = []
+    for number, result in enumerate(
+        ask(options.url, "/score", items, token_env=options.token_env, votes=options.votes)
+    ):
+        if "error" in result:
+            raise ValueError(f"{options.dev}:{number + 1}: {result['error']}")
+        out.append(result["raw"])
+    return out
+
+
+def ask(
+    url: str, route: str, items: Sequence[dict[str, Any]], *, token_env: str | None, **body: Any
+) -> Iterator[dict[str, Any]]:
+    """A judge's results, in order; raises ValueError where it refuses or does not reply."""
     import httpx
 
     headers = {}
-    if options.token_env:
-        headers["authorization"] = f"Bearer {os.environ.get(options.token_env, '')}"
-    out: list[float | None] = []
-    with httpx.Client(base_url=options.url, headers=headers, timeout=None) as client:
-        for start in range(0, len(labelled), _ITEMS):
-            items = [
-                {
-                    "problem": item.problem,
-                    "answer": item.answer,
-                    "starter_code": item.starter_code,
-                    "language": item.language,
-                }
-                for item in labelled[start : start + _ITEMS]
-            ]
+    if token_env:
+        if not os.environ.get(token_env):
+            raise ValueError(f"--token-env: the environment variable {token_env} is not set")
+        headers["authorization"] = f"Bearer {os.environ[token_env]}"
+    with httpx.Client(base_url=url, headers=headers, timeout=None) as client:
+        for start in range(0, len(items), _ITEMS):
             try:
-                answer = client.post("/score", json={"items": items, "votes": options.votes})
-            except httpx.HTTPError as error:
-                raise ValueError(f"{options.url}: cannot be asked: {error}") from None
+                answer = client.post(route, json={"items": list(items[start : start + _ITEMS]), **body})
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise ValueError(f"{url}: cannot be asked: {error}") from None
             if answer.status_code != 200:
-                raise ValueError(f"{options.url}: {answer.status_code} {answer.text[:200]}")
-            results: list[dict[str, Any]] = answer.json()["results"]
-            for number, result in enumerate(results, start):
-                if "error" in result:
-                    raise ValueError(f"{options.dev}:{number + 1}: {result['error']}")
-                out.append(result["raw"])
-    return out
+                raise ValueError(f"{url}: {answer.status_code} {answer.text[:200]}")
+            yield from answer.json()["results"]

@@ -11,7 +11,20 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from ctrl_hpc.config.facts import Example, Free, IsPath, Must, NotNegative, PathName, Positive, Share
+from ctrl_hpc.config.facts import (
+    Example,
+    Free,
+    FunctionName,
+    IsPath,
+    Must,
+    NotNegative,
+    PathName,
+    Positive,
+    Scheduled,
+    ScheduledPenalty,
+    ScheduledShare,
+    Share,
+)
 from ctrl_hpc.config.objectives import LOSSES, is_loss
 from ctrl_hpc.records import TRANSITIONS
 
@@ -269,17 +282,29 @@ class RLConfig:
     log-ratio itself, is zero in expectation: not allowed."""
     entropy_coef: NotNegative[float] = 0.0
     """Weight of the entropy bonus."""
-    verdict_coef: Share = 0.0
-    """Weight of the reward for a right judgement (Critique-RL, RefCritic); 0 is the paper's reward."""
+    turns: Positive[int] = 1
+    """Critique-revision turns of an episode at most: each revision is the next turn's draft, and each turn's critique a
+    sample, compared with those of the same draft and turn. A critique that judges correct ends its episode."""
+    turn_reward: Literal["last", "each", "gain"] = "last"
+    """What a turn's critique earns: what the episode's last one did (``last``); the mean of its own and the later
+    ones', where a last one counts for all turns after it (``each``); or how much more than the turn before, later gains
+    included (``gain``)."""
+    turn_discount: Share = 1.0
+    """Weight of the next turn's reward against a turn's own."""
+    reward: FunctionName | None = None
+    """FILE.py:FUNCTION in place of the reward that the keys below make; None: those."""
+    verdict_coef: ScheduledShare = 0.0
+    """Weight of the reward for a right judgement (Critique-RL, RefCritic); 0 is the paper's reward. As the other
+    coefficients of the reward a number, or a schedule: ``1@0,0@50`` is 1 from step 0 on and 0 from step 50 on."""
     transition_reward: Annotated[
-        dict[str, float], _IS_TRANSITIONS, Example("{fix: 1, keep: 1, break: -1, stuck: 0}")
+        dict[str, Scheduled], _IS_TRANSITIONS, Example("{fix: 1, keep: 1, break: -1, stuck: 0}")
     ] = field(default_factory=dict)
     """Reward of what became of the draft, in place of 1 or 0 for a revision that passes or not (ReCrit): a number for
     each of fix, keep, break and stuck; empty: the paper's reward."""
-    verdict_only_share: Share = 0.0
+    verdict_only_share: ScheduledShare = 0.0
     """Share of a step's drafts whose critiques are rewarded for the judgement alone, without a revision
     (Critique-Coder: 0.2)."""
-    leak_penalty: NotNegative[float] = 0.0
+    leak_penalty: ScheduledPenalty = 0.0
     """Taken off the reward of a critique that gives the corrected program away."""
     stop_at_first_failure: bool = True
     """Run a revision's tests up to the first that fails, as rewards need no more: an endless loop costs one time limit,

@@ -64,3 +64,33 @@ LOSSES: dict[str, Objective] = {
 def is_loss(name: str) -> bool:
     """Whether ``rl.loss`` may be this."""
     return name in LOSSES or is_function(name)
+
+
+def stages(value: float | str) -> tuple[tuple[int, float], ...]:
+    """The (step, value) from which on a coefficient has each value: one for a number, several for ``1.0@0, 0.0@50``.
+
+    Raises ValueError where that is not what it is, the first step is not 0, or steps do not rise.
+    """
+    if not isinstance(value, str):
+        return ((0, float(value)),)
+    found = []
+    for part in value.split(","):
+        number, sign, step = part.partition("@")
+        found.append((int(step) if sign else 0, float(number)))
+    steps = [step for step, _ in found]
+    if steps[0] != 0 or sorted(set(steps)) != steps or not all(math.isfinite(number) for _, number in found):
+        raise ValueError(f"{value!r} is no schedule: VALUE@STEP, ... with rising steps from 0 on")
+    return tuple(found)
+
+
+def at_step(value: float | str, step: int) -> float:
+    """What a coefficient is at a rollout step, counted from 0."""
+    return next(number for start, number in reversed(stages(value)) if start <= step)
+
+
+def is_schedule(value: float | str, low: float, high: float) -> bool:
+    """Whether every value of a coefficient lies in [low, high]."""
+    try:
+        return all(low <= number <= high for _, number in stages(value))
+    except ValueError:
+        return False

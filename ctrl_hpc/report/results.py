@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
@@ -124,8 +125,9 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
         judges = any(history.nodes for history in items)
         row = metrics.summary(found[name], weights_BP, judges=judges)
         row["n_masked"] = masked
-        row["by_difficulty"] = _by_difficulty(items, config.eval.turns)
-        row["similarity"] = _similarity(items)
+        row["by_difficulty"] = _by_difficulty(items, config.eval.turns, order, weights_BP)
+        row["similarity"], band = _similarity(items, order, weights_BP)
+        row["ci95"] |= {"similarity": band} if band else {}
         row["leak_rate"] = _leak_rate(items)
         row["critique_tokens"] = _critique_tokens(items)
         if config.eval.n_samples > 1:
@@ -149,17 +151,28 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
     }
 
 
-def _by_difficulty(histories: Sequence[History], turns: int) -> dict[str, Any]:
-    """pass@1 by turn and the number of samples, for each difficulty the problems name."""
-    groups: dict[str, list[list[bool]]] = {}
+def _by_difficulty(
+    histories: Sequence[History], turns: int, order: dict[str, int], weights_BP: npt.NDArray[np.float64]
+) -> dict[str, Any]:
+    """pass@1 by turn with its interval, and the number of samples, for each difficulty the problems name."""
+    groups: dict[str, list[History]] = {}
     for history in histories:
-        verdicts = history.verdicts(turns)
-        if history.problem.difficulty is not None and not any(item.status == "sandbox_error" for item in verdicts):
-            groups.setdefault(history.problem.difficulty, []).append([verdict.accepted for verdict in verdicts])
-    return {
-        name: {"n_samples": len(rows), "pass_at_1": [float(share) for share in np.mean(rows, axis=0)]}
-        for name, rows in sorted(groups.items())
-    }
+        if history.problem.difficulty is not None:
+            groups.setdefault(history.problem.difficulty, []).append(history)
+    out = {}
+    for name, items in sorted(groups.items()):
+        found, _ = outcomes(items, turns, order)
+        if len(found.problem_N):
+            shares = [
+                metrics.Ratio(numerator_N=right_N.astype(np.float64), denominator_N=np.ones(len(right_N)))
+                for right_N in found.correct_NT.T
+            ]
+            out[name] = {
+                "n_samples": len(found.problem_N),
+                "pass_at_1": [share.value() for share in shares],
+                "ci95": [metrics.interval(share.resampled(found.problem_N, weights_BP)) for share in shares],
+            }
+    return out
 
 
 def _seeds(histories: Sequence[History], turns: int) -> dict[str, Any]:
@@ -175,15 +188,27 @@ def _seeds(histories: Sequence[History], turns: int) -> dict[str, Any]:
     return {"pass_at_1": dict(zip(groups, shares_KT.tolist(), strict=True)), "std": deviation}
 
 
-def _similarity(histories: Sequence[History]) -> float | None:
-    """Mean similarity of first revisions to their drafts, over the words of the programs (Ratcliff-Obershelp)."""
-    ratios = [
-        SequenceMatcher(None, history.draft.program.split(), node.program.split(), autojunk=False).ratio()
+def _similarity(
+    histories: Sequence[History], order: dict[str, int], weights_BP: npt.NDArray[np.float64]
+) -> tuple[float | None, list[float] | None]:
+    """Mean similarity of first revisions to their drafts, over the words of the programs (Ratcliff-Obershelp).
+
+    With its interval; None where nothing was revised.
+    """
+    pairs = [
+        (
+            order[history.problem.id],
+            SequenceMatcher(None, history.draft.program.split(), node.program.split(), autojunk=False).ratio(),
+        )
         for history in histories
         for node in history.nodes[:1]
         if not node.kept and history.draft.program is not None and node.program is not None
     ]
-    return float(np.mean(ratios)) if ratios else None
+    if not pairs:
+        return None, None
+    problem_N = np.array([problem for problem, _ in pairs], dtype=np.int64)
+    mean = metrics.Ratio(numerator_N=np.array([ratio for _, ratio in pairs]), denominator_N=np.ones(len(pairs)))
+    return mean.value(), metrics.interval(mean.resampled(problem_N, weights_BP))
 
 
 def _leak_rate(histories: Sequence[History]) -> float | None:

@@ -128,7 +128,7 @@ def check_checker(source: str | None, library: str) -> None:
         return
     language(CHECKERS)
     if _INCLUDES_TESTLIB.search(source) and not library:
-        raise ValueError(f"checker: it includes testlib.h; say where that is: executor.testlib (--testlib)")
+        raise ValueError("checker: it includes testlib.h; say where that is: executor.testlib (--testlib)")
 
 
 def limits(entry: Language, timeout_s: float | None) -> Limits:

@@ -49,8 +49,9 @@ def train(config: Config, run_dir: Path, world: World) -> None:
     With ``rl.max_staleness`` the rollouts are made ahead, beside the rest.
     """
     options, sft = config.rl, run_dir / "sft" / "hf"
-    if options.loss not in LOSSES:
-        load_function("rl.loss", options.loss)  # a file that fails does so before anything starts
+    for key, place in (("rl.loss", options.loss), ("rl.reward", options.reward)):
+        if place is not None and place not in LOSSES:
+            load_function(key, place)  # a file that fails does so before anything starts
     policy = Policy(config, world, sft, optimizer=options.optimizer)
     reference = make_reference(policy, sft, options.reference) if options.kl_coef else None
     value = Value(config, world, sft, optimizer=options.value_optimizer) if options.estimator == "gae" else None

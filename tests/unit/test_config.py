@@ -62,7 +62,10 @@ def test_a_cluster_profile_lies_between_defaults_and_file(tmp_path: Path) -> Non
         ("launch.trainer.gpus=-1", "launch.trainer.gpus: -1 is not allowed; it must be 0 or greater"),
         ("name=a/b", "name: 'a/b' is not allowed; it must be a name without slashes"),
         ("tiny.models=elsewhere", "tiny.models: is a key no more; generator and critic.model name the folders"),
-        ("rl.verdict_coef=2", "rl.verdict_coef: 2.0 is not allowed; it must lie in [0, 1]"),
+        (
+            "rl.verdict_coef=2",
+            "rl.verdict_coef: 2 is not allowed; it must lie in [0, 1], or be such numbers from steps on",
+        ),
         ("cluster=nowhere", "cluster: 'nowhere' is not a profile; allowed:"),
         ("stages=[sample,party]", "stages: ['sample', 'party'] is not allowed; each must be one of sample, "),
         ("trainer.ranks_per_node=3", "parallel.pipeline = 2 x 1 does not divide the trainer's 3 ranks"),

@@ -30,7 +30,7 @@ FOR_REAL = {
     "run": "tests/pipeline/test_tiny_run.py",
     "suite": "tests/pipeline/test_suite.py",
     "serve": "tests/sandbox/test_executor_server.py",
-    "calibrate": "tests/unit/test_judge.py",
+    "calibrate": "tests/unit/test_serve_judge.py",
     "convert": "tests/megatron/test_convert.py",
     "bench": "tests/megatron/test_memory.py",
     "make": "tests/pipeline/test_tiny_run.py",
@@ -55,7 +55,7 @@ ROUTES = (
     "/compare",
 )
 """Routes of our services, asked by tests/sandbox/test_executor_server.py, tests/unit/test_rollout_server.py and
-tests/unit/test_judge.py."""
+tests/unit/test_serve_judge.py."""
 RUNS = ("tiny", "tiny-seed3", "tiny-rloo", "grpo-seed0", "grpo-seed1")
 """Finished runs that the pages speak of."""
 
