@@ -217,9 +217,22 @@ def export(
 
     The folder appears whole or not at all; one that is there is replaced.
     """
-    part = weights.begin(folder, world)
-    mine = dict(weights.gather(model, architecture, world, adapters=True))
-    tensors = weights.gathered(mine if world.data_rank == 0 else {}, world)
+    mine = dict(weights.gather(model, architecture, world, spread=True, adapters=True))
+    write(mine, world, folder, config=config, base=base)
+
+
+def write(
+    mine: dict[str, Tensor],
+    world: World,
+    folder: Path,
+    *,
+    config: LoraConfig,
+    base: str | Path,
+    group: weights.Group | None = None,
+) -> None:
+    """:func:`export` of adapters that are gathered: this rank's part; ``group`` as in :func:`weights.write`."""
+    part = weights.begin(folder, world, group)
+    tensors = weights.made_by_all(lambda: mine, world, group)
     if world.main:
         named = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in sorted(tensors.items())}
         weights.write_file(named, part / ADAPTER_WEIGHTS)

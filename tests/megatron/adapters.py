@@ -72,7 +72,8 @@ class _AdapterGradients:
 
 
 def _whole(model: Any, policy: Policy) -> dict[str, Tensor]:
-    return weights.gathered(dict(weights.gather(model, policy.architecture, policy.world, adapters=True)), policy.world)
+    mine = weights.gather(model, policy.architecture, policy.world, adapters=True)
+    return weights.made_by_all(lambda: dict(mine), policy.world)
 
 
 def check(folder: Path) -> None:
