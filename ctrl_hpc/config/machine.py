@@ -32,7 +32,10 @@ class TrainerConfig:
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the loss kernels; auto: triton on cuda, torch on cpu."""
     micro_batch_tokens: Free[Positive[int]] = 16384
-    """Token budget of a micro-batch on one data-parallel rank, padding included."""
+    """Token budget of a micro-batch on one data-parallel rank, padding included; a shared prompt counts once."""
+    shared_prefix: Free[bool] = True
+    """Compute the prompt that several responses of a batch share once: they are packed behind it as one sequence, each
+    attending to it and to itself. False: each response has its prompt to itself. The same but for rounding."""
     threads: Free[Positive[int]] = 1
     """CPU threads of a rank."""
     timeout_s: Free[Positive[float]] = 1800.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import util
 from typing import Any
 
@@ -16,8 +16,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from ctrl_hpc.config import ParallelConfig
 from ctrl_hpc.megatron.architecture import Architecture, check_layout
@@ -62,11 +64,33 @@ def install() -> None:
         rope_utils.fused_apply_rotary_pos_emb = rotate
 
 
+class Rotary(torch.nn.Module):
+    """Megatron's rotary embedding, where asked for at positions that are not 0, 1, 2, ..."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.positions_T: Tensor | None = None
+
+    def get_rotary_seq_len(self, *arguments: Any, **options: Any) -> int:
+        """As the inner one's."""
+        return self.inner.get_rotary_seq_len(*arguments, **options)
+
+    def forward(self, length: int, **options: Any) -> Tensor:
+        """Angles [T, 1, 1, D]."""
+        if self.positions_T is None:
+            return self.inner(length, **options)
+        return self.inner(int(self.positions_T.max()) + 1, **options)[self.positions_T]
+
+
 class SDPAttention(torch.nn.Module):
     """Causal attention by ``scaled_dot_product_attention``: memory linear in the length, on a CPU and on a GPU.
 
     Takes the place of Megatron's ``DotProductAttention``, which holds all T x T scores. Sequences are padded on the
     right, so that the causal mask alone keeps padding out of every real position.
+
+    With an ``attention_mask``, which is ``MicroBatch.segments`` then, one row holds groups of sequences: a prefix, and
+    behind it what continues it, each attending to the prefix and to itself.
     """
 
     def __init__(self, config: Any, *, softmax_scale: float | None = None, **_unused: Any) -> None:
@@ -85,7 +109,10 @@ class SDPAttention(torch.nn.Module):
         packed_seq_params: Any = None,
     ) -> Tensor:
         """The context of each position, [T, B, H * D]."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_bias is None and packed_seq_params is None
+        if attention_mask is not None:
+            rows = (query_TBHD[:, 0], key_TBGD[:, 0], value_TBGD[:, 0])
+            return self._packed(*rows, attention_mask.tolist())[:, None].flatten(2)
         query_BHTD, key_BGTD, value_BGTD = (x.permute(1, 2, 0, 3) for x in (query_TBHD, key_TBGD, value_TBGD))
         context_BHTD = functional.scaled_dot_product_attention(
             query_BHTD,
@@ -96,6 +123,49 @@ class SDPAttention(torch.nn.Module):
             enable_gqa=query_BHTD.shape[1] != key_BGTD.shape[1],
         )
         return context_BHTD.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(
+        self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, segments: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """The context [T, H, D] of groups that lie one behind the other; zero beyond the last."""
+        contexts: list[Tensor] = []
+        at = 0
+        for prefix, *lengths in segments:
+            q, k, v = (x[at : at + prefix] for x in (query_THD, key_TGD, value_TGD))
+            contexts.append(self._attend(q[None], k[None], v[None], causal=True)[0])
+            at += prefix
+            own = [length for length in lengths if length]
+            if not own:
+                continue
+            end = at + sum(own)
+            q_KRHD, k_KRGD, v_KRGD = (
+                pad_sequence(list(x[at:end].split(own)), batch_first=True) for x in (query_THD, key_TGD, value_TGD)
+            )
+            keys, values = (
+                torch.cat([shared.expand(len(own), *shared.shape), x], 1) for shared, x in ((k, k_KRGD), (v, v_KRGD))
+            )
+            context_KRHD = self._attend(q_KRHD, keys, values, causal=False, prefix=prefix)
+            contexts += [context_RHD[:length] for context_RHD, length in zip(context_KRHD, own, strict=True)]
+            at = end
+        contexts.append(torch.zeros_like(query_THD[at:]))
+        return torch.cat(contexts)
+
+    def _attend(
+        self, query_BTHD: Tensor, key_BSGD: Tensor, value_BSGD: Tensor, *, causal: bool, prefix: int = 0
+    ) -> Tensor:
+        """The context [B, T, H, D]: position t attends to the first ``prefix`` + t + 1 keys."""
+        n_queries, n_keys = query_BTHD.shape[1], key_BSGD.shape[1]
+        mask = None
+        if not causal:
+            mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query_BTHD.device).tril(prefix)
+        context_BHTD = functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (query_BTHD, key_BSGD, value_BSGD)),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=self.scale,
+            enable_gqa=query_BTHD.shape[2] != key_BSGD.shape[2],
+        )
+        return context_BHTD.transpose(1, 2)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -160,15 +230,18 @@ def _transformer_config(architecture: Architecture, parallel: ParallelConfig, wo
     )
 
 
-def build(architecture: Architecture, parallel: ParallelConfig, world: World, *, adapted: bool = False) -> GPTModel:
+def build(
+    architecture: Architecture, parallel: ParallelConfig, world: World, *, adapted: bool = False, packed: bool = False
+) -> GPTModel:
     """This rank's part of the critic, its weights not yet set (see ``weights.load``).
 
-    ``adapted``: it is to have adapters, for which each linear layer must be a module of its own.
+    ``adapted``: it is to have adapters, for which each linear layer must be a module of its own. ``packed``: it is to
+    take micro-batches with ``segments``.
     """
     config = _transformer_config(architecture, parallel, world)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, world, adapted=adapted),
+        transformer_layer_spec=_layer_spec(config, world, adapted=adapted, packed=packed),
         vocab_size=architecture.padded_vocab(parallel.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=world.first_stage,
@@ -181,11 +254,19 @@ def build(architecture: Architecture, parallel: ParallelConfig, world: World, *,
     frequencies = torch.tensor(architecture.inverse_frequencies, dtype=torch.float32, device=world.device)
     assert model.rotary_pos_emb.inv_freq.shape == frequencies.shape
     model.rotary_pos_emb.inv_freq = frequencies
+    model.rotary_pos_emb = Rotary(model.rotary_pos_emb)
     return model.to(world.device)
 
 
-def hidden_states(model: Any, tokens_BT: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
-    """Run the model (or this stage of it).
+def hidden_states(
+    model: Any,
+    tokens_BT: Tensor,
+    select: Callable[[Tensor], Tensor],
+    *,
+    positions_T: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """Run the model (or this stage of it), on sequences that begin at position 0 or as a micro-batch is packed.
 
     On the last pipeline stage ``select`` takes the final hidden states [T, B, D], whole on every tensor-parallel rank,
     and returns those the loss needs, [N, D]. Elsewhere the stage's output goes to the next stage untouched. The
@@ -197,8 +278,9 @@ def hidden_states(model: Any, tokens_BT: Tensor, select: Callable[[Tensor], Tens
             hidden_states = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return select(hidden_states)
 
+    get_attr_wrapped_model(model, "rotary_pos_emb").positions_T = positions_T
     positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-    return model(tokens_BT, positions_BT, None, output_processor=process)
+    return model(tokens_BT, positions_BT, segments, output_processor=process)
 
 
 def output_weight(model: GPTModel) -> Tensor:
@@ -207,9 +289,12 @@ def output_weight(model: GPTModel) -> Tensor:
     return weight if weight is not None else model.output_layer.weight
 
 
-def _layer_spec(config: TransformerConfig, world: World, *, adapted: bool) -> Any:
+def _layer_spec(config: TransformerConfig, world: World, *, adapted: bool, packed: bool) -> Any:
     if world.device.type == "cuda" and has_transformer_engine() and not adapted:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        fused = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if packed:
+            fused.submodules.self_attention.submodules.core_attention = SDPAttention
+        return fused
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm

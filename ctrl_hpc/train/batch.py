@@ -99,6 +99,11 @@ class MicroBatch:
     slots_N: Tensor
     n_slots: int
     """R of the responses in this micro-batch, >= 1."""
+    segments: Tensor | None = None
+    """int64 [G, 1 + K], on the CPU: of each group of a packed row (B of the tokens is 1) the input tokens of the prompt
+    that its sequences share, then of each response; 0 where there is none. None: a sequence a row."""
+    positions_T: Tensor | None = None
+    """Where each token of a packed row stands in its own sequence."""
 
     def pick(self, values_SR: Tensor) -> Tensor:
         """The values [N] that a grid over the batch's sequences has for these tokens, on the tokens' device."""
@@ -107,7 +112,7 @@ class MicroBatch:
 
     def grid(self, values_N: Tensor) -> Tensor:
         """Values of tokens as [B, R], zero where there is no token; differentiable."""
-        grid_BR = values_N.new_zeros(self.tokens_BT.shape[0], self.n_slots)
+        grid_BR = values_N.new_zeros(max(1, len(self.rows_B)), self.n_slots)
         return grid_BR.index_put((self.rows_N, self.slots_N), values_N)
 
 
@@ -121,6 +126,10 @@ def share(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return shares
 
 
+def _too_long(budget: int, length: int) -> str:
+    return f"trainer.micro_batch_tokens={budget}: a sequence of {length} tokens does not fit; raise it"
+
+
 def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Micro-batches of rows by falling length, as few as fit: longest length x rows <= ``budget`` tokens.
 
@@ -129,14 +138,112 @@ def pack(rows: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[
     groups: list[list[int]] = []
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         if lengths[row] > budget:
-            raise ValueError(
-                f"trainer.micro_batch_tokens={budget}: a sequence of {lengths[row]} tokens does not fit; raise it"
-            )
+            raise ValueError(_too_long(budget, lengths[row]))
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= budget:
             groups[-1].append(row)
         else:
             groups.append([row])
     return groups
+
+
+def groups(batch: Batch, budget: int, most: int) -> list[list[int]]:
+    """Rows that share their prompt, in the order of the batch; at most ``most``, and ``budget`` tokens, in a group."""
+    open_groups: dict[tuple[int, ...], list[int]] = {}
+    sizes: dict[tuple[int, ...], int] = {}
+    out: list[list[int]] = []
+    for row, (n_prompt, n) in enumerate(zip(batch.prompt_lengths_S.tolist(), batch.lengths_S.tolist(), strict=True)):
+        prompt = tuple(batch.tokens_SL[row, :n_prompt].tolist())
+        more = n - 1 - n_prompt
+        group = open_groups.get(prompt)
+        if group is not None and len(group) < most and sizes[prompt] + more <= budget:
+            group.append(row)
+            sizes[prompt] += more
+        else:
+            open_groups[prompt], sizes[prompt] = [row], n - 1
+            out.append(open_groups[prompt])
+    return out
+
+
+def packed_micro_batches(
+    batch: Batch, *, data_rank: int, data_size: int, budget: int, multiple: int, device: torch.device
+) -> list[MicroBatch]:
+    """As :func:`micro_batches`, of one row each, in which every prompt that responses share stands once.
+
+    A row has at most ``budget`` tokens. Where no prompt is shared, it is :func:`micro_batches`.
+    """
+    arguments = {"data_rank": data_rank, "data_size": data_size, "budget": budget, "multiple": multiple}
+    found = groups(batch, budget, -(-len(batch) // data_size))
+    if len(found) == len(batch):
+        return micro_batches(batch, device=device, **arguments)
+    inputs = batch.lengths_S - 1
+    sizes = [
+        int(batch.prompt_lengths_S[rows[0]] + (inputs - batch.prompt_lengths_S)[torch.tensor(rows)].sum())
+        for rows in found
+    ]
+    shares = [_fill(places, sizes, budget) for places in share(sizes, data_size)]
+    most = max(1, *(len(rows) for rows in shares))
+    real = [_packed(batch, [found[place] for place in places], multiple, device) for places in shares[data_rank]]
+    return real + [_padding(multiple, device) for _ in range(most - len(real))]
+
+
+def _fill(places: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows of groups, each into the first row with room, by falling size; ValueError when one alone does not fit."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for place in sorted(places, key=lambda place: (-sizes[place], place)):
+        if sizes[place] > budget:
+            raise ValueError(_too_long(budget, sizes[place]))
+        at = next((at for at, room in enumerate(left) if sizes[place] <= room), len(rows))
+        if at == len(rows):
+            rows.append([])
+            left.append(budget)
+        rows[at].append(place)
+        left[at] -= sizes[place]
+    return rows
+
+
+def _packed(batch: Batch, found: list[list[int]], multiple: int, device: torch.device) -> MicroBatch:
+    """One row: of each group the prompt, then the inputs of each response; the prompt's end predicts the first ones."""
+    tokens: list[Tensor] = []
+    positions: list[Tensor] = []
+    columns: list[Tensor] = []
+    rows_B = torch.tensor([row for rows in found for row in rows])
+    mask_SR = batch.mask_SR
+    segments = torch.zeros(len(found), 1 + max(map(len, found)), dtype=torch.int64)
+    at = 0
+    for number, rows in enumerate(found):
+        n_prompt = int(batch.prompt_lengths_S[rows[0]])
+        tokens.append(batch.tokens_SL[rows[0], :n_prompt])
+        positions.append(torch.arange(n_prompt))
+        segments[number, 0] = n_prompt
+        end_of_prompt = at + n_prompt - 1
+        at += n_prompt
+        for place, row in enumerate(rows):
+            n = int(batch.lengths_S[row])
+            tokens.append(batch.tokens_SL[row, n_prompt : n - 1])
+            positions.append(torch.arange(n_prompt, n - 1))
+            own = torch.arange(at - 1, at + n - 1 - n_prompt)
+            own[0] = end_of_prompt
+            columns.append(own)
+            segments[number, 1 + place] = n - 1 - n_prompt
+            at += n - 1 - n_prompt
+    slots = [mask_SR[row, : len(own)].nonzero()[:, 0] for row, own in zip(rows_B.tolist(), columns, strict=True)]
+    counts = torch.tensor([len(found) for found in slots])
+    starts = batch.prompt_lengths_S[rows_B].repeat_interleave(counts)
+    rows_N, slots_N = torch.arange(len(rows_B)).repeat_interleave(counts), torch.cat(slots)
+    padding = -at % multiple
+    nothing = torch.zeros(padding, dtype=torch.int64)
+    return MicroBatch(
+        tokens_BT=torch.cat([*tokens, nothing])[None].to(device),
+        rows_B=rows_B,
+        positions_N=torch.cat([own[kept] for own, kept in zip(columns, slots, strict=True)]).to(device),
+        targets_N=batch.tokens_SL[rows_B[rows_N], starts + slots_N].to(device),
+        rows_N=rows_N.to(device),
+        slots_N=slots_N.to(device),
+        n_slots=max(len(own) for own in columns),
+        segments=segments,
+        positions_T=torch.cat([*positions, nothing]).to(device),
+    )
 
 
 def micro_batches(

@@ -23,7 +23,7 @@ from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron import lora, model, weights
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
-from ctrl_hpc.train.batch import Batch, MicroBatch, micro_batches
+from ctrl_hpc.train.batch import Batch, MicroBatch, micro_batches, packed_micro_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,8 @@ class Policy:
         self.config, self.world, self.folder = config, world, Path(folder)
         self.architecture = architectures.read(folder)
         adapted = config.lora.rank > 0
-        self.model = model.build(self.architecture, config.parallel, world, adapted=adapted)
+        packed = config.trainer.shared_prefix
+        self.model = model.build(self.architecture, config.parallel, world, adapted=adapted, packed=packed)
         weights.load(self.model, folder, self.architecture, world)
         if adapted and optimizer is not None:
             lora.attach(self.model, config.lora, self.architecture, world, seed=config.seed)
@@ -185,7 +186,8 @@ class Policy:
         )
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        return micro_batches(
+        divide = packed_micro_batches if self.config.trainer.shared_prefix else micro_batches
+        return divide(
             batch,
             data_rank=self.world.data_rank,
             data_size=self.world.data_size,
@@ -212,7 +214,11 @@ class Policy:
         def forward_step(micros: Iterator[MicroBatch], stage: Any) -> tuple[Tensor, Callable[..., Any]]:
             micro = next(micros)
             output = model.hidden_states(
-                stage, micro.tokens_BT, lambda hidden_TBD: hidden_TBD.flatten(0, 1).index_select(0, micro.positions_N)
+                stage,
+                micro.tokens_BT,
+                lambda hidden_TBD: hidden_TBD.flatten(0, 1).index_select(0, micro.positions_N),
+                positions_T=micro.positions_T,
+                segments=micro.segments,
             )
             return output, partial(self._loss, loss, micro)
 
