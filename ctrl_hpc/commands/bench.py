@@ -26,6 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     trainer.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     trainer.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     trainer.add_argument("--peak-tflops", type=float, default=None, help="the device's bf16 peak, for MFU")
+    group = "RL's update on RESPONSES of TOKENS that share a PROMPT, computed once and for each, as 400 8 100"
+    trainer.add_argument("--group", type=int, nargs=3, metavar=("PROMPT", "RESPONSES", "TOKENS"), help=group)
     trainer.add_argument("--out", type=place, default=None, help="file for the numbers, as JSON")
     trainer.set_defaults(command=_bench_trainer)
     bench_critic.add(

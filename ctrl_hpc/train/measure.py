@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Options:
     """``parallel.recompute``."""
     peak_tflops: float | None = None
     """The device's dense bf16 peak, for MFU; None: an H100's or H200's 989 on a GPU, none on a CPU."""
+    group: tuple[int, int, int] | None = None
+    """Tokens of a prompt, its responses, tokens of each: RL's update with the prompt computed once, and for each."""
 
 
 def bench(options: Options, out: Path | None = None) -> dict[str, Any]:
@@ -83,6 +85,11 @@ def _show(found: dict[str, Any]) -> None:
             rate = found[stage]
             mfu = "" if rate["mfu"] is None else f", MFU {100 * rate['mfu']:.1f} %"
             console.print(f"{stage} update: {rate['tokens_per_s']:.0f} tokens/s, {rate['tflops']:.3g} Tflop/s{mfu}")
+    if "shared_prefix" in found:
+        prefix = found["shared_prefix"]
+        rates = ", ".join(f"{kind} {prefix[kind]:.0f} tokens/s" for kind in ("once", "each"))
+        told = "{} + {} x {} tokens".format(*prefix["group"])
+        console.print(f"rl update of {told}, the prompt computed: {rates}, {prefix['ratio']:.2f} times")
     console.print(f"kernels: {found['kernels']}")
 
 
@@ -144,6 +151,8 @@ def measure(folder: Path, options: Options) -> dict[str, Any]:
         }
         if options.steps:
             found |= _rates(policy, batch, options, on_gpu)
+        if options.steps and options.group is not None:
+            found["shared_prefix"] = _prefix_rates(policy, options.group, options.steps)
     return found
 
 
@@ -182,6 +191,31 @@ def _rates(policy: Policy, batch: Batch, options: Options, on_gpu: bool) -> dict
         mfu = None if peak is None else tflops / peak
         found[name] = {"tokens_per_s": tokens / seconds, "tflops": tflops, "mfu": mfu}
     return found
+
+
+def _prefix_rates(policy: Policy, group: tuple[int, int, int], steps: int) -> dict[str, Any]:
+    """Tokens/s of an update on one group, prompts counted for each response; the best of ``steps``, taken in turn."""
+    n_prompt, n_responses, n_tokens = group
+    generator = torch.Generator().manual_seed(1)
+    vocab_size = policy.architecture.vocab_size
+    prompt = torch.randint(0, vocab_size, (n_prompt,), generator=generator).tolist()
+    responses = torch.randint(0, vocab_size, (n_responses, n_tokens), generator=generator).tolist()
+    batch = collate([(prompt, response) for response in responses])
+    tokens = int((batch.lengths_S - 1).sum())
+    ones_SR = batch.mask_SR.float()
+    loss = RLLoss.of(batch, policy.config.rl, advantages_SR=ones_SR, rollout_SR=-ones_SR, old_SR=-ones_SR)
+    times: dict[str, list[float]] = {"once": [], "each": []}
+    for _ in range(1 + steps):
+        for kind, seconds in times.items():
+            trainer = replace(policy.config.trainer, shared_prefix=kind == "once", micro_batch_tokens=tokens)
+            policy.config = replace(policy.config, trainer=trainer)
+            started = time.perf_counter()
+            policy.update(batch, loss, 1e-6)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+    best = {kind: min(seconds[1:]) for kind, seconds in times.items()}
+    rates = {kind: tokens / seconds for kind, seconds in best.items()}
+    return {"group": list(group), **rates, "ratio": rates["once"] / rates["each"]}
 
 
 def _reset_peak(on_gpu: bool) -> int:
