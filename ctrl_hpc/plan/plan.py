@@ -136,7 +136,7 @@ def plan(config: Config) -> Plan:
     work = Workload(
         data_size=data_size,
         tokens=config.trainer.micro_batch_tokens,
-        response_tokens=round(config.trainer.micro_batch_tokens * rl.max_tokens / length),
+        response_tokens=round(config.trainer.micro_batch_tokens * _response_share(config)),
         on_gpu=device == "cuda",
         reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
         value_network=rl.estimator == "gae",
@@ -173,6 +173,14 @@ def plan(config: Config) -> Plan:
         executor_workers=max(1, math.ceil(critiques / (rl_update_s * config.plan.executor_runs_per_s))),
         jobs=tuple(_jobs(config, ranks)),
     )
+
+
+def _response_share(config: Config) -> float:
+    """Share of a full micro-batch's tokens that are critiques': those of a draft may share their prompt."""
+    prompt, critique = config.plan.prompt_tokens, config.rl.max_tokens
+    room = (config.trainer.micro_batch_tokens - prompt) // critique
+    together = max(1, min(config.rl.group_size, room)) if config.trainer.shared_prefix else 1
+    return together * critique / (prompt + together * critique)
 
 
 def _architecture(model: str) -> tuple[Architecture, str]:
