@@ -15,9 +15,10 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "validation": ("validation",),
     "dev": ("validation",),
     "train": ("train",),
+    "train+validation": ("train", "validation"),
 }
 _PARTS["all"] = tuple(_HUB_SPLITS)
-SIZES = {"test": 500, "validation": 90, "train": 374, "all": 974}
+SIZES = {"test": 500, "validation": 90, "train": 374, "train+validation": 464, "all": 974}
 """Problems of each split; ``dev`` is another name of ``validation``."""
 
 
