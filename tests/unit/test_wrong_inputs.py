@@ -178,6 +178,10 @@ rl.max_staleness=-1              | rl.max_staleness: -1 is not allowed
 rl.importance_cap=0              | rl.importance_cap: 0.0 is not allowed
 rl.optimizer.lr=-1               | rl.optimizer.lr
 rl.optimizer.lr=fast             | rl.optimizer.lr
+rl.optimizer.lr=.inf             | rl.optimizer.lr: inf is not allowed; it must be finite
+rl.temperature=.nan              | rl.temperature: nan is not allowed; it must be finite
+tracking.writers=tensorboard     | tracking.writers: 'tensorboard' is not a list
+tracking.writers=[wandb]         | tracking.writers: Invalid value ['wandb'], expected one of
 rl.optimizer.schedule=step       | rl.optimizer.schedule
 rl.save_every=0                  | rl.save_every: 0 is not allowed
 sft.epochs=0                     | sft.epochs: 0 is not allowed
@@ -246,8 +250,11 @@ cluster=nowhere.yaml             | cluster: 'nowhere.yaml' is not a profile
 name=a/b                         | name: 'a/b' is not allowed; it must be a name without slashes
 name=                            | name
 seed=-1                          | seed: -1 is not allowed
+seed=99999999999999999999        | seed: 99999999999999999999 is not allowed; it must be less than 2**63
 seed=x                           | seed
 run_dir=file                     | {here}/file: is a file; choose another run_dir
+run_dir=loop                     | {here}/loop: is a link that leads nowhere; choose another run_dir
+run_dir=gone/x                   | {here}/gone: is a link that leads nowhere; choose another run_dir
 run_dir=file/x                   | {here}/file: is a file; choose another run_dir
 run_dir=other                    | {here}/other: is not a run directory and not empty
 =5                               | expected KEY=VALUE
@@ -303,6 +310,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone").symlink_to("nowhere")
     texts = {
         **{"file": "mine", "not_json.jsonl": "{'id': 1}\n", "list.yaml": "- a\n- b\n", "empty.yaml": ""},
         **{
