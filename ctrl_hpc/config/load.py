@@ -70,7 +70,7 @@ def load_with_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[C
         for key in _REMOVED:
             section, _, name = key.rpartition(".")
             OmegaConf.select(file.tree, section).pop(name, None)
-    extra = Layer(where="override", tree=OmegaConf.merge(*map(_override, overrides)) if overrides else {})
+    extra = Layer(where="override", tree=_worded(OmegaConf.merge(*map(_override, overrides))) if overrides else {})
     given = _merged(schema, [file, extra])
     chosen = any(text.startswith("cluster=") for text in overrides)
     # a run's own config.yaml says all that its profile, which may be gone, had said
@@ -153,7 +153,15 @@ def _file(path: Path) -> Layer:
         raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{path}: is not a configuration; expected KEY: VALUE on each line")
-    return Layer(where=str(path), tree=tree, lines=lines)
+    return Layer(where=str(path), tree=_worded(tree), lines=lines)
+
+
+def _worded(tree: Any) -> Any:
+    """A tree in which ``on`` and ``off`` are words where a key takes these: YAML 1.1 reads them as true and false."""
+    for key, fact in facts(Config).items():
+        if "on" in fact.choices and isinstance(OmegaConf.select(tree, key, throw_on_missing=False), bool):
+            OmegaConf.update(tree, key, "on" if OmegaConf.select(tree, key) else "off")
+    return tree
 
 
 def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:
