@@ -387,6 +387,9 @@ class EvalConfig:
     """Resamples of the confidence intervals."""
     stop_when_correct: bool = True
     """A draft judged Correct is kept and not critiqued again."""
+    ablate: bool = False
+    """Have the generator revise again with each sentence of a critique left out, for every draft that the first turn
+    fixed, and report the sentences on which the fixes hang. Costs a greedy revision and an execution a sentence."""
     models: Annotated[dict[str, PathName], Example("{gpt4o: 'https://api.openai.com/v1#gpt-4o'}")] = field(
         default_factory=dict
     )
