@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ def _is_whole(file: Any) -> bool:
     """Whether a file gives every section, as :func:`dump` writes them."""
     launch = file.get("launch")
     roles = {"trainer", "rollout", "executor"}
-    return {item.name for item in fields(Config)} <= set(file) and OmegaConf.is_dict(launch) and roles <= set(launch)
+    sections = {key for key, fact in facts(Config).items() if fact.is_section and "." not in key}
+    return sections <= set(file) and OmegaConf.is_dict(launch) and roles <= set(launch)
 
 
 def _file(path: Path) -> Layer:
