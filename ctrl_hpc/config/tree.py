@@ -13,6 +13,7 @@ from ctrl_hpc.config.machine import (
     ParallelConfig,
     PlanConfig,
     RolloutConfig,
+    TrackingConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -95,7 +96,9 @@ class Config:
     launch: Free[LaunchConfig] = field(default_factory=LaunchConfig)
     """Slurm or local."""
     wandb: Free[WandbConfig] = field(default_factory=WandbConfig)
-    """Tracking."""
+    """Tracking by wandb."""
+    tracking: Free[TrackingConfig] = field(default_factory=TrackingConfig)
+    """Tracking by others."""
 
     @property
     def generator_is_url(self) -> bool:
@@ -175,5 +178,12 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
         )
+    if config.rollout.engine != "builtin" and config.rl.publish == "delta":
+        raise ValueError(
+            f"rl.publish: delta is understood by servers of ours alone, and rollout.engine is "
+            f"{config.rollout.engine}; full"
+        )
+    if config.rollout.engine == "builtin" and config.rollout.tensor > 1:
+        raise ValueError(f"rollout.tensor: {config.rollout.tensor} needs rollout.engine=sglang or vllm")
     if config.generator_is_url and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")
