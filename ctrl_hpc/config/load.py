@@ -27,6 +27,11 @@ SHARE = _INSTALLED if _INSTALLED.is_dir() else ROOT
 _REMOVED = {"tiny.models": "generator and critic.model name the folders"}
 """Keys of earlier versions, which the configurations of old runs still hold (ignored there), and what to use now."""
 
+_ALWAYS = frozenset(
+    "data tiny prompts critic sample synthesize sft rl eval trainer parallel executor rollout launch wandb".split()
+)
+"""Sections that every version has had."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
@@ -136,11 +141,10 @@ def close_to(name: str, names: Sequence[str]) -> str:
 
 
 def _is_whole(file: Any) -> bool:
-    """Whether a file gives every section, as :func:`dump` writes them."""
+    """Whether a file gives every section, as :func:`dump` writes them; an earlier version's has not the newer ones."""
     launch = file.get("launch")
     roles = {"trainer", "rollout", "executor"}
-    sections = {key for key, fact in facts(Config).items() if fact.is_section and "." not in key}
-    return sections <= set(file) and OmegaConf.is_dict(launch) and roles <= set(launch)
+    return set(file) >= _ALWAYS and OmegaConf.is_dict(launch) and roles <= set(launch)
 
 
 def _file(path: Path) -> Layer:
