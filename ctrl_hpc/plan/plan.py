@@ -132,11 +132,12 @@ def plan(config: Config) -> Plan:
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    length = config.plan.prompt_tokens + rl.max_tokens
+    response = rl.max_tokens + config.critic.thought_tokens
+    length = config.plan.prompt_tokens + response
     work = Workload(
         data_size=data_size,
         tokens=config.trainer.micro_batch_tokens,
-        response_tokens=round(config.trainer.micro_batch_tokens * rl.max_tokens / length),
+        response_tokens=round(config.trainer.micro_batch_tokens * response / length),
         on_gpu=device == "cuda",
         reference_copy=rl.kl_coef > 0 and rl.reference == "copy",
         value_network=rl.estimator == "gae",
@@ -166,7 +167,7 @@ def plan(config: Config) -> Plan:
         sft_step_s=sft_step_s,
         sft_tokens_per_s=sft_tokens / sft_step_s,
         rl_update_s=rl_update_s,
-        rl_rollout_s=critiques * rl.max_tokens / (rollout_rate * max(1, servers)),
+        rl_rollout_s=critiques * response / (rollout_rate * max(1, servers)),
         rl_tokens_per_s=critiques * length / rl_update_s,
         max_staleness=rl.max_staleness,
         executor_workers=max(1, math.ceil(critiques / (rl_update_s * config.plan.executor_runs_per_s))),
