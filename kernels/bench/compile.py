@@ -63,6 +63,7 @@ class Configuration:
     warps: int
     elements: int = 0
     odd: frozenset[str] = field(default_factory=frozenset)
+    stages: int | None = None  # of a pipelined loop; None: the compiler's default
 
     def source(self) -> ASTSource:
         """What Triton's compiler takes."""
@@ -308,7 +309,10 @@ def _widest(instructions: list[str], kind: str) -> int:
 def resources(configuration: Configuration, target: str) -> Resources:
     """Compile a configuration for a target and read off what it takes."""
     gpu = TARGETS[target]
-    compiled = triton.compile(configuration.source(), target=gpu, options={"num_warps": configuration.warps})
+    options = {"num_warps": configuration.warps} | (
+        {"num_stages": configuration.stages} if configuration.stages else {}
+    )
+    compiled = triton.compile(configuration.source(), target=gpu, options=options)
     facts = {"name": configuration.name, "target": target, "shared_bytes": compiled.metadata.shared}
     if gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]

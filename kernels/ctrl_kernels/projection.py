@@ -135,12 +135,28 @@ class Projection:
         """Segments of the shard, empty ones included."""
         return segment_count(self.options.ranks)
 
-    def segments(self) -> Iterator[tuple[int, slice]]:
-        """Index and valid columns of every segment that has any."""
-        for index in range(self.segment_count):
+    def segments(self, together: int = 1) -> Iterator[tuple[int, slice]]:
+        """Index and valid columns of every segment that has any, or of so many neighbours at a time."""
+        for index in range(0, self.segment_count, together):
             begin = index * self.segment
             if begin < self.options.valid:
-                yield index, slice(begin, min(begin + self.segment, self.options.valid))
+                yield index, slice(begin, min(begin + together * self.segment, self.options.valid))
+
+    def together(self, tokens: int) -> int:
+        """How many neighbouring segments' gradient [n, columns] the workspace holds for all tokens at once.
+
+        Fewer and larger products fill more of their last waves, and add up the gradient of hidden states less often.
+        """
+        fitting = (
+            n
+            for n in range(self.segment_count, 1, -1)
+            if self.segment_count % n == 0 and len(self.chunks(tokens, self.gradient_bytes(n), whole_waves=True)) <= 1
+        )
+        return next(fitting, 1)
+
+    def gradient_bytes(self, together: int) -> int:
+        """Of a token's part in the gradient of so many segments, and of its hidden states."""
+        return self.weight.element_size() * (together * self.segment + self.weight.shape[1])
 
     def chunks(self, tokens: int, bytes_per_token: int, *, whole_waves: bool = False) -> list[slice]:
         """Even chunks of tokens, as few as the workspace allows.
@@ -162,11 +178,11 @@ class Projection:
             step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + ceil_div(tokens, n), -n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
-    def parts(self, chunk: slice, bytes_per_token: int) -> list[slice]:
-        """A chunk, of which each token takes so much, in even parts whose fp32 logits of a segment fit beside it."""
+    def parts(self, chunk: slice, bytes_per_token: int, together: int = 1) -> list[slice]:
+        """A chunk, of which each token takes so much, in even parts whose fp32 logits of segments fit beside it."""
         tokens, space = chunk.stop - chunk.start, self._workspace_bytes
         left = max(space - bytes_per_token * tokens, space // _LOGITS_PART)
-        most = max(1, left // (4 * self.segment) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+        most = max(1, left // (4 * together * self.segment) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
         step = _even(tokens, most)
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 

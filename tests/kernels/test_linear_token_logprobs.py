@@ -7,6 +7,7 @@ import ctrl_kernels
 import pytest
 import torch
 from ctrl_kernels import reference
+from ctrl_kernels.options import SoftmaxOptions
 from ctrl_kernels.projection import Projection
 from kernel_oracle import dense_logprobs, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,28 @@ class LargestTensor(TorchDispatchMode):
 
 def sevens(tokens: int) -> list[slice]:
     return [slice(i, min(i + 7, tokens)) for i in range(0, tokens, 7)]
+
+
+@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize(("tokens", "together"), [(100, 4), (250, 2), (500, 1), (900, 1)])
+def test_segments_go_together_as_far_as_the_workspace_holds_them(
+    tokens: int, together: int, save_logits: bool, device: torch.device
+) -> None:
+    """A MiB, a quarter of it for logits: 786432 bytes are 7864, 3145 and 1572 a token, and a segment 4 * (320 + 8)."""
+    hidden, weight, targets, upstream = problem(tokens, 8 * 320, 8, device)
+    targets[::5] = 1
+    shard = SoftmaxOptions().shard(len(weight))
+    projection = Projection(weight=weight, options=shard, workspace_mb=1)
+    assert projection.together(tokens) == together
+    columns = [s for _, s in projection.segments(together)]
+    assert [s.start for s in columns] == list(range(0, 2560, together * 320)) and columns[-1].stop == 2560
+    expected = exact(hidden, weight, targets, upstream)
+    outputs = ctrl_kernels.linear_token_logprobs(
+        hidden, weight, targets, return_entropy=True, save_logits=save_logits, workspace_mb=1, backend="triton"
+    )
+    found = torch.autograd.grad(outputs, (hidden, weight), list(upstream))
+    for a, b in zip((*outputs, *found), expected, strict=True):
+        assert relative_error(a, b) < 3e-6
 
 
 @pytest.fixture
