@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export OMP_WAIT_POLICY := PASSIVE
 RUN := .venv/bin
+BESIDE := -n 2 --dist loadfile  # two processes; what starts clusters or counts a machine's processes runs alone
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,11 +25,13 @@ lint: .venv/.ready  ## style and types
 	$(RUN)/mypy
 
 check: lint  ## lint, types and fast tests (3 minutes at most)
-	$(RUN)/pytest -m "not slow and not gpu"
+	$(RUN)/pytest $(BESIDE) -m "not slow and not gpu"
 
 test: lint  ## everything: lint, types and all tests (45 minutes at most)
 	scripts/setup-tests
-	$(RUN)/pytest
+	$(RUN)/pytest $(BESIDE) -m "not slow"
+	$(RUN)/pytest $(BESIDE) -m slow tests/unit tests/kernels
+	$(RUN)/pytest -m slow --ignore tests/unit --ignore tests/kernels
 
 docs: .venv/.ready  ## the documentation as a site, in build/site
 	$(RUN)/mkdocs build --quiet --strict

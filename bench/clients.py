@@ -16,7 +16,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ctrl_hpc.cluster.registry import Registry
+from ctrl_hpc.cluster.services import WATCH_S
 from ctrl_hpc.records import Execution, Limits, StdinTest
 from ctrl_hpc.sandbox.client import ExecutorClient
 
@@ -69,25 +70,46 @@ def _serve(count: int, ports: Connection) -> None:
 def fakes(count: int) -> Iterator[list[str]]:
     """URLs of so many fake executors in one process."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(count, theirs), daemon=True)
+    with _process(_serve, count, theirs):
+        yield [f"http://127.0.0.1:{port}" for port in ours.recv()]
+
+
+@contextmanager
+def _process(target: Callable[..., None], *arguments: object) -> Iterator[None]:
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
     process.start()
     try:
-        yield [f"http://127.0.0.1:{port}" for port in ours.recv()]
+        yield
     finally:
         process.terminate()
         process.join()
 
 
-def _registered(run_dir: Path, urls: Sequence[str]) -> Registry:
-    """A registry in which all of these are alive, and as many of another role."""
-    here = Registry(run_dir, heartbeat_s=3600)
-    for role in ("executor", "critic"):
-        with here.register(role, "", id="0"):
-            entry = json.loads((run_dir / "services" / role / "0.json").read_text())
-        for number, url in enumerate(urls):
-            text = json.dumps(entry | {"url": url, "id": str(number), "machine": "elsewhere"})
-            (run_dir / "services" / role / f"{number}.json").write_text(text)
-    return Registry(run_dir, dead_after_s=3600)
+@contextmanager
+def registered(urls: Sequence[str]) -> Iterator[Registry]:
+    """A registry in which all of these are alive, and as many of another role; a driver looks at them."""
+    with tempfile.TemporaryDirectory() as folder:
+        for role in ("executor", "critic"):
+            with Registry(folder, heartbeat_s=3600).register(role, "", id="0"):
+                entry = json.loads((Path(folder) / "services" / role / "0.json").read_text())
+            for number, url in enumerate(urls):
+                text = json.dumps(entry | {"url": url, "id": str(number), "machine": "elsewhere"})
+                (Path(folder) / "services" / role / f"{number}.json").write_text(text)
+        _look(Registry(folder, dead_after_s=3600))
+        with _process(_drive, folder):
+            yield Registry(folder, dead_after_s=3600)
+
+
+def _drive(folder: str) -> None:
+    registry = Registry(folder, dead_after_s=3600)
+    while True:
+        _look(registry)
+        time.sleep(WATCH_S)
+
+
+def _look(registry: Registry) -> None:
+    """What a driver does about once a second."""
+    registry.write_list(registry.census()[0])
 
 
 def _programs(count: int) -> list[Execution]:
@@ -121,8 +143,7 @@ class Cost:
 def measure(servers: int, programs: int, calls: int) -> Cost:
     """Medians of rounds in which the client and bare requests take turns."""
     rounds = []
-    with fakes(servers) as urls, tempfile.TemporaryDirectory() as folder:
-        registry = _registered(Path(folder), urls)
+    with fakes(servers) as urls, registered(urls) as registry:
         with ExecutorClient(lambda: registry.endpoints("executor")) as client:
             client.run_many(_programs(programs))
             for _ in range(ROUNDS):

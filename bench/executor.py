@@ -159,9 +159,8 @@ def _post(connection: http.client.HTTPConnection, path: str, body: str) -> dict:
     return json.loads(text)
 
 
-def batches(url: str, tests: int, size: int = 128) -> Scenario:
+def batches(executor: ExecutorClient, tests: int, size: int = 128) -> Scenario:
     """Our client with batches of ``size`` programs."""
-    executor = ExecutorClient(lambda: [url])
 
     def step() -> int:
         assert all(verdict.accepted for verdict in executor.run_many([_execution(tests) for _ in range(size)]))
@@ -203,6 +202,7 @@ def scenarios(stack: ExitStack, workers: int, beside: str | None = None) -> dict
     warm = stack.enter_context(Sandbox(workers=workers))
     fresh = stack.enter_context(Sandbox(workers=workers, fresh=True))
     url = stack.enter_context(service(workers))
+    client = stack.enter_context(ExecutorClient(lambda: [url]))
     found = {
         FLOOR: floor(workers),
         FLOOR_ALONE: floor(1),
@@ -218,7 +218,7 @@ def scenarios(stack: ExitStack, workers: int, beside: str | None = None) -> dict
         f"HTTP /run_code, {CLIENTS} clients": run_code(url),
         f"HTTP /run_tests, {CLIENTS} clients": run_tests(url, 1),
         f"HTTP /run_tests, {CLIENTS} clients, 10 tests": run_tests(url, 10),
-        "HTTP client, batches of 128 programs": batches(url, 1),
+        "HTTP client, batches of 128 programs": batches(client, 1),
     }
     return found if beside is None else {**found, BESIDE: run_code(beside)}
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import gzip
 import heapq
 import json
 import platform
@@ -90,7 +91,7 @@ def record(run_dir: str | Path, note: str) -> dict[str, Any]:
     from ctrl_hpc.records import Solution
 
     folder = Path(run_dir)
-    files = sorted((folder / "rl" / "rollouts").glob("step-*.jsonl"))
+    files = sorted((folder / "rl" / "rollouts").glob("step-*.jsonl.gz"))
     if not files:
         raise ValueError(f"{folder}: no rollouts recorded there; a trace needs a run whose RL is done")
     config = load(folder / "config.yaml")
@@ -257,7 +258,8 @@ def _first_of(keys: Iterable[tuple[str, str] | None]) -> list[bool]:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    content = file.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(content) if file.suffix == ".gz" else content).splitlines()]
 
 
 def main() -> None:

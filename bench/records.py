@@ -1,4 +1,4 @@
-"""Reading and writing records as JSON lines, in multiples of what the bare ``json`` module takes for the same lines.
+"""Reading and writing records as JSON lines, in multiples of what the bare ``json`` module takes; and their size.
 
 ``--against REVISION`` measures the codec as it was at a commit, beside today's and in turn with it.
 """
@@ -22,29 +22,31 @@ from rich.console import Console
 from rich.table import Table
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.train.rollouts import Rollout
+from ctrl_hpc.train.rollouts import Rollout, record_file, single_precision
 
-ROUNDS = 7
+ROUNDS, GROUP = 7, 8
 
 
 def rollouts(count: int, prompt_tokens: int, completion_tokens: int) -> list[Rollout]:
-    """Rollouts as training records them, of random tokens."""
+    """Rollouts as training records them, eight a draft, of random tokens and words: real ones compress better."""
     draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(2000)]
+    prompts = [tuple(draw.choices(range(150_000), k=prompt_tokens)) for _ in range(count // GROUP + 1)]
     return [
         Rollout(
-            solution_id=f"problem-{n}/0",
-            critique="The loop ends one step early.\n" * 40,
+            solution_id=f"problem-{n // GROUP}/0",
+            critique=" ".join(draw.choices(words, k=completion_tokens * 3 // 5)),
             judgement="incorrect",
             draft_accepted=False,
-            revision="```python\nprint(sum(map(int, input().split())))\n```\n" * 10,
+            revision=f"```python\n{' '.join(draw.choices(words, k=250))}\n```\n",
             kept=False,
             status="accepted",
             reward=1.0,
             reason="fix",
             masked=False,
-            prompt_ids=tuple(draw.randrange(150_000) for _ in range(prompt_tokens)),
-            token_ids=tuple(draw.randrange(150_000) for _ in range(completion_tokens)),
-            logprobs=tuple(-draw.expovariate(3.0) for _ in range(completion_tokens)),
+            prompt_ids=prompts[n // GROUP],
+            token_ids=tuple(draw.choices(range(150_000), k=completion_tokens)),
+            logprobs=tuple(single_precision(-draw.expovariate(3.0)) for _ in range(completion_tokens)),
             finish_reason="stop",
             version=n,
         )
@@ -104,12 +106,16 @@ def main() -> None:
                     began = time.process_time()
                     work()
                     kept.append(1000 * (time.process_time() - began))
+        zipped = record_file(Path(folder), 0)
+        jsonl.write(zipped, made)
+        sizes = [place.stat().st_size / 1e6 for place in (file, zipped)]
     table = Table("codec", "read, ms", "x json", "write, ms", "x json", title=f"{options.rollouts} rollouts")
     bare = [statistics.median(values) for values in times["bare json"]]
     for name, values in times.items():
         read, write = map(statistics.median, values)
         table.add_row(name, f"{read:.0f}", f"{read / bare[0]:.2f}", f"{write:.0f}", f"{write / bare[1]:.2f}")
     Console().print(table)
+    print(f"{sizes[0]:.1f} MB of lines, {sizes[1]:.1f} MB compressed, as they are recorded")
 
 
 if __name__ == "__main__":

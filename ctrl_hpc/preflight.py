@@ -26,6 +26,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
 from ctrl_hpc.run import directory
 from ctrl_hpc.sandbox.judge import COMPARISONS
+from ctrl_hpc.tracking import writers
 
 PATIENCE_S = 10.0
 """Longest wait for the answer of an endpoint."""
@@ -79,7 +80,7 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
         return
     for part in (_of_records, _of_data, _of_critics, _of_prompts):
         yield from _told(part, config, folder, todo)
-    for part in (_of_models, _of_devices, _of_disk):
+    for part in (_of_prompt_folder, _of_models, _of_devices, _of_disk, _of_writers):
         yield from _told(part, config, folder, todo, here=True)
     if config.launch.snapshot == "keep":  # a later start of a job: what failed meanwhile may come back
         return
@@ -117,7 +118,23 @@ def _of_critics(config: Config, folder: Path, todo: Sequence[str]) -> None:
 
 
 def _of_prompts(config: Config, folder: Path, todo: Sequence[str]) -> None:
-    Prompts.load(config.prompts.folder, config.prompts.system)
+    if not _is_absent(config.prompts.folder):
+        Prompts.load(config.prompts.folder, config.prompts.system)
+
+
+def _of_prompt_folder(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    place = config.prompts.folder
+    if _is_absent(place):
+        told = os.path.relpath(place) if Path(place).is_relative_to(Path.cwd()) else place
+        raise ValueError(
+            f"prompts.folder: {place} is no folder; critic-rl's wording is read into it by "
+            f"`ctrl-hpc prompts import CHECKOUT {told}`"
+        )
+
+
+def _is_absent(place: str) -> bool:
+    """Whether a path, unlike the name of packaged templates, leads nowhere."""
+    return Path(place).is_absolute() and not Path(place).exists()
 
 
 def _of_data(config: Config, folder: Path, todo: Sequence[str]) -> None:
@@ -164,11 +181,14 @@ def _of_models(config: Config, folder: Path, todo: Sequence[str]) -> None:
     if "eval" in todo:
         named = {name: place for name, place in config.eval.models.items() if name in config.eval.critics}
         places |= {f"eval.models.{name}": place for name, place in named.items() if not is_url(place)}
-    for key, place in places.items():
-        if not (Path(place) / "config.json").is_file():
-            raise ValueError(
+    missing = {place: key for key, place in reversed(places.items()) if not (Path(place) / "config.json").is_file()}
+    if missing:
+        raise ValueError(
+            "; ".join(
                 f"{key}: {place} is not a Hugging Face model folder (it holds no config.json){_hub(place)}"
+                for place, key in reversed(missing.items())
             )
+        )
 
 
 def _hub(place: str) -> str:
@@ -186,6 +206,10 @@ def _of_devices(config: Config, folder: Path, todo: Sequence[str]) -> None:
         resolve_device("trainer.device", "cuda")
     if {"critic", "generator"} & roles(config, todo) and config.rollout.device == "cuda":
         resolve_device("rollout.device", "cuda")
+
+
+def _of_writers(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    writers.check(config.tracking.writers)
 
 
 def _of_disk(config: Config, folder: Path, todo: Sequence[str]) -> None:
@@ -217,6 +241,8 @@ def _of_endpoints(config: Config, todo: Sequence[str]) -> Iterator[Finding]:
             text = f"rollout.critic_key_env: the environment variable {rollout.critic_key_env} is not set"
             yield Finding(text=text, here=True)
         asked |= {f"rollout.critic_urls: {url}": (url, "health", "") for url in rollout.critic_urls}
+    if "mlflow" in config.tracking.writers and is_url(config.tracking.mlflow_uri or ""):
+        asked["tracking.mlflow_uri"] = (config.tracking.mlflow_uri or "", "health", "")
     for key, (url, route, key_env) in asked.items():
         told = _unreachable(url, route, key_env)
         if told:

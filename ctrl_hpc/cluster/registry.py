@@ -5,6 +5,9 @@ not changed for ``dead_after_s`` (by the reader's own clock, so that clocks may 
 once when its process is gone. A heartbeat needs no space, so that a full disk stops none; while a disk does not
 answer, nobody is silent.
 
+Who asks the services reads one file, in which the driver says who is alive, whatever their number; the services' own
+files only where no driver keeps that one up.
+
 A process whose entry another process has taken over leaves at once: Slurm starts a job again when its node is lost,
 and what was taken for lost may still run.
 """
@@ -18,7 +21,7 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +34,10 @@ _SUPERSEDED = 76
 """Exit code of a process whose entry another one has taken over."""
 _CACHE_S = 0.2
 _MOST_CHARACTERS = 1 << 16
+_INDEX = "alive.json"
+_INDEX_S = 6.0
+"""The driver's list of the living is believed for so long after it was renewed, which is done about once a second."""
+_MOST_INDEX_CHARACTERS = 1 << 26
 _LOOK_S = 2.0
 """What a look takes at most; a longer one waited for the disk, as the heartbeats did, and is no silence."""
 
@@ -137,6 +144,9 @@ class Registry:
         self._silences = _Silences()
         self._entries: dict[Path, Service] = {}
         self._cache: dict[str, tuple[float, list[Service]]] = {}
+        self._index: tuple[float, list[Service]] = (0.0, [])
+        """Time and content of the list of the living, as it was read last."""
+        self._written = ""
         self._lock = threading.Lock()
 
     def register(
@@ -168,8 +178,42 @@ class Registry:
         return Registration(self.folder / role / f"{id}.json", service, self._heartbeat_s, healthy)
 
     def endpoints(self, role: str) -> list[str]:
-        """URLs of the services of a role that are alive, in a stable order."""
-        return [service.url for service in self.services(role) if service.url]
+        """URLs of the living services of a role, in a stable order: by the driver's list, where it is kept up."""
+        with self._lock:
+            listed = self._listed()
+        found = self.services(role) if listed is None else [service for service in listed if service.role == role]
+        return [service.url for service in found if service.url]
+
+    def write_list(self, living: Sequence[Service]) -> None:
+        """Tell all who ask ``endpoints`` who is alive; to be renewed all the time. One process of a run does it."""
+        text = json.dumps([{name: value for name, value in asdict(item).items() if name != "beat"} for item in living])
+        file = self.folder / _INDEX
+        if text == self._written:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(file)
+                return
+        jsonl.write_text(file, text)
+        self._written = text
+
+    def remove_list(self) -> None:
+        """Nobody keeps the list up from now on."""
+        (self.folder / _INDEX).unlink(missing_ok=True)
+
+    def _listed(self) -> list[Service] | None:
+        """The services that the driver says are alive; None where no driver says so now."""
+        file, began = self.folder / _INDEX, time.monotonic()
+        found = _read_json(file, _MOST_INDEX_CHARACTERS, self._index[0])
+        self._silences.excuse(time.monotonic() - began)
+        if found is None:
+            return None
+        data, beat = found
+        if beat != self._index[0]:
+            if not isinstance(data, list):
+                return None
+            self._index = (beat, [service for item in data if (service := _service(item, beat)) is not None])
+        if self._silences.of(file, beat, abs(time.time() - beat)) > _INDEX_S:
+            return None
+        return [service for service in self._index[1] if not _is_gone(service)]
 
     def services(self, role: str = "*") -> list[Service]:
         """Every service that is alive, of one role or of all."""
@@ -211,7 +255,7 @@ class Registry:
         return list(out.items())
 
     def _is_alive(self, file: Path, service: Service) -> bool:
-        if service.machine == processes.machine() and not processes.is_running(service.pid, service.started):
+        if _is_gone(service):
             return False
         # first sight: trust the clocks once, but only for how old the beat is
         age_s = max(0.0, time.time() - service.beat)
@@ -237,7 +281,7 @@ class DriverWatch:
         if driver is not None:
             if driver.session != self._session:
                 return False
-            if driver.machine == processes.machine() and not processes.is_running(driver.pid, driver.started):
+            if _is_gone(driver):
                 return False
             self._beat = driver.beat
         return self._silences.of(self._file, self._beat, 0.0) < self._dead_after_s
@@ -251,19 +295,31 @@ def new_session() -> str:
 def read_entry(file: Path, known: Service | None = None) -> Service | None:
     """An entry, ``known`` where its time is the same; None when it is gone, is no entry (as while it is replaced on a
     file system without atomic renames), or another user wrote it."""
+    found = _read_json(file, _MOST_CHARACTERS, None if known is None else known.beat)
+    if found is None or (known is not None and found[1] == known.beat):
+        return None if found is None else known
+    return _service(*found)
+
+
+def _read_json(file: Path, most: int, known: float | None) -> tuple[Any, float] | None:
+    """What a file holds, None where its time is ``known`` already, and its time; None when it cannot be believed."""
     try:
         # opened, and so asked anew of a file system that caches times
         with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as text:
             info = os.fstat(text.fileno())
             beat = info.st_mtime_ns / 1e9
-            if known is not None and known.beat == beat:
-                return known
+            if known == beat:
+                return None, beat
             if not (stat.S_ISREG(info.st_mode) and access.is_ours(info)):
                 return None
-            data: Any = json.loads(text.read(_MOST_CHARACTERS))
+            return json.loads(text.read(most)), beat
     except (OSError, ValueError, RecursionError):
         return None
-    return _service(data, beat)
+
+
+def _is_gone(service: Service) -> bool:
+    """Whether a service's process has ended, as far as this machine knows."""
+    return service.machine == processes.machine() and not processes.is_running(service.pid, service.started)
 
 
 def _service(data: Any, beat: float) -> Service | None:

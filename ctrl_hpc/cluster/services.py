@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,6 +29,8 @@ POLL_S = 0.2
 """Seconds between looks while arrays start."""
 WATCH_S = 1.0
 """Seconds between looks afterwards."""
+LONGEST_WATCH_S = 4.0
+"""Of many services a look takes long: the pause after it is longer then, up to this."""
 STUCK_S = 45.0
 """An array that has not come up for so long is reported, again and again."""
 
@@ -63,6 +66,7 @@ class Services:
         self.refuse_second_driver()
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
+        self.registry.remove_list()
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
         if changed:
             console.print(changed, highlight=False, soft_wrap=True)
@@ -105,6 +109,8 @@ class Services:
         Raises RuntimeError (one line, with the log's path) when an array fails.
         """
         self._wait_for_first([role for role in set(roles) - self._served if self._arrays[role]])
+        with self._lock, contextlib.suppress(OSError):  # a full disk: the next look tries again
+            self.registry.write_list(self.registry.census()[0])
 
     def keep(self, roles: Iterable[str]) -> None:
         """End the arrays of all other roles, which nothing will ask again; does not wait for their end."""
@@ -127,6 +133,7 @@ class Services:
             self._arrays = {}
             self.jobs.end(jobs)
             self.registry.remove(lambda service: service.role == "driver")
+            self.registry.remove_list()
         if self._driver is not None:
             self._driver.close()
             self._driver = None
@@ -215,8 +222,9 @@ class Services:
 
     def _watch(self) -> None:
         """Start dead elements again, until the end."""
-        told = 0.0
-        while not self._ended.wait(WATCH_S):
+        told, pause_s = 0.0, WATCH_S
+        while not self._ended.wait(pause_s):
+            began = time.monotonic()
             try:
                 self._look()
             except (OSError, subprocess.SubprocessError, submitit.core.utils.FailedJobError) as error:
@@ -227,6 +235,7 @@ class Services:
                     console.print(
                         f"services: lost elements cannot be started again now: {reason} ({self.jobs.log_dir})"
                     )
+            pause_s = max(WATCH_S, min(LONGEST_WATCH_S, 5 * (time.monotonic() - began)))
 
     def _look(self) -> None:
         living, dead = self.registry.census()
@@ -235,6 +244,7 @@ class Services:
         with self._lock:
             if self._ended.is_set():
                 return
+            self.registry.write_list(living)
             for role, jobs in self._arrays.items():
                 for job in list(jobs):
                     if (role, job.id) in alive:

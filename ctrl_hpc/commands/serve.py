@@ -1,10 +1,11 @@
-"""``ctrl-hpc serve``: one service by hand, an executor or a rollout server."""
+"""``ctrl-hpc serve``: one service by hand, an executor, a rollout server or a critic that judges."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from ctrl_hpc.commands.output import place
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The two kinds of services, and their arguments."""
+    """The kinds of services, and their arguments."""
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     executor = kinds.add_parser("executor", help="SandboxFusion's routes over nsjail workers")
     executor.add_argument("--workers", type=_positive, default=2, help="jails; about one a core")
@@ -43,10 +44,30 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--max-batch-tokens", type=_positive, default=65536, help="largest padded batch (default: 65536)"
     )
     rollout.set_defaults(command=_rollout)
-    for kind in (executor, rollout):
+    judge = kinds.add_parser("judge", help="critiques, and the probability that a program is right")
+    _judge_arguments(judge)
+    for kind in (executor, rollout, judge):
         kind.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
         kind.add_argument("--token-env", default=None, help="environment variable with the bearer token to ask for")
         kind.add_argument("--port", type=int, required=True, help="port; 0: any free one")
+
+
+def _judge_arguments(judge: argparse.ArgumentParser) -> None:
+    judge.add_argument("--model", required=True, help="the critic: Hugging Face folder, or URL#MODEL of an endpoint")
+    judge.add_argument("--prompts", default="default", help="its templates: default, ctrl, tiny or a folder")
+    judge.add_argument("--critique-prefix", default="", metavar="TEXT", help="what every critique begins with")
+    judge.add_argument("--calibration", type=Path, default=None, metavar="FILE", help="made by ctrl-hpc calibrate")
+    judge.add_argument("--cache", type=place, default=None, help="folder of answers kept for later (default: none)")
+    judge.add_argument("--threads", type=_positive, default=2, help="CPU threads")
+    judge.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: cuda if there is one")
+    judge.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    judge.add_argument(
+        "--batching", choices=["padded", "continuous"], default="padded", help="continuous: no token probabilities"
+    )
+    judge.add_argument(
+        "--max-batch-tokens", type=_positive, default=65536, help="largest padded batch (default: 65536)"
+    )
+    judge.set_defaults(command=_judge)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -69,7 +90,7 @@ _positive.__name__ = "int"  # argparse names the type of what is no number by it
 def _executor(options: argparse.Namespace) -> int:
     from ctrl_hpc.sandbox.server import serve
 
-    with _token(options) as access:
+    with _token(options) as access, _keys_as_options():
         serve(
             host=options.host,
             port=options.port,
@@ -84,6 +105,15 @@ def _executor(options: argparse.Namespace) -> int:
             max_body_bytes=options.max_body_mb << 20,
         )
     return 0
+
+
+@contextlib.contextmanager
+def _keys_as_options() -> Iterator[None]:
+    """What the executor says of a configuration's keys is said of the options that stand for them here."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bexecutor\.(?=python|packages|testlib)", "--", str(error))) from None
 
 
 def _rollout(options: argparse.Namespace) -> int:
@@ -102,6 +132,27 @@ def _rollout(options: argparse.Namespace) -> int:
             max_batch_tokens=options.max_batch_tokens,
             **access,
         )
+    return 0
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from ctrl_hpc.config.machine import resolve_device
+    from ctrl_hpc.judge.server import Options, serve
+
+    asked = Options(
+        model=options.model,
+        prompts=options.prompts,
+        critique_prefix=options.critique_prefix,
+        calibration=options.calibration,
+        cache=None if options.cache is None else Path(options.cache),
+        threads=options.threads,
+        device=resolve_device("--device", options.device),
+        dtype=options.dtype,
+        batching=options.batching,
+        max_batch_tokens=options.max_batch_tokens,
+    )
+    with _token(options) as access:
+        serve(asked, host=options.host, port=options.port, **access)
     return 0
 
 

@@ -11,11 +11,14 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from pathlib import Path
+from math import inf
 from types import GenericAlias, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from ctrl_hpc.config.functions import is_function
+from ctrl_hpc.config.objectives import is_schedule
 
 T = TypeVar("T")
 
@@ -53,17 +56,18 @@ class Example:
     text: str
 
 
-def _is_function(place: str) -> bool:
-    file, _, function = place.rpartition(":")
-    return file.endswith(".py") and Path(file).is_file() and function.isidentifier()
-
-
 Positive = Annotated[T, Gt(0)]
 NotNegative = Annotated[T, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Free = Annotated[T, IsFree()]
 PathName = Annotated[str, IsPath()]
-FunctionName = Annotated[str, IsPath(function=True), Must(_is_function, "be FILE.py:FUNCTION of a file that exists")]
+_OR_STAGES = "or be such numbers from steps on, as 1@0,0@50"
+Number = int | float | str
+"""Of a scheduled coefficient: a number, or ``VALUE@STEP, ...``; OmegaConf wants all three named."""
+Scheduled = Annotated[Number, Must(lambda v: is_schedule(v, -inf, inf), f"be a number, {_OR_STAGES}")]
+ScheduledShare = Annotated[Number, Must(lambda v: is_schedule(v, 0, 1), f"lie in [0, 1], {_OR_STAGES}")]
+ScheduledPenalty = Annotated[Number, Must(lambda v: is_schedule(v, 0, inf), f"be 0 or greater, {_OR_STAGES}")]
+FunctionName = Annotated[str, IsPath(function=True), Must(is_function, "be FILE.py:FUNCTION of a file that exists")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +180,8 @@ def _unwrapped(hint: Any) -> tuple[Any, bool, tuple[Any, ...], tuple[Any, ...]]:
         kind, optional, marks, each = _unwrapped(arguments[0])
         return kind, optional, (*marks, *hint.__metadata__), each
     if origin in (Union, UnionType):
+        if set(arguments) == {int, float, str}:  # a number, or a schedule of numbers
+            return float, False, (), ()
         (inner,) = (item for item in arguments if item is not type(None))
         kind, _, marks, each = _unwrapped(inner)
         return kind, True, marks, each

@@ -11,7 +11,21 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from ctrl_hpc.config.facts import Example, Free, IsPath, Must, NotNegative, PathName, Positive, Share
+from ctrl_hpc.config.facts import (
+    Example,
+    Free,
+    FunctionName,
+    IsPath,
+    Must,
+    NotNegative,
+    PathName,
+    Positive,
+    Scheduled,
+    ScheduledPenalty,
+    ScheduledShare,
+    Share,
+)
+from ctrl_hpc.config.objectives import LOSSES, is_loss
 from ctrl_hpc.records import TRANSITIONS
 
 _IS_TREE = Must(
@@ -20,6 +34,9 @@ _IS_TREE = Must(
 _IS_TRANSITIONS = Must(
     lambda rewards: not rewards or set(rewards) == set(TRANSITIONS), f"be a number for each of {', '.join(TRANSITIONS)}"
 )
+
+_IS_LOSS = Must(is_loss, f"be one of {', '.join(LOSSES)}, or FILE.py:FUNCTION of a file that exists")
+_IS_INTERVAL = Must(lambda ends: not ends or (len(ends) == 2 and ends[0] < ends[1]), "be two numbers, the lower first")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,45 +233,78 @@ class RLConfig:
     """Longest revision in tokens; revisions are greedy."""
     minibatches: Positive[int] = 4
     """Optimizer steps a rollout step."""
-    estimator: Literal["grpo", "dr_grpo", "rloo", "gae"] = "grpo"
-    """How rewards become advantages: within the group (``ctrl_kernels.group_advantages``), or by a value network that
-    is trained beside (``gae``: PPO)."""
+    estimator: Literal["grpo", "dr_grpo", "rloo", "opo", "pass_k", "reinforce_pp", "reinforce_pp_baseline", "gae"] = (
+        "grpo"
+    )
+    """How rewards become advantages: within the group (``ctrl_hpc.train.advantages``), over the whole step
+    (``reinforce_pp``), or by a value network that is trained beside (``gae``: PPO)."""
+    pass_k: Annotated[int, Gt(1)] = 4
+    """For ``pass_k``: critiques of which the best one counts; fewer than ``group_size``."""
     gae_gamma: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """Discount a token, for ``gae``."""
+    """Discount a token, for ``gae`` and ``reinforce_pp``."""
     gae_lambda: Share = 0.95
     """Decay of the temporal differences, for ``gae``."""
     value_clip: Positive[float] = 0.2
     """Largest move of a value in one update that lowers its loss, for ``gae``."""
     value_optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5, schedule="constant"))
     """AdamW of the value network, for ``gae``."""
+    loss: Annotated[str, IsPath(function=True), _IS_LOSS, Example("clip_cov")] = "clip"
+    """The policy loss: a name of ``ctrl_hpc.config.objectives.LOSSES``, or FILE.py:FUNCTION of one's own."""
     clip_low: NotNegative[float] = 0.2
-    """Lower clip range of the probability ratio."""
+    """How far the probability ratio may fall below 1, at most 1; for ``dppo`` how far a probability may fall, for
+    ``gmpo`` the log-ratio."""
     clip_high: NotNegative[float] = 0.2
-    """Upper clip range of the probability ratio."""
+    """How far it may rise, likewise."""
     dual_clip: Annotated[float, Gt(1)] | None = None
-    """Dual clip for negative advantages; None: off."""
+    """Dual clip for negative advantages (``clip``, ``clip_cov``, ``gspo_token``); None: off."""
+    ratio_cap: Positive[float] | None = None
+    """Largest ratio that counts, for ``dppo``; None: no limit."""
+    tau_positive: Positive[float] = 1.0
+    """Steepness of the gate of ``sapo`` where the advantage is positive."""
+    tau_negative: Positive[float] = 1.05
+    """Steepness of that gate elsewhere."""
+    cov_fraction: Annotated[float, Interval(gt=0, le=1)] = 2e-4
+    """Share of a minibatch's tokens, at least one, that ``clip_cov`` and ``kl_cov`` treat apart."""
+    cov_bounds: Annotated[tuple[float, ...], _IS_INTERVAL] = (1.0, 5.0)
+    """Covariances between which ``clip_cov`` draws them."""
+    cov_coef: NotNegative[float] = 1.0
+    """Weight of the penalty of ``kl_cov``."""
     ratio: Literal["token", "sequence"] = "token"
-    """Probability ratio of a token, or of a whole critique."""
+    """Probability ratio of a token, or of a whole critique, for ``clip`` and ``clip_cov``."""
     aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
     """How token losses become one number."""
     kl_coef: NotNegative[float] = 1e-3
     """Weight of the KL divergence to the SFT critic; 0: no reference model."""
     kl_estimator: Literal["k2", "k3"] = "k3"
     """Estimator of that divergence, part of the loss: k2's expected gradient is that of KL(policy || SFT critic), k3's
-    that of KL(SFT critic || policy). The gradient of k1, the log-ratio itself, is zero in expectation: not allowed."""
+    that of KL(SFT critic || policy), the forward one. k3 is held at 10 and has no gradient beyond: where the policy
+    gives a token less than 1/13.6 of the SFT critic's probability, or more than 60000 times it. The gradient of k1, the
+    log-ratio itself, is zero in expectation: not allowed."""
     entropy_coef: NotNegative[float] = 0.0
     """Weight of the entropy bonus."""
-    verdict_coef: Share = 0.0
-    """Weight of the reward for a right judgement (Critique-RL, RefCritic); 0 is the paper's reward."""
+    turns: Positive[int] = 1
+    """Critique-revision turns of an episode at most: each revision is the next turn's draft, and each turn's critique a
+    sample, compared with those of the same draft and turn. A critique that judges correct ends its episode."""
+    turn_reward: Literal["last", "each", "gain"] = "last"
+    """What a turn's critique earns: what the episode's last one did (``last``); the mean of its own and the later
+    ones', where a last one counts for all turns after it (``each``); or how much more than the turn before, later gains
+    included (``gain``)."""
+    turn_discount: Share = 1.0
+    """Weight of the next turn's reward against a turn's own."""
+    reward: FunctionName | None = None
+    """FILE.py:FUNCTION in place of the reward that the keys below make; None: those."""
+    verdict_coef: ScheduledShare = 0.0
+    """Weight of the reward for a right judgement (Critique-RL, RefCritic); 0 is the paper's reward. As the other
+    coefficients of the reward a number, or a schedule: ``1@0,0@50`` is 1 from step 0 on and 0 from step 50 on."""
     transition_reward: Annotated[
-        dict[str, float], _IS_TRANSITIONS, Example("{fix: 1, keep: 1, break: -1, stuck: 0}")
+        dict[str, Scheduled], _IS_TRANSITIONS, Example("{fix: 1, keep: 1, break: -1, stuck: 0}")
     ] = field(default_factory=dict)
     """Reward of what became of the draft, in place of 1 or 0 for a revision that passes or not (ReCrit): a number for
     each of fix, keep, break and stuck; empty: the paper's reward."""
-    verdict_only_share: Share = 0.0
+    verdict_only_share: ScheduledShare = 0.0
     """Share of a step's drafts whose critiques are rewarded for the judgement alone, without a revision
     (Critique-Coder: 0.2)."""
-    leak_penalty: NotNegative[float] = 0.0
+    leak_penalty: ScheduledPenalty = 0.0
     """Taken off the reward of a critique that gives the corrected program away."""
     stop_at_first_failure: bool = True
     """Run a revision's tests up to the first that fails, as rewards need no more: an endless loop costs one time limit,
@@ -273,7 +323,12 @@ class RLConfig:
     """Chunks of a step on their way at a time."""
     importance_cap: Positive[float] | None = None
     """Cap of the importance weights that correct for rollouts by older weights or another engine (truncated importance
-    sampling); None: no correction."""
+    sampling); None: none, and without ``importance_bounds`` no correction."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose importance weight: a token's, its critique's, or the geometric mean over its critique."""
+    importance_bounds: Annotated[tuple[NotNegative[float], ...], _IS_INTERVAL, Example("[0.5,5]")] = ()
+    """Weights outside are 0: masked importance sampling (``sequence``, ``geometric``), IcePop (``token``); empty: none
+    is masked."""
     refill_rounds: NotNegative[int] = 0
     """Times a step draws more drafts in place of those whose critiques all earned the same; 0: they are skipped in the
     update."""
@@ -318,6 +373,9 @@ class EvalConfig:
     """Resamples of the confidence intervals."""
     stop_when_correct: bool = True
     """A draft judged Correct is kept and not critiqued again."""
+    ablate: bool = False
+    """Have the generator revise again with each sentence of a critique left out, for every draft that the first turn
+    fixed, and report the sentences on which the fixes hang. Costs a greedy revision and an execution a sentence."""
     models: Annotated[dict[str, PathName], Example("{gpt4o: 'https://api.openai.com/v1#gpt-4o'}")] = field(
         default_factory=dict
     )

@@ -13,6 +13,7 @@ from ctrl_hpc.config.machine import (
     ParallelConfig,
     PlanConfig,
     RolloutConfig,
+    TrackingConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -28,6 +29,7 @@ from ctrl_hpc.config.method import (
     SynthesizeConfig,
     TinyConfig,
 )
+from ctrl_hpc.config.objectives import LOSSES
 from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.records import CLOSE_ROOM
 
@@ -90,7 +92,9 @@ class Config:
     launch: Free[LaunchConfig] = field(default_factory=LaunchConfig)
     """Slurm or local."""
     wandb: Free[WandbConfig] = field(default_factory=WandbConfig)
-    """Tracking."""
+    """Tracking by wandb."""
+    tracking: Free[TrackingConfig] = field(default_factory=TrackingConfig)
+    """Tracking by others."""
 
     @property
     def generator_is_url(self) -> bool:
@@ -123,6 +127,19 @@ def check(config: Config) -> None:
     _check_combinations(config)
 
 
+def _check_objective(rl: RLConfig) -> None:
+    if rl.estimator not in ("gae", "reinforce_pp") and rl.group_size == 1:
+        raise ValueError(f"rl.group_size: 1 gives {rl.estimator} no advantage; at least 2, or rl.estimator=gae")
+    if rl.estimator == "pass_k" and rl.pass_k >= rl.group_size:
+        raise ValueError(f"rl.pass_k: {rl.pass_k} must be less than rl.group_size={rl.group_size}")
+    for key, off in (("ratio", "token"), ("dual_clip", None), ("ratio_cap", None)):
+        users = [name for name, objective in LOSSES.items() if key in objective.keys]
+        if getattr(rl, key) != off and rl.loss not in users:
+            raise ValueError(f"rl.{key}: goes with rl.loss={' or '.join(users)}, not {rl.loss}")
+    if rl.clip_low > 1 and rl.loss not in ("dppo", "gmpo"):
+        raise ValueError(f"rl.clip_low: {rl.clip_low} leaves no ratio above 0; at most 1")
+
+
 def _check_combinations(config: Config) -> None:
     lengths = {"synthesize": config.synthesize.max_tokens, "rl": config.rl.max_tokens, "eval": config.eval.max_tokens}
     for section, length in lengths.items():
@@ -132,8 +149,7 @@ def _check_combinations(config: Config) -> None:
                 "raise it, or leave that empty"
             )
     config.parallel.check(config.trainer.nodes * config.trainer.ranks_per_node)
-    if config.rl.estimator != "gae" and config.rl.group_size == 1:
-        raise ValueError(f"rl.group_size: 1 gives {config.rl.estimator} no advantage; at least 2, or rl.estimator=gae")
+    _check_objective(config.rl)
     samples = config.rl.prompts_per_step * config.rl.group_size
     if samples < config.rl.minibatches:
         raise ValueError(f"rl.minibatches: {config.rl.minibatches} is more than the {samples} critiques of a step")
@@ -145,5 +161,12 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
         )
+    if config.rollout.engine != "builtin" and config.rl.publish == "delta":
+        raise ValueError(
+            f"rl.publish: delta is understood by servers of ours alone, and rollout.engine is "
+            f"{config.rollout.engine}; full"
+        )
+    if config.rollout.engine == "builtin" and config.rollout.tensor > 1:
+        raise ValueError(f"rollout.tensor: {config.rollout.tensor} needs rollout.engine=sglang or vllm")
     if config.generator_is_url and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

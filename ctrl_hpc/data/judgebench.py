@@ -19,23 +19,22 @@ _CATEGORIES = {
     "livebench-math": "math",
     "livecodebench": "coding",
 }
-"""Category by the beginning of the source's name."""
+"""Category by the beginning of the source's name; another source, of pairs of one's own, is its own category."""
 
 
 def load(path: str | None, split: str) -> list[Pair]:
     """The pairs of a split, ``gpt`` or ``claude``; those that cannot be read are left out and named on stderr."""
     table.require_split("judgebench", split, *SIZES)
-    loaded = table.collect(table.rows(path, hub="ScalerLab/JudgeBench", split=split), _pair)
+    loaded = table.collect(table.rows(path, hub="ScalerLab/JudgeBench", split=split), pair_of)
     for line in table.lines(loaded.left_out):
         print(f"judgebench: {line}", file=sys.stderr)
     return loaded.items
 
 
-def _pair(row: table.Row) -> Pair:
+def pair_of(row: table.Row) -> Pair:
+    """A row of the data set; raises ValueError for one that is not as published."""
     source, label = row.text("source"), row.text("label")
-    category = next((name for start, name in _CATEGORIES.items() if source.startswith(start)), None)
-    if category is None:
-        raise ValueError(f"{row.where}: source: {source!r} is not known; it begins with {', '.join(_CATEGORIES)}")
+    category = next((name for start, name in _CATEGORIES.items() if source.startswith(start)), source)
     right: dict[str, Literal["A", "B"]] = {"A>B": "A", "B>A": "B"}
     if label not in right:
         raise ValueError(f"{row.where}: label: {label!r} is not one of {', '.join(right)}")

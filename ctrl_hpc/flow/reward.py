@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ctrl_hpc.flow.text import extract_program
-from ctrl_hpc.records import Critique, Judgement, Revision, Reward, Solution, Verdict
+from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Reward, Solution, Verdict
 
 _WHOLE_LINES = 5
 """Lines of code in one block from which on a critique is taken to hold a program."""
@@ -55,6 +56,7 @@ REASONS: dict[str, str] = {
     "unsupported": "the revision returns something that the tests cannot judge",
     "verdict_right": "asked for the judgement alone, which agrees with the draft's verdict",
     "verdict_wrong": "asked for the judgement alone, which does not agree with it",
+    "reward_error": "the function of rl.reward failed: the sample is masked out of its group",
     "sandbox_error": "the environment failed: the sample is masked out of its group",
 }
 """Every reason a reward can have."""
@@ -108,6 +110,27 @@ def score(
     judged = agrees(critique.judgement, draft.accepted)
     value = (1.0 - verdict_coef) * outcome + verdict_coef * judged - penalty
     return Reward(critique_id=critique.id, value=value, reason=_reason(revision, revision.verdict), leaked=leaked)
+
+
+type Function = Callable[[Problem, Solution, Critique, Revision], float]
+"""A reward of the user's own, from executed records."""
+
+
+def score_by(function: Function, problem: Problem, draft: Solution, critique: Critique, revision: Revision) -> Reward:
+    """What a critique earned by a function of the user's own.
+
+    An environment's fault is masked and the function not asked; what it gives a critique without a judgement counts
+    only below 0. Raises whatever it raises, and ValueError when it gives no finite number.
+    """
+    assert revision.verdict is not None and draft.verdict is not None, f"{critique.id} has not been executed"
+    if "sandbox_error" in (revision.verdict.status, draft.verdict.status):
+        return Reward(critique_id=critique.id, value=0.0, reason="sandbox_error", masked=True)
+    value = float(function(problem, draft, critique, revision))
+    if not math.isfinite(value):
+        raise ValueError(f"it gave {value}")
+    if critique.judgement is None:
+        return Reward(critique_id=critique.id, value=min(0.0, value), reason="no_judgement")
+    return Reward(critique_id=critique.id, value=value, reason=_reason(revision, revision.verdict))
 
 
 def score_verdict(critique: Critique, draft: Verdict) -> Reward:

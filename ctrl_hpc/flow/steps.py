@@ -188,10 +188,10 @@ def _closed(
             0 < len(generation.token_ids) < sampling.max_tokens - CLOSE_ROOM
         )
         if item.judgement is None and not at_the_end_of_its_positions:
-            seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.first + i, j, 1)
+            seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.number(i), j, 1)
             rows.append(row)
             begun.append(generation)
-            how.append(replace(sampling, n=1, first=0, seed=seed, max_tokens=CLOSE_ROOM))
+            how.append(replace(sampling, n=1, first=0, rows=(), seed=seed, max_tokens=CLOSE_ROOM))
     if not rows:
         return list(critiques)
     text = "\n\n" + prompts.critique_close

@@ -142,7 +142,7 @@ def plan(config: Config) -> Plan:
         value_network=rl.estimator == "gae",
     )
     flops = (config.plan.trainer_tflops or _TFLOPS[device]) * 1e12 * ranks
-    critiques = rl.prompts_per_step * rl.group_size
+    critiques = rl.prompts_per_step * rl.group_size * rl.turns  # at most: an episode may end before its last turn
     # Forward and backward are 6 parts; the old policy's log-probs of all but the first minibatch, and the reference's,
     # are a forward pass each; a value network does all of that again.
     passes = 6 + 2 * (1 - 1 / rl.minibatches) + (2 if rl.kl_coef else 0) + (8 if rl.estimator == "gae" else 0)

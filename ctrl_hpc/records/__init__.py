@@ -412,6 +412,12 @@ class Sampling:
     """Completion j of chat i is drawn with a seed derived from (seed, i, j), whatever the batch it is decoded in."""
     first: int = 0
     """The number i of a call's first chat: a part of a call is drawn as it would be in the whole."""
+    rows: tuple[int, ...] = ()
+    """The number i of each chat, where they do not follow each other; empty: they do, from ``first`` on."""
+
+    def number(self, index: int) -> int:
+        """The number i of the chat at an index of the call."""
+        return self.rows[index] if self.rows else self.first + index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -501,6 +507,30 @@ class Pair:
     right: Literal["A", "B"]
     provenance: str | None = None
     """File and line, or row of the hub's data set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelledAnswers:
+    """A question of a benchmark of critics, with answers of which it is known what they are worth."""
+
+    id: str
+    category: str
+    question: str
+    answers: tuple[str, ...]
+    worth: tuple[float, ...]
+    """Of each answer, in [0, 1]: 1 is right, 0 is wrong."""
+    provenance: str | None = None
+    """File and line, or row of the hub's data set."""
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there are two answers, one right and one wrong."""
+        return sorted(self.worth) == [0.0, 1.0]
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether every answer is right or wrong."""
+        return set(self.worth) <= {0.0, 1.0}
 
 
 EVALUATION = 10**12

@@ -42,7 +42,8 @@ def write(folders: Sequence[str | Path], out: Path, title: str = "Several runs")
     about = [
         f"{len(runs)} runs of {len(variants)} variants: "
         + "; ".join(f"{name} (seeds {', '.join(map(str, entry['seeds']))})" for name, entry in variants.items())
-        + "."
+        + ".",
+        page.made_by([run.folder for run in runs]),
     ]
     page.write_files(out, made, page.page(title, about, made, pictures, shown, {}))
     console = Console(width=max(Console().width, 120))

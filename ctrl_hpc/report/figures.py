@@ -10,10 +10,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from ctrl_hpc.report import plots
-from ctrl_hpc.report.plots import COLOURS, FAINT, OTHER_COLOURS, colours, label, name_ends, running_mean
+from ctrl_hpc.report.plots import COLOURS, FAINT, OTHER_COLOURS, PERCENT, colours, label, name_ends, running_mean
 from ctrl_hpc.report.runs import FinishedRun, focus
 
 _PALETTE = (*[COLOURS[name] for name in ("rl", "sft", "base", "exec_feedback", "oracle")], *OTHER_COLOURS)
@@ -21,7 +21,7 @@ _PALETTE = (*[COLOURS[name] for name in ("rl", "sft", "base", "exec_feedback", "
 
 
 def error_compounding(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """Δ↓ over turns: the share of all samples whose draft was right and whose program is wrong after the turn."""
+    """Δ↓ over turns, with its 95 % band: the share of all samples whose draft was right and whose program is wrong."""
     figure = Figure(figsize=(8.8, 5.0), layout="constrained")
     ax = figure.subplots()
     paint = colours(list(rows))
@@ -29,13 +29,15 @@ def error_compounding(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figu
     turns = 0
     for name, row in rows.items():
         values = [0.0, *row["delta_down_by_turn"]]
+        bands = np.array([(0.0, 0.0), *(row["ci95"][f"delta_down@{turn}"] for turn in range(1, len(values)))])
         turns = max(turns, len(values) - 1)
         bold = name.removesuffix("_greedy") == "rl"
+        ax.fill_between(range(len(values)), bands[:, 0], bands[:, 1], color=paint[name], alpha=0.12, linewidth=0)
         ax.plot(
             range(len(values)), values, color=paint[name], linewidth=3.0 if bold else 2.0, marker="o", markersize=5.0
         )
         ends[name] = values[-1]
-    top = max([*ends.values(), *(value for row in rows.values() for value in row["delta_down_by_turn"])])
+    top = max(row["ci95"][f"delta_down@{turn}"][1] for row in rows.values() for turn in range(1, turns + 1))
     ax.set_ylim(-0.02 * max(top, 0.02), 1.12 * max(top, 0.02))
     name_ends(ax, ends, paint, turns)
     _turns(ax, turns, title, "Δ↓ since the draft (share of all samples)")
@@ -48,7 +50,7 @@ def _turns(ax: Axes, turns: int, title: str, unit: str) -> None:
     ax.set_ylabel(unit)
     ax.set_xticks(range(turns + 1))
     ax.set_xlim(-0.12, turns + 0.06)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(axis="x", visible=False)
 
 
@@ -70,7 +72,7 @@ def _accuracy_over_votes(critics: Mapping[str, Mapping[str, Any]]) -> Figure:
     ax.set_title("JudgeBench: accuracy over votes")
     ax.set_xlabel("votes")
     ax.set_ylabel("pairs decided rightly")
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.legend(frameon=False)
     return figure
 
@@ -180,7 +182,8 @@ def draw_runs(runs: Sequence[FinishedRun], variants: Mapping[str, Any], folder: 
             values = {name: row["turn_1_of_runs"] for name, row in chosen.items()}
             drafts = [row["pass_at_1"][0] for row in chosen.values()]
             baseline = sum(drafts) / len(drafts) if max(drafts) - min(drafts) < 0.02 else None
-            figure = plots.variants(values, baseline, f"{dataset}: pass@1 after one turn, {told}")
+            bands = {name: row["turn_1_band"] for name, row in chosen.items()}
+            figure = plots.variants(values, bands, baseline, f"{dataset}: pass@1 after one turn, {told}")
             files.append(plots.save(figure, folder / f"variants-{dataset}.png"))
             figure = scaling(chosen, f"{dataset}: pass@1 over critique-revision turns, {told}")
             files.append(plots.save(figure, folder / f"scaling-{dataset}.png"))

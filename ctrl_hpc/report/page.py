@@ -18,6 +18,7 @@ from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.metrics import check_identity
 from ctrl_hpc.records import TRANSITIONS
 from ctrl_hpc.report import figures, paper, samples, tables
+from ctrl_hpc.report.plots import NARROW
 from ctrl_hpc.report.results import collect, read_histories
 from ctrl_hpc.report.runs import FOCUS, FinishedRun
 from ctrl_hpc.run.journal import STAGES, Artifact, Journal, Table
@@ -51,7 +52,7 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         f"temperature {config.eval.temperature}."
     )
     write_files(
-        folder, made, page(config.name, [about, _made_by(run_dir)], made, pictures, shown, results["wall_time_s"])
+        folder, made, page(config.name, [about, made_by([run_dir])], made, pictures, shown, results["wall_time_s"])
     )
     journal = Journal(run_dir, "report")
     journal.log(
@@ -76,15 +77,24 @@ def named(place: str) -> str:
     return place if is_url(place) else "/".join(Path(place).parts[-2:])
 
 
-def _made_by(run_dir: Path) -> str:
-    """When, and by which code, a run was made, as its versions tell."""
-    file = run_dir / "versions.json"
-    versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    commit = (versions.get("git_commit") or "")[:9] + (", changed" if versions.get("git_dirty") else "")
+def made_by(run_dirs: Sequence[Path]) -> str:
+    """When, by which code and which command runs were made, as their versions tell."""
     told = [f"Report of {time.strftime('%Y-%m-%d')}"]
+    told += dict.fromkeys(text for run_dir in run_dirs for text in _code_of(run_dir))
+    folder = run_dirs[0].resolve().name if len(run_dirs) == 1 else "RUN"
+    return f"{', '.join(told)}. The run again: ctrl-hpc run {folder}/config.yaml run_dir=ANOTHER."
+
+
+def _code_of(run_dir: Path) -> list[str]:
+    """The day, the code and the libraries of a run."""
+    file = run_dir / "versions.json"
+    if not file.is_file():
+        return []
+    versions = json.loads(file.read_text(encoding="utf-8"))
+    commit = (versions.get("git_commit") or "")[:9] + (", changed" if versions.get("git_dirty") else "")
+    told = [f"run of {time.strftime('%Y-%m-%d', time.localtime(file.stat().st_mtime))}"]
     told += [f"code {versions['code']}" + (f" (commit {commit})" if commit else "")] if versions.get("code") else []
-    told += [f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name)]
-    return f"{', '.join(told)}. The run again: ctrl-hpc run {run_dir.name}/config.yaml run_dir=ANOTHER."
+    return told + [f"{name} {versions[name]}" for name in ("torch", "transformers") if versions.get(name)]
 
 
 _DESCRIPTIONS = {
@@ -139,6 +149,7 @@ def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     made = [tables.results_table(name, entry) for name, entry in datasets]
     made += [tables.differences_table(name, entry) for name, entry in datasets if entry["differences"]]
     made += [tables.seeds_table(name, entry) for name, entry in datasets if entry["n_samples"] > 1]
+    made += [table for name, entry in datasets for table in tables.ablation_tables(name, entry)]
     if results.get("judgebench", {}).get("critics"):
         made.append(tables.judgebench_table(results["judgebench"]))
     if "data" in results:
@@ -180,6 +191,11 @@ def metrics(results: Mapping[str, Any]) -> dict[str, float]:
     return out
 
 
+def encoded(picture: Path) -> str:
+    """A picture's bytes as text."""
+    return base64.b64encode(picture.read_bytes()).decode("ascii")
+
+
 def page(
     title: str,
     about: Sequence[str],
@@ -199,7 +215,8 @@ def page(
         about=about,
         tables=made,
         pictures=[
-            (described(picture.stem), base64.b64encode(picture.read_bytes()).decode("ascii")) for picture in pictures
+            (described(picture.stem), encoded(picture), encoded(picture.parent / NARROW / picture.name))
+            for picture in pictures
         ],
         wall_time_s=wall_time_s,
         samples=data,

@@ -64,15 +64,13 @@ def _title(title: str, source: str, runs: Sequence[FinishedRun]) -> str:
 def _pass_table(entry: dict[str, Any], runs: Sequence[FinishedRun]) -> Table | None:
     datasets = [name for name in DATASETS if any(name in row for row in entry["rows"])]
     rows: list[tuple[str, ...]] = []
-    strong, matched = set(), False
+    matched = False
     for row in entry["rows"]:
         cells = [row["generator"], row["name"] + (f" ×{row['turns']}" if row["turns"] > 1 else "")]
         for dataset in datasets:
             ours = _ours(_rows(runs, dataset, row["critic"], row["generator"]), row["turns"])
             matched |= ours is not None
             cells += [_triple(row.get(dataset)), _triple(ours)]
-        if row["critic"] == "rl":
-            strong.add(len(rows))
         rows.append(tuple(cells))
     if not matched:
         return None
@@ -83,7 +81,6 @@ def _pass_table(entry: dict[str, Any], runs: Sequence[FinishedRun]) -> Table | N
         title=_title(entry["title"], entry["source"], runs),
         columns=tuple(columns),
         rows=tuple(rows),
-        strong=frozenset(strong),
         note=entry["note"],
         text_columns=2,
     )

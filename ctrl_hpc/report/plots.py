@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 _LABELS = {
     "none": "no critic",
@@ -34,6 +35,8 @@ COLOURS = {
 OTHER_COLOURS = ("#c2373a", "#6d5f00", "#00818a", "#7a4a2b")
 """Colours of further critics, in turn."""
 INK, FAINT, GRID = "#22252b", "#6a707a", "#e4e6ea"
+WHISKER = "#9aa0aa"
+"""Intervals on bars: seen on every colour of a bar and on the ground."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11.0,
@@ -77,10 +80,27 @@ def colours(critics: Sequence[str]) -> dict[str, str]:
     return {item: (COLOURS | more)[item.removesuffix("_greedy")] for item in critics}
 
 
+PERCENT = FuncFormatter(lambda value, _: f"{round(100 * value, 6):g}%")
+"""Ticks of fractions: as many decimals as the value has."""
+NARROW = "narrow"
+"""The folder beside the pictures that holds each again, narrow enough to be read on a phone."""
+_NARROW_INCHES = (4.9, 4.6)
+"""Width of a narrow picture, and its least height; its text has the size of the wide one's."""
+_NARROW_TITLE = 40
+"""Characters of a line of its title."""
+
+
 def save(figure: Figure, file: Path) -> Path:
-    """Write a figure as PNG, and as SVG beside it for a paper; returns the former."""
+    """Write a figure as PNG, as SVG beside it for a paper, and as narrow PNG for phones; returns the first."""
     figure.savefig(file, dpi=160, bbox_inches="tight", pad_inches=0.18)
     figure.savefig(file.with_suffix(".svg"), bbox_inches="tight", pad_inches=0.18, metadata={"Date": None})
+    narrow = file.parent / NARROW / file.name
+    narrow.parent.mkdir(exist_ok=True)
+    width, height = _NARROW_INCHES
+    figure.set_size_inches(width, min(max(figure.get_figheight(), height), figure.get_figheight() * 1.2))
+    for ax in figure.axes:
+        ax.set_title(textwrap.fill(ax.get_title(loc="left"), _NARROW_TITLE), fontsize=11.5)
+    figure.savefig(narrow, dpi=150, bbox_inches="tight", pad_inches=0.1)
     return file
 
 
@@ -101,7 +121,7 @@ def learning_curve(points: Sequence[Mapping[str, float]]) -> Figure:
             ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color=FAINT)
     for ax in axes[2:]:
         ax.set_xlabel("RL step")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     return figure
 
 
@@ -153,7 +173,7 @@ def pass_over_turns(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure
     ax.set_ylabel("pass@1")
     ax.set_xticks(range(turns + 1))
     ax.set_xlim(-0.12, turns + 0.06)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(axis="x", visible=False)
     return figure
 
@@ -170,8 +190,8 @@ def name_ends(ax: Axes, ends: Mapping[str, float], paint: Mapping[str, str], tur
     order = sorted(ends, key=lambda name: ends[name])
     places = spread([ends[name] for name in order], gap, low, high)
     for name, place in zip(order, places, strict=True):
-        ax.annotate(
-            f"{label(name)}  {100 * ends[name]:.1f}",
+        ax.annotate(  # one figure's critics are sampled or greedy alike, as its title says
+            f"{label(name.removesuffix('_greedy'))}  {100 * ends[name]:.1f}",
             xy=(turns, ends[name]),
             xytext=(turns + 0.03 * max(turns, 1) + 0.04, place),
             color=paint[name],
@@ -238,13 +258,12 @@ def deltas(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     ax.set_xlim(-0.04 * right, right)
     ax.set_ylim(-0.03 * top, top)
     ax.set_title(title)
-    ax.set_xlabel("Δ↓  right drafts made wrong (share of all samples)")
+    modes = "\n● sampled   ○ greedy" if any(name.endswith("_greedy") for name in shown) else ""
+    ax.set_xlabel(f"Δ↓  right drafts made wrong (share of all samples){modes}")
     ax.set_ylabel("Δ↑  wrong drafts made right (share of all samples)")
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(visible=False)
-    if any(name.endswith("_greedy") for name in shown):
-        ax.set_title("● sampled   ○ greedy", loc="right", fontsize=10.0, fontweight="normal", color=FAINT)
     return figure
 
 
@@ -299,8 +318,11 @@ def similarity(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     names = list(reversed(shown))
     ax.barh([label(name) for name in names], [shown[name] for name in names], color=[paint[name] for name in names])
     for place, name in enumerate(names):
-        ax.text(shown[name] + 0.012, place, f"{shown[name]:.3f}", va="center", color=INK)
-    ax.set_xlim(0.0, 1.08)
+        low, high = rows[name]["ci95"]["similarity"]
+        ax.hlines(place, low, high, color=WHISKER, linewidth=1.6)
+        ax.text(max(shown[name], high) + 0.012, place, f"{shown[name]:.3f}", va="center", color=INK)
+    ax.set_xlim(0.0, 1.16)
+    ax.set_xticks(np.arange(0.0, 1.01, 0.2))
     ax.set_title(title)
     ax.set_xlabel("similarity of the first revision to its draft")
     ax.grid(axis="y", visible=False)
@@ -308,7 +330,7 @@ def similarity(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
 
 
 def by_difficulty(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """pass@1 of the drafts and after the last turn, by difficulty and critic, with the relative gain."""
+    """pass@1 of the drafts and after the last turn with its 95 % interval, and the gain in points, by difficulty."""
     names = [name for name, row in rows.items() if row["by_difficulty"] and not name.startswith("none")]
     found = {level for name in names for level in rows[name]["by_difficulty"]}
     levels = [level for level in DIFFICULTIES if level in found] + sorted(found - set(DIFFICULTIES))
@@ -321,27 +343,33 @@ def by_difficulty(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
         x = np.arange(len(levels)) - 0.4 + width * (index + 0.5)
         before = [groups[level]["pass_at_1"][0] if level in groups else 0.0 for level in levels]
         after = [groups[level]["pass_at_1"][-1] if level in groups else 0.0 for level in levels]
+        bands = [groups[level]["ci95"][-1] if level in groups else (0.0, 0.0) for level in levels]
         ax.bar(x, after, width=0.92 * width, color=paint[name], label=label(name))
         ax.hlines(before, x - 0.46 * width, x + 0.46 * width, color=INK, linewidth=1.6)
-        for place, low, high in zip(x, before, after, strict=True):
-            if low > 0.0:
-                told = f"{100 * (high / low - 1):+.0f}%"
-                ax.text(place, max(low, high) + 0.012, told, ha="center", fontsize=8.5, color=FAINT, rotation=90)
+        ax.vlines(x, *zip(*bands, strict=True), color=WHISKER, linewidth=1.4)
+        for place, level, first, last, (_, top) in zip(x, levels, before, after, bands, strict=True):
+            if level in groups:
+                above = max(first, last, top) + 0.015
+                told = f"{100 * (last - first):+.0f}"
+                ax.text(place, above, told, ha="center", va="bottom", fontsize=8.5, color=FAINT, rotation=90)
     ax.set_xticks(range(len(levels)), levels)
     ax.set_title(title)
     ax.set_ylabel("pass@1 after the last turn")
     ax.set_ylim(0.0, 1.2)
     ax.set_yticks(np.arange(0.0, 1.01, 0.2))
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PERCENT)
     ax.grid(axis="x", visible=False)
     if names:  # below the axes, where no bar's label is
-        columns = min(len(names), 4)
-        figure.legend(loc="outside lower center", frameon=False, fontsize=9.5, ncols=columns, title="lines: the drafts")
+        columns = min(len(names), 3)
+        told = "lines: the drafts; numbers: gain in points"
+        figure.legend(loc="outside lower center", frameon=False, fontsize=9.5, ncols=columns, title=told)
     return figure
 
 
-def variants(values: Mapping[str, Sequence[float]], baseline: float | None, title: str) -> Figure:
-    """One number of every variant: a bar for the mean of its runs, a dot for each run, the highest first."""
+def variants(
+    values: Mapping[str, Sequence[float]], bands: Mapping[str, Sequence[float]], baseline: float | None, title: str
+) -> Figure:
+    """One number of every variant: a bar for the mean of its runs with its band, a dot for each run, highest first."""
     order = sorted(values, key=lambda name: float(np.mean(values[name])))
     figure = Figure(figsize=(8.4, 1.3 + 0.48 * len(order)), layout="constrained")
     ax = figure.subplots()
@@ -350,15 +378,34 @@ def variants(values: Mapping[str, Sequence[float]], baseline: float | None, titl
     ax.set_ylim(-0.7, len(order) - 0.3)
     for place, name in enumerate(order):
         ax.plot(values[name], [place] * len(values[name]), "o", color=INK, markersize=4.5, zorder=3)
-        ax.text(max(*values[name], means[place]) + 0.012, place, f"{100 * means[place]:.1f}", va="center", color=INK)
+        ax.hlines(place, *bands[name], color=WHISKER, linewidth=1.6, zorder=2.5)
+        ax.text(max(*values[name], bands[name][1]) + 0.012, place, f"{100 * means[place]:.1f}", va="center", color=INK)
     if baseline is not None:
         ax.axvline(baseline, color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2)
         ax.annotate(
             "drafts", (baseline, len(order) - 0.3), (3, -11), textcoords="offset points", color=FAINT, fontsize=9.0
         )
-    highest = max(value for name in order for value in values[name])
-    ax.set_xlim(0.0, min(highest + 0.1, 1.1))
+    highest = max(value for name in order for value in (*values[name], bands[name][1]))
+    ax.set_xlim(0.0, min(highest + 0.1, 1.14))
     ax.set_title(title)
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("bands: ± one standard deviation over runs; of a single run its 95 % interval", fontsize=9.5)
+    ax.xaxis.set_major_formatter(PERCENT)
     ax.grid(axis="y", visible=False)
+    return figure
+
+
+def reliability(bins: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Share of right answers against the critic's probability, a point a bin with its number of answers."""
+    figure = Figure(figsize=(5.2, 5.0), layout="constrained")
+    ax = figure.subplots()
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1.0, linestyle="--")
+    confidence = [item["confidence"] for item in bins]
+    accuracy = [item["accuracy"] for item in bins]
+    ax.plot(confidence, accuracy, color=COLOURS["rl"], marker="o", linewidth=2.0)
+    for item in bins:
+        place = (item["confidence"], item["accuracy"])
+        ax.annotate(f"{item['n']:.0f}", place, xytext=(4, 6), textcoords="offset points", fontsize=8)
+    ax.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.08), title=title)
+    ax.set_xlabel("probability that the answer is right")
+    ax.set_ylabel("share of right answers")
     return figure

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.evaluate import judgebench, metrics, tree
+from ctrl_hpc.evaluate import ablation, judgebench, metrics, tree
 from ctrl_hpc.evaluate.critics import critics
 from ctrl_hpc.evaluate.metrics import Outcomes
 from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
@@ -48,11 +49,24 @@ class History:
 def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, list[History]]]) -> dict[str, Any]:
     """All numbers of ``report/results.json``, from the histories by data set and critic."""
     datasets = {name: _dataset(config, items) for name, items in histories.items()}
+    if config.eval.ablate:
+        for name, entry in datasets.items():
+            _add_ablations(config, run_dir, name, entry["critics"])
     out = {"datasets": datasets, "wall_time_s": _wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
     if config.judge.votes:
         models = [name for name, critic in critics(config).items() if critic.model is not None]
         out["judgebench"] = judgebench.numbers(config, run_dir, models)
     return out
+
+
+def _add_ablations(config: Config, run_dir: Path, dataset: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    """``ablation`` in the row of every critic whose fixes were ablated."""
+    for name, critic in critics(config).items():
+        for mode in MODES:
+            file = ablation.file_of(folder_of(run_dir, dataset, name, critic, mode))
+            if name + mode in rows and file.exists():
+                fixes = jsonl.read(ablation.Fix, file)
+                rows[name + mode]["ablation"] = ablation.numbers(fixes, config.eval.report_samples)
 
 
 def read_histories(config: Config, run_dir: Path, dataset: str) -> dict[str, list[History]]:
@@ -124,8 +138,9 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
         judges = any(history.nodes for history in items)
         row = metrics.summary(found[name], weights_BP, judges=judges)
         row["n_masked"] = masked
-        row["by_difficulty"] = _by_difficulty(items, config.eval.turns)
-        row["similarity"] = _similarity(items)
+        row["by_difficulty"] = _by_difficulty(items, config.eval.turns, order, weights_BP)
+        row["similarity"], band = _similarity(items, order, weights_BP)
+        row["ci95"] |= {"similarity": band} if band else {}
         row["leak_rate"] = _leak_rate(items)
         row["critique_tokens"] = _critique_tokens(items)
         if config.eval.n_samples > 1:
@@ -149,17 +164,28 @@ def _dataset(config: Config, histories: dict[str, list[History]]) -> dict[str, A
     }
 
 
-def _by_difficulty(histories: Sequence[History], turns: int) -> dict[str, Any]:
-    """pass@1 by turn and the number of samples, for each difficulty the problems name."""
-    groups: dict[str, list[list[bool]]] = {}
+def _by_difficulty(
+    histories: Sequence[History], turns: int, order: dict[str, int], weights_BP: npt.NDArray[np.float64]
+) -> dict[str, Any]:
+    """pass@1 by turn with its interval, and the number of samples, for each difficulty the problems name."""
+    groups: dict[str, list[History]] = {}
     for history in histories:
-        verdicts = history.verdicts(turns)
-        if history.problem.difficulty is not None and not any(item.status == "sandbox_error" for item in verdicts):
-            groups.setdefault(history.problem.difficulty, []).append([verdict.accepted for verdict in verdicts])
-    return {
-        name: {"n_samples": len(rows), "pass_at_1": [float(share) for share in np.mean(rows, axis=0)]}
-        for name, rows in sorted(groups.items())
-    }
+        if history.problem.difficulty is not None:
+            groups.setdefault(history.problem.difficulty, []).append(history)
+    out = {}
+    for name, items in sorted(groups.items()):
+        found, _ = outcomes(items, turns, order)
+        if len(found.problem_N):
+            shares = [
+                metrics.Ratio(numerator_N=right_N.astype(np.float64), denominator_N=np.ones(len(right_N)))
+                for right_N in found.correct_NT.T
+            ]
+            out[name] = {
+                "n_samples": len(found.problem_N),
+                "pass_at_1": [share.value() for share in shares],
+                "ci95": [metrics.interval(share.resampled(found.problem_N, weights_BP)) for share in shares],
+            }
+    return out
 
 
 def _seeds(histories: Sequence[History], turns: int) -> dict[str, Any]:
@@ -175,15 +201,27 @@ def _seeds(histories: Sequence[History], turns: int) -> dict[str, Any]:
     return {"pass_at_1": dict(zip(groups, shares_KT.tolist(), strict=True)), "std": deviation}
 
 
-def _similarity(histories: Sequence[History]) -> float | None:
-    """Mean similarity of first revisions to their drafts, over the words of the programs (Ratcliff-Obershelp)."""
-    ratios = [
-        SequenceMatcher(None, history.draft.program.split(), node.program.split(), autojunk=False).ratio()
+def _similarity(
+    histories: Sequence[History], order: dict[str, int], weights_BP: npt.NDArray[np.float64]
+) -> tuple[float | None, list[float] | None]:
+    """Mean similarity of first revisions to their drafts, over the words of the programs (Ratcliff-Obershelp).
+
+    With its interval; None where nothing was revised.
+    """
+    pairs = [
+        (
+            order[history.problem.id],
+            SequenceMatcher(None, history.draft.program.split(), node.program.split(), autojunk=False).ratio(),
+        )
         for history in histories
         for node in history.nodes[:1]
         if not node.kept and history.draft.program is not None and node.program is not None
     ]
-    return float(np.mean(ratios)) if ratios else None
+    if not pairs:
+        return None, None
+    problem_N = np.array([problem for problem, _ in pairs], dtype=np.int64)
+    mean = metrics.Ratio(numerator_N=np.array([ratio for _, ratio in pairs]), denominator_N=np.ones(len(pairs)))
+    return mean.value(), metrics.interval(mean.resampled(problem_N, weights_BP))
 
 
 def _leak_rate(histories: Sequence[History]) -> float | None:

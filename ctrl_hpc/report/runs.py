@@ -102,6 +102,7 @@ def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "pass_at_1": [statistics.fmean(values) for values in by_turn],
         "pass_at_1_sd": [_deviation(values) for values in by_turn],
         "turn_1_of_runs": by_turn[1],
+        "turn_1_band": _band(rows, by_turn[1]),
     }
     for name in ("delta_up", "delta_down", "gain"):
         values = [row[name] for row in rows]
@@ -110,6 +111,14 @@ def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         judged = [row["judgement"][name] for row in rows if row["judgement"][name] is not None]
         out[name] = statistics.fmean(judged) if judged else None
     return out
+
+
+def _band(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> list[float]:
+    """pass@1 after one turn: one run's own 95 % interval; of several, a standard deviation about their mean."""
+    if len(rows) == 1:
+        return list(rows[0]["ci95"]["pass_at_1"])
+    mean, deviation = statistics.fmean(values), _deviation(values)
+    return [mean - deviation, mean + deviation]
 
 
 def _deviation(values: Sequence[float]) -> float:

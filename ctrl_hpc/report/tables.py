@@ -8,18 +8,20 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from ctrl_hpc.report.plots import label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Cells as text; columns of words are left-aligned, the others right-aligned. ``strong`` rows stand out."""
+    """Cells as text; columns of words are left-aligned, the others right-aligned."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    strong: frozenset[int] = frozenset()
+    strong: frozenset[tuple[int, int]] = frozenset()
+    """Cells, by row and column, that stand out."""
     note: str = ""
     """What to know of it, below it."""
     text_columns: int = 1
@@ -32,12 +34,50 @@ def results_table(dataset: str, entry: Mapping[str, Any]) -> Table:
     turns = max(len(row["pass_at_1"]) for row in critics.values())
     columns = ("critic", "drafts", *(f"turn {turn}" for turn in range(1, turns)))
     columns += ("gain [95 %]", "Δ↑", "Δ↓", "accuracy", "F1 pass", "F1 fail", "F1 macro")
+    shown = [f"pass_at_1@{turn}" for turn in range(turns)]
+    shown += ["gain", "delta_up", "delta_down", "accuracy", "f1_pass", "f1_fail", "f1_macro"]
     return Table(
         title=f"{dataset}: {entry['n_problems']} problems, {entry['n_samples']} draft(s) each; pass@1 in %",
         columns=columns,
         rows=tuple(_row(name, row) for name, row in critics.items()),
-        strong=frozenset(index for index, name in enumerate(critics) if name in ("rl", "rl_greedy")),
+        strong=best(critics, shown),
+        note=_BOLD,
     )
+
+
+_BOLD = (
+    "Bold: the best of a column, its 95 % interval apart from all others', among critics that are sampled or greedy "
+    "alike; without the oracle, and in judgement without execution feedback, which know the answer."
+)
+_KNOWING = {"oracle": (), "exec_feedback": ("accuracy", "f1_pass", "f1_fail", "f1_macro")}
+"""Critics that know the answer, and the metrics that this concerns; none: all."""
+_LOWER_IS_BETTER = ("delta_down",)
+
+
+def best(critics: Mapping[str, Any], metrics: Sequence[str]) -> frozenset[tuple[int, int]]:
+    """The cells of a table that are best with their interval, where metric k stands in column k + 1.
+
+    That is where the interval lies beyond those of all others of the same mode (sampled or greedy).
+    """
+    found = set()
+    for column, metric in enumerate(metrics, start=1):
+        sign = -1.0 if metric in _LOWER_IS_BETTER else 1.0
+        for greedy in (False, True):
+            bands = {
+                index: sorted(sign * end for end in row["ci95"][metric])
+                for index, (name, row) in enumerate(critics.items())
+                if name.endswith("_greedy") is greedy and metric in row["ci95"] and not _knows(name, metric)
+            }
+            for index, (low, _) in bands.items():
+                others = [high for other, (_, high) in bands.items() if other != index]
+                if others and low > max(others):
+                    found.add((index, column))
+    return frozenset(found)
+
+
+def _knows(critic: str, metric: str) -> bool:
+    known = _KNOWING.get(critic.removesuffix("_greedy"))
+    return known is not None and (not known or metric in known)
 
 
 def _row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -62,7 +102,9 @@ def differences_table(dataset: str, entry: Mapping[str, Any]) -> Table:
         low, high = value["ci95"]
         points = f"{100 * value['pass_at_1']:+.1f}"
         rows.append((f"{label(one)} − {label(other)}", points, f"[{100 * low:+.1f}, {100 * high:+.1f}]"))
-    return Table(title=f"{dataset}: differences after one turn", columns=("", "points", "95 %"), rows=tuple(rows))
+    return Table(
+        title=f"{dataset}: differences after one turn", columns=("critics", "points", "95 %"), rows=tuple(rows)
+    )
 
 
 def percent(value: float | None) -> str:
@@ -83,7 +125,9 @@ def terminal_table(dataset: str, entry: Mapping[str, Any]) -> Table:
         title=f"{dataset}: {entry['n_problems']} problems, pass@1 in % of drafts and after each turn; Δ of turn 1; F1",
         columns=("critic", "draft", *(f"t{turn}" for turn in range(1, turns)), "Δ↑", "Δ↓", "right", "wrong"),
         rows=tuple(rows),
-        strong=frozenset(index for index, name in enumerate(critics) if name in ("rl", "rl_greedy")),
+        strong=best(
+            critics, [*(f"pass_at_1@{t}" for t in range(turns)), "delta_up", "delta_down", "f1_pass", "f1_fail"]
+        ),
     )
 
 
@@ -93,14 +137,22 @@ def rich_table(table: Table) -> RichTable:
     for index, column in enumerate(table.columns):
         out.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for number, row in enumerate(table.rows):
-        out.add_row(*row, style="bold green" if number in table.strong else None)
+        out.add_row(*(_shown(cell, (number, place) in table.strong) for place, cell in enumerate(row)))
     return out
+
+
+def _shown(cell: str, strong: bool) -> Text:
+    return Text(cell, style="bold green" if strong else "")
 
 
 def markdown(table: Table) -> str:
     """For a README or an issue."""
     rule = ["---"] * table.text_columns + ["---:"] * (len(table.columns) - table.text_columns)
-    lines = [table.columns, rule, *table.rows]
+    rows = [
+        [f"**{cell}**" if (number, place) in table.strong else cell for place, cell in enumerate(row)]
+        for number, row in enumerate(table.rows)
+    ]
+    lines = [table.columns, rule, *rows]
     note = f"\n{table.note}\n" if table.note else ""
     return f"**{table.title}**\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines) + note
 
@@ -117,7 +169,10 @@ def latex(table: Table) -> str:
     lines.append(_latex_row(table.columns))
     lines.append(r"\midrule")
     for number, row in enumerate(table.rows):
-        cells = [rf"\textbf{{{cell}}}" for cell in map(_escaped, row)] if number in table.strong else map(_escaped, row)
+        cells = [
+            rf"\textbf{{{cell}}}" if (number, place) in table.strong else cell
+            for place, cell in enumerate(map(_escaped, row))
+        ]
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -161,6 +216,37 @@ def judgebench_table(entry: Mapping[str, Any]) -> Table:
     columns = ("critic", *(f"{name}, {most} votes" for name in categories), *(f"overall, {n}" for n in votes), "95 %")
     title = f"JudgeBench: {entry['n_pairs']} pairs, {entry['mode']}; accuracy in %, no decision counts as wrong"
     return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def ablation_tables(dataset: str, entry: Mapping[str, Any], most: int = 5) -> list[Table]:
+    """On which sentences the fixes of each critic hang: shares, and ``most`` critiques of each with their sentences."""
+    found = {name: row["ablation"] for name, row in entry["critics"].items() if row.get("ablation", {}).get("n_fixes")}
+    if not found:
+        return []
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    shares = ("single_decisive", "none_decisive", "names_failure", "all_sentences_name_failure")
+    rows = [
+        (
+            *(label(name), str(row["n_fixes"]), number(row["sentences"]), number(row["decisive"])),
+            *(percent(row[share]) for share in shares),
+        )
+        for name, row in found.items()
+    ]
+    columns = ("critic", "fixes", "sentences", "decisive", "hang on one", "on none", "it names the failure", "any does")
+    title = f"{dataset}: sentences without which a fix fails, a critique; shares of the fixes in %"
+    examples = [
+        (label(name), item["sample"], " | ".join(item["decisive"]), str(item["sentences"]))
+        for name, row in found.items()
+        for item in row["examples"][:most]
+    ]
+    made = [Table(title=title, columns=columns, rows=tuple(rows))]
+    if examples:
+        title = f"{dataset}: sentences on which a fix hangs"
+        made.append(Table(title=title, columns=("critic", "sample", "sentences", "of"), rows=tuple(examples)))
+    return made
 
 
 def data_tables(data: Mapping[str, Any], most: int = 20) -> list[Table]:
@@ -221,4 +307,4 @@ def variant_differences_table(
             (f"{variant} − {baseline}", str(len(value["seeds"])), points, f"[{100 * low:+.1f}, {100 * high:+.1f}]")
         )
     title = f"{dataset}: differences between variants after one turn, {label(critic)}, paired by seed and problem"
-    return Table(title=title, columns=("", "seeds", "points", "95 %"), rows=tuple(rows))
+    return Table(title=title, columns=("variants", "seeds", "points", "95 %"), rows=tuple(rows))

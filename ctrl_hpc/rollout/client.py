@@ -31,7 +31,7 @@ class RolloutClient:
     ``update_weights`` comes between calls.
 
     Seeded completions do not depend on which server, or which batch, decodes them: completion j of chat i has the
-    seed ``derive_seed(sampling.seed, i, j)``, chats counted from ``sampling.first``.
+    seed ``derive_seed(sampling.seed, i, j)``, chats counted by ``sampling.number``.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class RolloutClient:
                 chat_ids(self._tokenizer, chat, continue_final_message=chat[-1].role == "assistant") for chat in chats
             ]
         requests = [
-            (prompt, _parameters(sampling, None if sampling.seed is None else derive_seed(sampling.seed, i, j)))
-            for i, prompt in enumerate(prompts, sampling.first)
+            (prompt, _parameters(sampling, None if seed is None else derive_seed(seed, sampling.number(i), j)))
+            for seed in [sampling.seed]
+            for i, prompt in enumerate(prompts)
             for j in range(sampling.n)
         ]
         flat = self._answers(requests)

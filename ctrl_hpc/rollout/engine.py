@@ -126,7 +126,7 @@ class PaddedEngine:
                 batch = _Batch([prompts[row] for row in rows], [decodings[row] for row in rows], goes_along, self)
                 for row, completion in zip(rows, batch.run(), strict=True):
                     out[row] = completion
-            scored = score_prompts(self.model, prompts, decodings)
+            scored = score_prompts(self.model, prompts, decodings, self.head_VD)
         return [
             completion if score is None else replace(completion, prompt_logprobs=score[0], prompt_top_logprobs=score[1])
             for completion, score in zip(out, scored, strict=True)

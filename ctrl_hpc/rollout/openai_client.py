@@ -91,8 +91,7 @@ class OpenAIGenerator:
         Raises ValueError when the endpoint refuses a request, RuntimeError when it keeps failing.
         """
         seeds = [
-            None if sampling.seed is None else derive_seed(sampling.seed, i)
-            for i in range(sampling.first, sampling.first + len(chats))
+            None if sampling.seed is None else derive_seed(sampling.seed, sampling.number(i)) for i in range(len(chats))
         ]
         bodies = [self._body(seed, chat, sampling) for seed, chat in zip(seeds, chats, strict=True)]
         return self._thread.run(self._every(bodies))

@@ -1,24 +1,23 @@
-"""OpenAI's completion routes over the rollout server, not streamed; fields that are not served are refused by name."""
+"""OpenAI's completion routes over the rollout server; fields that are not served are refused by name."""
 
 from __future__ import annotations
 
-import codecs
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, model_validator
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ctrl_hpc.records import Generation, Message
+from ctrl_hpc.records import Message
 from ctrl_hpc.rollout.chat import chat_ids
-from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Decoding, check_decoding
-from ctrl_hpc.rollout.worker import RolloutService, cut, stop_strings
-
-_BYTES: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
-"""The byte that a character of a byte-level vocabulary stands for."""
+from ctrl_hpc.rollout.decoding import GREEDY_BELOW, Completion, Decoding, check_decoding
+from ctrl_hpc.rollout.openai_logprobs import Offsets, Scored, chat_logprobs, completion_logprobs
+from ctrl_hpc.rollout.streaming import TextStream, event_stream
+from ctrl_hpc.rollout.worker import Asked, RolloutService, Step, cut, stop_strings
 
 
 class _Strict(BaseModel):
@@ -32,6 +31,12 @@ class _Strict(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
+class StreamOptions(_Strict):
+    """``stream_options``."""
+
+    include_usage: bool = False
+
+
 class _Common(_Strict):
     model: str | None = None
     temperature: float = 1.0
@@ -40,6 +45,7 @@ class _Common(_Strict):
     seed: int | None = None
     stop: str | list[str] | None = None
     stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
     user: str | None = None
     top_k: int = 0
     min_p: float = 0.0
@@ -53,11 +59,14 @@ class _Common(_Strict):
 
 
 class CompletionBody(_Common):
-    """Body of ``/v1/completions``; ``logprobs`` is any number or none."""
+    """Body of ``/v1/completions``."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int = 16
     logprobs: int | None = None
+    """Log-probs of that many likeliest tokens at each position, beside the token's own."""
+    echo: bool = False
+    """The prompt comes before the completion, in its text and its log-probs."""
 
 
 class TextPart(_Strict):
@@ -73,6 +82,8 @@ class ChatMessage(_Strict):
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart] = ""
     name: str | None = None
+    type: Literal["text"] = "text"
+    """As lm-eval sends it."""
 
     @property
     def said(self) -> str:
@@ -87,39 +98,150 @@ class ChatBody(_Common):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
+    """Log-probs of that many likeliest tokens at each position; asks for ``logprobs``."""
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
 
 def add_openai_routes(app: FastAPI, service: RolloutService) -> None:
     """Add ``/v1/models``, ``/v1/completions`` and ``/v1/chat/completions``."""
+    entry = {"id": service.model, "object": "model", "created": 0, "owned_by": "ctrl-hpc"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": service.model, "object": "model", "created": 0, "owned_by": "ctrl-hpc"}
         return {"object": "list", "data": [entry]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Any:
+        if name.strip("/") != service.model.strip("/"):
+            message = f"model: {name!r} is not served here; allowed: {service.model}"
+            return JSONResponse({"error": {"message": message, "code": "model_not_found"}}, status_code=404)
+        return entry
+
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody) -> dict[str, Any]:
-        prompts = _prompt_ids(body.prompt, service)
-        sampling, stops = _sampling(body, body.max_tokens, service), stop_strings(body.stop)
-        groups = await service.complete(prompts, [sampling] * len(prompts), [stops] * len(prompts))
-        choices: list[dict[str, Any]] = []
-        for generation, text, reason in _texts(groups, body.stop, service):
-            choice = {"index": len(choices), "text": text, "finish_reason": reason, "logprobs": None}
-            if body.logprobs is not None:
-                pieces = _pieces(generation, service.tokenizer)
-                choice["logprobs"] = {
-                    "tokens": [_shown(piece) for piece in pieces],
-                    "token_logprobs": list(generation.logprobs),
-                    "top_logprobs": None,
-                    "text_offset": _offsets(generation, pieces, service.tokenizer),
-                }
-            choices.append(choice)
-        return _envelope("text_completion", "cmpl", choices, groups, service)
+    async def completions(body: CompletionBody) -> Any:
+        answer = _CompletionAnswer(body, service)
+        if body.stream:
+            return await event_stream(answer.chunks())
+        return answer.whole(await service.complete(answer.asked))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatBody) -> dict[str, Any]:
+    async def chat_completions(body: ChatBody) -> Any:
+        answer = _ChatAnswer(body, service)
+        if body.stream:
+            return await event_stream(answer.chunks())
+        return answer.whole(await service.complete(answer.asked))
+
+
+class _Answer:
+    """What one request is answered, at once or in chunks."""
+
+    kind: str
+    prefix: str
+    with_logprobs: bool
+
+    def __init__(self, body: _Common, asked: Sequence[Asked], service: RolloutService) -> None:
+        self.body, self.asked, self.service = body, asked, service
+        self.stops = stop_strings(body.stop)
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+
+    def choice(self, index: int, completion: Completion, text: str, reason: str) -> dict[str, Any]:
+        """A choice of an answer that comes at once."""
+        raise NotImplementedError
+
+    def part(self, index: int, text: str, scored: Sequence[Scored], reason: str | None) -> dict[str, Any]:
+        """A choice of a chunk."""
+        raise NotImplementedError
+
+    def whole(self, groups: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """The answer that comes at once."""
+        flat = [completion for group in groups for completion in group]
+        choices = [self.choice(index, item, *ended) for index, (item, ended) in enumerate(self._ended(flat))]
+        return {**self._envelope(self.kind, choices), "usage": _usage(groups)}
+
+    async def chunks(self) -> AsyncIterator[dict[str, Any]]:
+        """The answer as it comes."""
+        count = sum(item.decoding.n for item in self.asked)
+        texts = [TextStream(self.service.tokenizer, self.stops) for _ in range(count)]
+        usage = {"usage": None} if self.body.stream_options.include_usage else {}
+        async for step in self.service.stream(self.asked):
+            if isinstance(step, Step):
+                new = texts[step.index].add(step.token)
+                scored: list[Scored] = [(step.token, step.logprob, step.top)]
+                if new or self.with_logprobs:
+                    yield self._chunk([self.part(step.index, new, scored, None)]) | usage
+                continue
+            flat = [completion for group in step for completion in group]
+            for index, (_, (text, reason)) in enumerate(self._ended(flat)):
+                yield self._chunk([self.part(index, texts[index].end(text), [], reason)]) | usage
+            if usage:
+                yield self._chunk([]) | {"usage": _usage(step)}
+
+    def _ended(self, flat: Sequence[Completion]) -> list[tuple[Completion, tuple[str, str]]]:
+        """Completions with their texts, cut at the first stop string, and why they ended."""
+        out = []
+        for completion, whole in zip(flat, self.service.texts(flat), strict=True):
+            text, stopped_by = cut(whole, self.stops)
+            out.append((completion, (text, str(completion.finish_reason) if stopped_by is None else "stop")))
+        return out
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._envelope(self.kind if self.kind == "text_completion" else f"{self.kind}.chunk", choices)
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.service.model,
+            "choices": choices,
+        }
+
+
+class _CompletionAnswer(_Answer):
+    kind, prefix = "text_completion", "cmpl"
+
+    def __init__(self, body: CompletionBody, service: RolloutService) -> None:
+        if body.echo and body.stream:
+            raise ValueError("echo=true is not served with stream=true")
+        self.top, self.with_logprobs = body.logprobs or 0, body.logprobs is not None
+        decoding = _decoding(body, body.max_tokens, self.top, service)
+        decoding = replace(decoding, prompt_logprobs=body.echo and self.with_logprobs)
+        prompts = _prompt_ids(body.prompt, service)
+        stops = stop_strings(body.stop)
+        super().__init__(body, [Asked(prompt=ids, decoding=decoding, stops=stops) for ids in prompts], service)
+        self.before = _prompt_texts(body.prompt, prompts, service) if body.echo else None
+        self.offsets: dict[int, Offsets] = {}
+
+    def choice(self, index: int, completion: Completion, text: str, reason: str) -> dict[str, Any]:
+        before = "" if self.before is None else self.before[index // self.body.n]
+        choice = {"index": index, "text": before + text, "finish_reason": reason, "logprobs": None}
+        if self.with_logprobs:
+            tokenizer = self.service.tokenizer
+            scored = _scored(completion)
+            if self.before is not None:
+                first: Scored = (completion.prompt_ids[0], None, ())
+                scored = [first, *_prompt_scored(completion), *scored]
+            choice["logprobs"] = completion_logprobs(scored, self.top, Offsets(tokenizer, before), tokenizer)
+        return choice
+
+    def part(self, index: int, text: str, scored: Sequence[Scored], reason: str | None) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": None}
+        if self.with_logprobs and scored:
+            tokenizer = self.service.tokenizer
+            offsets = self.offsets.setdefault(index, Offsets(tokenizer))
+            choice["logprobs"] = completion_logprobs(scored, self.top, offsets, tokenizer)
+        return choice
+
+
+class _ChatAnswer(_Answer):
+    kind, prefix = "chat.completion", "chatcmpl"
+
+    def __init__(self, body: ChatBody, service: RolloutService) -> None:
+        if body.top_logprobs and not body.logprobs:
+            raise ValueError("top_logprobs asks for logprobs=true")
         chat = [Message(role=message.role, content=message.said) for message in body.messages]
         ids = chat_ids(
             service.tokenizer,
@@ -129,22 +251,42 @@ def add_openai_routes(app: FastAPI, service: RolloutService) -> None:
         )
         limits = (body.max_completion_tokens, body.max_tokens, max(1, service.worker.engine.max_positions - len(ids)))
         limit = next(length for length in limits if length is not None)
-        groups = await service.complete([ids], [_sampling(body, limit, service)], [stop_strings(body.stop)])
-        choices: list[dict[str, Any]] = []
-        for generation, text, reason in _texts(groups, body.stop, service):
-            message = {"role": "assistant", "content": text}
-            choice = {"index": len(choices), "message": message, "finish_reason": reason, "logprobs": None}
-            if body.logprobs:
-                pairs = zip(_pieces(generation, service.tokenizer), generation.logprobs, strict=True)
-                choice["logprobs"] = {"content": [_entry(piece, logprob) for piece, logprob in pairs]}
-            choices.append(choice)
-        return _envelope("chat.completion", "chatcmpl", choices, groups, service)
+        decoding = _decoding(body, limit, body.top_logprobs, service)
+        super().__init__(body, [Asked(prompt=ids, decoding=decoding, stops=stop_strings(body.stop))], service)
+        self.top, self.with_logprobs = body.top_logprobs, body.logprobs
+        self.begun: set[int] = set()
+
+    def choice(self, index: int, completion: Completion, text: str, reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": index, "message": message, "finish_reason": reason, "logprobs": None}
+        if self.with_logprobs:
+            choice["logprobs"] = chat_logprobs(_scored(completion), self.top, self.service.tokenizer)
+        return choice
+
+    def part(self, index: int, text: str, scored: Sequence[Scored], reason: str | None) -> dict[str, Any]:
+        delta = {"content": text} if text or reason is None else {}
+        if index not in self.begun:
+            self.begun.add(index)
+            delta = {"role": "assistant", "content": text}
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
+        if self.with_logprobs and scored:
+            choice["logprobs"] = chat_logprobs(scored, self.top, self.service.tokenizer)
+        return choice
 
 
-def _sampling(body: _Common, max_tokens: int, service: RolloutService) -> Decoding:
-    if body.stream:
-        raise ValueError("stream=true is not served here")
-    sampling = Decoding(
+def _scored(completion: Completion) -> list[Scored]:
+    tops = completion.top_logprobs or [()] * len(completion.token_ids)
+    return list(zip(completion.token_ids, completion.logprobs, tops, strict=True))
+
+
+def _prompt_scored(completion: Completion) -> list[Scored]:
+    """The prompt's tokens but the first."""
+    tops = completion.prompt_top_logprobs or [()] * len(completion.prompt_logprobs)
+    return list(zip(completion.prompt_ids[1:], completion.prompt_logprobs, tops, strict=True))
+
+
+def _decoding(body: _Common, max_tokens: int, top_logprobs: int, service: RolloutService) -> Decoding:
+    decoding = Decoding(
         temperature=0.0 if 0.0 <= body.temperature < GREEDY_BELOW else body.temperature,
         top_p=body.top_p,
         max_tokens=max_tokens,
@@ -159,9 +301,10 @@ def _sampling(body: _Common, max_tokens: int, service: RolloutService) -> Decodi
         min_tokens=body.min_tokens,
         ignore_eos=body.ignore_eos,
         stop_token_ids=tuple(body.stop_token_ids),
+        top_logprobs=top_logprobs,
     )
-    check_decoding(sampling, service.worker.engine.vocabulary)
-    return sampling
+    check_decoding(decoding, service.worker.engine.vocabulary)
+    return decoding
 
 
 def _prompt_ids(prompt: Any, service: RolloutService) -> list[list[int]]:
@@ -172,69 +315,19 @@ def _prompt_ids(prompt: Any, service: RolloutService) -> list[list[int]]:
     return [service.tokenizer.encode(item) if isinstance(item, str) else item for item in prompt]
 
 
-def _texts(
-    groups: Sequence[Sequence[Generation]], stop: str | list[str] | None, service: RolloutService
-) -> list[tuple[Generation, str, str]]:
-    """Completions with their texts, cut at the first stop string, and why they ended."""
-    stops = stop_strings(stop)
-    flat = [generation for group in groups for generation in group]
-    out = []
-    for generation, whole in zip(flat, service.texts(flat), strict=True):
-        text, stopped_by = cut(whole, stops)
-        out.append((generation, text, str(generation.finish_reason) if stopped_by is None else "stop"))
-    return out
+def _prompt_texts(prompt: Any, prompts: Sequence[Sequence[int]], service: RolloutService) -> list[str]:
+    """The prompts as they are echoed: the texts that were given, or what the ids say."""
+    given = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(given[0], str):
+        return list(given)
+    return [service.tokenizer.decode(list(ids)) for ids in prompts]
 
 
-def _pieces(generation: Generation, tokenizer: Any) -> list[bytes]:
-    """The bytes of each token; those of a byte-level vocabulary need not be whole characters."""
-    out = []
-    names = tokenizer.convert_ids_to_tokens(list(generation.token_ids))
-    for token, name in zip(generation.token_ids, names, strict=True):
-        text = tokenizer.decode([token])
-        raw = bytes(map(_BYTES.get, name)) if _BYTES.keys() >= set(name) else b""  # type: ignore[arg-type]
-        out.append(raw if raw.decode(errors="replace") == text else text.encode())
-    return out
-
-
-def _shown(piece: bytes) -> str:
-    """A token's text; bytes that are no whole character are written as ``\\xf0``."""
-    return piece.decode(errors="backslashreplace")
-
-
-def _entry(piece: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": _shown(piece), "logprob": logprob, "bytes": list(piece), "top_logprobs": []}
-
-
-def _offsets(generation: Generation, pieces: Sequence[bytes], tokenizer: Any) -> list[int]:
-    """Where in the completion's text each token begins, in characters; special tokens are not in it."""
-    special = set(tokenizer.all_special_ids)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    offsets, at = [], 0
-    for token, piece in zip(generation.token_ids, pieces, strict=True):
-        offsets.append(at)
-        at += 0 if token in special else len(decoder.decode(piece))
-    return offsets
-
-
-def _envelope(
-    kind: str,
-    prefix: str,
-    choices: list[dict[str, Any]],
-    groups: Sequence[Sequence[Generation]],
-    service: RolloutService,
-) -> dict[str, Any]:
+def _usage(groups: Sequence[Sequence[Completion]]) -> dict[str, int]:
     prompt_tokens = sum(len(group[0].prompt_ids) for group in groups)
     completion_tokens = sum(len(item.token_ids) for group in groups for item in group)
-    usage = {
+    return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-    }
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": service.model,
-        "choices": choices,
-        "usage": usage,
     }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from ctrl_hpc.records import Generation, Sampling
@@ -21,7 +23,7 @@ _GATHER_S = 0.002
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
     prompts: Sequence[Sequence[int]]
     sampling: Sequence[Sampling]
@@ -34,6 +36,10 @@ class _Update:
     folder: str
     version: int
     future: Future[None] = field(default_factory=Future)
+
+
+class _Look:
+    """Something changed beside the queue: look at what waits."""
 
 
 @dataclass(slots=True)
@@ -56,7 +62,11 @@ class Worker:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.totals = Totals()
-        self._queue: queue.SimpleQueue[_Request | _Update | None] = queue.SimpleQueue()
+        self.paused = False
+        """Requests wait; weight updates and aborts do not."""
+        self._queue: queue.SimpleQueue[_Request | _Update | _Look | None] = queue.SimpleQueue()
+        self._open: set[_Request] = set()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="rollout-worker", daemon=True)
         self._thread.start()
 
@@ -64,6 +74,12 @@ class Worker:
     def waiting(self) -> int:
         """Requests not yet taken."""
         return self._queue.qsize()
+
+    @property
+    def unanswered(self) -> int:
+        """Completions asked for and not yet answered."""
+        with self._lock:
+            return sum(len(request.prompts) for request in self._open)
 
     @property
     def alive(self) -> bool:
@@ -78,8 +94,30 @@ class Worker:
     ) -> Future[list[Completion]]:
         """A future of one completion a prompt; raises RuntimeError when the thread has ended."""
         request = _Request(prompts, sampling, followers or [Follower() for _ in prompts])
+        with self._lock:
+            self._open.add(request)
+        request.future.add_done_callback(lambda _: self._forget(request))
         self._put(request)
         return request.future
+
+    def abort(self, rid: str | None = None) -> None:
+        """End the completions of a request's id, or all; they are answered with what they have."""
+        with self._lock:
+            followers = [follower for request in self._open for follower in request.followers]
+        for follower in followers:
+            if rid is None or follower.rid == rid:
+                follower.aborted = True
+        self._queue.put(_Look())
+
+    def pause(self) -> None:
+        """End all completions and begin none until :meth:`go_on`."""
+        self.paused = True
+        self.abort()
+
+    def go_on(self) -> None:
+        """Serve what waits."""
+        self.paused = False
+        self._queue.put(_Look())
 
     def update(self, folder: str, version: int) -> Future[None]:
         """A future that is done when the weights are loaded; requests submitted later use them."""
@@ -96,14 +134,19 @@ class Worker:
             raise RuntimeError("the model's thread has ended; start the server again")
         self._queue.put(item)
 
+    def _forget(self, request: _Request) -> None:
+        with self._lock:
+            self._open.discard(request)
+
     def _loop(self) -> None:
         pending: list[_Request] = []
         while True:
-            item: _Request | _Update | bool | None = self._queue.get()
+            item: _Request | _Update | _Look | bool | None = self._queue.get()
             while isinstance(item, _Request):
                 pending.append(item)
                 item = self._next_soon()
-            if pending:
+            pending = self._without_aborted(pending)
+            if pending and (not self.paused or item is None):
                 self._generate(pending)
                 pending = []
             if isinstance(item, _Update):
@@ -111,7 +154,18 @@ class Worker:
             elif item is None:
                 return
 
-    def _next_soon(self) -> _Request | _Update | bool | None:
+    def _without_aborted(self, requests: list[_Request]) -> list[_Request]:
+        """Answer those that were aborted before anything was decoded; the others."""
+        left = []
+        for request in requests:
+            if all(follower.aborted for follower in request.followers):
+                nothing = Completion(text="", finish_reason="abort", version=self.engine.version)
+                _resolve(request.future, [replace(nothing, prompt_ids=tuple(prompt)) for prompt in request.prompts])
+            else:
+                left.append(request)
+        return left
+
+    def _next_soon(self) -> _Request | _Update | _Look | bool | None:
         """The next item, waiting a moment for it; False when none came."""
         try:
             return self._queue.get(timeout=_GATHER_S)
@@ -174,30 +228,54 @@ def _reject(future: Future[Any], error: Exception) -> None:
         future.set_exception(error)
 
 
-class StopFollower(Follower):
-    """Ends a completion at the first of its stop strings."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A token of a request's completion as it comes."""
 
-    __slots__ = ("_count", "_ids", "_least", "_stops", "_tokenizer", "_window")
+    index: int
+    """Which of the request's completions, over its prompts and their ``n``."""
+    token: int
+    logprob: float
+    top: TopLogprobs
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str], least: int) -> None:
-        """``least``: tokens before which no stop string counts."""
-        super().__init__(watches=True)
+
+class TextFollower(Follower):
+    """Ends a completion at the first of its stop strings; reports its tokens where somebody wants them."""
+
+    __slots__ = ("_count", "_ids", "_least", "_report", "_reported", "_stops", "_tokenizer", "_window")
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: Sequence[str],
+        least: int,
+        *,
+        rid: str = "",
+        report: Callable[[int, float, TopLogprobs], None] | None = None,
+    ) -> None:
+        """``least``: tokens before which no stop string counts; ``report`` gets each token, its log-prob, the top."""
+        super().__init__(rid, watches=bool(stops) or report is not None)
         self._tokenizer, self._stops, self._least = tokenizer, tuple(stops), least
-        self._window = max(len(stop.encode()) for stop in stops) + 8  # a token has a byte at least, special ones none
+        widest = max((len(stop.encode()) for stop in stops), default=0)
+        self._window = widest + 8  # a token has a byte at least, special ones none
         self._ids: list[int] = []
-        self._count = 0
+        self._count = self._reported = 0
+        self._report = report
 
     def token(self, token: int, logprob: float, top: TopLogprobs) -> bool:
         """Whether a stop string is in what the last tokens say."""
         self._count += 1
         self._ids = [*self._ids[1 - self._window :], token]
-        if self._count < self._least:
+        if self._report is not None and self._count > self._reported:
+            self._reported = self._count
+            self._report(token, logprob, top)
+        if self._count < self._least or not self._stops:
             return False
         text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         return any(stop in text for stop in self._stops)
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Begin anew; what is reported already is not again."""
         self._ids, self._count = [], 0
 
 
@@ -215,33 +293,83 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, str | None]:
     return (text[: min(found)[0]], min(found)[1]) if found else (text, None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A prompt and what is wanted of it."""
+
+    prompt: Sequence[int]
+    decoding: Decoding
+    stops: Sequence[str] = ()
+    """Stop strings; decoding ends at the first."""
+    rid: str = ""
+    """By which it can be aborted."""
+
+    def singles(self) -> list[Decoding]:
+        """One a completion; sample j of a seeded request uses the seed itself, then derived ones."""
+        item = self.decoding
+        return [
+            replace(item, n=1, seed=item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j))
+            for j in range(item.n)
+        ]
+
+
 class RolloutService:
     """A worker with its tokenizer: expands ``n``, runs requests, decodes texts."""
 
     def __init__(self, worker: Worker, tokenizer: Any, model: str) -> None:
         self.worker, self.tokenizer, self.model = worker, tokenizer, model
 
-    async def complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sequence[Decoding],
-        stops: Sequence[Sequence[str]] | None = None,
-    ) -> list[list[Completion]]:
-        """``n`` completions for each prompt; sample j of a seeded request uses the seed itself, then derived ones.
+    async def complete(self, asked: Sequence[Asked]) -> list[list[Completion]]:
+        """``n`` completions for each prompt."""
+        followers = [
+            TextFollower(self.tokenizer, item.stops, item.decoding.min_tokens, rid=item.rid)
+            for item in asked
+            for _ in range(item.decoding.n)
+        ]
+        prompts = [item.prompt for item in asked for _ in range(item.decoding.n)]
+        sampling = [single for item in asked for single in item.singles()]
+        generations = await asyncio.wrap_future(self.worker.submit(prompts, sampling, followers))
+        return _grouped(generations, asked)
 
-        ``stops`` are each prompt's stop strings; decoding ends at the first.
-        """
-        flat_prompts, flat_sampling, followers = [], [], []
-        for prompt, item, ends in zip(prompts, sampling, stops or [()] * len(prompts), strict=True):
-            for j in range(item.n):
-                followers.append(StopFollower(self.tokenizer, ends, item.min_tokens) if ends else Follower())
-                seed = item.seed if item.seed is None or j == 0 else derive_seed(item.seed, j)
-                flat_prompts.append(prompt)
-                flat_sampling.append(replace(item, n=1, seed=seed))
-        generations = await asyncio.wrap_future(self.worker.submit(flat_prompts, flat_sampling, followers))
-        flat = iter(generations)
-        return [[next(flat) for _ in range(item.n)] for item in sampling]
+    async def stream(self, asked: Sequence[Asked]) -> AsyncIterator[Step | list[list[Completion]]]:
+        """Every token as it comes, at last what :meth:`complete` gives; leaving it early aborts the completions."""
+        loop = asyncio.get_running_loop()
+        steps: asyncio.Queue[Step | Future[list[Completion]]] = asyncio.Queue()
+
+        def put(item: Step | Future[list[Completion]]) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, item)
+
+        def report(index: int, token: int, logprob: float, top: TopLogprobs) -> None:
+            put(Step(index, token, logprob, top))
+
+        # A seed, so that a batch decoded anew says the same.
+        seeded = [replace(item, decoding=_seeded(item.decoding)) for item in asked]
+        prompts = [item.prompt for item in seeded for _ in range(item.decoding.n)]
+        followers: list[TextFollower] = []
+        for item in seeded:
+            for _ in range(item.decoding.n):
+                told = partial(report, len(followers))
+                least = item.decoding.min_tokens
+                followers.append(TextFollower(self.tokenizer, item.stops, least, rid=item.rid, report=told))
+        sampling = [single for item in seeded for single in item.singles()]
+        self.worker.submit(prompts, sampling, followers).add_done_callback(put)
+        try:
+            while isinstance(step := await steps.get(), Step):
+                yield step
+            yield _grouped(step.result(), seeded)
+        finally:
+            for follower in followers:
+                follower.aborted = True
 
     def texts(self, generations: Sequence[Generation]) -> list[str]:
         """The completions' texts, special tokens left out."""
         return self.tokenizer.batch_decode([list(item.token_ids) for item in generations], skip_special_tokens=True)
+
+
+def _seeded(decoding: Decoding) -> Decoding:
+    return decoding if decoding.seed is not None else replace(decoding, seed=secrets.randbits(62))
+
+
+def _grouped(generations: Sequence[Completion], asked: Sequence[Asked]) -> list[list[Completion]]:
+    flat = iter(generations)
+    return [[next(flat) for _ in range(item.decoding.n)] for item in asked]

@@ -124,7 +124,7 @@ class Jail:
         watchdog: Watchdog | None = None,
         group: MemoryGroup | None = None,
         *,
-        preload: bool = True,
+        preload: Sequence[str] = (),
         purpose: Purpose = Purpose.PYTHON,
     ) -> None:
         """``group`` bounds what the jail's processes hold together, the watchdog alone does where there is none."""

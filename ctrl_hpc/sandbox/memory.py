@@ -37,6 +37,11 @@ class Hierarchy:
         return "memory.oom_control" if self.version == 1 else "memory.events"
 
     @property
+    def refusals_file(self) -> str:
+        """The file that counts how often the limit was reached."""
+        return "memory.failcnt" if self.version == 1 else "memory.events"
+
+    @property
     def swap_file(self) -> str:
         """The file that bounds swap: memory and swap together in version 1, swap alone in version 2."""
         return "memory.memsw.limit_in_bytes" if self.version == 1 else "memory.swap.max"
@@ -89,9 +94,12 @@ class MemoryGroup:
         self._folder = hierarchy.folder / f"{PREFIX}{os.getpid()}-{next(_numbers)}"
         self._folder.mkdir()
         self._limit = 0
+        self._counts: list[int] = []
         try:
-            self._events_fd = os.open(self._folder / hierarchy.events_file, os.O_RDONLY)
+            for name in (hierarchy.events_file, hierarchy.refusals_file):
+                self._counts.append(os.open(self._folder / name, os.O_RDONLY))
         except OSError:
+            self._close_counts()
             self._folder.rmdir()
             raise
 
@@ -121,22 +129,16 @@ class MemoryGroup:
 
     def kills(self) -> int:
         """How many processes of the group were killed for its limit so far."""
-        for line in os.pread(self._events_fd, 4096, 0).splitlines():
-            name, _, value = line.partition(b" ")
-            if name == b"oom_kill":
-                return int(value)
-        return 0
+        return _count(os.pread(self._counts[0], 4096, 0), b"oom_kill")
 
     def refusals(self) -> int:
         """How often the limit was reached so far, whether or not a process was killed for it."""
-        if self._hierarchy.version == 1:
-            return int((self._folder / "memory.failcnt").read_text())
-        words = _words(self._folder / "memory.events")
-        return int(words[words.index("max") + 1]) if "max" in words else 0
+        text = os.pread(self._counts[1], 4096, 0)
+        return int(text) if self._hierarchy.version == 1 else _count(text, b"max")
 
     def close(self) -> None:
         """Remove the group; its processes must be ending."""
-        os.close(self._events_fd)
+        self._close_counts()
         for _ in range(_REMOVE_ATTEMPTS):
             try:
                 self._folder.rmdir()
@@ -146,6 +148,16 @@ class MemoryGroup:
                     raise
                 time.sleep(0.02)  # the kernel frees the last process's cgroup a moment after it was reaped
         raise OSError(errno.EBUSY, f"{self._folder} still has processes")
+
+    def _close_counts(self) -> None:
+        for fd in self._counts:
+            os.close(fd)
+
+
+def _count(text: bytes, wanted: bytes) -> int:
+    """A count of a cgroup's file of "name count" lines; 0 where it has none of that name."""
+    words = text.split()
+    return int(words[words.index(wanted) + 1]) if wanted in words else 0
 
 
 def _write_if_there(path: Path, value: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import random
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -136,8 +137,8 @@ def is_root(uid_map: Path = Path("/proc/self/uid_map")) -> bool:
     return False
 
 
-def config(root: Path, preload: bool = True, purpose: Purpose = Purpose.PYTHON) -> NsJailConfig:
-    """What nsjail is told, for a jail whose root is ``root``; ``preload`` pays where it serves several programs.
+def config(root: Path, preload: Sequence[str] = (), purpose: Purpose = Purpose.PYTHON) -> NsJailConfig:
+    """What nsjail is told, for a jail whose root is ``root`` and whose runner imports ``preload`` at its start.
 
     As root the jail's uid is mapped to an outside uid that nobody has; an ordinary user can only map its own, and so
     can who is root in a container alone.
@@ -192,6 +193,6 @@ def config(root: Path, preload: bool = True, purpose: Purpose = Purpose.PYTHON) 
         seccomp_string=[policy(purpose=purpose)],
         exec_bin=Exe(
             path=rootfs.PYTHON_EXECUTABLE,
-            arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/start.py", *(["preload"] if preload else [])],
+            arg=["-s", "-S", "-B", f"{rootfs.RUNNER_DIR}/start.py", *preload],
         ),
     )

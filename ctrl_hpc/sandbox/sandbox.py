@@ -90,7 +90,7 @@ class Sandbox:
             for _ in range(workers)
         ]
         try:
-            pool[0].jail()
+            pool[0].start()
         except JailFault as error:
             for worker in pool:
                 worker.close()

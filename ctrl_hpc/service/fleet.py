@@ -130,6 +130,8 @@ class _Call:
     at_once: int
     lanes: Counter[str] = field(default_factory=Counter)
     """How many chunks each server is asked at a time."""
+    n_lanes: int = 0
+    """Of all servers."""
     in_hand: int = 0
     """Chunks that some server has."""
     heard: float = field(default_factory=time.monotonic)
@@ -196,8 +198,9 @@ class Fleet:
                     for url in self._free(call):
                         self._servers[url].lanes += 1
                         call.lanes[url] += 1
+                        call.n_lanes += 1
                         lanes.create_task(self._lane(call, url, self._servers[url]))
-                    if not call.lanes.total() and time.monotonic() - call.heard > self._patience_s:
+                    if not call.n_lanes and time.monotonic() - call.heard > self._patience_s:
                         raise RuntimeError(f"no {self._role} has answered for {self._patience_s:.0f} s")
                     await _until(call.changed, POLL_S)
                     call.changed.clear()
@@ -234,6 +237,7 @@ class Fleet:
         finally:
             server.lanes -= 1
             call.lanes[url] -= 1
+            call.n_lanes -= 1
             call.changed.set()
 
     async def _attempt(self, call: _Call, url: str, server: _Server, chunk: Chunk) -> Sequence[Chunk]:

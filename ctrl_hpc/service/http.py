@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from ctrl_hpc.service.access import is_ours
+from ctrl_hpc.service.access import is_ours, user_of_connection
 from ctrl_hpc.service.json_client import allow_many_connections
 
 
@@ -195,9 +195,6 @@ def _read_token(file: Path) -> str | None:
         return text.read().strip()
 
 
-_ESTABLISHED = "01"
-
-
 def _of_own_user(scope: Scope) -> bool:
     """Whether a connection over loopback comes from a process of this service's user, and not from a web page."""
     client, server = scope.get("client"), scope.get("server")
@@ -208,19 +205,7 @@ def _of_own_user(scope: Scope) -> bool:
         or any(name == b"origin" for name, _ in scope["headers"])
     ):
         return False
-    ends = [f"{_kernel_address(host)}:{port:04X}" for host, port in (client, server)]
-    table = Path("/proc/net/tcp6" if ":" in client[0] else "/proc/net/tcp")
-    for line in table.read_text(encoding="ascii").splitlines()[1:]:
-        fields = line.split()
-        if fields[1:3] == ends:  # a socket that its process has closed belongs to nobody: its inode is 0
-            return fields[3] == _ESTABLISHED and int(fields[7]) == os.geteuid() and fields[9] != "0"
-    return False
-
-
-def _kernel_address(host: str) -> str:
-    """An address as in /proc/net/tcp: hexadecimal, each four bytes in this machine's order."""
-    packed = ipaddress.ip_address(host).packed
-    return b"".join(packed[at : at + 4][::-1] for at in range(0, len(packed), 4)).hex().upper()
+    return user_of_connection(client, server) == os.geteuid()
 
 
 def _token_of(header: bytes) -> bytes:

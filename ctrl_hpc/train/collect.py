@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
-from ctrl_hpc.config import Config
+from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.flow.reward import score, score_verdict, verdict_only
+from ctrl_hpc.flow.reward import verdict_only
 from ctrl_hpc.flow.steps import critique, execute, revise
-from ctrl_hpc.records import Problem, Sampling, Solution
-from ctrl_hpc.seeds import sampling_seed
+from ctrl_hpc.records import Critique, Problem, Revision, Reward, Sampling, Solution
+from ctrl_hpc.seeds import derive_seed, sampling_seed
 from ctrl_hpc.train.ahead import weights_folder
-from ctrl_hpc.train.drafts import DraftPool, side_by_side
+from ctrl_hpc.train.drafts import DraftPool, fits, side_by_side
 from ctrl_hpc.train.loop import Clock
+from ctrl_hpc.train.rewards import SCHEDULED, Rewards, returns
 from ctrl_hpc.train.rollouts import Cell, Experience, Rollout, learnable_groups, record_file, replay, rows
 from ctrl_hpc.train.validation import Validation, problems_of
 
@@ -34,6 +36,8 @@ class Collector:
     pool: DraftPool | None = None
     connections: Connections | None = None
     validation: Validation | None = None
+    fits: Callable[[Problem, Solution], bool] = lambda problem, draft: True
+    """Whether a draft leaves room for a critique."""
 
     @classmethod
     def open(cls, config: Config, run_dir: Path) -> Self:
@@ -61,6 +65,7 @@ class Collector:
             pool=pool,
             connections=connections,
             validation=validation if validated else None,
+            fits=_fitting(prompts, tokenizer, limit),
         )
 
     def __enter__(self) -> Self:
@@ -88,6 +93,17 @@ class Collector:
         return rows(step, list(islice(jsonl.iterate(Rollout, file), count)), drafts)
 
 
+def _fitting(prompts: Prompts, tokenizer: Any, limit: int) -> Callable[[Problem, Solution], bool]:
+    """Whether the prompt of a critique has at most ``limit`` tokens; one thread at a time, as tokenizers want it."""
+    lock = threading.Lock()
+
+    def check(problem: Problem, draft: Solution) -> bool:
+        with lock:
+            return fits(prompts.critique(problem, draft), tokenizer, limit)
+
+    return check
+
+
 def collect(collector: Collector, step: int, position: int, version: int) -> Experience:
     """The experience of a step, by rank 0, from drafts at ``position`` on, by critics of ``version``; recorded on disk.
 
@@ -104,6 +120,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert collector.pool is not None
+    rewards = Rewards.at(options, step)
     rollouts: list[Rollout] = []
     executed, refills = 0, 0
     for turn in range(1 + options.refill_rounds):
@@ -115,7 +132,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
         if not pairs:
             continue
         seed = sampling_seed(collector.config.seed, step, f"critiques, round {turn}")
-        made, n_runs = roll_out(collector, pairs, seed, clock)
+        made, n_runs = roll_out(collector, pairs, rewards, seed, clock)
         refills += turn > 0
         rollouts += made
         executed += n_runs
@@ -132,6 +149,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
         "executor/runs": float(executed),
         "executor/runs_per_s": _rate(executed, times["time/execute_s"]),
         "rl/refills": float(refills),
+        **{f"rl/{name}": getattr(rewards, name) for name in SCHEDULED if isinstance(getattr(options, name), str)},
     }
     metrics = times | validated | rates | spent(collector.connections.generator)
     return Experience.of(rollouts, version=step, position=position, metrics=metrics)
@@ -142,7 +160,7 @@ def _rate(count: float, seconds: float) -> float:
 
 
 def roll_out(
-    collector: Collector, pairs: Sequence[tuple[Problem, Solution]], seed: int, clock: Clock
+    collector: Collector, pairs: Sequence[tuple[Problem, Solution]], rewards: Rewards, seed: int, clock: Clock
 ) -> tuple[list[Rollout], int]:
     """The rollouts of drafts, in order, and the number of programs executed.
 
@@ -150,25 +168,97 @@ def roll_out(
     while others are still sampled. What comes out is the same for every size.
     """
     options = collector.config.rl
-    judged_alone = verdict_only([draft for _, draft in pairs], options.verdict_only_share, seed)
+    judged_alone = verdict_only([draft for _, draft in pairs], rewards.verdict_only_share, seed)
     sampling = Sampling(temperature=options.temperature, max_tokens=options.max_tokens, n=options.group_size, seed=seed)
     size = options.chunk or len(pairs)
 
     def chunk(first: int) -> tuple[list[Rollout], int]:
         part = pairs[first : first + size]
-        return roll_out_chunk(collector, part, judged_alone, replace(sampling, first=first), clock)
+        return roll_out_chunk(collector, part, judged_alone, rewards, replace(sampling, first=first), clock)
 
     made = side_by_side(chunk, range(0, len(pairs), size), options.chunks_in_flight)
     return [item for rollouts, _ in made for item in rollouts], sum(n_runs for _, n_runs in made)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A critique of a draft, or of a revision of a turn before, and what came of it."""
+
+    problem: Problem
+    draft: Solution
+    critique: Critique
+    revision: Revision
+    reward: Reward
+
+    @property
+    def next_draft(self) -> Solution:
+        """The revision, as the draft of a next turn."""
+        made, of = self.revision, self.critique.id
+        return Solution(id=of, problem_id=self.problem.id, text=made.text, program=made.program, verdict=made.verdict)
 
 
 def roll_out_chunk(
     collector: Collector,
     pairs: Sequence[tuple[Problem, Solution]],
     judged_alone: frozenset[str],
+    rewards: Rewards,
     sampling: Sampling,
     clock: Clock,
 ) -> tuple[list[Rollout], int]:
+    """Episodes of up to ``rl.turns`` turns, ``rl.group_size`` a draft; by draft, then turn. And the programs executed.
+
+    An episode ends when its program is kept, as one judged correct is, when the environment fails, or when the revision
+    leaves no room for a critique.
+    """
+    options = collector.config.rl
+    made, executed = roll_out_turn(collector, pairs, judged_alone, rewards, sampling, clock)
+    episodes = [[item] for item in made]
+    for turn in range(1, options.turns):
+        going = [
+            number
+            for number, (*_, last) in enumerate(episodes)
+            if not last.revision.kept and not last.reward.masked and collector.fits(last.problem, last.next_draft)
+        ]
+        if not going:
+            break
+        drafts = [(episodes[number][-1].problem, episodes[number][-1].next_draft) for number in going]
+        first = sampling.first * options.group_size
+        seed = derive_seed(sampling.seed or 0, turn)
+        drawn = replace(sampling, n=1, rows=tuple(first + number for number in going), seed=seed)
+        made, more = roll_out_turn(collector, drafts, frozenset(), rewards, drawn, clock)
+        executed += more
+        for number, item in zip(going, made, strict=True):
+            episodes[number].append(item)
+    rollouts = [rollout for episode in episodes for rollout in _of_episode(episode, options)]
+    order = {draft.id: number for number, (_, draft) in enumerate(pairs)}
+    return sorted(rollouts, key=lambda item: (order[item.solution_id], item.turn)), executed
+
+
+def _of_episode(episode: Sequence[Turn], options: RLConfig) -> list[Rollout]:
+    """An episode's turns as samples; where the environment failed in one, what the others led to is not known."""
+    masked = any(item.reward.masked for item in episode)
+    values = returns([item.reward.value for item in episode], options)
+    return [
+        Rollout.of(
+            item.critique,
+            item.revision,
+            item.draft,
+            replace(item.reward, value=value, masked=masked),
+            turn=number,
+            begun=episode[0].draft.id,
+        )
+        for number, (item, value) in enumerate(zip(episode, values, strict=True), 1)
+    ]
+
+
+def roll_out_turn(
+    collector: Collector,
+    pairs: Sequence[tuple[Problem, Solution]],
+    judged_alone: frozenset[str],
+    rewards: Rewards,
+    sampling: Sampling,
+    clock: Clock,
+) -> tuple[list[Turn], int]:
     """The method: critiques of drafts, the fixed generator's greedy revisions, their execution, the reward.
 
     Also the number of programs executed.
@@ -178,7 +268,7 @@ def roll_out_chunk(
     greedy = Sampling(temperature=0.0, max_tokens=options.max_revision_tokens)
     with clock("rollout"):
         critiques = critique(pairs, services.critic, collector.prompts, sampling)
-    repeated = [pair for pair in pairs for _ in range(options.group_size)]
+    repeated = [pair for pair in pairs for _ in range(sampling.n)]
     triples = [(problem, draft, item) for (problem, draft), item in zip(repeated, critiques, strict=True)]
     with clock("revise"):
         revisions = revise(triples, services.generator, collector.prompts, greedy, skip=judged_alone)
@@ -187,20 +277,9 @@ def roll_out_chunk(
     with clock("execute"):
         stop = options.stop_at_first_failure
         revisions = execute(todo, services.executor, config.executor.rules, stop_at_first_failure=stop)
-    rollouts = []
-    for (_, draft, item), revision in zip(triples, revisions, strict=True):
-        assert draft.verdict is not None
-        if draft.id in judged_alone:
-            reward = score_verdict(item, draft.verdict)
-        else:
-            reward = score(
-                item,
-                revision,
-                draft.verdict,
-                verdict_coef=options.verdict_coef,
-                transitions=options.transition_reward,
-                leak_penalty=options.leak_penalty,
-                draft_program=draft.program,
-            )
-        rollouts.append(Rollout.of(item, revision, draft.verdict, reward))
-    return rollouts, len(runs)
+    samples = [(*triple, revision) for triple, revision in zip(triples, revisions, strict=True)]
+    turns = [
+        Turn(problem=problem, draft=draft, critique=item, revision=revision, reward=reward)
+        for (problem, draft, item, revision), reward in zip(samples, rewards.score(samples, judged_alone), strict=True)
+    ]
+    return turns, len(runs)

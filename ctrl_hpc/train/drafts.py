@@ -76,7 +76,7 @@ class DraftPool:
 
         Raises ValueError when none is left.
         """
-        kept = tuple(pair for pair in self.pairs if _fits(prompts.critique(*pair), tokenizer, limit))
+        kept = tuple(pair for pair in self.pairs if fits(prompts.critique(*pair), tokenizer, limit))
         if not kept:
             raise ValueError(
                 f"rl: the critique prompt of each of the {len(self.pairs)} drafts is longer than {limit} tokens; raise "
@@ -93,7 +93,7 @@ class DraftPool:
         return [self.pairs[row] for row in dict.fromkeys(rows) if self.pairs[row][1].id not in used]
 
 
-def _fits(chat: Chat, tokenizer: Any, limit: int) -> bool:
+def fits(chat: Chat, tokenizer: Any, limit: int) -> bool:
     """Whether a chat has at most ``limit`` tokens; a token has a byte at least: short chats need no counting."""
     n_bytes = sum(len(message.content.encode()) for message in chat)
     return n_bytes + _TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(chat_ids(tokenizer, chat)) <= limit

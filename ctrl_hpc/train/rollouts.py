@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.flow.reward import agrees
-from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Reward, Solution, Verdict
+from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Reward, Solution
 from ctrl_hpc.train.batch import Batch, collate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One critique, what came of it and what it earned: a line of ``rl/rollouts/step-NNNNNN.jsonl``."""
+    """One critique, what came of it and what it earned: a line of ``rl/rollouts/step-NNNNNN.jsonl.gz``."""
 
     solution_id: str
     critique: str
@@ -34,6 +34,7 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    """In as many digits as single precision has."""
     finish_reason: str
     version: int
     leaked: bool = False
@@ -41,22 +42,35 @@ class Rollout:
     """One line on what went wrong in the revision."""
     forced: tuple[int, int] | None = None
     """Which of ``token_ids`` the critic did not write (``prompts.critique_close``): start and end."""
+    turn: int = 1
+    """Of its episode, which began with the draft ``solution_id``."""
+    draft: str | None = None
+    """The program critiqued, where that was a revision."""
 
     @classmethod
-    def of(cls, critique: Critique, revision: Revision, draft: Verdict, reward: Reward) -> Rollout:
-        """The parts of a finished sample that training and people need.
+    def of(
+        cls,
+        critique: Critique,
+        revision: Revision,
+        draft: Solution,
+        reward: Reward,
+        *,
+        turn: int = 1,
+        begun: str | None = None,
+    ) -> Rollout:
+        """The parts of a finished sample that training and people need; ``begun``: the first draft of its episode.
 
         Raises ValueError when the critic's server gave no token ids or log-probabilities.
         """
         generation = critique.generation
         if generation is None or not generation.token_ids or len(generation.logprobs) != len(generation.token_ids):
             raise ValueError(f"critique {critique.id}: the critic's server gave no token ids with log-probabilities")
-        assert revision.verdict is not None
+        assert revision.verdict is not None and draft.verdict is not None
         return cls(
-            solution_id=critique.solution_id,
+            solution_id=begun or critique.solution_id,
             critique=critique.text,
             judgement=critique.judgement,
-            draft_accepted=draft.accepted,
+            draft_accepted=draft.verdict.accepted,
             revision=revision.text,
             kept=revision.kept,
             status=revision.verdict.status,
@@ -65,13 +79,20 @@ class Rollout:
             masked=reward.masked,
             prompt_ids=generation.prompt_ids,
             token_ids=generation.token_ids,
-            logprobs=generation.logprobs,
+            logprobs=tuple(map(single_precision, generation.logprobs)),
             finish_reason=generation.finish_reason,
             version=generation.version,
             leaked=reward.leaked,
             detail=revision.verdict.detail,
             forced=generation.forced,
+            turn=turn,
+            draft=(draft.program or draft.text) if turn > 1 else None,
         )
+
+
+def single_precision(value: float) -> float:
+    """A number in nine digits, which are enough for the same number in single precision."""
+    return float(f"{value:.9g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +102,7 @@ class Experience:
     batch: Batch
     rewards_S: Tensor
     groups_S: Tensor
-    """Number of the draft that a critique is about; int64."""
+    """Number of the draft that a critique's episode began with, and turn: what it is compared with; int64."""
     valid_S: Tensor
     """False where the environment failed: the critique leaves its group."""
     rollout_SR: Tensor
@@ -97,11 +118,11 @@ class Experience:
         rollout_SR = torch.zeros(batch.mask_SR.shape)
         for row, item in enumerate(rollouts):
             rollout_SR[row, : len(item.logprobs)] = torch.tensor(item.logprobs)
-        numbers = {solution: number for number, solution in enumerate(dict.fromkeys(r.solution_id for r in rollouts))}
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(map(_group, rollouts)))}
         return cls(
             batch=batch,
             rewards_S=torch.tensor([item.reward for item in rollouts]),
-            groups_S=torch.tensor([numbers[item.solution_id] for item in rollouts]),
+            groups_S=torch.tensor([numbers[_group(item)] for item in rollouts]),
             valid_S=torch.tensor([not item.masked for item in rollouts]),
             rollout_SR=rollout_SR,
             position=position,
@@ -145,18 +166,22 @@ class Experience:
         return wanted.nonzero()[:, 0].tolist()
 
 
+def _group(item: Rollout) -> tuple[str, int]:
+    return item.solution_id, item.turn
+
+
 def _has_spread(rewards: Sequence[float]) -> bool:
     """Whether rewards differ."""
     return len(rewards) > 1 and max(rewards) > min(rewards)
 
 
 def learnable_groups(rollouts: Sequence[Rollout]) -> list[str]:
-    """The drafts whose critiques did not all earn the same."""
-    rewards: dict[str, list[float]] = {}
+    """The drafts whose critiques did not all earn the same, in one turn at least."""
+    rewards: dict[tuple[str, int], list[float]] = {}
     for item in rollouts:
         if not item.masked:
-            rewards.setdefault(item.solution_id, []).append(item.reward)
-    return [solution for solution, values in rewards.items() if _has_spread(values)]
+            rewards.setdefault(_group(item), []).append(item.reward)
+    return list(dict.fromkeys(solution for (solution, _), values in rewards.items() if _has_spread(values)))
 
 
 def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
@@ -182,20 +207,35 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "rl/staleness": float(max(staleness)),
         "rl/staleness_mean": sum(staleness) / len(staleness),
         **{name: count / len(rollouts) for name, count in reasons.items()},
+        **_by_turn(rollouts),
     }
+
+
+def _by_turn(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Turns an episode, and the share of each turn's revisions that pass; nothing where all have one turn."""
+    most, begun = max(item.turn for item in rollouts), sum(item.turn == 1 for item in rollouts)
+    if most == 1:
+        return {}
+    out = {"rl/turns": len(rollouts) / begun}
+    for turn in range(1, most + 1):
+        passed = [item.status == "accepted" for item in rollouts if item.turn == turn and not item.masked]
+        out[f"rl/turn_{turn}/pass_rate"] = sum(passed) / max(1, len(passed))
+    return out
 
 
 def record_file(folder: Path, step: int) -> Path:
     """Where the rollouts of a step are written."""
-    return folder / f"step-{step:06d}.jsonl"
+    return folder / f"step-{step:06d}.jsonl.gz"
 
 
 def replay(folder: Path, step: int) -> list[Rollout]:
-    """The recorded rollouts of a step.
+    """The recorded rollouts of a step, compressed or not.
 
     Raises ValueError when the step was not recorded.
     """
     file = record_file(folder, step)
+    if not file.exists():
+        file = file.with_suffix("")
     if not file.exists():
         raise ValueError(f"rl.replay: {file} does not exist")
     return jsonl.read(Rollout, file)
@@ -218,12 +258,14 @@ def rows(step: int, rollouts: Sequence[Rollout], drafts: Mapping[str, tuple[Prob
 def _row(step: int, item: Rollout, problem: Problem | None, draft: Solution | None) -> list[Cell]:
     verdict = draft.verdict if draft is not None else None
     known = "accepted" if item.draft_accepted else "not accepted"
-    told = verdict.status + (f": {verdict.detail}" if verdict.detail else "") if verdict is not None else known
+    told = known
+    if verdict is not None and item.turn == 1:
+        told = verdict.status + (f": {verdict.detail}" if verdict.detail else "")
     return [
         step,
         item.solution_id,
         problem.prompt if problem is not None else None,
-        (draft.program or draft.text) if draft is not None else None,
+        item.draft if item.draft is not None else (draft.program or draft.text) if draft is not None else None,
         told,
         item.critique,
         item.judgement,

@@ -5,6 +5,7 @@ Every fault strikes at a random moment; the seed is printed, and CTRL_HPC_FAULT_
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -92,12 +93,13 @@ class Ended:
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    content = file.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(content) if file.suffix == ".gz" else content).splitlines()]
 
 
 def account(run_dir: Path) -> dict[str, Any]:
     """What was done: every sample and step of a run, in order."""
-    steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
+    steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl.gz"))
     report = json.loads((run_dir / "report" / "results.json").read_text())["datasets"]["tiny"]
     evaluated = sorted((run_dir / "eval" / "tiny").rglob("*.jsonl"))
     return {
@@ -118,7 +120,7 @@ def values(run_dir: Path) -> dict[str, Any]:
     """What came out, without times and without the servers' log-probabilities, which batches round differently."""
     report = json.loads((run_dir / "report" / "results.json").read_text())
     names = ("critique", "revision", "reward", "token_ids", "version", "status")
-    steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl"))
+    steps = sorted((run_dir / "rl" / "rollouts").glob("step-*.jsonl.gz"))
     learned = ("rl/reward", "rl/kl", "rl/grad_norm", "rl/entropy")
     return {
         "datasets": report["datasets"],

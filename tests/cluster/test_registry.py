@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from ctrl_hpc import cli, jsonl
 from ctrl_hpc.cluster import processes, registry
 from ctrl_hpc.cluster.registry import DriverWatch, Registry
 
@@ -115,3 +118,51 @@ def test_the_driver_is_watched(run_dir: Path) -> None:
 def test_service_records_are_plain_data() -> None:
     names = {field.name for field in dataclasses.fields(registry.Service)}
     assert {"role", "id", "url", "host", "pid", "job_id", "log", "session", "beat"} <= names
+
+
+def test_who_asks_reads_the_drivers_list_and_not_every_entry(run_dir: Path, monkeypatch: object) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(registry.time, "monotonic", lambda: clock[0])  # type: ignore[attr-defined]
+    here = Registry(run_dir, heartbeat_s=600)
+    with here.register("executor", "http://a", id="0"), here.register("critic", "http://c", id="0"):
+        here.write_list(here.census()[0])
+        with here.register("executor", "http://b", id="1"):
+            reader, list_file = Registry(run_dir), run_dir / "services" / "alive.json"
+            assert reader.endpoints("executor") == ["http://a"]  # as the driver says: it has not seen the other one yet
+            assert reader.endpoints("critic") == ["http://c"]
+            here.write_list(here.census()[0])
+            assert reader.endpoints("executor") == ["http://a", "http://b"]
+            beat(list_file, -10_000)  # renewed by a node whose clock is fast
+            clock[0] += 5
+            assert reader.endpoints("executor") == ["http://a", "http://b"]
+            list_file.write_text("[]")
+            os.utime(list_file, (7, 7))
+            assert reader.endpoints("executor") == []
+            clock[0] += 7  # nobody renews it: the entries count
+            assert reader.endpoints("executor") == ["http://a", "http://b"]
+            list_file.write_text('{"not": "a list"}')
+            assert reader.endpoints("critic") == ["http://c"]
+        here.remove_list()
+        clock[0] += 1
+        assert reader.endpoints("executor") == ["http://a"]
+
+
+def test_services_are_told_to_prometheus(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl.write_text(run_dir / "config.yaml", "{}\n")
+    out = run_dir / "targets.json"
+    with (
+        Registry(run_dir).register("executor", "http://10.0.0.7:8123", id="3-77", host="node7"),
+        Registry(run_dir).register("driver", "", id="driver"),
+    ):
+        assert cli.main(["status", str(run_dir), "--targets", str(out)]) == 0
+        assert json.loads(out.read_text()) == [
+            {
+                "targets": ["10.0.0.7:8123"],
+                "labels": {"run": run_dir.name, "role": "executor", "element": "3", "node": "node7"},
+            }
+        ]
+        assert cli.main(["status", str(run_dir), "--targets", str(run_dir / "config.yaml")]) == 2
+    assert (run_dir / "config.yaml").read_text() == "{}\n"
+    assert "nothing was overwritten" in capsys.readouterr().err
+    assert cli.main(["status", str(run_dir), "--targets", str(out)]) == 0
+    assert json.loads(out.read_text()) == []

@@ -14,7 +14,7 @@ import torch
 from ctrl_kernels import Backend
 
 from ctrl_hpc.config import OptimizerConfig, RLConfig
-from ctrl_hpc.records import Critique, Generation, Revision, Reward, Verdict
+from ctrl_hpc.records import Critique, Generation, Revision, Reward, Solution, Verdict
 from ctrl_hpc.seeds import sampling_seed, take
 from ctrl_hpc.train.advantages import advantages_and_returns
 from ctrl_hpc.train.batch import collate, micro_batches
@@ -55,7 +55,7 @@ def test_a_clock_adds_up_a_phase_and_starts_anew() -> None:
     for _ in range(2):
         with clock("update"):
             pass
-    assert list(clock.take()) == ["time/update_s"]
+    assert list(clock.take()) == ["time/update_s", "began_update", "ended_update"]
     assert clock.take() == {}
 
 
@@ -152,8 +152,9 @@ def test_a_critic_without_token_ids_is_refused_by_name() -> None:
     critique = Critique(id="p/0#1", solution_id="p/0", text="c", judgement="correct", generation=Generation(text="c"))
     verdict = Verdict(status="accepted")
     revision = Revision(critique_id="p/0#1", text="r", program="p", kept=False, verdict=verdict)
+    draft = Solution(id="p/0", problem_id="p", text="d", program="d", verdict=verdict)
     with pytest.raises(ValueError, match="critique p/0#1: the critic's server gave no token ids"):
-        Rollout.of(critique, revision, verdict, Reward(critique_id="p/0#1", value=1.0, reason="passed"))
+        Rollout.of(critique, revision, draft, Reward(critique_id="p/0#1", value=1.0, reason="passed"))
 
 
 def test_rollouts_by_older_weights_are_corrected_for_by_truncated_importance_weights() -> None:

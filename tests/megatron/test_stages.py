@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -143,8 +144,8 @@ def test_the_services_are_called_as_the_method_says(folder: Path, status: dict[s
         assert record["executor/runs"] == 4
         assert record["rl/reward"] == record["rl/draft_pass_rate"] / 2
     files = sorted((run_dir / "rl" / "rollouts").iterdir())
-    assert [file.name for file in files] == [f"step-{step:06d}.jsonl" for step in range(3)]
-    lines = [json.loads(line) for line in files[0].read_text().splitlines()]
+    assert [file.name for file in files] == [f"step-{step:06d}.jsonl.gz" for step in range(3)]
+    lines = [json.loads(line) for line in gzip.decompress(files[0].read_bytes()).splitlines()]
     assert len(lines) == 16 and lines[1]["kept"] and lines[0]["status"] == "wrong_answer"
     assert lines[0]["token_ids"] == [10, 20, 30] and lines[0]["version"] == 0
     # Seven drafts, four a step: two passes over the pool take each draft twice before any comes a third time.
@@ -156,7 +157,7 @@ def test_chunks_of_a_step_give_the_bits_of_the_whole_step(folder: Path, status: 
     assert status["chunks"] == 0, log_of(folder)
     whole, chunks = folder / "live-1", folder / "chunks"
     for step in range(3):
-        name = f"rl/rollouts/step-{step:06d}.jsonl"
+        name = f"rl/rollouts/step-{step:06d}.jsonl.gz"
         assert (chunks / name).read_bytes() == (whole / name).read_bytes()
     first, second = (load_file(run / "rl" / "hf" / "model.safetensors") for run in (whole, chunks))
     assert all(first[name].equal(second[name]) for name in first)
@@ -174,7 +175,7 @@ def test_a_trainer_stopped_with_rollouts_ahead_continues_with_every_step_once(
     assert {stale[2], stale[5]} <= {1, 2}
     drawn = take(7, seed=0, start=0, count=24)
     for step in range(6):
-        lines = (run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+        lines = gzip.decompress((run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl.gz").read_bytes()).splitlines()
         drafts = [json.loads(line)["solution_id"] for line in lines[::4]]
         solutions = [f"p{number}/0" for number in drawn[4 * step : 4 * step + 4]]
         assert sorted(drafts) == sorted(dict.fromkeys(solutions))

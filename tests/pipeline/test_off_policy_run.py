@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_two_versions_off_policy_in_chunks(tmp_path: Path) -> None:
     assert stale[:2] == [0, 1] and all(1 <= age <= STALE for age in stale[2:])
     drafts: Counter[str] = Counter()
     for step, record in enumerate(records):
-        lines = (run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl").read_text().splitlines()
+        lines = gzip.decompress((run_dir / "rl" / "rollouts" / f"step-{step:06d}.jsonl.gz").read_bytes()).splitlines()
         rollouts = [json.loads(line) for line in lines]
         assert len(rollouts) == DRAFTS * GROUP
         assert {item["version"] for item in rollouts} == {step - record["rl/staleness"]}

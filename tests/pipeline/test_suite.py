@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -192,9 +193,8 @@ def test_a_very_small_suite(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     one, other = (results["variants"][name]["datasets"]["tiny"]["critics"] for name in ("grpo", "shaped"))
     assert one["sft"]["pass_at_1"] == other["sft"]["pass_at_1"]
     folder = tmp_path / "runs" / "shaped-seed0"
-    rollouts = [
-        json.loads(line) for line in (folder / "rl" / "rollouts" / "step-000000.jsonl").read_text().splitlines()
-    ]
+    lines = gzip.decompress((folder / "rl" / "rollouts" / "step-000000.jsonl.gz").read_bytes()).splitlines()
+    rollouts = [json.loads(line) for line in lines]
     alone = [item for item in rollouts if item["reason"].startswith("verdict_")]
     assert {item["kept"] for item in alone} == {True}
     assert 0 < len({item["solution_id"] for item in alone}) <= 8

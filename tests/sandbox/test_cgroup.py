@@ -57,6 +57,7 @@ def kernel_files(monkeypatch: pytest.MonkeyPatch) -> None:
             for name in ("memory.max", "memory.swap.max", "memory.limit_in_bytes", "cgroup.procs"):
                 (self / name).touch()
             (self / "memory.events").write_text("low 0\noom 2\noom_kill 0\n")
+            (self / "memory.failcnt").write_text("0\n")
             (self / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 0\n")
 
     def rmdir(self: Path) -> None:
@@ -81,10 +82,11 @@ def test_a_group_limits_counts_and_is_removed(tmp_path: Path, version: int, kern
         assert ((folder / "memory.max").read_text(), (folder / "memory.swap.max").read_text()) == ("5000", "0")
     else:
         assert (folder / "memory.limit_in_bytes").read_text() == "5000"
-    assert group.kills() == 0
+    assert group.kills() == group.refusals() == 0
     events = folder / ("memory.events" if version == 2 else "memory.oom_control")
-    events.write_text("oom 9\noom_kill 3\n")
-    assert group.kills() == 3
+    events.write_text("max 5\noom 9\noom_kill 3\n")
+    (folder / "memory.failcnt").write_text("5\n")
+    assert (group.kills(), group.refusals()) == (3, 5)
     group.close()
     assert not folder.exists()
 

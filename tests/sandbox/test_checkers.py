@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from ctrl_hpc.flow.steps import execution
 from ctrl_hpc.records import Execution, Limits, Problem, Rules, StdinTest, TestResult
-from ctrl_hpc.sandbox import Sandbox, languages, worker
+from ctrl_hpc.sandbox import Sandbox, checkers, languages
 from ctrl_hpc.sandbox.cache import VerdictCache
 
 LIMITS = Limits(cpu_s=1.0, wall_s=4.0, memory_mb=128)
@@ -80,7 +79,7 @@ def test_a_checker_judges(sandbox: Sandbox, program: str, status: str, word: str
 
 
 def test_a_checker_that_never_ends_ends(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_LIMITS_OF_CHECKERS", LIMITS)
+    monkeypatch.setattr(checkers, "_LIMITS", LIMITS)
     assert judged(sandbox, "print(77)").status == "unsupported"
     assert judged(sandbox, "print(4)").status == "accepted"
 
@@ -117,12 +116,12 @@ def test_verdicts_depend_on_the_checker(tmp_path: Path) -> None:
     assert len(keys) == 3 and json.dumps(sorted(keys))
 
 
-PLACE = Path(os.environ.get("TESTLIB", languages.TESTLIB))
+PLACE = Path(__file__).parents[2] / ".cache" / "testlib" / "rbx" / "resources" / "predownloaded" / "testlib.h"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PLACE.is_file(), reason=f"no {PLACE}: TESTLIB=PATH says where testlib.h is")
-def test_testlib_s_own_checkers() -> None:
+@pytest.mark.skipif(not PLACE.is_file(), reason=f"no {PLACE}: scripts/setup-tests puts it there")
+def test_checkers_with_the_real_testlib() -> None:
     with Sandbox(workers=1, testlib=PLACE) as sandbox:
         test = StdinTest(stdin="", expected_stdout="YES no\nYes\n")
         for text, status in (

@@ -204,3 +204,11 @@ def test_a_worker_starts_no_jail_for_a_problem_without_tests() -> None:
     worker = Worker(Path("/nowhere"), None, None)  # type: ignore[arg-type]
     verdict = worker.execute(Execution(program="", tests=(), limits=LIMITS))
     assert (verdict.status, verdict.detail) == ("unsupported", "there are no tests")
+
+
+def test_a_fresh_jail_has_imported_what_its_program_names_and_a_warm_one_more() -> None:
+    program = "import sys\nprint('heap' 'q' in sys.modules, 'bis' 'ect' in sys.modules)  # heapq"
+    for fresh, found in ((True, "True False"), (False, "True True")):
+        with Sandbox(workers=1, fresh=fresh) as sandbox:
+            sandbox.run_tests("", [StdinTest(stdin="", expected_stdout="")])  # whose jail is there from the start
+            assert sandbox.run_tests(program, [StdinTest(stdin="", expected_stdout=found)]).accepted

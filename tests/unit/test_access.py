@@ -99,6 +99,20 @@ def test_who_asks_and_closes_belongs_to_nobody(urls: dict[bool, str]) -> None:
     assert not http._of_own_user(scope)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_connection_belongs_to_one_user_however_the_kernel_is_asked(host: str) -> None:
+    with http.listen(host, 0) as server:
+        client = socket.create_connection(server.getsockname()[:2])
+        ours, theirs = client.getsockname()[:2], client.getpeername()[:2]
+        state, user, inode = access._looked_up(ours, theirs) or (0, 0, 0)
+        assert (state, user, inode) == (1, os.geteuid(), os.fstat(client.fileno()).st_ino)
+        assert access._asked(ours, theirs) in [(state, user, inode), None]  # None where the kernel has no tcp_diag
+        assert access.user_of_connection(ours, theirs) == os.geteuid()
+        assert access.user_of_connection((host, 1), theirs) is None  # a listening socket is no connection
+        client.close()
+        assert access.user_of_connection(ours, theirs) is None
+
+
 def test_serving_other_machines_without_a_token_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "executor", "--host", "0.0.0.0", "--port", "0"]) == 2
     assert cli.main(["serve", "rollout", "--model", str(tmp_path), "--host", "::", "--port", "0"]) == 2

@@ -37,10 +37,10 @@ def test_the_tree_tells_where_each_value_comes_from(place: Path, capsys: pytest.
 def test_a_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "rl.estimator", TINY, "rl.estimator=rloo"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "rl.estimator: How rewards become advantages: within the group (``ctrl_kernels.group_advantages``), or by a "
-        "value network that is trained beside (``gae``: PPO).",
+        "rl.estimator: How rewards become advantages: within the group (``ctrl_hpc.train.advantages``), over the whole "
+        "step (``reinforce_pp``), or by a value network that is trained beside (``gae``: PPO).",
         "  type:     word",
-        "  allowed:  must be one of grpo, dr_grpo, rloo, gae",
+        "  allowed:  must be one of grpo, dr_grpo, rloo, opo, pass_k, reinforce_pp, reinforce_pp_baseline, gae",
         "  default:  grpo",
         "  example:  rl.estimator=dr_grpo",
         "  value:    rloo, from override",
@@ -78,11 +78,12 @@ def test_every_key_has_a_meaning_and_an_example_that_loads() -> None:
     needed = {
         "generator": ["generator_model=m"],
         "parallel.sequence": ["parallel.tensor=2"],
+        "rl.ratio_cap": ["rl.loss=dppo"],
         "trainer.ranks_per_node": ["parallel.tensor=1"],
     }
     for key, fact in known().items():
         assert fact.about.endswith((".", "?")), key
-        if fact.is_section or key in ("executor.judges", "cluster"):  # these name files that must be there
+        if fact.is_section or key in ("executor.judges", "rl.reward", "cluster"):  # these name files that must be there
             continue
         text = _example(fact)
         if fact.choices:

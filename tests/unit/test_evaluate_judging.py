@@ -52,6 +52,8 @@ def test_the_data_sets_own_format(file):
     assert [pair.right for pair in pairs[:2]] == ["A", "B"]
     assert judgebench.categories(pairs) == {"knowledge": 4, "reasoning": 2, "math": 2, "coding": 2}
     assert pairs[3].provenance == f"{file}:4"
+    file.write_text(json.dumps(row(0) | {"source": "ours"}) + "\n")
+    assert judgebench.categories(judgebench.load(str(file), "gpt")) == {"ours": 1}
     with pytest.raises(ValueError, match="judgebench has no split 'test'; allowed: gpt, claude"):
         judgebench.load(str(file), "test")
 
@@ -60,7 +62,7 @@ def test_the_data_sets_own_format(file):
     ("change", "message"),
     [
         ({"label": "A=B"}, r":1: label: 'A=B' is not one of A>B, B>A"),
-        ({"source": "x"}, r":1: source: 'x' is not known"),
+        ({"source": None}, r":1: source: expected text, got NoneType"),
     ],
 )
 def test_a_row_that_cannot_be_is_one_line(tmp_path, change, message):

@@ -24,7 +24,10 @@ def row(correct, judged=None):
     weights = metrics.bootstrap_weights(len(correct), 50, 0)
     made = metrics.summary(outcomes, weights, judges=judged is not None)
     shares = [float(share) for share in correct_NT.mean(axis=0)]
-    return made | {"similarity": 0.25, "by_difficulty": {"easy": {"n_samples": len(correct), "pass_at_1": shares}}}
+    bands = [made["ci95"][f"pass_at_1@{turn}"] for turn in range(len(shares))]
+    easy = {"n_samples": len(correct), "pass_at_1": shares, "ci95": bands}
+    made["ci95"]["similarity"] = [0.2, 0.3]
+    return made | {"similarity": 0.25, "by_difficulty": {"easy": easy}}
 
 
 # of four drafts one passes; after the first turn two, one having been broken; after the fifth three

@@ -2,6 +2,7 @@
 
 import json
 import re
+import struct
 from html.parser import HTMLParser
 
 import pytest
@@ -82,10 +83,14 @@ def test_rows_recomputed_from_the_raw_records(finished, critic):
     right = sum((judged[name] == "correct") == item[0] for name, item in rows.items())
     assert row["judgement"]["accuracy"] == pytest.approx(right / n)
     easy = [item for name, item in rows.items() if int(name.split("/")[1]) % 2 == 0]
-    assert row["by_difficulty"]["easy"] == {
-        "n_samples": COUNT,
-        "pass_at_1": pytest.approx([sum(item[turn] for item in easy) / COUNT for turn in range(TURNS + 1)]),
-    }
+    level = row["by_difficulty"]["easy"]
+    assert level["n_samples"] == COUNT
+    assert level["pass_at_1"] == pytest.approx([sum(item[turn] for item in easy) / COUNT for turn in range(TURNS + 1)])
+    for (low, high), share in zip(level["ci95"], level["pass_at_1"], strict=True):
+        assert 0.0 <= low <= share <= high <= 1.0
+    if row["similarity"] is not None:
+        low, high = row["ci95"]["similarity"]
+        assert low <= row["similarity"] <= high
 
 
 def test_the_contract(finished):
@@ -136,9 +141,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
-        self.references += [values[name] for name in ("src", "href") if name in values]
+        self.references += [values[name] for name in ("src", "srcset", "href") if name in values]
         self.ids.add(values.get("id"))
-        if tag not in ("meta", "link", "img", "input"):
+        if tag not in ("meta", "link", "img", "input", "source"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -158,6 +163,7 @@ def test_the_page_needs_nothing_else(finished):
     assert all(reference.startswith("data:") for reference in page.references)
     assert "http://" not in text
     assert "https://" not in text
+    assert str(run_dir) not in text  # no path of this machine
     assert {"dataset", "critic", "transition", "judgement", "difficulty", "words", "samples"} <= page.ids
     shown = json.loads(page.scripts[0])
     assert len(shown) == 6 * 7
@@ -178,6 +184,11 @@ def test_what_a_model_wrote_cannot_leave_its_place(finished):
     assert "\\u003c/script>\\u003cb>x" in text
 
 
+def size_of(picture):
+    """Width and height of a PNG in pixels, as its header says."""
+    return struct.unpack(">II", picture.read_bytes()[16:24])
+
+
 def test_plots_and_tables_are_there(finished):
     _, run_dir, _ = finished
     folder = run_dir / "report"
@@ -191,8 +202,12 @@ def test_plots_and_tables_are_there(finished):
         "pass_at_1_greedy-toy.png",
         "similarity-toy.png",
     ]
+    for name in pictures:
+        wide, narrow = (size_of(folder / place / name) for place in (".", "narrow"))
+        assert narrow[0] < 0.75 * wide[0], name
+        assert (folder / name).with_suffix(".svg").is_file()
     assert "| RL critic |" in (folder / "results.md").read_text()
-    assert r"\textbf{RL critic}" in (folder / "results.tex").read_text()
+    assert "RL critic &" in (folder / "results.tex").read_text()
 
 
 def test_an_unfinished_evaluation_is_one_line(finished, tmp_path):
@@ -233,10 +248,35 @@ def test_labels_are_pushed_apart_as_little_as_it_takes():
     assert plots.spread([0.3, 0.44, 0.46], 0.1, 0.0, 1.0) == pytest.approx([0.3, 0.4, 0.5])
 
 
+def test_bold_is_what_is_best_with_its_interval():
+    bands = {  # critic: intervals of pass@1 after the turn, and of Δ↓
+        "none": ((0.40, 0.44), (0.00, 0.00)),
+        "sft": ((0.50, 0.58), (0.02, 0.04)),
+        "rl": ((0.60, 0.70), (0.05, 0.08)),
+        "oracle": ((0.90, 0.95), (0.00, 0.00)),
+        "sft_greedy": ((0.55, 0.65), (0.01, 0.02)),
+        "rl_greedy": ((0.60, 0.70), (0.03, 0.04)),
+    }
+    critics = {name: {"ci95": {"pass_at_1@1": turn, "delta_down": down}} for name, (turn, down) in bands.items()}
+    # rl: apart from sft's; rl_greedy: not; Δ↓: lower is better, and none's ends where nobody's begins
+    assert tables.best(critics, ["pass_at_1@1", "delta_down"]) == {(2, 1), (0, 2), (4, 2)}
+    assert tables.best({"rl": critics["rl"]}, ["pass_at_1@1"]) == frozenset()
+
+
+def test_ticks_have_as_many_decimals_as_their_values():
+    assert [plots.PERCENT(value, 0) for value in (0.0, 0.025, 0.05, 0.125, 1.0)] == [
+        "0%",
+        "2.5%",
+        "5%",
+        "12.5%",
+        "100%",
+    ]
+
+
 def test_tables_for_every_medium():
-    table = tables.Table(title="t", columns=("a_b", "Δ↑"), rows=(("x", "5%"), ("y", "–")), strong=frozenset({1}))
-    assert tables.markdown(table) == "**t**\n\n| a_b | Δ↑ |\n| --- | ---: |\n| x | 5% |\n| y | – |\n"
+    table = tables.Table(title="t", columns=("a_b", "Δ↑"), rows=(("x", "5%"), ("y", "–")), strong=frozenset({(1, 1)}))
+    assert tables.markdown(table) == "**t**\n\n| a_b | Δ↑ |\n| --- | ---: |\n| x | 5% |\n| y | **–** |\n"
     assert tables.latex(table) == (
         "% t\n\\begin{tabular}{lr}\n\\toprule\na\\_b & $\\Delta$$\\uparrow$ \\\\\n\\midrule\nx & 5\\% \\\\\n"
-        "\\textbf{y} & \\textbf{--} \\\\\n\\bottomrule\n\\end{tabular}\n"
+        "y & \\textbf{--} \\\\\n\\bottomrule\n\\end{tabular}\n"
     )

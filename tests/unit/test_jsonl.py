@@ -1,5 +1,6 @@
 """Records survive a file, and a broken line is named by file, line and field."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -172,6 +173,18 @@ def test_lines_of_earlier_runs_are_read_and_written_the_same(name: str, record: 
     records = jsonl.read(record, LINES / f"{name}.jsonl")
     assert "".join(map(jsonl.line, records)) == text
     assert [repr(jsonl.decode(record, json.loads(line))) for line in text.splitlines()] == list(map(repr, records))
+
+
+def test_a_compressed_file_has_the_same_lines_and_equal_records_the_same_bytes(tmp_path: Path) -> None:
+    records = jsonl.read(Rollout, LINES / "rollouts.jsonl")
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        jsonl.write(tmp_path / name, records)
+    assert gzip.decompress((tmp_path / "a.jsonl.gz").read_bytes()) == (LINES / "rollouts.jsonl").read_bytes()
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    assert list(map(repr, jsonl.iterate(Rollout, tmp_path / "a.jsonl.gz"))) == list(map(repr, records))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"no": 1}\n'))
+    with pytest.raises(ValueError, match=r"c\.jsonl\.gz:1: "):
+        jsonl.read(Rollout, tmp_path / "c.jsonl.gz")
 
 
 def test_values_of_earlier_lines() -> None:

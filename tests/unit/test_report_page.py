@@ -1,7 +1,9 @@
 """The report's page in a real browser: no errors, filters that work, nothing wider than a phone or lost on a wall."""
 
 import shutil
+from pathlib import Path
 
+import axe_core_python
 import pytest
 import toy_world
 from browser import Browser
@@ -76,7 +78,48 @@ def test_it_fits_and_says_no_error(pages, browser, which, width, height, tmp_pat
     assert browser.run("document.querySelectorAll('article.sample').length") > 0
     small = "[...document.querySelectorAll('p, td, pre, button')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     assert browser.run(f"Math.min(...{small})") >= 12
+    if width < 600:  # the narrow pictures are shown
+        assert browser.run("[...document.images].every(image => image.naturalWidth < 900)")
     browser.screenshot(tmp_path / f"{which}-{width}.png")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_nothing(pages, browser, which, scheme, width):
+    """Contrast, names, order of headings, what a keyboard reaches: the rules of axe-core."""
+    axe = (Path(axe_core_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    try:
+        browser.open(f"file://{pages[which]}", width=width, height=900)
+        browser.run(f"{axe}; 0")
+        found = browser.run(
+            "axe.run(document).then(r => r.violations.map(v => v.id + ': ' + v.nodes[0].html.slice(0, 200)))"
+        )
+        assert found == []
+        assert browser.run("axe.version") == axe.split("axe v")[1].split()[0]
+    finally:
+        browser.call("Emulation.setEmulatedMedia", features=[])
+
+
+def test_a_print_clips_nothing(pages, browser):
+    """Every table fits a landscape page of A4 less its margins."""
+    browser.open(f"file://{pages[0]}", width=1031, height=700)
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    try:
+        wide = "[...document.querySelectorAll('.wide')].map(e => e.scrollWidth - e.clientWidth)"
+        assert max(browser.run(wide)) <= 1
+        assert browser.run("document.documentElement.scrollWidth") <= 1031
+    finally:
+        browser.call("Emulation.setEmulatedMedia", media="")
+
+
+def test_the_revision_stands_beside_its_draft(pages, browser):
+    browser.open(f"file://{pages[0]}", width=1280, height=900)
+    place = "document.querySelector('article .first > :nth-child({})').getBoundingClientRect().{}"
+    assert browser.run(place.format(2, "top")) == browser.run(place.format(4, "top"))
+    assert browser.run(place.format(2, "right")) < browser.run(place.format(4, "left"))
+    assert browser.run(place.format(4, "width")) > 500
 
 
 def test_filters_work(pages, browser):

@@ -128,7 +128,8 @@ def _rollout(generation: Generation) -> Rollout:
     verdict = Verdict(status="accepted")
     made = Critique(id="p/0#0", solution_id="p/0", text="", judgement=None, generation=generation)
     revision = Revision(critique_id="p/0#0", text="", program=None, kept=False, verdict=verdict)
-    return Rollout.of(made, revision, verdict, Reward(critique_id="p/0#0", value=1.0, reason="passed"))
+    draft = Solution(id="p/0", problem_id="p", text="", program=None, verdict=verdict)
+    return Rollout.of(made, revision, draft, Reward(critique_id="p/0#0", value=1.0, reason="passed"))
 
 
 def test_an_openai_server_continues_a_message_too(urls: list[str], tokenizer: Any) -> None:

@@ -1,0 +1,36 @@
+"""Functions of the user's own, which a key names as FILE.py:FUNCTION."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+
+def is_function(place: str) -> bool:
+    """Whether a place is FILE.py:FUNCTION of a file that exists."""
+    file, _, function = place.rpartition(":")
+    return file.endswith(".py") and Path(file).is_file() and function.isidentifier()
+
+
+@cache
+def load_function(key: str, place: str) -> Callable[..., Any]:
+    """The function at a place, FILE.py:FUNCTION, that a key names; its file is run once in a process.
+
+    Raises ValueError, with the key, where there is none.
+    """
+    file, _, name = place.rpartition(":")
+    found = importlib.util.spec_from_file_location(f"ctrl_hpc_{key.replace('.', '_')}", file)
+    if found is None or found.loader is None or not is_function(place):
+        raise ValueError(f"{key}: {place} is not FILE.py:FUNCTION of a file that exists")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{key}: {file} fails: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{key}: {file} defines no function {name}")
+    return function  # type: ignore[no-any-return]

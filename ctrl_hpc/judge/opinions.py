@@ -1,0 +1,265 @@
+"""What a critic thinks of an answer: its critiques, and the probability of each one's judgement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from jinja2 import Template
+
+from ctrl_hpc.flow.comparison import Side, comparison_chat, parse_choice
+from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import critique, majority
+from ctrl_hpc.flow.text import extract_program
+from ctrl_hpc.records import Chat, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
+from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.decoding import Completion, Decoding, TopLogprobs
+from ctrl_hpc.rollout.worker import Worker
+from ctrl_hpc.seeds import derive_seed
+
+TOP = 20
+"""Likeliest tokens looked at where a judgement stands; the other verdict is among them unless it is far from likely."""
+UNLIKELY = 1e-4
+"""What is told for a verdict that is not among them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """An answer to be judged."""
+
+    problem: str
+    """The problem's statement."""
+    answer: str
+    """What somebody wrote for it: prose with a fenced program, or a program alone."""
+    starter_code: str | None = None
+    language: str | None = None
+    """A name of ``ctrl_hpc.sandbox.languages.LANGUAGES``; None: Python."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opinion:
+    """One critique."""
+
+    text: str
+    judgement: Judgement | None
+    """None where it has none, or several that disagree."""
+    probability: float | None
+    """That the answer is right, by the judgement's token: its verdict's share of both verdicts' probabilities at the
+    sampling temperature. 1 or 0 where the critic's server gives no other tokens' probabilities; None without a
+    judgement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a critic's opinions of one answer come to."""
+
+    raw: float | None
+    """Mean of the opinions' probabilities; None where none has a judgement: the critic abstains."""
+    probability: float | None
+    """``raw``, calibrated where a calibration is given."""
+    judgement: Judgement | None
+    """The majority's; None for a tie."""
+    agreement: float | None
+    """Share of the judgements that are the commoner one."""
+    votes: dict[str, int]
+    """How many opinions say correct, incorrect, and nothing."""
+
+
+def score(opinions: Sequence[Opinion], calibrate: Callable[[float], float] | None = None) -> Score:
+    """The score of an answer by all opinions of it; ``calibrate``: a map of probabilities."""
+    said = [item.judgement for item in opinions if item.judgement is not None]
+    given = [item.probability for item in opinions if item.probability is not None]
+    raw = sum(given) / len(given) if given else None
+    votes = {word: sum(item == word for item in said) for word in ("correct", "incorrect")}
+    return Score(
+        raw=raw,
+        probability=raw if raw is None or calibrate is None else calibrate(raw),
+        judgement=majority(said),
+        agreement=max(votes.values()) / len(said) if said else None,
+        votes=votes | {"none": len(opinions) - len(said)},
+    )
+
+
+_LABEL = re.compile(r"judge?ment|verdict|assessment|boxed", re.IGNORECASE)
+_WORD = re.compile(r"(?<![^\W_])(?:in)?correct(?![^\W_])", re.IGNORECASE)
+
+
+def verdict_place(text: str, judgement: Judgement) -> int | None:
+    """Where in a critique its verdict's word begins: the first after the last label, else the last one."""
+    places = [match.start() for match in _WORD.finditer(text) if match[0].lower() == judgement]
+    labels = [match.end() for match in _LABEL.finditer(text)]
+    after = [place for place in places if labels and place >= labels[-1]]
+    return after[0] if after else places[-1] if places else None
+
+
+def verdict_probability(
+    before: str, token: str, others: Sequence[tuple[str, float]], judgement: Judgement, place: int
+) -> float:
+    """The share of "correct" among the probabilities of both verdicts, where a token begins one.
+
+    ``before``: the text up to the token; ``token``: its text; ``others``: texts and natural log-probabilities of the
+    likeliest tokens there, itself among them; ``place``: where in the text the verdict's word begins. A token counts
+    for a verdict when it goes on from ``place`` with its beginning, blanks aside.
+    """
+    lead = token[: place - len(before)]
+    sums = {"correct": 0.0, "incorrect": 0.0}
+    for text, logprob in others:
+        rest = text.removeprefix(lead).strip().lower()
+        if not text.startswith(lead) or not rest:
+            continue
+        for word in sums:
+            if word.startswith(rest) or rest.startswith(word):
+                sums[word] += math.exp(logprob)
+    other = "incorrect" if judgement == "correct" else "correct"
+    if not sums[judgement]:
+        return 1.0 if judgement == "correct" else 0.0
+    sums[other] = max(sums[other], sums[judgement] * UNLIKELY)
+    return sums["correct"] / (sums["correct"] + sums["incorrect"])
+
+
+class LocalCritic:
+    """A worker's model as a ``Generator`` for many threads: what they ask at a time is decoded together."""
+
+    def __init__(self, worker: Worker, tokenizer: Any, *, top_logprobs: int = TOP) -> None:
+        """``top_logprobs``: 0 where the engine gives none."""
+        self.worker, self.tokenizer, self._top = worker, tokenizer, top_logprobs
+
+    def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
+        """``sampling.n`` completions for each chat, in order."""
+        prompts: list[list[int]] = []
+        how: list[Decoding] = []
+        for i, chat in enumerate(chats, sampling.first):
+            ids = chat_ids(self.tokenizer, chat, continue_final_message=chat[-1].role == "assistant")
+            for j in range(sampling.n):
+                prompts.append(ids)
+                seed = None if sampling.seed is None else derive_seed(sampling.seed, i, j)
+                how.append(
+                    Decoding(
+                        temperature=sampling.temperature,
+                        top_p=sampling.top_p,
+                        max_tokens=sampling.max_tokens,
+                        seed=seed,
+                        top_logprobs=self._top,
+                    )
+                )
+        flat: Sequence[Completion] = self.worker.submit(prompts, how).result()
+        texts = [self.tokenizer.decode(list(item.token_ids), skip_special_tokens=True) for item in flat]
+        named: list[Generation] = [replace(item, text=text) for item, text in zip(flat, texts, strict=True)]
+        return [named[k : k + sampling.n] for k in range(0, len(named), sampling.n)]
+
+    def probability(self, found: Critique, prefix: str) -> float | None:
+        """By the tokens at the judgement of a critique, which begins with ``prefix``; None where they are not known."""
+        item = found.generation
+        if found.judgement is None or not isinstance(item, Completion) or not item.top_logprobs:
+            return None
+        place = verdict_place(found.text, found.judgement)
+        if place is None or place < len(prefix):
+            return None
+        place -= len(prefix)
+        ends = 0
+        for k, top in enumerate(item.top_logprobs):
+            before, ends = ends, len(self._decoded(item.token_ids[: k + 1]))
+            if before <= place < ends:
+                text = item.text[:before]
+                return verdict_probability(text, item.text[before:ends], self._named(top), found.judgement, place)
+        return None
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _named(self, top: TopLogprobs) -> list[tuple[str, float]]:
+        return [(self.tokenizer.decode([token]), logprob) for token, logprob in top]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class How:
+    """How a critic is asked."""
+
+    votes: int = 1
+    """Opinions of an answer."""
+    temperature: float = 0.0
+    """Their sampling temperature; 0: greedy, so that all are the same."""
+    max_tokens: int = 1024
+    """Longest critique in tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Critic:
+    """A critic with its prompts: the same question gets the same answer, whoever else asks at the time."""
+
+    generator: Generator
+    prompts: Prompts
+    comparison: Template
+
+    def opinions(self, item: Item, how: How) -> list[Opinion]:
+        """``how.votes`` opinions of an answer."""
+        program = extract_program(item.answer, language=item.language)
+        problem = Problem(
+            id="asked",
+            source="judge",
+            split="test",
+            prompt=item.problem,
+            tests=(),
+            starter_code=item.starter_code,
+            language=item.language,
+        )
+        answer = Solution(id="asked", problem_id="asked", text=item.answer, program=program)
+        sampling = _sampling(how, "critique", asdict(item))
+        prefix = self.prompts.critique_prefix
+        return [
+            Opinion(text=found.text, judgement=found.judgement, probability=_probability(self.generator, found, prefix))
+            for found in critique([(problem, answer)], self.generator, self.prompts, sampling)
+        ]
+
+    def choices(self, question: str, answers: tuple[str, str], how: How) -> list[Side | None]:
+        """The better of two answers by each vote; every second vote, from the second on, saw them swapped."""
+        out: list[Side | None] = [None] * how.votes
+        for swapped in (False, True):
+            rows = range(int(swapped), how.votes, 2)
+            shown = answers[::-1] if swapped else answers
+            if not rows:
+                continue
+            sampling = _sampling(replace(how, votes=len(rows)), "choice", question, *shown)
+            chat = comparison_chat(self.comparison, self.prompts.system, question, *shown)
+            for row, found in zip(rows, self.generator.complete([chat], sampling)[0], strict=True):
+                side = parse_choice(found.text)
+                flipped: dict[Side, Side] = {"A": "B", "B": "A"}
+                out[row] = flipped[side] if side and swapped else side
+        return out
+
+
+def _probability(generator: Generator, found: Critique, prefix: str) -> float | None:
+    if found.judgement is None:
+        return None
+    by_tokens = generator.probability(found, prefix) if isinstance(generator, LocalCritic) else None
+    return by_tokens if by_tokens is not None else float(found.judgement == "correct")
+
+
+def _sampling(how: How, *parts: Any) -> Sampling:
+    seed = int(content_hash(how, parts)[:8], 16) >> 1
+    return Sampling(temperature=how.temperature, max_tokens=how.max_tokens, n=how.votes, seed=seed)
+
+
+def content_hash(*parts: Any) -> str:
+    """A hash of plain data and records, in hexadecimal."""
+    text = json.dumps(parts, sort_keys=True, default=asdict)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def right_one(probability_a: float | None, probability_b: float | None) -> float | None:
+    """The probability that A is the right one of two answers of which exactly one is, each judged by itself.
+
+    ``p (1 - q) / (p (1 - q) + q (1 - p))``; None where either is not judged, 1/2 where both are certain of the same.
+    """
+    if probability_a is None or probability_b is None:
+        return None
+    first, second = probability_a * (1 - probability_b), probability_b * (1 - probability_a)
+    return first / (first + second) if first + second > 0 else 0.5
+
+
+Mode = Literal["pointwise", "pairwise"]
