@@ -7,7 +7,7 @@ program and, on NVIDIA, machine instructions an element, of its longest loop or 
 widest load and store in bits. Exit code 1 if a configuration of ours spills on a Hopper or Blackwell GPU (sm_90,
 sm_100), 2 for wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
 
-``sass.json`` is this table for sm_90 and sm_100 with peers, by triton 3.9: what the kernels may not exceed, and what
+``sass.json`` is this table for sm_90 and sm_100 with peers, by triton 3.9: what ours may not exceed, and what
 ``roofline.py`` reckons with.
 """
 

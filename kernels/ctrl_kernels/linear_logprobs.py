@@ -208,7 +208,7 @@ def _propagate(
     That of the weight is added to ``main_grad``, if given; in one product it comes in the weight's type, else in fp32.
     """
     valid, together = projection.options.valid, projection.together(count(rows, hidden))
-    a_token, most_columns = projection.gradient_bytes(together), together * projection.segment
+    a_token, most_columns = projection.gradient_bytes(together), projection.columns(together)
     chunks = projection.chunks(count(rows, hidden), a_token, whole_waves=True)
     space = projection.workspace(chunks, most_columns, hidden.dtype)
     parts = [p for c in chunks for p in projection.parts(c, a_token, together)] if saved is None else []

@@ -154,9 +154,13 @@ class Projection:
         )
         return next(fitting, 1)
 
+    def columns(self, together: int) -> int:
+        """Of so many segments, at most."""
+        return min(together * self.segment, self.options.valid)
+
     def gradient_bytes(self, together: int) -> int:
         """Of a token's part in the gradient of so many segments, and of its hidden states."""
-        return self.weight.element_size() * (together * self.segment + self.weight.shape[1])
+        return self.weight.element_size() * (self.columns(together) + self.weight.shape[1])
 
     def chunks(self, tokens: int, bytes_per_token: int, *, whole_waves: bool = False) -> list[slice]:
         """Even chunks of tokens, as few as the workspace allows.
@@ -182,7 +186,7 @@ class Projection:
         """A chunk, of which each token takes so much, in even parts whose fp32 logits of segments fit beside it."""
         tokens, space = chunk.stop - chunk.start, self._workspace_bytes
         left = max(space - bytes_per_token * tokens, space // _LOGITS_PART)
-        most = max(1, left // (4 * together * self.segment) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+        most = max(1, left // (4 * max(1, self.columns(together))) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
         step = _even(tokens, most)
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
@@ -313,8 +317,8 @@ def propagate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, *, f
 def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        for begin in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
-            index = begin + tl.arange(0, BLOCK).to(tl.int64)
+        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            index = begin + tl.arange(0, BLOCK)  # 64 bits: a step past the end may pass 2^31
             x = tl.load(x_ptr + index, mask=index < count, other=0.0)
             tl.store(x_ptr + index, (x * factor).to(x_ptr.dtype.element_ty), mask=index < count)
 
