@@ -1,19 +1,28 @@
 """Which sentence taught: a critique cut into sentences, a fix that hangs on one, and what the report says of it."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
+import torch
 import toy_world
 
 from ctrl_hpc import jsonl
-from ctrl_hpc.config import ROOT, load
+from ctrl_hpc.config import ROOT, Config, RLConfig, load
 from ctrl_hpc.data import catalog
 from ctrl_hpc.evaluate.ablation import Fix, Sentence, file_of, numbers
 from ctrl_hpc.evaluate.run import run
 from ctrl_hpc.flow.ablation import ablate, names_failure, sentences, without
 from ctrl_hpc.flow.prompts import Prompts
-from ctrl_hpc.records import Critique, Problem, Rules, Sampling, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.records import Critique, Generation, Problem, Rules, Sampling, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.report import page, results
+from ctrl_hpc.train.advantages import estimate
+from ctrl_hpc.train.collect import Collector, roll_out
+from ctrl_hpc.train.credit import tokens_of
+from ctrl_hpc.train.loop import Clock
+from ctrl_hpc.train.rewards import Rewards
+from ctrl_hpc.train.rollouts import Experience, Rollout
 
 CRITIQUE = """\
 Analysis: It adds, e.g. 1.5 and 2. It should multiply!
@@ -148,3 +157,98 @@ def test_an_evaluation_that_ablates(tmp_path):
     told = (tmp_path / "run" / "report" / "results.md").read_text()
     assert "toy: sentences on which a fix hangs" in told and "use 0" in told
     assert json.loads((tmp_path / "run" / "report" / "results.json").read_text())
+
+
+class Tokens:
+    """A critic whose tokens are words with the blank before them."""
+
+    def __init__(self, critiques):
+        self.critiques, self.words = critiques, ["", "é", "\ufffd"]
+
+    def ids(self, text):
+        pieces = re.findall(r"\s*\S+", text)
+        self.words += [piece for piece in pieces if piece not in self.words]
+        return tuple(self.words.index(piece) for piece in pieces)
+
+    def spell(self, ids):
+        return "".join(self.words[token] for token in ids)
+
+    def update_weights(self, place, version):
+        return 1
+
+    def complete(self, chats, sampling):
+        made = [
+            Generation(text=text, prompt_ids=(0,), token_ids=self.ids(text), logprobs=(-1.0,) * len(self.ids(text)))
+            for text in self.critiques
+        ]
+        return [made for _ in chats]
+
+
+ADVICE = "Analysis: look. Use it. use 3\nOverall judgment: Incorrect"
+
+
+def test_a_sentences_tokens():
+    critic = Tokens([])
+    critique = Critique(id="c", solution_id="s", text=ADVICE, judgement=None, generation=None)
+    assert tokens_of(critique, sentences(ADVICE), "", critic.spell) == [(0, 0)] * 3
+    generation = Generation(text=ADVICE, token_ids=critic.ids(ADVICE))
+    made = replace(critique, generation=generation)
+    assert tokens_of(made, sentences(ADVICE), "", critic.spell) == [(1, 2), (2, 4), (4, 6)]
+    # the critique's text begins with what the prompt put there, and a thought was cut off before it
+    begun = replace(made, generation=Generation(text=ADVICE[10:], token_ids=critic.ids(ADVICE[10:])))
+    assert tokens_of(begun, sentences(ADVICE), ADVICE[:10], critic.spell)[1] == (1, 3)
+    thought = Generation(text="so so " + ADVICE, token_ids=critic.ids("so so " + ADVICE))
+    assert tokens_of(replace(made, generation=thought), sentences(ADVICE), "", critic.spell)[0] == (3, 4)
+    assert tokens_of(replace(made, text="other"), [(0, 5)], "", critic.spell) == [(0, 0)]
+
+
+def test_credit_goes_to_the_tokens_of_the_decisive_sentence(tmp_path):
+    """Two critiques of one wrong draft: one fixes it by its third sentence, the other has nothing to lose."""
+    critic = Tokens([ADVICE, "Analysis: look.\nOverall judgment: Incorrect"])
+    problem, draft, _ = sample()
+    draft = replace(draft, verdict=Verdict(status="wrong_answer"))
+    services = toy_world.Connections()
+    services.critic = critic
+    options = RLConfig(credit="sentence", group_size=2, prompts_per_step=1, minibatches=1)
+    made = Collector(
+        config=Config(name="credit", rl=options),
+        stage=tmp_path,
+        prompts=Prompts.load("default"),
+        connections=services,
+        spell=critic.spell,
+    )
+    (fix, miss), _ = roll_out(made, [(problem, draft)], Rewards.at(options, 0), 1, Clock())
+    assert (fix.reward, miss.reward) == (1.0, 0.0)
+    assert fix.credit == ((1, 2, 0.0), (2, 4, 0.0), (4, 6, 1.0)) and miss.credit == ((1, 2, 0.0),)
+    experience = Experience.of([fix, miss], version=0, position=0, metrics={})
+    found = estimate(experience, None, options, backend="torch").advantages_SR
+    # GRPO: (1 - 1/2) / 0.7071; 9 tokens of which two have the credit 1, so 2/9 on average
+    base = 0.5 / (0.5**0.5 + 1e-6)
+    expected = [base - 2 / 9] * 4 + [base + 7 / 9] * 2 + [base - 2 / 9] * 3
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert found[1, :5].tolist() == pytest.approx([-base] * 5, abs=1e-5)
+    assert found[0].sum().item() == pytest.approx(9 * base, abs=1e-4)  # moved, not made
+    whole = estimate(experience, None, replace(options, credit="critique"), backend="torch").advantages_SR
+    assert whole[0].tolist() == pytest.approx([base] * 9, abs=1e-5)
+    assert experience.metrics["rl/credited_sentences"] == 2.0 and experience.metrics["rl/single_decisive"] == 0.5
+    again = Experience.of(
+        [jsonl.decode(Rollout, jsonl.encode(item)) for item in (fix, miss)], version=0, position=0, metrics={}
+    )
+    assert torch.equal(again.credit_SR, experience.credit_SR)  # recorded, and so replayed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["rl.max_tokens=768", "rl.prompts_per_step=128"],
+            "about 32768 revisions and executions a step (128 drafts x 8 critiques x 32 sentences), 32 times as many",
+        ),
+        (["rl.turns=2"], "rl.credit: sentence goes with rl.turns=1, not 2"),
+        (["rl.estimator=gae"], "rl.credit: sentence goes with rl.estimator=grpo, dr_grpo or rloo, not gae"),
+    ],
+)
+def test_credit_that_is_too_dear_or_has_no_meaning_is_refused(overrides, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        load(ROOT / "configs" / "tiny.yaml", ["rl.credit=sentence", *overrides])
+    assert load(ROOT / "configs" / "tiny.yaml", ["rl.credit=sentence"]).rl.credit == "sentence"
