@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,22 @@ def test_the_costs_of_a_run_by_hand(tmp_path: Path) -> None:
     told = "\n".join(plan(config).lines())
     assert "(50 tests/s a jail, measured)" in told and "(2 GB/s of disk, measured)" in told
     assert "(3000 tokens/s a server, assumed)" in told and "(400 Tflop/s a rank, given)" in told
+
+
+@pytest.mark.slow
+def test_measured_rates_replace_assumed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = tmp_path / "site.json"
+    site.write_text('{"trainer_tflops": 9.0}')
+    command = ["bench", "rates", "--out", str(site), "--folder", str(tmp_path), "--seconds", "0.1", "--only"]
+    assert cli.main([*command, "rollout_tokens_per_s"]) == 2
+    assert "--model: needed for rollout_tokens_per_s" in capsys.readouterr().err
+    assert cli.main([*command, "executor_tests_per_s", "disk_gb_per_s"]) == 0
+    measured = json.loads(site.read_text())
+    assert set(measured) == {"trainer_tflops", "executor_tests_per_s", "disk_gb_per_s"}
+    found = plan(config_of("Qwen3-4B", plan=replace(H200, rates=str(site)))).costs.rates
+    assert (found.trainer_tflops.value, found.trainer_tflops.source) == (9.0, "measured")
+    assert found.executor_tests_per_s.value == measured["executor_tests_per_s"] > 1
+    assert found.rollout_tokens_per_s.source == "assumed"
 
 
 @pytest.mark.parametrize(
