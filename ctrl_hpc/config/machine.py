@@ -285,6 +285,18 @@ class WandbConfig:
     Offline nothing is copied for ``final``; the sync says how much it sends."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """TensorBoard and MLflow, beside wandb, from the same journals."""
+
+    writers: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], Example("[tensorboard]")] = ()
+    """Told while the run works; each needs its package: pip install 'ctrl-hpc[tensorboard,mlflow]'."""
+    mlflow_uri: str | None = None
+    """MLflow's server or store; None: the environment's MLFLOW_TRACKING_URI, else the folder RUN/mlflow."""
+    mlflow_experiment: str = "ctrl-hpc"
+    """MLflow's experiment, in which every journal is a run."""
+
+
 def resolve_device(key: str, wanted: str) -> Literal["cpu", "cuda"]:
     """What a device means on this machine. Raises ValueError naming ``key`` for cuda where there is none."""
     import torch
