@@ -22,6 +22,7 @@ from ctrl_hpc.config.method import (
     DataConfig,
     EvalConfig,
     JudgeConfig,
+    LoraConfig,
     PromptConfig,
     RLConfig,
     SampleConfig,
@@ -71,6 +72,8 @@ class Config:
     """Templates."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critic."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of the critic's weights."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Drafts."""
     synthesize: SynthesizeConfig = field(default_factory=SynthesizeConfig)
@@ -199,6 +202,10 @@ def _check_combinations(config: Config) -> None:
     if config.rl.publish == "delta" and config.rollout.critic_urls:
         raise ValueError(
             "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
+        )
+    if config.rl.publish == "delta" and config.lora.rank:
+        raise ValueError(
+            "rl.publish: delta is for whole critics; with lora.rank the adapters alone are published; full"
         )
     if config.rollout.engine != "builtin" and config.rl.publish == "delta":
         raise ValueError(

@@ -135,8 +135,9 @@ def plan(config: Config) -> Plan:
         tokens=config.trainer.micro_batch_tokens,
         response_tokens=round(config.trainer.micro_batch_tokens * response / length),
         on_gpu=device == "cuda",
-        reference_copy=rl.kl_coef > 0 and rl.reference == "copy",
+        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
         value_network=rl.estimator == "gae",
+        lora=config.lora,
     )
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks

@@ -54,6 +54,8 @@ def train(config: Config, run_dir: Path, world: World) -> None:
             facts = {"tokens": float(batch.n_tokens), "dropped": float(dropped)}
             loop.done(step, {f"sft/{name}": value for name, value in (logged | facts).items()})
     policy.export(run_dir / "sft" / "hf", source=config.critic.model)
+    if config.lora.rank:
+        policy.export_adapters(run_dir / "sft" / "adapters")
 
 
 def _read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
