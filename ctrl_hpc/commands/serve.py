@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ _positive.__name__ = "int"  # argparse names the type of what is no number by it
 def _executor(options: argparse.Namespace) -> int:
     from ctrl_hpc.sandbox.server import serve
 
-    with _token(options) as access:
+    with _token(options) as access, _keys_as_options():
         serve(
             host=options.host,
             port=options.port,
@@ -104,6 +105,15 @@ def _executor(options: argparse.Namespace) -> int:
             max_body_bytes=options.max_body_mb << 20,
         )
     return 0
+
+
+@contextlib.contextmanager
+def _keys_as_options() -> Iterator[None]:
+    """What the executor says of a configuration's keys is said of the options that stand for them here."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bexecutor\.(?=python|packages|testlib)", "--", str(error))) from None
 
 
 def _rollout(options: argparse.Namespace) -> int:
