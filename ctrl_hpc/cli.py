@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_hpc.commands import bench, calibrate, config, data, init, prompts, report, sbatch, serve, status
+from ctrl_hpc.commands import bench, calibrate, config, data, init, prompts, report, sbatch, serve, status, track
 from ctrl_hpc.commands.output import place
 from ctrl_hpc.commands.parser import Parser, add_file, add_help, add_overrides, complete, name_leaves, version
 from ctrl_hpc.config.stages import STAGES
@@ -105,6 +105,7 @@ def _parser() -> Parser:
     serve.add(commands.add_parser("serve", help="one service by hand: an executor, a rollout server, a judge"))
     calibrate.add(commands.add_parser("calibrate", help="make a judge's probabilities those of a development set"))
     status.add(commands)
+    track.add(commands)
     _sweep_parsers(commands)
     sync = commands.add_parser("sync", help="send to the wandb server what it lacks of a run")
     sync.add_argument("run_dir", metavar="RUN", help="run directory")

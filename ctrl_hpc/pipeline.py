@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -254,13 +254,19 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
     return folder
 
 
-def mirrored(config: Config, folder: Path) -> AbstractContextManager[object]:
-    """Shows in wandb what the run journals, where that is wanted."""
-    if config.wandb.mode == "disabled":
-        return nullcontext()
-    from ctrl_hpc.tracking.mirror import LiveMirror
+@contextmanager
+def mirrored(config: Config, folder: Path) -> Iterator[None]:
+    """Shows in wandb, TensorBoard and MLflow what the run journals, where that is wanted."""
+    with ExitStack() as shown:
+        if config.tracking.writers:
+            from ctrl_hpc.tracking.writers import LiveWriters
 
-    return LiveMirror(config, folder)
+            shown.enter_context(LiveWriters(config, folder))
+        if config.wandb.mode != "disabled":
+            from ctrl_hpc.tracking.mirror import LiveMirror
+
+            shown.enter_context(LiveMirror(config, folder))
+        yield
 
 
 def redo(config: Config, name: str) -> list[tuple[Path, Path]]:

@@ -26,6 +26,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
 from ctrl_hpc.run import directory
 from ctrl_hpc.sandbox.judge import COMPARISONS
+from ctrl_hpc.tracking import writers
 
 PATIENCE_S = 10.0
 """Longest wait for the answer of an endpoint."""
@@ -79,7 +80,7 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
         return
     for part in (_of_records, _of_data, _of_critics, _of_prompts):
         yield from _told(part, config, folder, todo)
-    for part in (_of_prompt_folder, _of_models, _of_devices, _of_disk):
+    for part in (_of_prompt_folder, _of_models, _of_devices, _of_disk, _of_writers):
         yield from _told(part, config, folder, todo, here=True)
     if config.launch.snapshot == "keep":  # a later start of a job: what failed meanwhile may come back
         return
@@ -207,6 +208,10 @@ def _of_devices(config: Config, folder: Path, todo: Sequence[str]) -> None:
         resolve_device("rollout.device", "cuda")
 
 
+def _of_writers(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    writers.check(config.tracking.writers)
+
+
 def _of_disk(config: Config, folder: Path, todo: Sequence[str]) -> None:
     place = folder
     while not place.exists():
@@ -236,6 +241,8 @@ def _of_endpoints(config: Config, todo: Sequence[str]) -> Iterator[Finding]:
             text = f"rollout.critic_key_env: the environment variable {rollout.critic_key_env} is not set"
             yield Finding(text=text, here=True)
         asked |= {f"rollout.critic_urls: {url}": (url, "health", "") for url in rollout.critic_urls}
+    if "mlflow" in config.tracking.writers and is_url(config.tracking.mlflow_uri or ""):
+        asked["tracking.mlflow_uri"] = (config.tracking.mlflow_uri or "", "health", "")
     for key, (url, route, key_env) in asked.items():
         told = _unreachable(url, route, key_env)
         if told:

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ctrl_hpc.cluster import processes
 from ctrl_hpc.cluster.job_records import end_recorded, recorded
@@ -59,7 +60,7 @@ def jobs(run_dir: str | Path) -> list[dict[str, Any]]:
 
 def status(run_dir: str | Path) -> dict[str, Any]:
     """``{"run_dir", "running", "jobs", "stages", "errors"}``; raises ValueError when this is no run directory."""
-    folder = _run_folder(run_dir)
+    folder = run_folder(run_dir)
     rows = jobs(folder)
     return {
         "run_dir": str(folder),
@@ -70,13 +71,31 @@ def status(run_dir: str | Path) -> dict[str, Any]:
     }
 
 
+def targets(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The services that answer, as Prometheus' ``file_sd_configs`` reads them: ``[{"targets", "labels"}]``."""
+    folder = run_folder(run_dir)
+    return [
+        {
+            "targets": [urlsplit(service.url).netloc],
+            "labels": {
+                "run": folder.resolve().name,
+                "role": service.role,
+                "element": service.id.partition("-")[0],
+                "node": service.host,
+            },
+        }
+        for service in sorted(Registry(folder).services(), key=lambda service: (service.role, service.id))
+        if service.url
+    ]
+
+
 def logs(run_dir: str | Path, role: str | None = None) -> list[Path]:
     """The logs of a run, or of one role, oldest first; ``sft`` and ``rl`` are the trainer's.
 
     Raises ValueError for a role without logs, naming those with.
     """
     role = "trainer" if role in ("sft", "rl") else role
-    folder = _run_folder(run_dir) / "logs"
+    folder = run_folder(run_dir) / "logs"
     files = sorted(folder.glob("*.log")) + sorted(folder.glob("*/*.out"))
     names = {file: file.stem if file.parent == folder else file.parent.name for file in files}
     if role is not None and role not in names.values():
@@ -87,7 +106,7 @@ def logs(run_dir: str | Path, role: str | None = None) -> list[Path]:
 
 def stop(run_dir: str | Path, *, grace_s: float = 30.0) -> list[str]:
     """End a run from outside: its driver, then whatever is left; returns a line for each thing that was ended."""
-    folder = _run_folder(run_dir)
+    folder = run_folder(run_dir)
     said = []
     for service in Registry(folder).services():
         if service.role != "driver":
@@ -109,8 +128,9 @@ def stop(run_dir: str | Path, *, grace_s: float = 30.0) -> list[str]:
     return said
 
 
-def _run_folder(run_dir: str | Path) -> Path:
-    folder = Path(run_dir)
+def run_folder(run_dir: str | Path) -> Path:
+    """The folder of a run; raises ValueError when it is none. ``~`` is the home folder, in quotes too."""
+    folder = Path(run_dir).expanduser()
     if not (folder / "config.yaml").is_file() and not folder_of(folder).is_dir():
         raise ValueError(f"{folder}: not a run directory (it holds no config.yaml)")
     return folder

@@ -7,6 +7,8 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from ctrl_hpc.commands.output import check_file, place
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -32,6 +34,7 @@ def add(commands: Any) -> None:
         if name == "status":
             about.add_argument("--json", action="store_true", help="as JSON, for programs")
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+            about.add_argument("--targets", metavar="FILE", help="write its services for Prometheus (file_sd_configs)")
 
 
 def show(status: dict[str, Any], *, clear: bool = False) -> None:
@@ -74,6 +77,8 @@ def fold(table: Table) -> Table:
 def _status(options: argparse.Namespace) -> int:
     from ctrl_hpc.cluster.status import status
 
+    if options.targets is not None:
+        return _targets(options)
     if options.json:
         print(json.dumps(status(options.run_dir), indent=1))
         return 0
@@ -82,6 +87,23 @@ def _status(options: argparse.Namespace) -> int:
         time.sleep(2.0)
         show(status(options.run_dir), clear=True)
     return 0
+
+
+def _targets(options: argparse.Namespace) -> int:
+    from ctrl_hpc import jsonl
+    from ctrl_hpc.cluster.status import targets
+
+    file = place(options.targets)
+    found = targets(options.run_dir)
+    known = file.exists() and file.read_text(encoding="utf-8").lstrip()[:1] in ("", "[")
+    check_file(file, "--targets", beside=None if known else ".")  # written over is a list of targets alone
+    while True:
+        jsonl.write_text(file, json.dumps(found, indent=1) + "\n")
+        if not options.watch:
+            print(f"targets: {len(found)} services in {file}")
+            return 0
+        time.sleep(2.0)
+        found = targets(options.run_dir)
 
 
 def _logs(options: argparse.Namespace) -> int:

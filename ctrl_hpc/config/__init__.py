@@ -9,6 +9,7 @@ from ctrl_hpc.config.machine import (
     ParallelConfig,
     PlanConfig,
     RolloutConfig,
+    TrackingConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "SampleConfig",
     "SynthesizeConfig",
     "TinyConfig",
+    "TrackingConfig",
     "TrainerConfig",
     "WandbConfig",
     "check",

@@ -6,6 +6,7 @@ Later ones win: the defaults of the dataclasses, the cluster profile, the YAML f
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -201,7 +202,25 @@ def _explain(error: OmegaConfBaseException, base: Any, extra: Any) -> str:
         for name in extra:
             if OmegaConf.is_dict(OmegaConf.select(base, str(name))) and not OmegaConf.is_dict(extra[name]):
                 return f"{name}: {extra[name]!r} is not a section; write {name}.KEY=VALUE"
-    return f"{key}: {_one_line(error)}"
+        for name, item in _leaves(OmegaConf.to_container(extra), ""):  # an element of a list has no key either
+            try:
+                OmegaConf.merge(base, functools.reduce(lambda inner, part: {part: inner}, name.split(".")[::-1], item))
+            except OmegaConfBaseException as own:
+                said = _one_line(own).replace(" of type '$VALUE_TYPE'", "").replace("'$VALUE'", str(item))
+                return f"{name}: {said}"
+    said = _one_line(error)
+    if key and said.endswith("is not a TupleConfig, ListConfig, list, or tuple."):
+        return f"{key}: {OmegaConf.select(extra, key)!r} is not a list; write {key}=[A,B]"
+    return f"{key}: {said}"
+
+
+def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The values of a tree by dotted key."""
+    for key, item in tree.items():
+        if isinstance(item, dict):
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
 
 
 def _one_line(error: Exception) -> str:

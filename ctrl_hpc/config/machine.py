@@ -95,6 +95,16 @@ class RolloutConfig:
     batching: Literal["auto", "padded", "continuous"] = "auto"
     """padded: length-sorted batches, each request with its own random stream; continuous: requests join and leave the
     running batch, seeded together. auto: continuous on cuda, padded on a CPU."""
+    engine: Free[Literal["builtin", "sglang", "vllm"]] = "builtin"
+    """What an element of the rollout arrays is: our own server, or one of SGLang or vLLM, which must be installed on
+    its node; ``threads``, ``device``, ``batching`` and ``max_batch_tokens`` are the built-in one's."""
+    tensor: Free[Positive[int]] = 1
+    """Tensor-parallel ranks (GPUs) of a server of SGLang or vLLM."""
+    engine_command: Free[Annotated[tuple[str, ...], Example("[/opt/vllm/bin/vllm]")]] = ()
+    """What starts the engine, before its arguments; empty: ``python -m sglang.launch_server`` of this interpreter, or
+    ``vllm``."""
+    engine_args: Free[Annotated[tuple[str, ...], Example("[--mem-fraction-static, '0.8']")]] = ()
+    """Further arguments of the engine's command line."""
 
 
 def _is_override(given: Override) -> bool:
@@ -266,6 +276,18 @@ class WandbConfig:
     checkpoints: Literal["none", "final", "all"] = "final"
     """Critics kept as artifacts, whole models (7B: 15 GB each): final: the trained ones; all: at every save, too.
     Offline nothing is copied for ``final``; the sync says how much it sends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """TensorBoard and MLflow, beside wandb, from the same journals."""
+
+    writers: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], Example("[tensorboard]")] = ()
+    """Told while the run works; each needs its package: pip install 'ctrl-hpc[tensorboard,mlflow]'."""
+    mlflow_uri: str | None = None
+    """MLflow's server or store; None: the environment's MLFLOW_TRACKING_URI, else the folder RUN/mlflow."""
+    mlflow_experiment: str = "ctrl-hpc"
+    """MLflow's experiment, in which every journal is a run."""
 
 
 def resolve_device(key: str, wanted: str) -> Literal["cpu", "cuda"]:

@@ -291,6 +291,12 @@ class RLConfig:
     included (``gain``)."""
     turn_discount: Share = 1.0
     """Weight of the next turn's reward against a turn's own."""
+    credit: Literal["critique", "sentence"] = "critique"
+    """critique: all tokens of a critique have its advantage. sentence: the generator revises again with each sentence
+    left out, and what that changes of the reward, less its mean over the critique's tokens, is added to the advantages
+    of the sentence's tokens. Goes with grpo, dr_grpo and rloo, and one turn."""
+    credit_limit: Positive[int] = 10000
+    """Revisions a step that ``credit=sentence`` may take, by an estimate of a sentence for every 24 tokens."""
     reward: FunctionName | None = None
     """FILE.py:FUNCTION in place of the reward that the keys below make; None: those."""
     verdict_coef: ScheduledShare = 0.0
@@ -373,6 +379,9 @@ class EvalConfig:
     """Resamples of the confidence intervals."""
     stop_when_correct: bool = True
     """A draft judged Correct is kept and not critiqued again."""
+    ablate: bool = False
+    """Have the generator revise again with each sentence of a critique left out, for every draft that the first turn
+    fixed, and report the sentences on which the fixes hang. Costs a greedy revision and an execution a sentence."""
     models: Annotated[dict[str, PathName], Example("{gpt4o: 'https://api.openai.com/v1#gpt-4o'}")] = field(
         default_factory=dict
     )

@@ -13,6 +13,7 @@ from ctrl_hpc.config.machine import (
     ParallelConfig,
     PlanConfig,
     RolloutConfig,
+    TrackingConfig,
     TrainerConfig,
     WandbConfig,
 )
@@ -91,7 +92,9 @@ class Config:
     launch: Free[LaunchConfig] = field(default_factory=LaunchConfig)
     """Slurm or local."""
     wandb: Free[WandbConfig] = field(default_factory=WandbConfig)
-    """Tracking."""
+    """Tracking by wandb."""
+    tracking: Free[TrackingConfig] = field(default_factory=TrackingConfig)
+    """Tracking by others."""
 
     @property
     def generator_is_url(self) -> bool:
@@ -137,6 +140,27 @@ def _check_objective(rl: RLConfig) -> None:
         raise ValueError(f"rl.clip_low: {rl.clip_low} leaves no ratio above 0; at most 1")
 
 
+_SENTENCE_TOKENS = 24
+"""Of which ``rl.credit=sentence`` takes a sentence to be, where its cost is estimated."""
+
+
+def _check_credit(rl: RLConfig) -> None:
+    if rl.credit == "critique":
+        return
+    if rl.estimator not in ("grpo", "dr_grpo", "rloo"):
+        raise ValueError(f"rl.credit: {rl.credit} goes with rl.estimator=grpo, dr_grpo or rloo, not {rl.estimator}")
+    if rl.turns > 1:
+        raise ValueError(f"rl.credit: {rl.credit} goes with rl.turns=1, not {rl.turns}")
+    sentences = -(-rl.max_tokens // _SENTENCE_TOKENS)
+    cost = rl.prompts_per_step * rl.group_size * sentences
+    if cost > rl.credit_limit:
+        raise ValueError(
+            f"rl.credit: {rl.credit} would take about {cost} revisions and executions a step ({rl.prompts_per_step} "
+            f"drafts x {rl.group_size} critiques x {sentences} sentences), {sentences} times as many as without; "
+            f"rl.credit_limit allows {rl.credit_limit}: raise it, or make steps smaller or critiques shorter"
+        )
+
+
 def _check_combinations(config: Config) -> None:
     lengths = {"synthesize": config.synthesize.max_tokens, "rl": config.rl.max_tokens, "eval": config.eval.max_tokens}
     for section, length in lengths.items():
@@ -147,6 +171,7 @@ def _check_combinations(config: Config) -> None:
             )
     config.parallel.check(config.trainer.nodes * config.trainer.ranks_per_node)
     _check_objective(config.rl)
+    _check_credit(config.rl)
     samples = config.rl.prompts_per_step * config.rl.group_size
     if samples < config.rl.minibatches:
         raise ValueError(f"rl.minibatches: {config.rl.minibatches} is more than the {samples} critiques of a step")
@@ -158,5 +183,12 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "rl.publish: delta is understood by servers of ours alone, and rollout.critic_urls names others; full"
         )
+    if config.rollout.engine != "builtin" and config.rl.publish == "delta":
+        raise ValueError(
+            f"rl.publish: delta is understood by servers of ours alone, and rollout.engine is "
+            f"{config.rollout.engine}; full"
+        )
+    if config.rollout.engine == "builtin" and config.rollout.tensor > 1:
+        raise ValueError(f"rollout.tensor: {config.rollout.tensor} needs rollout.engine=sglang or vllm")
     if config.generator_is_url and not config.generator_model:
         raise ValueError("generator_model: missing; a generator that is a URL needs the name of its model")

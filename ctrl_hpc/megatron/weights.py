@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctrl_hpc.megatron.architecture import Architecture
-from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.megatron.parallel_state import Group, World
 from ctrl_hpc.rollout import deltas
 from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.rollout.weights import gguf_hint
@@ -372,85 +372,112 @@ def export(
     *,
     source: str | Path,
     link: bool = False,
-    about: About | None = None,
-    seen: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the critic as a Hugging Face folder, with ``source``'s configuration and tokenizer; all ranks take part.
 
     Every rank writes a part of the tensors, all at once (of a small critic the first does). The folder appears whole,
     by a rename, or not at all; one that is there is replaced. ``link`` makes the side files hard links to those of
-    ``source`` where the file system can. ``about`` is what the folder says of itself; ``seen`` gets this rank's part.
+    ``source`` where the file system can.
+    """
+    write(gather(model, architecture, world, spread=True), world, folder, source=source, link=link)
+
+
+def write(
+    mine: Iterable[tuple[str, Tensor]],
+    world: World,
+    folder: str | Path,
+    *,
+    source: str | Path,
+    link: bool = False,
+    about: About | None = None,
+    group: Group | None = None,
+) -> None:
+    """:func:`export` of tensors that are gathered: this rank's part.
+
+    ``about`` is what the folder says of itself; ``group``: all ranks, where their main group is busy elsewhere.
     """
     target = Path(folder)
-    part = _begin(target, world)
-    files = _gathered(_write_part(model, architecture, world, part, seen), world)
+    part = _begin(target, world, group)
+    files = _made_by_all(lambda: _write_part(mine, world, part), world, group)
     if world.main:
         if about is not None:
             about.write(part)
         _finish(part, target, files, Path(source), link)
 
 
-def export_difference(
-    model: torch.nn.Module,
-    architecture: Architecture,
+def write_difference(
+    mine: Iterable[tuple[str, Tensor]],
     world: World,
     folder: str | Path,
     *,
     about: About,
     previous: dict[str, Tensor],
+    group: Group | None = None,
 ) -> None:
-    """Write what has changed since ``previous``, this rank's part as :func:`export` saw it; it becomes today's.
+    """Write what has changed since ``previous``, both this rank's part; it becomes today's.
 
     ``about`` names the base. All ranks take part; the folder appears whole or not at all.
     """
     target = Path(folder)
-    part = _begin(target, world)
-    place = f"{world.pipeline_rank:03d}-{world.data_rank:03d}-{world.tensor_rank:03d}"
-    mine = gather(model, architecture, world, spread=True)
-    tensors = _gathered(deltas.write_part(mine, previous, part / f"delta-{place}.safetensors"), world)
+    part = _begin(target, world, group)
+    file = part / f"delta-{_place(world)}.safetensors"
+    tensors = _made_by_all(lambda: deltas.write_part(mine, previous, file), world, group)
     if world.main:
         replace(about, tensors=tensors).write(part)
         _rename(part, target)
 
 
-def _begin(target: Path, world: World) -> Path:
+def _begin(target: Path, world: World, group: Group | None) -> Path:
     """The folder beside the target that is written to, which every rank sees."""
     part = target.with_name(f".{target.name}.part")
     if world.main:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    if world.size > 1:
+    if world.size > 1 and group is None:
         world.barrier()
+    elif world.size > 1:
+        dist.barrier(group)
     return part
 
 
-def _gathered[V](mine: dict[str, V], world: World) -> dict[str, V]:
-    """What the ranks have, together."""
+def _place(world: World) -> str:
+    return f"{world.pipeline_rank:03d}-{world.data_rank:03d}-{world.tensor_rank:03d}"
+
+
+def _made_by_all[V](make: Callable[[], dict[str, V]], world: World, group: Group | None) -> dict[str, V]:
+    """What the ranks make, together. What one raises, all raise, the others as RuntimeError: none waits for it."""
     if world.size == 1:
-        return mine
+        return make()
+    failure: Exception | None = None
+    mine: dict[str, V] = {}
+    try:
+        mine = make()
+    except Exception as error:  # noqa: BLE001 (any failure is told to all ranks)
+        failure = error
     ranks: list[Any] = [None] * world.size
-    dist.all_gather_object(ranks, mine)
-    return {name: value for found in ranks for name, value in found.items()}
+    told = None if failure is None else f"rank {world.rank}: {type(failure).__name__}: {failure}"
+    dist.all_gather_object(ranks, (mine, told), group=group)
+    if failure is not None:
+        raise failure
+    for _, told in ranks:
+        if told is not None:
+            raise RuntimeError(told)
+    return {name: value for found, _ in ranks for name, value in found.items()}
 
 
-def _write_part(
-    model: torch.nn.Module, architecture: Architecture, world: World, part: Path, seen: dict[str, Tensor] | None = None
-) -> dict[str, str]:
+def _write_part(mine: Iterable[tuple[str, Tensor]], world: World, part: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     pending: dict[str, Tensor] = {}
     size = 0
 
     def flush() -> None:
-        place = f"{world.pipeline_rank:03d}-{world.data_rank:03d}-{world.tensor_rank:03d}"
-        file = f"model-{place}-{len(set(files.values())):05d}.safetensors"
+        file = f"model-{_place(world)}-{len(set(files.values())):05d}.safetensors"
         save_file(pending, part / file, metadata={"format": "pt"})
         files.update(dict.fromkeys(pending, file))
         pending.clear()
 
-    for name, tensor in gather(model, architecture, world, spread=True):
+    for name, tensor in mine:
         pending[name] = tensor
-        if seen is not None:
-            seen[name] = tensor
         size += tensor.numel() * tensor.element_size()
         if size >= FILE_BYTES:
             flush()

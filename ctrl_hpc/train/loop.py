@@ -83,12 +83,17 @@ class Interruption:
 
 
 class Clock:
-    """Seconds spent in the phases of a step. Threads may share it: a phase that several are in is counted once."""
+    """Seconds spent in the phases of a step. Threads may share it: a phase that several are in is counted once.
+
+    Beside them when each began first and ended last (``began_PHASE``, ``ended_PHASE``, in seconds of the day's clock),
+    which the run's timeline is drawn from.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self._inside: dict[str, int] = {}
         self._since: dict[str, float] = {}
+        self._spans: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -99,6 +104,7 @@ class Clock:
             self._inside[key] = self._inside.get(key, 0) + 1
             if self._inside[key] == 1:
                 self._since[key] = time.perf_counter()
+                self._spans.setdefault(f"began_{phase}", time.time())
         try:
             yield
         finally:
@@ -106,12 +112,14 @@ class Clock:
                 self._inside[key] -= 1
                 if self._inside[key] == 0:
                     self._seconds[key] = self._seconds.get(key, 0.0) + time.perf_counter() - self._since[key]
+                    self._spans[f"ended_{phase}"] = time.time()
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, of phases that are over."""
         with self._lock:
             taken, self._seconds = self._seconds, {}
-        return taken
+            over = [name for name in self._spans if f"time/{name.partition('_')[2]}_s" in taken]
+            return taken | {name: self._spans.pop(name) for name in over}
 
 
 class Loop:

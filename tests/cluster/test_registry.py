@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from ctrl_hpc import cli, jsonl
 from ctrl_hpc.cluster import processes, registry
 from ctrl_hpc.cluster.registry import DriverWatch, Registry
 
@@ -142,3 +145,24 @@ def test_who_asks_reads_the_drivers_list_and_not_every_entry(run_dir: Path, monk
         here.remove_list()
         clock[0] += 1
         assert reader.endpoints("executor") == ["http://a"]
+
+
+def test_services_are_told_to_prometheus(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jsonl.write_text(run_dir / "config.yaml", "{}\n")
+    out = run_dir / "targets.json"
+    with (
+        Registry(run_dir).register("executor", "http://10.0.0.7:8123", id="3-77", host="node7"),
+        Registry(run_dir).register("driver", "", id="driver"),
+    ):
+        assert cli.main(["status", str(run_dir), "--targets", str(out)]) == 0
+        assert json.loads(out.read_text()) == [
+            {
+                "targets": ["10.0.0.7:8123"],
+                "labels": {"run": run_dir.name, "role": "executor", "element": "3", "node": "node7"},
+            }
+        ]
+        assert cli.main(["status", str(run_dir), "--targets", str(run_dir / "config.yaml")]) == 2
+    assert (run_dir / "config.yaml").read_text() == "{}\n"
+    assert "nothing was overwritten" in capsys.readouterr().err
+    assert cli.main(["status", str(run_dir), "--targets", str(out)]) == 0
+    assert json.loads(out.read_text()) == []

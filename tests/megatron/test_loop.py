@@ -55,7 +55,7 @@ def test_a_clock_adds_up_a_phase_and_starts_anew() -> None:
     for _ in range(2):
         with clock("update"):
             pass
-    assert list(clock.take()) == ["time/update_s"]
+    assert list(clock.take()) == ["time/update_s", "began_update", "ended_update"]
     assert clock.take() == {}
 
 

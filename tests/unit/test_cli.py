@@ -19,9 +19,9 @@ def test_help_imports_no_torch() -> None:
 
 
 def test_dry_run_prints_the_whole_configuration_and_takes_overrides_anywhere(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert cli.main(["run", TINY, "--dry-run", "rl.steps=7", "seed=3"]) == 0
+    assert cli.main(["run", TINY, f"run_dir={tmp_path / 'r'}", "--dry-run", "rl.steps=7", "seed=3"]) == 0
     out = capsys.readouterr().out
     assert "seed: 3" in out
     assert "steps: 7" in out

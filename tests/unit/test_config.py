@@ -58,6 +58,12 @@ def test_a_cluster_profile_lies_between_defaults_and_file(tmp_path: Path) -> Non
         ("executor.limits.cpu_s=0", "executor.limits.cpu_s: 0.0 is not allowed; it must be greater than 0"),
         ("executor.judges={mine: nowhere.py:close}", "executor.judges.mine: '"),
         ("judge.votes=[4,0]", "judge.votes: [4, 0] is not allowed; each must be greater than 0"),
+        ("eval.widths=[a]", "override: eval.widths: Value ['a'] could not be converted to Integer"),
+        ("data.eval_names=5", "override: data.eval_names: 5 is not a list; write data.eval_names=[A,B]"),
+        (
+            "tracking.writers=[tb]",
+            "override: tracking.writers: Invalid value ['tb'], expected one of ['tensorboard', 'mlflow']",
+        ),
         ("eval.widths=[3]", "eval.widths: [3] is not allowed; it must be the drafts of a problem, then"),
         ("launch.trainer.gpus=-1", "launch.trainer.gpus: -1 is not allowed; it must be 0 or greater"),
         ("name=a/b", "name: 'a/b' is not allowed; it must be a name without slashes"),

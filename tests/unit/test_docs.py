@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,7 +22,12 @@ from test_evaluate_paper import TURNS, ZERO, finished, row
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump
+from ctrl_hpc.judge import server as judge
 from ctrl_hpc.records import Problem, StdinTest
+from ctrl_hpc.rollout import server as rollout
+from ctrl_hpc.rollout import worker as rollout_worker
+from ctrl_hpc.sandbox import Sandbox
+from ctrl_hpc.sandbox import server as executor
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -106,6 +112,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run.results["datasets"] = {"tiny": run.results["datasets"]["codecontests"]}
         jsonl.write_text(run.folder / "config.yaml", dump(run.config))
         jsonl.write_text(run.folder / "report" / "results.json", json.dumps(run.results))
+        line = {"step": 0, "time": 1_700_000_000.0, "time/step_s": 2.0, "time/wait_s": 1.0, "rl/reward": 0.5}
+        jsonl.write_text(run.folder / "rl" / "metrics.jsonl", json.dumps(line) + "\n")
     return folder
 
 
@@ -167,10 +175,29 @@ def ctrl_hpc(arguments: list[str]) -> None:
             if any("my_prompts" in word for word in arguments):
                 shutil.copytree(ROOT / "ctrl_hpc" / "flow" / "templates" / "default", folder, dirs_exist_ok=True)
             assert cli.main(dry) == 0
-    elif name in ("help", "completion", "data", "report", "status", "stop") and not placeholder:
+    elif name in ("help", "completion", "data", "report", "status", "stop", "track", "timeline") and not placeholder:
         assert cli.main(arguments) == 0
     elif name == "doctor":
         assert cli.main(arguments) in (0, 1)  # it names what this machine lacks
+
+
+def test_the_dashboard_shows_what_services_tell() -> None:
+    """Every name in its queries is one of a service's ``/metrics``, or Prometheus' own."""
+    dashboard = json.loads((ROOT / "examples" / "monitoring" / "dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"\b(?:executor|ctrl)_\w+", query)}
+    with Sandbox(workers=1) as sandbox:
+        metrics = executor.Metrics(sandbox)
+        metrics.answered(["accepted"], 0.1)
+        told = metrics.text().decode()
+    worker = SimpleNamespace(totals=rollout_worker.Totals(), engine=SimpleNamespace(version=0), waiting=0)
+    told += rollout._metrics(SimpleNamespace(worker=worker)) + judge._metrics(judge.Totals())
+    known = set(re.findall(r"^(\w+)(?:\{| )", told, re.MULTILINE))
+    assert asked <= known
+    assert len(asked) > 10
+    settings = yaml.safe_load((ROOT / "examples" / "monitoring" / "prometheus.yml").read_text())
+    (job,) = settings["scrape_configs"]
+    assert f'job="{job["job_name"]}"' in " ".join(queries)
 
 
 def test_what_is_run_dry_here_is_run_for_real_elsewhere() -> None:
