@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import submitit
 
-from ctrl_hpc.cluster import processes
+from ctrl_hpc.cluster import engines, processes
 from ctrl_hpc.cluster import registry as registries
 from ctrl_hpc.cluster.monitor import Monitor, direct
 from ctrl_hpc.cluster.registry import DriverWatch, Registration, Registry
@@ -90,6 +90,10 @@ SERVE: dict[str, Callable[[Config, str, int, str], None]] = {
 
 
 def _serve_rollout(config: Config, run_dir: str, role: str, model: str, element: int, session: str) -> None:
+    if config.rollout.engine != "builtin":
+        with _Element(config, run_dir, role, element, session) as this:
+            engines.serve(config, model, token(run_dir), this.ready)
+        return
     from ctrl_hpc.rollout.server import serve
 
     with _Element(config, run_dir, role, element, session) as this:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,9 @@ def _judge_arguments(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("--model", required=True, help="the critic: Hugging Face folder, or URL#MODEL of an endpoint")
     judge.add_argument("--prompts", default="default", help="its templates: default, ctrl, tiny or a folder")
     judge.add_argument("--critique-prefix", default="", metavar="TEXT", help="what every critique begins with")
+    judge.add_argument(
+        "--critique-close", default="", metavar="TEXT", help="what a critique without a judgement is continued after"
+    )
     judge.add_argument("--calibration", type=Path, default=None, metavar="FILE", help="made by ctrl-hpc calibrate")
     judge.add_argument("--cache", type=place, default=None, help="folder of answers kept for later (default: none)")
     judge.add_argument("--threads", type=_positive, default=2, help="CPU threads")
@@ -89,7 +93,7 @@ _positive.__name__ = "int"  # argparse names the type of what is no number by it
 def _executor(options: argparse.Namespace) -> int:
     from ctrl_hpc.sandbox.server import serve
 
-    with _token(options) as access:
+    with _token(options) as access, _keys_as_options():
         serve(
             host=options.host,
             port=options.port,
@@ -104,6 +108,15 @@ def _executor(options: argparse.Namespace) -> int:
             max_body_bytes=options.max_body_mb << 20,
         )
     return 0
+
+
+@contextlib.contextmanager
+def _keys_as_options() -> Iterator[None]:
+    """What the executor says of a configuration's keys is said of the options that stand for them here."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"\bexecutor\.(?=python|packages|testlib)", "--", str(error))) from None
 
 
 def _rollout(options: argparse.Namespace) -> int:
@@ -133,6 +146,7 @@ def _judge(options: argparse.Namespace) -> int:
         model=options.model,
         prompts=options.prompts,
         critique_prefix=options.critique_prefix,
+        critique_close=options.critique_close,
         calibration=options.calibration,
         cache=None if options.cache is None else Path(options.cache),
         threads=options.threads,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ctrl_hpc.config.facts import Example, Free, FunctionName, Must, NotNegative, Positive
+from ctrl_hpc.config.facts import Example, Free, FunctionName, Must, NotNegative, PathName, Positive
 from ctrl_hpc.records import Limits, Override, Rules
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -95,6 +95,16 @@ class RolloutConfig:
     batching: Literal["auto", "padded", "continuous"] = "auto"
     """padded: length-sorted batches, each request with its own random stream; continuous: requests join and leave the
     running batch, seeded together. auto: continuous on cuda, padded on a CPU."""
+    engine: Free[Literal["builtin", "sglang", "vllm"]] = "builtin"
+    """What an element of the rollout arrays is: our own server, or one of SGLang or vLLM, which must be installed on
+    its node; ``threads``, ``device``, ``batching`` and ``max_batch_tokens`` are the built-in one's."""
+    tensor: Free[Positive[int]] = 1
+    """Tensor-parallel ranks (GPUs) of a server of SGLang or vLLM."""
+    engine_command: Free[Annotated[tuple[str, ...], Example("[/opt/vllm/bin/vllm]")]] = ()
+    """What starts the engine, before its arguments; empty: ``python -m sglang.launch_server`` of this interpreter, or
+    ``vllm``."""
+    engine_args: Free[Annotated[tuple[str, ...], Example("[--mem-fraction-static, '0.8']")]] = ()
+    """Further arguments of the engine's command line."""
 
 
 def _is_override(given: Override) -> bool:
@@ -233,16 +243,23 @@ class LaunchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig:
-    """Given rates for ``ctrl-hpc run --dry-run``: what the machines of the run do; measure yours and set them."""
+    """Rates for ``ctrl-hpc run --dry-run``: what the machines of the run do. One that is given wins over a measured
+    one, and that over what is assumed."""
 
+    rates: Annotated[PathName, Example("site-rates.json")] | None = None
+    """File of rates measured on this site, by ``ctrl-hpc bench rates``; None: none."""
     memory_gb: Positive[float] | None = None
     """Memory of a trainer rank's device in GiB; None: this machine's GPU, or its memory shared by the ranks."""
     trainer_tflops: Positive[float] | None = None
     """Useful Tflop/s of a trainer rank; None: 40 % of an H100's peak on cuda, 0.04 on a CPU core."""
     rollout_tokens_per_s: Positive[float] | None = None
     """Tokens a second of one critic server; None: 3000 on cuda, 8000 on a CPU (the tiny critic)."""
-    executor_runs_per_s: Positive[float] = 4.0
-    """Programs a second that one jail runs against their tests."""
+    executor_runs_per_s: Positive[float] | None = None
+    """Programs a second that one jail runs against their tests; None: 40 tests a second, over ``tests_per_program``."""
+    tests_per_program: Positive[float] = 10.0
+    """Tests of a typical program that are run."""
+    disk_gb_per_s: Positive[float] | None = None
+    """GB a second that one process writes to, or reads from, the run directory's disk; None: 1."""
     prompt_tokens: Positive[int] = 768
     """Tokens of a typical critique prompt."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config.method import DataConfig, FilterConfig
-from ctrl_hpc.data import codecontests, filters, humaneval, livecodebench, mbpp, table, taco
+from ctrl_hpc.data import codecontests, codecontestsplus, filters, humaneval, livecodebench, mbpp, table, taco
 from ctrl_hpc.data.decontamination import decontaminate, report
 from ctrl_hpc.data.table import LeftOut, Loaded
 from ctrl_hpc.records import Problem
@@ -72,6 +72,7 @@ DATASETS: dict[str, Dataset] = {
     "jsonl": Dataset(load=_jsonl, splits=("train", "dev", "test"), streams=True),
     "taco": Dataset(load=taco.load, splits=("train", "test", "all"), rules=("list_streams",), streams=True),
     "codecontests": Dataset(load=codecontests.load, splits=("test", "dev", "train"), streams=True),
+    "codecontestsplus": Dataset(load=codecontestsplus.load, splits=("train",), streams=True),
     "livecodebench": Dataset(load=livecodebench.load, splits=("test", "all"), streams=True),
     "mbpp": Dataset(load=mbpp.load, splits=("test", "validation", "train", "all")),
     "mbppplus": Dataset(load=mbpp.load_plus, splits=("test",)),

@@ -183,7 +183,7 @@ def usable(problem: Problem) -> Problem:
     )
 
 
-_TEXTS = ("id", "prompt", "starter_code", "difficulty", "canonical_solution", "provenance")
+_TEXTS = ("id", "prompt", "starter_code", "difficulty", "canonical_solution", "checker", "provenance")
 _LONGEST_S, _LARGEST_MB = 3600.0, 1 << 20
 """Limits beyond these are no judge's: the row's are unknown."""
 

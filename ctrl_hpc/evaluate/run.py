@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
-from ctrl_hpc.evaluate import judgebench
+from ctrl_hpc.evaluate import ablation, judgebench
 from ctrl_hpc.evaluate.critics import Critic, Feedback, Oracles, check_oracles, critics, feedback_critiques, feedback_of
 from ctrl_hpc.evaluate.tree import Environment, Sample, Shape, Write, grow, is_grown
 from ctrl_hpc.evaluate.write_ahead import RememberingExecutor, RememberingGenerator, WriteAheadLog, in_parts
@@ -115,6 +115,8 @@ def run(
                     write = _writer(config, tree, item, critic, prompts, feedback_of(item, oracles))
                     tell = _teller(steps, done, f"{tree.dataset}: {tree.critic}{tree.mode}")
                     grow(drafts[tree.dataset], write, environment, tree.folder, _shape(config, tree), tell)
+                if config.eval.ablate:
+                    ablation.run(drafts[tree.dataset], environment, tree.folder, oracles, config.eval.chunk)
                 done += turns
                 steps.reach(done, f"{tree.dataset}: {tree.critic}{tree.mode}")
             if config.judge.votes and item.model is not None:

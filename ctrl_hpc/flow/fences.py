@@ -131,7 +131,7 @@ _CLOSING_SLACK = 3
 PYTHON = frozenset("python python2 python3 py py2 py3 pypy pypy3 cpython sage ipython".split())
 """Tags of Python."""
 LANGUAGE_TAGS = {"cpp": frozenset("c++ cc cpp cxx".split())}
-"""Tags of the other languages that problems may ask for."""
+"""What answers call another language that problems may ask for, beside its own name."""
 _OTHER_LANGUAGES = frozenset(
     "ada asm awk bas basic c c# c++ cc clj clojure cobol coffeescript cpp cs csharp cxx d dart delphi elixir erlang f# "
     "fortran fs fsharp go golang groovy haskell hs java javascript jl js jsx julia kotlin kt lisp lua matlab nim "

@@ -50,7 +50,7 @@ def extract_program(text: str, names: Collection[str] = (), language: str | None
     if not programs:
         return None
     best, highest = "", (-1, False, -1, False)
-    tags = LANGUAGE_TAGS.get(language or "", PYTHON)
+    tags = PYTHON if language in (None, "python") else LANGUAGE_TAGS.get(language, frozenset()) | {language}
     earlier: set[str] = set()
     for block in programs:
         own = _Names.of(block.content)

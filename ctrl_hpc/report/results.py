@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.evaluate import judgebench, metrics, tree
+from ctrl_hpc.evaluate import ablation, judgebench, metrics, tree
 from ctrl_hpc.evaluate.critics import critics
 from ctrl_hpc.evaluate.metrics import Outcomes
 from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
@@ -49,11 +49,24 @@ class History:
 def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, list[History]]]) -> dict[str, Any]:
     """All numbers of ``report/results.json``, from the histories by data set and critic."""
     datasets = {name: _dataset(config, items) for name, items in histories.items()}
+    if config.eval.ablate:
+        for name, entry in datasets.items():
+            _add_ablations(config, run_dir, name, entry["critics"])
     out = {"datasets": datasets, "wall_time_s": _wall_times(run_dir), "learning_curve": learning_curve(run_dir)}
     if config.judge.votes:
         models = [name for name, critic in critics(config).items() if critic.model is not None]
         out["judgebench"] = judgebench.numbers(config, run_dir, models)
     return out
+
+
+def _add_ablations(config: Config, run_dir: Path, dataset: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    """``ablation`` in the row of every critic whose fixes were ablated."""
+    for name, critic in critics(config).items():
+        for mode in MODES:
+            file = ablation.file_of(folder_of(run_dir, dataset, name, critic, mode))
+            if name + mode in rows and file.exists():
+                fixes = jsonl.read(ablation.Fix, file)
+                rows[name + mode]["ablation"] = ablation.numbers(fixes, config.eval.report_samples)
 
 
 def read_histories(config: Config, run_dir: Path, dataset: str) -> dict[str, list[History]]:

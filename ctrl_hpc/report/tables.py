@@ -218,6 +218,37 @@ def judgebench_table(entry: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
+def ablation_tables(dataset: str, entry: Mapping[str, Any], most: int = 5) -> list[Table]:
+    """On which sentences the fixes of each critic hang: shares, and ``most`` critiques of each with their sentences."""
+    found = {name: row["ablation"] for name, row in entry["critics"].items() if row.get("ablation", {}).get("n_fixes")}
+    if not found:
+        return []
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1f}"
+
+    shares = ("single_decisive", "none_decisive", "names_failure", "all_sentences_name_failure")
+    rows = [
+        (
+            *(label(name), str(row["n_fixes"]), number(row["sentences"]), number(row["decisive"])),
+            *(percent(row[share]) for share in shares),
+        )
+        for name, row in found.items()
+    ]
+    columns = ("critic", "fixes", "sentences", "decisive", "hang on one", "on none", "it names the failure", "any does")
+    title = f"{dataset}: sentences without which a fix fails, a critique; shares of the fixes in %"
+    examples = [
+        (label(name), item["sample"], " | ".join(item["decisive"]), str(item["sentences"]))
+        for name, row in found.items()
+        for item in row["examples"][:most]
+    ]
+    made = [Table(title=title, columns=columns, rows=tuple(rows))]
+    if examples:
+        title = f"{dataset}: sentences on which a fix hangs"
+        made.append(Table(title=title, columns=("critic", "sample", "sentences", "of"), rows=tuple(examples)))
+    return made
+
+
 def data_tables(data: Mapping[str, Any], most: int = 20) -> list[Table]:
     """The ledger of the training problems, and the rows left out of every data set that has bad ones."""
     made = []

@@ -119,20 +119,30 @@ def serve(
     )
     worker = Worker(engine)
     try:
-        _until_told(create_app(RolloutService(worker, tokenizer, model)), sock, on_ready, token, own_user)
+        serve_until_told(create_app(RolloutService(worker, tokenizer, model)), sock, on_ready, token, own_user)
     finally:
         worker.close()
         sock.close()
 
 
-def _until_told(
-    app: FastAPI, sock: socket.socket, on_ready: Callable[[str], None] | None, token: str | None, own_user: bool
+def serve_until_told(
+    app: FastAPI,
+    sock: socket.socket,
+    on_ready: Callable[[str], None] | None,
+    token: str | None,
+    own_user: bool,
+    lost: Callable[[], bool] | None = None,
 ) -> None:
-    """Serve an application until a signal ends it."""
+    """Serve an application until a signal ends it, or ``lost`` says that there is nothing left to serve."""
 
     async def ready() -> None:
         if on_ready is not None:
             await asyncio.to_thread(on_ready, http_service.url(sock))
+
+    async def watch(server: uvicorn.Server, lost: Callable[[], bool]) -> None:
+        while not lost():
+            await asyncio.sleep(1.0)
+        server.should_exit = True
 
     app.router.on_startup.append(ready)
     gate = http_service.Gate(
@@ -145,4 +155,12 @@ def _until_told(
     config = uvicorn.Config(
         gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
     )
-    http_service.DrainingServer(config).run(sockets=[sock])
+    server = http_service.DrainingServer(config)
+    tasks: list[asyncio.Task[None]] = []
+    if lost is not None:
+
+        async def begin() -> None:
+            tasks.append(asyncio.create_task(watch(server, lost)))
+
+        app.router.on_startup.append(begin)
+    server.run(sockets=[sock])

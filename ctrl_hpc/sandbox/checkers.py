@@ -13,7 +13,7 @@ from ctrl_hpc.sandbox.jail import Kind, executable
 from ctrl_hpc.sandbox.jails import Jails, Role
 from ctrl_hpc.sandbox.job_files import job_files
 
-_COMPILE_S = 30.0
+_COMPILE_S = 60.0
 _LIMITS = Limits(cpu_s=10.0, wall_s=30.0, memory_mb=1024, output_bytes=1 << 16)
 _STATUS: dict[int, TestStatus] = {
     0: "accepted",

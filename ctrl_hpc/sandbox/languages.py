@@ -119,7 +119,7 @@ def testlib(path: str | Path) -> str:
     try:
         return place.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ValueError(f"testlib: cannot read {place}: {error.strerror}") from None
+        raise ValueError(f"executor.testlib: cannot read {place}: {error.strerror}") from None
 
 
 def check_checker(source: str | None, library: str) -> None:
@@ -128,7 +128,7 @@ def check_checker(source: str | None, library: str) -> None:
         return
     language(CHECKERS)
     if _INCLUDES_TESTLIB.search(source) and not library:
-        raise ValueError(f"checker: it includes testlib.h; say where that is: executor.testlib, or {TESTLIB}")
+        raise ValueError("checker: it includes testlib.h; say where that is: executor.testlib (--testlib)")
 
 
 def limits(entry: Language, timeout_s: float | None) -> Limits:

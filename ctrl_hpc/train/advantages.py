@@ -61,7 +61,10 @@ def estimate(
         return Advantages(advantages_SR=advantages_SR, values_SR=values_SR, returns_SR=returns_SR)
     if options.estimator not in ESTIMATORS:
         advantages_S = experience.advantages(options.estimator, device=device, backend=backend)
-        return Advantages(advantages_SR=advantages_S[:, None] * mask_SR)
+        advantages_SR = advantages_S[:, None] * mask_SR
+        if options.credit == "sentence" and experience.credit_SR is not None:
+            advantages_SR = advantages_SR + experience.credit_SR * mask_SR
+        return Advantages(advantages_SR=advantages_SR)
     valid_S, advantages_SR = experience.valid_S, torch.zeros(mask_SR.shape)
     if valid_S.any():
         rewards_V, groups_V = experience.rewards_S[valid_S].double(), experience.groups_S[valid_S]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,9 @@ class Ahead:
         self._next = start
         self._made: deque[tuple[int, Future[Experience]]] = deque()
         self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._closed = False
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
         self._remove_weights()
         self._submit()
 
@@ -46,30 +50,46 @@ class Ahead:
         self.close()
 
     def publish(self, version: int) -> None:
-        """Version ``version`` is there: one more step may begin. Does not wait for anything.
+        """Version ``version`` is there: one more step may begin. Does not wait for anything; for any thread.
 
         Weights that no server will be asked to load are removed; at most ``max_staleness`` + 2 versions are kept, and
         those that they are differences to.
         """
-        self._published = version
+        with self._changed:
+            if self._closed:
+                return
+            self._published = version
+            self._submit()
+            self._changed.notify_all()
         self._remove_weights()
-        self._submit()
+
+    def fail(self, error: Exception) -> None:
+        """There will be no further version."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
     def take(self, step: int) -> Experience:
-        """The experience of a step, once it is made.
+        """The experience of a step, once it is made; its version may still be on its way.
 
-        Raises what its making raised; and at once what went wrong with a later step.
+        Raises what its making raised; and at once what went wrong with a later step, or with publishing.
         """
-        for _, made in self._made:
-            if made.done():
-                made.result()
-        number, made = self._made.popleft()
+        with self._changed:
+            self._changed.wait_for(lambda: self._made or self._error)
+            if self._error is not None:
+                raise self._error
+            for _, made in self._made:
+                if made.done():
+                    made.result()
+            number, made = self._made.popleft()
         assert number == step, f"the experience of step {number} is next, not of step {step}"
         return made.result()
 
     def close(self) -> None:
         """Begin no further step. The one in hand ends when its services' clients are closed."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        with self._changed:
+            self._closed = True
+            self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self) -> None:
         while self._next < min(self._steps, self._published + self._max_staleness + 1):

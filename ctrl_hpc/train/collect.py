@@ -16,8 +16,10 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.reward import verdict_only
 from ctrl_hpc.flow.steps import critique, execute, revise
 from ctrl_hpc.records import Critique, Problem, Revision, Reward, Sampling, Solution
+from ctrl_hpc.rollout.thinking import Thinking
 from ctrl_hpc.seeds import derive_seed, sampling_seed
 from ctrl_hpc.train.ahead import weights_folder
+from ctrl_hpc.train.credit import Credit, Spell, by_sentence
 from ctrl_hpc.train.drafts import DraftPool, fits, side_by_side
 from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rewards import SCHEDULED, Rewards, returns
@@ -38,6 +40,8 @@ class Collector:
     validation: Validation | None = None
     fits: Callable[[Problem, Solution], bool] = lambda problem, draft: True
     """Whether a draft leaves room for a critique."""
+    spell: Spell = lambda ids: ""
+    """The text of token ids of the critic."""
 
     @classmethod
     def open(cls, config: Config, run_dir: Path) -> Self:
@@ -48,13 +52,14 @@ class Collector:
         if config.rl.replay is not None:
             return cls(config=config, stage=stage, prompts=prompts)
         # An input is a token shorter than its sequence.
-        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens
+        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens - config.critic.thought_tokens
         limit = min(room, config.rl.max_prompt_tokens or room)
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "sft" / "hf")
-        pool = DraftPool.load(run_dir, config.seed).fitting(prompts, tokenizer, limit)
+        switch = Thinking(mode=config.critic.thinking).switch
+        pool = DraftPool.load(run_dir, config.seed).fitting(prompts, tokenizer, limit, **switch)
         validated = problems_of(config, run_dir)
         problems = [problem for problem, _ in pool.pairs] + [item for items in validated.values() for item in items]
-        connections = connect(config, run_dir, problems)
+        connections, lock = connect(config, run_dir, problems), threading.Lock()
         validation = Validation(
             config=config, folder=stage / "validation", connections=connections, prompts=prompts, problems=validated
         )
@@ -65,7 +70,8 @@ class Collector:
             pool=pool,
             connections=connections,
             validation=validation if validated else None,
-            fits=_fitting(prompts, tokenizer, limit),
+            fits=_fitting(prompts, tokenizer, limit, lock, switch),
+            spell=_spelling(tokenizer, lock),
         )
 
     def __enter__(self) -> Self:
@@ -93,13 +99,24 @@ class Collector:
         return rows(step, list(islice(jsonl.iterate(Rollout, file), count)), drafts)
 
 
-def _fitting(prompts: Prompts, tokenizer: Any, limit: int) -> Callable[[Problem, Solution], bool]:
+def _spelling(tokenizer: Any, lock: threading.Lock) -> Spell:
+    """The text of token ids; one thread at a time, as tokenizers want it."""
+
+    def spell(ids: Sequence[int]) -> str:
+        with lock:
+            return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    return spell
+
+
+def _fitting(
+    prompts: Prompts, tokenizer: Any, limit: int, lock: threading.Lock, switch: dict[str, bool]
+) -> Callable[[Problem, Solution], bool]:
     """Whether the prompt of a critique has at most ``limit`` tokens; one thread at a time, as tokenizers want it."""
-    lock = threading.Lock()
 
     def check(problem: Problem, draft: Solution) -> bool:
         with lock:
-            return fits(prompts.critique(problem, draft), tokenizer, limit)
+            return fits(prompts.critique(problem, draft), tokenizer, limit, **switch)
 
     return check
 
@@ -120,7 +137,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert collector.pool is not None
-    rewards = Rewards.at(options, step)
+    rewards = Rewards.at(options, step, longest=options.max_tokens + collector.config.critic.thought_tokens)
     rollouts: list[Rollout] = []
     executed, refills = 0, 0
     for turn in range(1 + options.refill_rounds):
@@ -189,6 +206,8 @@ class Turn:
     critique: Critique
     revision: Revision
     reward: Reward
+    credit: tuple[Credit, ...] = ()
+    """What its sentences added to the reward, with ``rl.credit=sentence``."""
 
     @property
     def next_draft(self) -> Solution:
@@ -246,6 +265,7 @@ def _of_episode(episode: Sequence[Turn], options: RLConfig) -> list[Rollout]:
             replace(item.reward, value=value, masked=masked),
             turn=number,
             begun=episode[0].draft.id,
+            credit=item.credit,
         )
         for number, (item, value) in enumerate(zip(episode, values, strict=True), 1)
     ]
@@ -278,8 +298,40 @@ def roll_out_turn(
         stop = options.stop_at_first_failure
         revisions = execute(todo, services.executor, config.executor.rules, stop_at_first_failure=stop)
     samples = [(*triple, revision) for triple, revision in zip(triples, revisions, strict=True)]
+    rewarded = rewards.score(samples, judged_alone)
+    credits: list[tuple[Credit, ...]] = [()] * len(samples)
+    if options.credit == "sentence":
+        with clock("credit"):
+            credits = _credits(collector, samples, rewarded, rewards, judged_alone)
     turns = [
-        Turn(problem=problem, draft=draft, critique=item, revision=revision, reward=reward)
-        for (problem, draft, item, revision), reward in zip(samples, rewards.score(samples, judged_alone), strict=True)
+        Turn(problem=problem, draft=draft, critique=item, revision=revision, reward=reward, credit=credit)
+        for (problem, draft, item, revision), reward, credit in zip(samples, rewarded, credits, strict=True)
     ]
     return turns, len(runs)
+
+
+def _credits(
+    collector: Collector,
+    samples: Sequence[tuple[Problem, Solution, Critique, Revision]],
+    rewarded: Sequence[Reward],
+    rewards: Rewards,
+    judged_alone: frozenset[str],
+) -> list[tuple[Credit, ...]]:
+    """The credit of every sentence; of drafts that are judged alone there is none."""
+    options, services = collector.config.rl, collector.connections
+    assert services is not None
+    rows = [n for n, (_, draft, *_) in enumerate(samples) if draft.id not in judged_alone]
+    found = by_sentence(
+        [samples[row] for row in rows],
+        [rewarded[row] for row in rows],
+        rewards,
+        services.generator,
+        services.executor,
+        collector.prompts,
+        collector.config.executor.rules,
+        Sampling(temperature=0.0, max_tokens=options.max_revision_tokens),
+        collector.spell,
+        stop_at_first_failure=options.stop_at_first_failure,
+    )
+    by_row = dict(zip(rows, found, strict=True))
+    return [by_row.get(row, ()) for row in range(len(samples))]

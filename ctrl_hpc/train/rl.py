@@ -7,30 +7,26 @@ experience and takes its part of the update.
 from __future__ import annotations
 
 import random
-import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.functions import load_function
 from ctrl_hpc.config.objectives import LOSSES
-from ctrl_hpc.megatron import parallel_state, weights
+from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
-from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.run.journal import Table
 from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.advantages import OVER_THE_STEP, Advantages, estimate
-from ctrl_hpc.train.ahead import Ahead, weights_folder
+from ctrl_hpc.train.ahead import Ahead
 from ctrl_hpc.train.batch import Batch
 from ctrl_hpc.train.collect import Collector, collect
 from ctrl_hpc.train.loop import Clock, Loop, learning_rate
 from ctrl_hpc.train.losses import RLLoss, ValueLoss, needs_old
 from ctrl_hpc.train.policy import Policy, Reference, Value, make_reference
+from ctrl_hpc.train.publish import Publisher
 from ctrl_hpc.train.rollouts import COLUMNS, Experience
 
 
@@ -60,8 +56,9 @@ def train(config: Config, run_dir: Path, world: World) -> None:
         collector = stack.enter_context(Collector.open(config, run_dir)) if world.main else None
         loop = Loop(config, run_dir, "rl", parts, steps=options.steps, save_every=options.save_every, position=0)
         stack.enter_context(loop)
-        publisher = Publisher(policy, loop.folder, sft)
+        publisher = stack.enter_context(Publisher(policy, loop.folder, sft))
         publisher.publish(loop.start)
+        publisher.wait()
         ahead = stack.enter_context(_rollouts_ahead(collector, loop)) if collector is not None else None
         for step in loop:
             with loop.clock("wait"):
@@ -73,12 +70,13 @@ def train(config: Config, run_dir: Path, world: World) -> None:
                 )
             logged = improve(policy, value, reference, experience, advantages, step, loop.clock)
             with loop.clock("publish"):
-                publisher.publish(step + 1)
-                if ahead is not None:
-                    ahead.publish(step + 1)
+                publisher.publish(step + 1, ahead)
             shown = partial(samples, collector, step)
             loop.done(step, experience.metrics | logged, shown, position=experience.position)
+        publisher.wait()
     policy.export(run_dir / "rl" / "hf", source=sft)
+    if config.lora.rank:
+        policy.export_adapters(run_dir / "rl" / "adapters")
 
 
 def _rollouts_ahead(collector: Collector, loop: Loop) -> Ahead:
@@ -173,32 +171,3 @@ def _improve_value(
     )
     found = value.update(batch, loss, rate)
     return {"value": found["value"], "value_loss": found["loss"], "value_grad_norm": found["grad_norm"]}
-
-
-class Publisher:
-    """Writes versions of the critic's weights for its servers to load; every rank takes part."""
-
-    def __init__(self, policy: Policy, stage: Path, sft: Path) -> None:
-        self._policy, self._stage, self._sft = policy, stage, sft
-        self._last: tuple[int, About] | None = None
-        self._since_whole = 0
-        self._previous: dict[str, Tensor] = {}
-        """This rank's part of the tensors, as they were published last."""
-
-    def publish(self, version: int) -> None:
-        """Publish the weights as they are, whole or as the difference to the last published version."""
-        policy, folder = self._policy, weights_folder(self._stage, version)
-        options, parts = policy.config.rl, (policy.model, policy.architecture, policy.world)
-        if options.publish == "full":
-            weights.export(*parts, folder, source=self._sft, link=True)
-            return
-        about = About(state=secrets.token_hex(16))
-        if self._last is None or self._since_whole + 1 >= options.publish_full_every:
-            weights.export(*parts, folder, source=self._sft, link=True, about=about, seen=self._previous)
-            self._since_whole = 0
-        else:
-            before, base = self._last
-            about = replace(about, base=weights_folder(self._stage, before).name, base_state=base.state)
-            weights.export_difference(*parts, folder, about=about, previous=self._previous)
-            self._since_whole += 1
-        self._last = (version, about)

@@ -46,6 +46,14 @@ class Rollout:
     """Of its episode, which began with the draft ``solution_id``."""
     draft: str | None = None
     """The program critiqued, where that was a revision."""
+    credit: tuple[tuple[int, int, float], ...] = ()
+    """Tokens [start, end) of each sentence, and what it added to the reward (``rl.credit=sentence``)."""
+    thought: str | None = None
+    """What the critic thought before it wrote the critique."""
+    thought_tokens: int = 0
+    """How many of ``token_ids`` are the thought's."""
+    thought_cut: bool = False
+    """Whether it has no end, so that there is no critique."""
 
     @classmethod
     def of(
@@ -57,6 +65,7 @@ class Rollout:
         *,
         turn: int = 1,
         begun: str | None = None,
+        credit: tuple[tuple[int, int, float], ...] = (),
     ) -> Rollout:
         """The parts of a finished sample that training and people need; ``begun``: the first draft of its episode.
 
@@ -85,8 +94,12 @@ class Rollout:
             leaked=reward.leaked,
             detail=revision.verdict.detail,
             forced=generation.forced,
+            thought=generation.thought,
+            thought_tokens=generation.thought_tokens,
+            thought_cut=generation.thought_cut,
             turn=turn,
             draft=(draft.program or draft.text) if turn > 1 else None,
+            credit=credit,
         )
 
 
@@ -110,6 +123,8 @@ class Experience:
     position: int
     """Drafts drawn from the pool so far."""
     metrics: dict[str, float]
+    credit_SR: Tensor | None = None
+    """What a token's sentence added to the reward, less the mean over the critique's tokens; None: nobody asked."""
 
     @classmethod
     def of(cls, rollouts: Sequence[Rollout], *, version: int, position: int, metrics: dict[str, float]) -> Experience:
@@ -127,6 +142,7 @@ class Experience:
             rollout_SR=rollout_SR,
             position=position,
             metrics=summary(rollouts, version) | metrics,
+            credit_SR=_credit(rollouts, batch.mask_SR),
         )
 
     def advantages(self, estimator: str, *, device: torch.device | str = "cpu", backend: Backend = "auto") -> Tensor:
@@ -170,6 +186,19 @@ def _group(item: Rollout) -> tuple[str, int]:
     return item.solution_id, item.turn
 
 
+def _credit(rollouts: Sequence[Rollout], mask_SR: Tensor) -> Tensor | None:
+    """The tokens' credits; their mean over a critique is 0, so that they only shift its advantage among its tokens."""
+    if not any(item.credit for item in rollouts):
+        return None
+    credit_SR = torch.zeros(mask_SR.shape)
+    for row, item in enumerate(rollouts):
+        for start, end, value in item.credit:
+            credit_SR[row, start:end] = value
+    credit_SR = credit_SR * mask_SR
+    mean_S = credit_SR.sum(1) / mask_SR.sum(1).clamp_min(1)
+    return (credit_SR - mean_S[:, None]) * mask_SR
+
+
 def _has_spread(rewards: Sequence[float]) -> bool:
     """Whether rewards differ."""
     return len(rewards) > 1 and max(rewards) > min(rewards)
@@ -206,8 +235,27 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "rl/masked": float(len(rollouts) - len(counted)),
         "rl/staleness": float(max(staleness)),
         "rl/staleness_mean": sum(staleness) / len(staleness),
+        **_credit_metrics(counted),
         **{name: count / len(rollouts) for name, count in reasons.items()},
+        **_of_thoughts(rollouts),
         **_by_turn(rollouts),
+    }
+
+
+def _of_thoughts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths of thoughts and answers in tokens, the shares of thoughts cut off and ended by force; none of no thought.
+
+    An end by force is told from ``prompts.critique_close`` by its place: right after the thought.
+    """
+    if all(item.thought is None for item in rollouts):
+        return {}
+    n = len(rollouts)
+    forced = sum(item.forced is not None and item.forced[0] < item.thought_tokens for item in rollouts)
+    return {
+        "rl/thought_tokens": sum(item.thought_tokens for item in rollouts) / n,
+        "rl/answer_tokens": sum(len(item.token_ids) - item.thought_tokens for item in rollouts) / n,
+        "rl/thought_cut": sum(item.thought_cut for item in rollouts) / n,
+        "rl/thought_closed": forced / n,
     }
 
 
@@ -221,6 +269,18 @@ def _by_turn(rollouts: Sequence[Rollout]) -> dict[str, float]:
         passed = [item.status == "accepted" for item in rollouts if item.turn == turn and not item.masked]
         out[f"rl/turn_{turn}/pass_rate"] = sum(passed) / max(1, len(passed))
     return out
+
+
+def _credit_metrics(counted: Sequence[Rollout]) -> dict[str, float]:
+    """Sentences that were left out in turn, a critique; the share of revised critiques that hang on a single one."""
+    credited = [item for item in counted if item.credit]
+    if not credited:
+        return {}
+    single = sum(sum(value != 0 for *_, value in item.credit) == 1 for item in credited)
+    return {
+        "rl/credited_sentences": sum(len(item.credit) for item in credited) / len(counted),
+        "rl/single_decisive": single / len(credited),
+    }
 
 
 def record_file(folder: Path, step: int) -> Path:

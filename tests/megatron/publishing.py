@@ -19,7 +19,7 @@ from ctrl_hpc.megatron import weights
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.losses import SFTLoss
 from ctrl_hpc.train.policy import Policy
-from ctrl_hpc.train.rl import Publisher
+from ctrl_hpc.train.publish import Publisher
 
 VERSIONS = 6
 FULL_EVERY = 4
@@ -39,7 +39,8 @@ def check(folder: Path) -> None:
             publisher.publish(version)
             policy.export(folder / "publishing" / "whole" / str(version), source=source)
             if version != 2:  # version 3 is version 2 again: nothing has changed
-                policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)
+                policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)  # while the version is written
+        publisher.wait()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.service.fleet import LoopThread
+from ctrl_hpc.train import publish
 from ctrl_hpc.train.ahead import Ahead, weights_folder
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.collect import Collector
@@ -217,6 +218,46 @@ def test_versions_stay_as_long_as_later_ones_are_differences_to_them(tmp_path: P
             ahead.publish(step + 1)
             kept.append(sorted(int(folder.name[1:]) for folder in (tmp_path / "weights").iterdir()))
     assert kept[2] == [0, 1, 2, 3] and kept[6] == [4, 5, 6, 7]
+
+
+def test_a_step_waits_for_a_version_that_another_thread_writes_and_is_told_when_it_cannot_be(tmp_path: Path) -> None:
+    with Ahead(lambda step, at, version: experience(step, version, at), tmp_path, start=0, steps=9, position=0,
+               max_staleness=0) as ahead:  # fmt: skip
+        ahead.take(0)
+        writer = threading.Timer(0.1, ahead.publish, [1])
+        writer.start()
+        assert ahead.take(1).metrics["rl/staleness"] == 0
+        writer = threading.Timer(0.1, ahead.fail, [OSError(28, "No space left on device")])
+        writer.start()
+        with pytest.raises(OSError, match="No space left"):
+            ahead.take(2)
+        ahead.publish(2)
+
+
+def test_the_trainer_goes_on_while_a_version_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    space, told = threading.Event(), cast(list[Any], [])
+    reader = SimpleNamespace(publish=told.append, fail=lambda error: told.append(str(error)))
+
+    def write(mine: object, world: object, folder: Path, **_: object) -> None:
+        assert space.wait(timeout=60)
+        if folder.name == "v000002":
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publish.weights, "gather", lambda *_, spread: iter(()))
+    monkeypatch.setattr(publish.weights, "write", write)
+    rl, world = SimpleNamespace(publish="full"), SimpleNamespace(size=1)
+    policy = SimpleNamespace(model=None, architecture=None, world=world, config=SimpleNamespace(rl=rl))
+    publisher = publish.Publisher(policy, tmp_path, tmp_path)  # type: ignore[arg-type]
+    publisher.publish(1, reader)
+    assert told == []  # and it is here
+    space.set()
+    publisher.publish(2, reader)
+    with pytest.raises(OSError, match="No space left"):
+        publisher.wait()
+    assert told == [1, "[Errno 28] No space left on device"]
+    publisher.publish(3, reader)
+    publisher.wait()
+    assert told[2:] == [3]
 
 
 def test_chunks_are_in_order_and_the_first_error_ends_them() -> None:

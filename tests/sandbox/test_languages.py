@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ctrl_hpc.flow.steps import execution
+from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import AssertTest, Execution, Limits, Problem, Rules, StdinTest, TestResult, Verdict
-from ctrl_hpc.sandbox import Sandbox, languages
+from ctrl_hpc.sandbox import Sandbox, fusion, languages
 
 LIMITS = Limits(cpu_s=0.5, wall_s=2.0, memory_mb=64, output_bytes=100_000, processes=16)
 SUM = '#include <cstdio>\nint main() { int a, b; scanf("%d%d", &a, &b); printf("%d\\n", a + b); }'
@@ -56,6 +57,25 @@ def test_limits_hold(sandbox: Sandbox, status: str, body: str) -> None:
     verdict = run(sandbox, program, expected="never")
     assert verdict.status == status, verdict
     assert run(sandbox, SUM, "1 2", "3").accepted
+
+
+def test_a_language_is_one_entry_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C, added here: compiled, run and judged, its errors told apart, asked for by requests, found in answers."""
+    entry = replace(
+        languages.LANGUAGES["cpp"], compiler="gcc", source="main.c", options=("-O1", "-static", "-o", "program")
+    )
+    proof = '#include <stdio.h>\nint main(void) { puts("1"); }\n'
+    monkeypatch.setitem(languages.LANGUAGES, "c", replace(entry, aliases=("c", "C"), proof=proof))
+    text = '#include <stdio.h>\nint main(void) { int new = 0; scanf("%d", &new); printf("%d\\n", new + 1); }'
+    tests = [StdinTest(stdin="4\n", expected_stdout="5\n")]
+    with Sandbox(workers=1) as sandbox:
+        assert sandbox.run_tests(text, tests, LIMITS, language="c").accepted
+        assert sandbox.run_tests(text, tests, LIMITS, language="cpp").status == "compile_error"  # new is no name there
+        assert sandbox.run_tests("int main(void) { return x; }", tests, LIMITS, language="c").status == "compile_error"
+    assert fusion.check_language("c", "language") == "c"
+    assert extract_program(f"```python\nprint(1)\n```\n```c\n{text}\n```", language="c") == text
+    with pytest.raises(ValueError, match="language: 'rust' is not supported; allowed: python, cpp, c"):
+        languages.language("rust")
 
 
 def test_deep_recursion_is_bounded_by_memory_alone(sandbox: Sandbox) -> None:

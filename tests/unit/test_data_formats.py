@@ -606,6 +606,54 @@ def test_codecontests_of_the_hub(hub):
     assert [item.split for item in both("codecontests", folder, "dev").items] == ["dev"]
 
 
+CHECKER = '#include "testlib.h"\nint main(int argc, char *argv[]) { registerTestlibCmd(argc, argv); quitf(_ok, ""); }\n'
+CODECONTESTS_PLUS = {
+    "source": "Codeforces",
+    "id": "1_A",
+    "title": "Theatre Square",
+    "description": "Print any of the numbers.",
+    "time_limit": 1500,
+    "memory_limit": 256,
+    "validator": "int main() {}",
+    "generator": "int main() {}",
+    "generator_cmd": "./gen -n 1\n./gen -n 2",
+    "checker": CHECKER,
+    "correct_submissions": [{"code": "int main() {}", "language": "cpp"}, {"code": "print(1)", "language": "py3"}],
+    "incorrect_submissions": [{"code": f"print({n})", "language": "py3"} for n in range(2, 9)],
+    "test_cases": [{"input": f"{n}\n", "output": f"{n}\n"} for n in (1, 2, 1)],
+    "true_positive_rate": 1.0,
+    "true_negative_rate": 0.95,
+}
+
+
+def test_codecontestsplus_of_the_hub(hub):
+    parts = "".join(
+        f"- config_name: {name}\n  data_files:\n{FILES.format(split='train', path=path)}"
+        for name, path in (("default", "part-*"), ("1x", "ccplus_1x/*"), ("2x", "ccplus_2x/*"))
+    )
+    folder = hub("ByteDance-Seed/Code-Contests-Plus", f"---\nconfigs:\n{parts}---\n")
+    (folder / "ccplus_1x").mkdir()
+    (folder / "ccplus_2x").mkdir()
+    rows = [CODECONTESTS_PLUS, CODECONTESTS_PLUS | {"id": "2_B", "checker": "", "time_limit": None}]
+    rows.append(CODECONTESTS_PLUS | {"id": "3_C", "test_cases": []})
+    name = "part-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "ccplus_1x" / name)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), folder / "ccplus_2x" / name)
+    without = {key: value for key, value in CODECONTESTS_PLUS.items() if key != "test_cases"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([without]), folder / name)
+    found = both("codecontestsplus", folder, "train")
+    first, second = found.items
+    assert (first.id, second.id) == ("codecontestsplus/Codeforces/1_A", "codecontestsplus/Codeforces/2_B")
+    assert [test.stdin for test in first.tests] == ["1\n", "2\n"]
+    assert (first.cpu_s, first.memory_mb, first.canonical_solution) == (1.5, 256, "print(1)")
+    assert first.wrong_solutions == ("print(2)", "print(3)", "print(4)")
+    assert (first.checker, first.comparison) == (CHECKER, None)
+    assert execution(first, "print(1)", Rules()).checker == CHECKER
+    assert (second.checker, second.comparison, second.cpu_s) == (None, "exact:any", None)
+    assert [item.reason for item in found.left_out] == ["no tests"]
+    assert len(catalog.read("codecontestsplus", str(folder / "ccplus_2x"), "train").items) == 1
+
+
 MBPP_TEXT = {
     "task_id": 11,
     "text": "Write a python function to remove the first and last 'a'.",
@@ -823,6 +871,8 @@ BAD = [
     ("codecontests", CODECONTESTS, "public_tests", {"input": ["1", "2"], "output": ["1"]}, "2 inputs but 1 outputs"),
     ("codecontests", CODECONTESTS, "public_tests", {"input": ["1"], "output": [None]}, "expected text, got NoneType"),
     ("codecontests", CODECONTESTS, "time_limit", {"seconds": "two", "nanos": 0}, "could not convert"),
+    ("codecontestsplus", CODECONTESTS_PLUS, "test_cases", [{"input": "1"}], "KeyError: 'output'"),
+    ("codecontestsplus", CODECONTESTS_PLUS, "checker", 7, "checker: expected text, got int"),
     ("mbpp", MBPP_TEXT, "task_id", "11", "task_id: expected a number, got str"),
     ("mbpp", MBPP_TEXT, "test_list", ["assert f(1) =="], "tests: code: not Python"),
     ("mbpp", MBPP_TEXT, "test_list", ["f"], "checks nothing: every program would pass"),
@@ -840,7 +890,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "good", "column", "value", "told"), BAD)
 def test_a_row_that_is_bad_in_one_column_says_why(name, good, column, value, told, tmp_path):
     path = jsonl_file(tmp_path / "f.jsonl", good, good | {column: value})
-    loaded = catalog.read(name, path, "all" if name == "livecodebench" else "test")
+    loaded = catalog.read(name, path, split_of(name))
     assert len(loaded.items) == len(loaded.left_out) == 1
     assert told in loaded.left_out[0].reason
 
@@ -863,10 +913,15 @@ PUBLISHED = {
     "livecodebench": LIVE,
     "codecontests": CODECONTESTS,
     "mbpp": MBPP_TEXT,
+    "codecontestsplus": CODECONTESTS_PLUS,
     "mbppplus": PLUS,
     "humaneval": HUMANEVAL,
     "humanevalplus": HUMANEVAL,
 }
+
+
+def split_of(name):
+    return "all" if name == "livecodebench" else "train" if name == "codecontestsplus" else "test"
 
 
 OWN = {"id": "a", "source": "s", "split": "test", "prompt": "p"} | {
@@ -880,7 +935,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(name, gzipped, tmp_path):
     text = b"\xef\xbb\xbf" + (json.dumps((PUBLISHED | {"jsonl": OWN})[name]) + "\n").encode()
     file = tmp_path / ("f.jsonl.gz" if gzipped else "f.jsonl")
     file.write_bytes(gzip.compress(text) if gzipped else text)
-    loaded = catalog.read(name, str(file), "all" if "live" in name else "test")
+    loaded = catalog.read(name, str(file), split_of(name))
     assert len(loaded.items) == 1 and not loaded.left_out
 
 
@@ -899,7 +954,7 @@ def test_any_value_in_any_column_leaves_a_problem_that_can_be_kept_or_a_row_left
     good = PUBLISHED[name]
     rows = [good | {column: value} for column in good for value in ODD]
     rows += [{key: value for key, value in good.items() if key != column} for column in good]
-    loaded = catalog.read(name, jsonl_file(tmp_path / "f.jsonl", good, *rows), "all" if "live" in name else "test")
+    loaded = catalog.read(name, jsonl_file(tmp_path / "f.jsonl", good, *rows), split_of(name))
     outside = len(rows) + 1 - len(loaded.items) - len(loaded.left_out)
     assert outside == (4 if name == "mbpp" else 0)  # tasks 0, -1, 10**400 and True are of no split
     for item in loaded.items:

@@ -46,6 +46,9 @@ serve executor                                  | required: --port
 serve executor --port x                         | --port: invalid int value: 'x'
 serve executor --port 99999999                  | cannot listen on 127.0.0.1:99999999
 serve executor --port 0 --max-waiting 0         | --max-waiting: 0 is not allowed; it must be greater than 0
+serve executor --port 0 --python no-such        | --python: 'no-such' is not an interpreter on this machine
+serve executor --port 0 --packages no-such      | --packages: no-such is not installed for
+serve executor --port 0 --testlib /nowhere      | --testlib: cannot read /nowhere: No such file
 serve executor --port 0 --judge x               | 'x' is not NAME=FILE.py:FUNCTION
 serve executor --port 0 --token-env NO_SUCH     | --token-env: the environment variable NO_SUCH is not set
 serve executor --port 0 --workers x             | --workers: invalid int value: 'x'
