@@ -135,7 +135,7 @@ data nowhere.yaml                               | nowhere.yaml: no such configur
 
 FILES = """
 nowhere.yaml        | nowhere.yaml: no such configuration file
-nowhere             | nowhere: no such configuration file; packaged: humaneval, qwen25_coder_32b, qwen25_coder_7b, tiny
+nowhere             | nowhere: no such configuration file; packaged: ctrl_32b_released, humaneval, qwen25_coder_32b
 tinny               | tinny: no such configuration file (did you mean tiny?)
 god.yaml            | god.yaml: no such configuration file (did you mean good.yaml?)
 folder              | folder: is a folder, no configuration
