@@ -313,33 +313,70 @@ def buckets(model: torch.nn.Module, architecture: Architecture) -> list[list[tup
     return out
 
 
+class Copies:
+    """Host memory that gathered tensors lie in, used again the next time: fresh memory costs more than the copying."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], Tensor] = {}
+
+    def room(self, bucket: int, shard: int, like: Tensor | int, dtype: torch.dtype) -> Tensor:
+        """For a shard of a bucket, of as many numbers as ``like`` has; page-locked where that comes from a GPU."""
+        if (bucket, shard) not in self._held:
+            numel = like if isinstance(like, int) else like.numel()
+            pinned = isinstance(like, Tensor) and like.is_cuda
+            self._held[bucket, shard] = torch.empty(numel, dtype=dtype, pin_memory=pinned)
+        return self._held[bucket, shard]
+
+
 @torch.no_grad()
 def gather(
-    model: torch.nn.Module, architecture: Architecture, world: World, *, spread: bool = False
+    model: torch.nn.Module,
+    architecture: Architecture,
+    world: World,
+    *,
+    spread: bool = False,
+    copies: Copies | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of this pipeline stage, on the CPU, on the stage's first tensor-parallel rank.
 
     Every rank of the tensor-parallel group must run through it; the others yield nothing. With ``spread`` each rank of
     the stage, all data-parallel replicas' too, gets a part of the tensors of about the same size, and every one a rank.
+    With ``copies`` the tensors lie there, until it is given again.
     """
     for number, bucket in enumerate(buckets(model, architecture)):
         replica, rank = divmod(number, world.tensor_size) if spread else (world.data_rank, 0)
         if replica % world.data_size == world.data_rank:
-            yield from _gather_bucket(bucket, architecture, world, rank)
+            yield from _gather_bucket(bucket, architecture, world, rank, number, copies)
 
 
 def _gather_bucket(
-    bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World, rank: int
+    bucket: list[tuple[str, Tensor]],
+    architecture: Architecture,
+    world: World,
+    rank: int,
+    number: int,
+    copies: Copies | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Its tensors, put together on one rank of the tensor-parallel group."""
+    on_host = not bucket[0][1].is_cuda
     # Norms may be float32 in a bfloat16 model, and would make all that lies beside them so.
-    flat = torch.cat([parameter.flatten().to(world.dtype) for _, parameter in bucket])
+    parts = [parameter.flatten().to(world.dtype) for _, parameter in bucket]
+    room = None
+    if copies is not None and on_host and world.tensor_size == 1:
+        room = copies.room(number, 0, sum(part.numel() for part in parts), world.dtype)
+    flat = torch.cat(parts) if room is None else torch.cat(parts, out=room)
     shards = [flat]
     if world.tensor_size > 1:
-        shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == rank else []
+        keep = copies if on_host else None
+        shards = [
+            torch.empty_like(flat) if keep is None else keep.room(number, place, flat, flat.dtype)
+            for place in range(world.tensor_size if world.tensor_rank == rank else 0)
+        ]
         dist.gather(flat, shards or None, group=world.tensor_group, group_dst=rank)
     if world.tensor_rank != rank:
         return
+    if copies is not None and not on_host:
+        shards = [copies.room(number, place, shard, shard.dtype).copy_(shard) for place, shard in enumerate(shards)]
     first_layer = _first_layer_of(architecture, world)
     at = 0
     for name, parameter in bucket:

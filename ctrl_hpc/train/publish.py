@@ -42,6 +42,8 @@ class Publisher:
         self._since_whole = 0
         self._previous: dict[str, Tensor] = {}
         """This rank's part of the tensors, as they were published last."""
+        # a version that the next one is a difference to stays as it is while that is copied
+        self._copies = [weights.Copies() for _ in range(2 if policy.config.rl.publish == "delta" else 1)]
         self._writing: _Writing | None = None
         # of its own: the trainer's collectives go on meanwhile
         self._group = dist.new_group(backend="gloo") if policy.world.size > 1 else None
@@ -66,7 +68,9 @@ class Publisher:
         """
         self.wait()
         policy = self._policy
-        mine = dict(weights.gather(policy.model, policy.architecture, policy.world, spread=True))
+        copies = self._copies[0]
+        self._copies.reverse()
+        mine = dict(weights.gather(policy.model, policy.architecture, policy.world, spread=True, copies=copies))
         self._writing = _Writing(self._writer(mine, version), version, reader)
 
     def _writer(self, mine: dict[str, Tensor], version: int) -> Callable[[], None]:

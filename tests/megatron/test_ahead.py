@@ -243,7 +243,7 @@ def test_the_trainer_goes_on_while_a_version_is_written(monkeypatch: pytest.Monk
         if folder.name == "v000002":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish.weights, "gather", lambda *_, spread: iter(()))
+    monkeypatch.setattr(publish.weights, "gather", lambda *_, spread, copies: iter(()))
     monkeypatch.setattr(publish.weights, "write", write)
     rl, world = SimpleNamespace(publish="full"), SimpleNamespace(size=1)
     policy = SimpleNamespace(model=None, architecture=None, world=world, config=SimpleNamespace(rl=rl))
