@@ -136,7 +136,7 @@ def costs(
     weights = architecture.n_parameters * width
     drafts = config.data.n_train * config.sample.n_samples
     sft_steps = config.sft.epochs * max(1, config.synthesize.n_critiques // config.sft.batch_size)
-    prompt = config.plan.prompt_tokens
+    prompt, response = config.plan.prompt_tokens, rl.max_tokens + config.critic.thought_tokens
     tokens_in, tokens_out = _endpoint_tokens(config, critiques, drafts)
     limit = config.executor.limits.wall_s * config.executor.time_factor
     part = weights // ranks * (2 if rl.publish == "delta" else 1)
@@ -144,7 +144,7 @@ def costs(
     endpoint = config.endpoint
     priced = endpoint.price_in or endpoint.price_out
     return Costs(
-        sample_s=critiques * rl.max_tokens / (rates.rollout_tokens_per_s.value * servers),
+        sample_s=critiques * response / (rates.rollout_tokens_per_s.value * servers),
         revise_s=_generated_s(config, rates, critiques, rl.max_revision_tokens),
         execute_s=critiques / (runs_per_s(config.plan, rates) * jails),
         execute_at_most_s=critiques * config.plan.tests_per_program * limit / jails,
@@ -165,7 +165,7 @@ def costs(
             "checkpoints": config.trainer.keep_checkpoints * architecture.n_parameters * (width + 12),
             "exports": 2 * weights,
             "drafts": drafts * _DRAFT_ON_DISK_BYTES,
-            "rollouts": round(rl.steps * critiques * (prompt + rl.max_tokens) * _ROLLOUT_TOKEN_BYTES),
+            "rollouts": round(rl.steps * critiques * (prompt + response) * _ROLLOUT_TOKEN_BYTES),
         },
         gpus=_gpus(config, ranks),
         tokens_in=tokens_in,

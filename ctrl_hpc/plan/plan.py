@@ -128,14 +128,16 @@ def plan(config: Config) -> Plan:
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    length = config.plan.prompt_tokens + rl.max_tokens
+    response = rl.max_tokens + config.critic.thought_tokens
+    length = config.plan.prompt_tokens + response
     work = Workload(
         data_size=data_size,
         tokens=config.trainer.micro_batch_tokens,
-        response_tokens=round(config.trainer.micro_batch_tokens * rl.max_tokens / length),
+        response_tokens=round(config.trainer.micro_batch_tokens * response / length),
         on_gpu=device == "cuda",
-        reference_copy=rl.kl_coef > 0 and rl.reference == "copy",
+        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
         value_network=rl.estimator == "gae",
+        lora=config.lora,
     )
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks

@@ -16,6 +16,7 @@ from ctrl_hpc.config import (
     DataConfig,
     EndpointConfig,
     ExecutorConfig,
+    LoraConfig,
     ParallelConfig,
     PlanConfig,
     RLConfig,
@@ -88,6 +89,19 @@ def test_state_is_eighteen_bytes_a_parameter_in_bf16_and_is_sharded_by_the_distr
     assert sharded.optimizer == 3 * n
     doubled = estimate(llama, ParallelConfig(), replace(work, reference_copy=True, value_network=True))[0]
     assert (doubled.reference, doubled.value) == (2 * n, 18 * n)
+
+
+def test_adapters_alone_have_gradients_and_an_optimizer() -> None:
+    qwen = architectures.known("Qwen2.5-0.5B")  # 24 layers of width 896, 14 heads and 2 key-value heads of 64, MLP 4864
+    layer = 16 * (3 * 896 + 1152) + 16 * (896 + 896) + 16 * (2 * 896 + 2 * 4864) + 16 * (4864 + 896)
+    n = 24 * layer
+    assert n == 8_798_208  # what PEFT prints for this model and rank
+    work = Workload(data_size=1, tokens=1, response_tokens=1, on_gpu=True, lora=LoraConfig(rank=16))
+    found = estimate(qwen, ParallelConfig(), work)[0]
+    assert (found.gradients, found.optimizer) == (4 * n, 12 * n)
+    assert found.weights == 2 * (parameters_of_rank(qwen, ParallelConfig(), 0) + n)
+    values = replace(work, lora=LoraConfig(rank=16, targets=("v_proj",)))
+    assert estimate(qwen, ParallelConfig(), values)[0].gradients == 4 * 24 * 16 * (896 + 1152)
 
 
 def test_stages_of_a_pipeline_share_the_parameters() -> None:
