@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -138,6 +139,10 @@ class Fact:
         """Raises ValueError in one line that names the key, the value and what is allowed."""
         if value is None and self.optional:
             return
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(self._refusal(self.key, value, "it must be finite"))
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(self._refusal(self.key, value, "it must be less than 2**63"))
         for mark in self.marks:
             if not _holds(mark, value):
                 raise ValueError(self._refusal(self.key, value, f"it must {_told(mark)}"))
