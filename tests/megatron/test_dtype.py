@@ -35,10 +35,10 @@ def test_a_cpu_trains_in_bfloat16_where_the_critic_is_and_the_processor_multipli
         save_file({"weight": torch.zeros(2, dtype=stored)}, tmp_path / "model.safetensors")
     monkeypatch.setattr(parallel_state, "cpu_has_bfloat16", lambda: has)
     trainer = TrainerConfig(dtype=asked)  # type: ignore[arg-type]
-    config = Config(critic=CriticConfig(model=str(tmp_path)), trainer=trainer)
+    config = Config(name="x", critic=CriticConfig(model=str(tmp_path)), trainer=trainer)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         assert parallel_state._dtype(config, "cpu") == expected
-        assert parallel_state._dtype(Config(), "cuda") == torch.bfloat16
+        assert parallel_state._dtype(Config(name="x"), "cuda") == torch.bfloat16
     finally:
         dist.destroy_process_group()
