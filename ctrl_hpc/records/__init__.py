@@ -435,6 +435,12 @@ class Generation:
     """Version of the weights that made it (see weight sync); 0 for a model that never changes."""
     forced: tuple[int, int] | None = None
     """Where tokens were put by us, not sampled: ``token_ids[start:end]``; their log-probs are 0."""
+    thought: str | None = None
+    """What a thinking model wrote before ``text``; None: nothing. The token ids are those of both."""
+    thought_tokens: int = 0
+    """How many of the tokens are the thought's, with what ends it."""
+    thought_cut: bool = False
+    """Whether the thought has no end, so that there is no answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,12 @@ class Rollout:
     """The program critiqued, where that was a revision."""
     credit: tuple[tuple[int, int, float], ...] = ()
     """Tokens [start, end) of each sentence, and what it added to the reward (``rl.credit=sentence``)."""
+    thought: str | None = None
+    """What the critic thought before it wrote the critique."""
+    thought_tokens: int = 0
+    """How many of ``token_ids`` are the thought's."""
+    thought_cut: bool = False
+    """Whether it has no end, so that there is no critique."""
 
     @classmethod
     def of(
@@ -88,6 +94,9 @@ class Rollout:
             leaked=reward.leaked,
             detail=revision.verdict.detail,
             forced=generation.forced,
+            thought=generation.thought,
+            thought_tokens=generation.thought_tokens,
+            thought_cut=generation.thought_cut,
             turn=turn,
             draft=(draft.program or draft.text) if turn > 1 else None,
             credit=credit,
@@ -228,7 +237,25 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "rl/staleness_mean": sum(staleness) / len(staleness),
         **_credit_metrics(counted),
         **{name: count / len(rollouts) for name, count in reasons.items()},
+        **_of_thoughts(rollouts),
         **_by_turn(rollouts),
+    }
+
+
+def _of_thoughts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths of thoughts and answers in tokens, the shares of thoughts cut off and ended by force; none of no thought.
+
+    An end by force is told from ``prompts.critique_close`` by its place: right after the thought.
+    """
+    if all(item.thought is None for item in rollouts):
+        return {}
+    n = len(rollouts)
+    forced = sum(item.forced is not None and item.forced[0] < item.thought_tokens for item in rollouts)
+    return {
+        "rl/thought_tokens": sum(item.thought_tokens for item in rollouts) / n,
+        "rl/answer_tokens": sum(len(item.token_ids) - item.thought_tokens for item in rollouts) / n,
+        "rl/thought_cut": sum(item.thought_cut for item in rollouts) / n,
+        "rl/thought_closed": forced / n,
     }
 
 
