@@ -128,17 +128,8 @@ def plan(config: Config) -> Plan:
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    response = rl.max_tokens + config.critic.thought_tokens
-    length = config.plan.prompt_tokens + response
-    work = Workload(
-        data_size=data_size,
-        tokens=config.trainer.micro_batch_tokens,
-        response_tokens=round(config.trainer.micro_batch_tokens * response / length),
-        on_gpu=device == "cuda",
-        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
-        value_network=rl.estimator == "gae",
-        lora=config.lora,
-    )
+    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_tokens
+    work = _workload(config, device, data_size, length)
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks
     critiques = rl.prompts_per_step * rl.group_size * rl.turns  # at most: an episode may end before its last turn
@@ -176,6 +167,20 @@ def plan(config: Config) -> Plan:
         executor_workers=max(1, math.ceil(critiques / (rl_update_s * runs_per_s(config.plan, found)))),
         costs=whole,
         jobs=tuple(_jobs(config, ranks)),
+    )
+
+
+def _workload(config: Config, device: str, data_size: int, length: int) -> Workload:
+    """What a rank holds in RL, with sequences of so many tokens."""
+    rl, tokens = config.rl, config.trainer.micro_batch_tokens
+    return Workload(
+        data_size=data_size,
+        tokens=tokens,
+        response_tokens=round(tokens * (rl.max_tokens + config.critic.thought_tokens) / length),
+        on_gpu=device == "cuda",
+        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
+        value_network=rl.estimator == "gae",
+        lora=config.lora,
     )
 
 

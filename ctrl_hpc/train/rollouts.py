@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import ctrl_kernels
 import torch
 from ctrl_kernels import Backend
+from pydantic import Field
 from torch import Tensor
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.flow.reward import agrees
-from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Reward, Solution
+from ctrl_hpc.records import SAID, Critique, Judgement, Problem, Revision, Reward, Solution
 from ctrl_hpc.train.batch import Batch, collate
 
 
@@ -42,17 +44,17 @@ class Rollout:
     """One line on what went wrong in the revision."""
     forced: tuple[int, int] | None = None
     """Which of ``token_ids`` the critic did not write (``prompts.critique_close``): start and end."""
-    turn: int = 1
+    turn: Annotated[int, Field(exclude_if=lambda turn: turn == 1)] = 1
     """Of its episode, which began with the draft ``solution_id``."""
     draft: str | None = None
     """The program critiqued, where that was a revision."""
-    credit: tuple[tuple[int, int, float], ...] = ()
+    credit: Annotated[tuple[tuple[int, int, float], ...], SAID] = ()
     """Tokens [start, end) of each sentence, and what it added to the reward (``rl.credit=sentence``)."""
     thought: str | None = None
     """What the critic thought before it wrote the critique."""
-    thought_tokens: int = 0
+    thought_tokens: Annotated[int, SAID] = 0
     """How many of ``token_ids`` are the thought's."""
-    thought_cut: bool = False
+    thought_cut: Annotated[bool, SAID] = False
     """Whether it has no end, so that there is no critique."""
 
     @classmethod
