@@ -28,7 +28,8 @@ class TrainerConfig:
     device: Device = "auto"
     """Where the critic is trained; auto: cuda where there is one."""
     dtype: _Dtype = "auto"
-    """Weights and activations; auto: bfloat16 on cuda, float32 on cpu."""
+    """Weights and activations, with gradients and Adam's state in float32. auto: bfloat16 on cuda; on CPUs bfloat16
+    for a critic in bfloat16 where the processor multiplies it (AVX512-BF16, AMX), else float32."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the loss kernels; auto: triton on cuda, torch on cpu."""
     micro_batch_tokens: Free[Positive[int]] = 16384

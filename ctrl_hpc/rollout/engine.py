@@ -16,7 +16,7 @@ from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, To
 from ctrl_hpc.rollout.packed import PackedLinears, can_pack, float_head
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
-from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
+from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtype, weight_files
 
 _GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
@@ -339,11 +339,6 @@ _BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Weights and activations by name."""
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions of its own; elsewhere it is slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
 
 
 def stop_token_ids(folder: str | Path) -> frozenset[int]:
