@@ -355,7 +355,8 @@ def linear_policy_loss(
     The Triton backend forms the gradients in the forward pass and only scales them in the backward pass; in fp16 so
     that a loss scale, which comes as the upstream gradient, still finds what it is to save from underflow.
     ``unit_gradient`` promises that the upstream gradient is 1 and comes once: the weight's gradient then goes to
-    ``main_grad`` in the forward pass, and no second [V, D] exists. The PyTorch backend composes the two functions,
+    ``main_grad`` in the forward pass, and no second [V, D] exists; another gradient is a RuntimeError on a CPU and
+    not looked at on a GPU. The PyTorch backend composes the two functions,
     which is this one's definition.
     """
     softmax, policy = softmax_options(options), policy_options(options)
