@@ -24,6 +24,7 @@ from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.progress import console
 from ctrl_hpc.run import disk, snapshot
 from ctrl_hpc.service import access
+from ctrl_hpc.store.segments import merge_small
 
 POLL_S = 0.2
 """Seconds between looks while arrays start."""
@@ -67,6 +68,8 @@ class Services:
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
         self.registry.remove_list()
+        with contextlib.suppress(OSError):  # verdicts in many small files are verdicts, too
+            merge_small(self.run_dir / "verdicts")
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
         if changed:
             console.print(changed, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ unit, and by its type its range and choices: see :mod:`ctrl_hpc.config.facts`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Gt, Interval
 
@@ -31,6 +31,8 @@ from ctrl_hpc.records import TRANSITIONS
 _IS_TREE = Must(
     lambda widths: not widths or len(widths) > 1, "be the drafts of a problem, then the critiques of at least one turn"
 )
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_IS_NOT_EMPTY = Must(bool, "name at least one")
 _IS_TRANSITIONS = Must(
     lambda rewards: not rewards or set(rewards) == set(TRANSITIONS), f"be a number for each of {', '.join(TRANSITIONS)}"
 )
@@ -138,6 +140,27 @@ class CriticConfig:
 
     model: PathName = "models/tiny/critic"
     """Hugging Face folder of the base critic."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether it thinks before it answers, by its chat template's own switch; auto: as the template does of itself.
+    What it thinks is learnt, and is no part of the critique."""
+    thought_tokens: NotNegative[int] = 0
+    """Longest thought in tokens, beside the ``max_tokens`` of the critique (which may use what the thought leaves); 0:
+    both share those."""
+    close_thought: bool = False
+    """End a thought that does not end within ``thought_tokens`` by force, for a critique to follow; what is put there
+    is not learnt. False: a thought without an end is a critique without a judgement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters that are trained in place of the critic's own weights (Hu et al. 2021)."""
+
+    rank: NotNegative[int] = 0
+    """Rank of the adapters; 0: all weights are trained. Adapters want a larger ``optimizer.lr``, ten times about."""
+    alpha: Positive[float] = 32.0
+    """Their scale: alpha / rank times what they make is added to a layer's output."""
+    targets: Annotated[tuple[LoraTarget, ...], _IS_NOT_EMPTY, Example("[q_proj, v_proj]")] = get_args(LoraTarget)
+    """Linear layers that have one, by Hugging Face's names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,6 +333,11 @@ class RLConfig:
     verdict_only_share: ScheduledShare = 0.0
     """Share of a step's drafts whose critiques are rewarded for the judgement alone, without a revision
     (Critique-Coder: 0.2)."""
+    overlong_buffer: NotNegative[int] = 0
+    """Tokens before a critique's longest (thought and all) in which a penalty grows from 0 to ``overlong_penalty``
+    (DAPO's soft overlong punishment); 0: none."""
+    overlong_penalty: ScheduledPenalty = 1.0
+    """Taken off the reward of a critique of the longest length."""
     leak_penalty: ScheduledPenalty = 0.0
     """Taken off the reward of a critique that gives the corrected program away."""
     stop_at_first_failure: bool = True
@@ -320,7 +348,7 @@ class RLConfig:
     during the update, at most so many steps ahead."""
     publish: Literal["full", "delta"] = "full"
     """How the critic's servers get a version of its weights: whole, or what has changed since the version before, which
-    is for servers of ours alone."""
+    is for servers of ours alone. Of a critic with ``lora.rank`` those get the adapters, others it whole."""
     publish_full_every: Positive[int] = 10
     """Versions of which one is published whole with ``delta``: a server that is new reads at most so many folders."""
     chunk: NotNegative[int] = 0

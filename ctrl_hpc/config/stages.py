@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_GENERATOR = ("generator", "generator_model", "endpoint", "tiny")
-_CRITIC = ("critic", "tiny", "trainer", "parallel")
+_GENERATOR = ("generator", "generator_model", "generator_thinking", "generator_thought_tokens", "endpoint", "tiny")
+_CRITIC = ("critic", "lora", "tiny", "trainer", "parallel")
 _ASKING = ("prompts.folder", "prompts.system")
 """What of ``prompts`` the generator is asked with."""
 COMPARED = ("data.eval_names", "data.eval_path", "data.eval_paths", "data.eval_split")

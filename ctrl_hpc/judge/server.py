@@ -298,6 +298,8 @@ class Options:
     """A packaged folder of templates, or another."""
     critique_prefix: str = ""
     """What every critique begins with."""
+    critique_close: str = ""
+    """What a critique without a judgement is continued after."""
     calibration: Path | None = None
     """File that ``ctrl-hpc calibrate`` made."""
     cache: Path | None = None
@@ -325,14 +327,15 @@ def serve(
     missing model, template or calibration, and for a port in use.
     """
     token, own_user = http_service.access(host, token, own_user)
-    prompts = Prompts.load(options.prompts, critique_prefix=options.critique_prefix)
+    asked = {"critique_prefix": options.critique_prefix, "critique_close": options.critique_close}
+    prompts = Prompts.load(options.prompts, **asked)
     calibration = None if options.calibration is None else Calibration.load(options.calibration)
     if options.cache is not None:
         options.cache.mkdir(parents=True, exist_ok=True)
     sock = http_service.listen(host, port)
     try:
         generator, end = load_critic(options)
-        name = identity(options.model, options.prompts, options.critique_prefix, options.batching, options.dtype)
+        name = identity(options.model, options.prompts, asked, options.batching, options.dtype)
         critic = Critic(generator=generator, prompts=prompts, comparison=comparison_template(None))
         judge = Judge(critic, name, calibration, options.cache)
         try:

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ctrl_hpc.megatron import lora
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
@@ -173,7 +174,12 @@ def load_weights(folder: Path, model: GPTModel) -> None:
 def dtype(folder: Path) -> str:
     """The precision of a checkpoint's weights, as torch names it. Raises ValueError when it cannot be read."""
     try:
-        described = FileSystemReader(str(folder)).read_metadata().state_dict_metadata[EMBEDDING]
+        found = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        if any(".lora_" in name for name in found):
+            raise ValueError(
+                f"{folder}: holds adapters alone; RUN/STAGE/hf and RUN/STAGE/adapters are there at the end"
+            )
+        described = found[EMBEDDING]
         assert isinstance(described, TensorStorageMetadata)
     except (CheckpointException, KeyError, RuntimeError, OSError) as error:
         raise ValueError(f"{folder}: not a checkpoint of a critic: {_one_line(error)}") from None
@@ -214,7 +220,7 @@ def load(folder: Path, parts: Parts, world: World) -> dict[str, Any] | None:
     same_ranks = progress["world_size"] == world.size
     loaded = _read(Path(newest), _sharded_state(parts, world, is_loading=True, with_random=same_ranks))
     for name, (model, optimizer) in parts.items():
-        model.load_state_dict(loaded[name]["model"])
+        model.load_state_dict(loaded[name]["model"], strict=not lora.is_adapted(model))
         optimizer.load_state_dict(loaded[name]["optimizer"])
     if same_ranks:
         _set_random_state(loaded["random"])
@@ -262,10 +268,16 @@ def _sharded_state(parts: Parts, world: World, *, is_loading: bool, with_random:
 
 
 def _sharded_weights(model: GPTModel, name: str) -> dict[str, Any]:
-    """Under keys of the checkpoint that are the policy's bare names, and prefixed for other parts."""
+    """Under keys of the checkpoint that are the policy's bare names, and prefixed for other parts.
+
+    Of a model with adapters what is trained, alone.
+    """
     prefix = "" if name == "policy" else f"{name}."
-    weights = model.sharded_state_dict(prefix=prefix)
-    return {key.removeprefix(prefix): value for key, value in weights.items()}
+    weights = {key.removeprefix(prefix): value for key, value in model.sharded_state_dict(prefix=prefix).items()}
+    if not lora.is_adapted(model):
+        return weights
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    return {key: value for key, value in weights.items() if key in trained}
 
 
 def _random_state() -> dict[str, Any]:

@@ -160,12 +160,15 @@ def _transformer_config(architecture: Architecture, parallel: ParallelConfig, wo
     )
 
 
-def build(architecture: Architecture, parallel: ParallelConfig, world: World) -> GPTModel:
-    """This rank's part of the critic, its weights not yet set (see ``huggingface_weights.load``)."""
+def build(architecture: Architecture, parallel: ParallelConfig, world: World, *, adapted: bool = False) -> GPTModel:
+    """This rank's part of the critic, its weights not yet set (see ``weights.load``).
+
+    ``adapted``: it is to have adapters, for which each linear layer must be a module of its own.
+    """
     config = _transformer_config(architecture, parallel, world)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, world),
+        transformer_layer_spec=_layer_spec(config, world, adapted=adapted),
         vocab_size=architecture.padded_vocab(parallel.tensor),
         max_sequence_length=architecture.max_positions,
         pre_process=world.first_stage,
@@ -204,8 +207,8 @@ def output_weight(model: GPTModel) -> Tensor:
     return weight if weight is not None else model.output_layer.weight
 
 
-def _layer_spec(config: TransformerConfig, world: World) -> Any:
-    if world.device.type == "cuda" and has_transformer_engine():
+def _layer_spec(config: TransformerConfig, world: World, *, adapted: bool) -> Any:
+    if world.device.type == "cuda" and has_transformer_engine() and not adapted:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     parts = layer.submodules

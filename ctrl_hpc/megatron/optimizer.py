@@ -72,7 +72,12 @@ class Optimizer:
         that counts, with a gradient of its own.
         """
         output = getattr(self.ddp.module, "output_layer", None)
-        if self.ddp.ddp_config.overlap_grad_reduce and output is not None and output.weight is weight:
+        if (
+            weight.requires_grad
+            and self.ddp.ddp_config.overlap_grad_reduce
+            and output is not None
+            and output.weight is weight
+        ):
             weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
             weight.grad = weight.new_zeros(1).expand_as(weight)
 

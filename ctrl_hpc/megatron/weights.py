@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -263,9 +263,28 @@ def load(model: torch.nn.Module, folder: str | Path, architecture: Architecture,
     """Set this rank's parameters from a Hugging Face folder; reads only the rank's own bytes, a tensor at a time."""
     source = Folder(folder)
     source.check(architecture)
-    first_layer = _first_layer_of(architecture, world)
-    for name, parameter in model.named_parameters():
-        rule = layout(name, architecture, world.tensor_size, first_layer)
+    fill(model, source, architecture, world)
+
+
+class Source(Protocol):
+    """Tensors by Hugging Face's names."""
+
+    @property
+    def path(self) -> Path:
+        """Where they come from, for messages."""
+        ...
+
+    def read(self, piece: Piece, dim: int) -> Tensor:
+        """The rows (``dim`` 0) or columns (``dim`` 1) of a piece."""
+        ...
+
+
+@torch.no_grad()
+def fill(
+    model: torch.nn.Module, source: Source, architecture: Architecture, world: World, *, adapters: bool = False
+) -> None:
+    """Set this rank's parameters, its adapters' or else all others, a tensor at a time."""
+    for name, parameter, rule in _described(model, architecture, world, adapters=adapters):
         dim = rule.dim or 0
         shards = 1 if rule.dim is None else world.tensor_size
         total = sum(piece.stop - piece.start for piece in rule.pieces)
@@ -278,8 +297,21 @@ def load(model: torch.nn.Module, folder: str | Path, architecture: Architecture,
         ]
         value = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
         if value.shape != parameter.shape:
-            raise ValueError(f"{folder}: {name} is {list(value.shape)} there, {list(parameter.shape)} in the critic")
+            raise ValueError(
+                f"{source.path}: {name} is {list(value.shape)} there, {list(parameter.shape)} in the critic"
+            )
         parameter.copy_(value)
+
+
+def _described(
+    model: torch.nn.Module, architecture: Architecture, world: World, *, adapters: bool
+) -> Iterator[tuple[str, Tensor, Layout]]:
+    """Parameters with their layout: an adapter's says it itself (see :mod:`ctrl_hpc.megatron.lora`)."""
+    first_layer = first_layer_of(architecture, world)
+    for name, parameter in model.named_parameters():
+        own: Layout | None = getattr(parameter, "lora_layout", None)
+        if adapters == (own is not None):
+            yield name, parameter, own or layout(name, architecture, world.tensor_size, first_layer)
 
 
 def interval(pieces: tuple[Piece, ...], low: int, high: int) -> Iterator[Piece]:
@@ -293,61 +325,74 @@ def interval(pieces: tuple[Piece, ...], low: int, high: int) -> Iterator[Piece]:
         at += size
 
 
-def _first_layer_of(architecture: Architecture, world: World) -> int:
+def first_layer_of(architecture: Architecture, world: World) -> int:
     """The number of the first layer of this rank's pipeline stage."""
     return architecture.n_layers // world.pipeline_size * world.pipeline_rank
 
 
-def buckets(model: torch.nn.Module, architecture: Architecture) -> list[list[tuple[str, Tensor]]]:
-    """This rank's parameters in messages of about :data:`BUCKET_BYTES`. A tied output layer is not repeated."""
-    out: list[list[tuple[str, Tensor]]] = []
+def buckets(
+    model: torch.nn.Module, architecture: Architecture, world: World, *, adapters: bool = False
+) -> list[list[tuple[Tensor, Layout]]]:
+    """This rank's parameters, its adapters' or else all others, in messages of about :data:`BUCKET_BYTES`.
+
+    A tied output layer is not repeated.
+    """
+    out: list[list[tuple[Tensor, Layout]]] = []
     size = BUCKET_BYTES
-    for name, parameter in model.named_parameters():
+    for name, parameter, rule in _described(model, architecture, world, adapters=adapters):
         if name == "output_layer.weight" and architecture.tied:
             continue
         if size >= BUCKET_BYTES:
             out.append([])
             size = 0
-        out[-1].append((name, parameter))
+        out[-1].append((parameter, rule))
         size += parameter.numel() * parameter.element_size()
     return out
 
 
 @torch.no_grad()
 def gather(
-    model: torch.nn.Module, architecture: Architecture, world: World, *, spread: bool = False
+    model: torch.nn.Module,
+    architecture: Architecture,
+    world: World,
+    *,
+    spread: bool = False,
+    adapters: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of this pipeline stage, on the CPU, on the stage's first tensor-parallel rank.
 
-    Every rank of the tensor-parallel group must run through it; the others yield nothing. With ``spread`` each rank of
-    the stage, all data-parallel replicas' too, gets a part of the tensors of about the same size, and every one a rank.
+    They are the critic's with what its adapters have learnt merged in, or else the ``adapters`` themselves. Every rank
+    of the tensor-parallel group must run through it; the others yield nothing. With ``spread`` each rank of the stage,
+    all data-parallel replicas' too, gets a part of the tensors of about the same size, and every one a rank.
     """
-    for number, bucket in enumerate(buckets(model, architecture)):
+    for number, bucket in enumerate(buckets(model, architecture, world, adapters=adapters)):
         replica, rank = divmod(number, world.tensor_size) if spread else (world.data_rank, 0)
         if replica % world.data_size == world.data_rank:
-            yield from _gather_bucket(bucket, architecture, world, rank)
+            yield from _gather_bucket(bucket, world, rank)
 
 
-def _gather_bucket(
-    bucket: list[tuple[str, Tensor]], architecture: Architecture, world: World, rank: int
-) -> Iterator[tuple[str, Tensor]]:
+def _gather_bucket(bucket: list[tuple[Tensor, Layout]], world: World, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Its tensors, put together on one rank of the tensor-parallel group."""
     # Norms may be float32 in a bfloat16 model, and would make all that lies beside them so.
-    flat = torch.cat([parameter.flatten().to(world.dtype) for _, parameter in bucket])
+    flat = torch.cat([_merged(parameter).flatten().to(world.dtype) for parameter, _ in bucket])
     shards = [flat]
     if world.tensor_size > 1:
         shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == rank else []
         dist.gather(flat, shards or None, group=world.tensor_group, group_dst=rank)
     if world.tensor_rank != rank:
         return
-    first_layer = _first_layer_of(architecture, world)
     at = 0
-    for name, parameter in bucket:
-        rule = layout(name, architecture, world.tensor_size, first_layer)
+    for parameter, rule in bucket:
         local = [shard[at : at + parameter.numel()].view(parameter.shape).cpu() for shard in shards]
         at += parameter.numel()
         full = local[0] if rule.dim is None or len(local) == 1 else torch.cat(local, rule.dim)
         yield from _split(full, rule)
+
+
+def _merged(parameter: Tensor) -> Tensor:
+    """A weight with its adapter in it, where it has one."""
+    adapter = getattr(parameter, "adapter", None)
+    return parameter if adapter is None else adapter.merged(parameter)
 
 
 def _split(full: Tensor, rule: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -397,8 +442,8 @@ def write(
     ``about`` is what the folder says of itself; ``group``: all ranks, where their main group is busy elsewhere.
     """
     target = Path(folder)
-    part = _begin(target, world, group)
-    files = _made_by_all(lambda: _write_part(mine, world, part), world, group)
+    part = begin(target, world, group)
+    files = made_by_all(lambda: _write_part(mine, world, part), world, group)
     if world.main:
         if about is not None:
             about.write(part)
@@ -419,15 +464,15 @@ def write_difference(
     ``about`` names the base. All ranks take part; the folder appears whole or not at all.
     """
     target = Path(folder)
-    part = _begin(target, world, group)
+    part = begin(target, world, group)
     file = part / f"delta-{_place(world)}.safetensors"
-    tensors = _made_by_all(lambda: deltas.write_part(mine, previous, file), world, group)
+    tensors = made_by_all(lambda: deltas.write_part(mine, previous, file), world, group)
     if world.main:
         replace(about, tensors=tensors).write(part)
-        _rename(part, target)
+        rename(part, target)
 
 
-def _begin(target: Path, world: World, group: Group | None) -> Path:
+def begin(target: Path, world: World, group: Group | None = None) -> Path:
     """The folder beside the target that is written to, which every rank sees."""
     part = target.with_name(f".{target.name}.part")
     if world.main:
@@ -444,7 +489,7 @@ def _place(world: World) -> str:
     return f"{world.pipeline_rank:03d}-{world.data_rank:03d}-{world.tensor_rank:03d}"
 
 
-def _made_by_all[V](make: Callable[[], dict[str, V]], world: World, group: Group | None) -> dict[str, V]:
+def made_by_all[V](make: Callable[[], dict[str, V]], world: World, group: Group | None = None) -> dict[str, V]:
     """What the ranks make, together. What one raises, all raise, the others as RuntimeError: none waits for it."""
     if world.size == 1:
         return make()
@@ -472,7 +517,7 @@ def _write_part(mine: Iterable[tuple[str, Tensor]], world: World, part: Path) ->
 
     def flush() -> None:
         file = f"model-{_place(world)}-{len(set(files.values())):05d}.safetensors"
-        save_file(pending, part / file, metadata={"format": "pt"})
+        write_file(pending, part / file)
         files.update(dict.fromkeys(pending, file))
         pending.clear()
 
@@ -487,11 +532,15 @@ def _write_part(mine: Iterable[tuple[str, Tensor]], world: World, part: Path) ->
     return files
 
 
-def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, link: bool) -> None:
+def write_file(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write a safetensors file."""
+    save_file(tensors, file, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
-    for name in set(files.values()):  # safetensors writes files that only their owner can read
-        (part / name).chmod(0o666 & ~umask)
+    file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+
+
+def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, link: bool) -> None:
     names = set(files.values())
     if len(names) == 1:
         os.replace(part / next(iter(names)), part / SINGLE)
@@ -500,10 +549,10 @@ def _finish(part: Path, target: Path, files: Mapping[str, str], source: Path, li
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (part / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     copy_side_files(source, part, link=link)
-    _rename(part, target)
+    rename(part, target)
 
 
-def _rename(part: Path, target: Path) -> None:
+def rename(part: Path, target: Path) -> None:
     """Put a written folder in its place; what is there is replaced."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -6,11 +6,11 @@ Engine's. What a process holds before a model is built (imports, CUDA context, N
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from ctrl_kernels.projection import WORKSPACE_MB
 
-from ctrl_hpc.config import ParallelConfig
+from ctrl_hpc.config import LoraConfig, ParallelConfig
 from ctrl_hpc.megatron.architecture import Architecture
 
 FP32 = 4
@@ -67,6 +67,23 @@ def parameters_of_rank(architecture: Architecture, parallel: ParallelConfig, sta
     return total
 
 
+def adapter_parameters_of_rank(architecture: Architecture, parallel: ParallelConfig, lora: LoraConfig) -> int:
+    """Parameters of the adapters that a rank of any pipeline stage holds; 0 without."""
+    a, t = architecture, parallel.tensor
+    queries, keys = a.n_heads * a.head_dim, a.n_kv_heads * a.head_dim
+    fused = {  # inputs and outputs of a rank, and what is fused in them
+        ("q_proj", "k_proj", "v_proj"): (a.hidden_size, (queries + 2 * keys) // t),
+        ("o_proj",): (queries // t, a.hidden_size),
+        ("gate_proj", "up_proj"): (a.hidden_size, 2 * a.mlp_size // t),
+        ("down_proj",): (a.mlp_size // t, a.hidden_size),
+    }
+    layer = 0
+    for modules, (inputs, outputs) in fused.items():
+        n = sum(module in lora.targets for module in modules)
+        layer += lora.rank * (n * inputs + (outputs if n else 0))
+    return a.n_layers // parallel.pipeline * layer
+
+
 def _layer_activations(architecture: Architecture, parallel: ParallelConfig, width: int, *, fused: bool) -> int:
     """Bytes a token that one layer keeps for its backward pass; ``width`` bytes an element.
 
@@ -103,6 +120,8 @@ class Workload:
     on_gpu: bool
     reference_copy: bool = False
     value_network: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters, where they alone are trained."""
 
 
 def estimate(architecture: Architecture, parallel: ParallelConfig, work: Workload) -> tuple[Memory, ...]:
@@ -134,13 +153,15 @@ def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload
     if last:
         loss = work.response_tokens * a.hidden_size * (2 * width + FP32)
         loss += _LOSS_WORKSPACE_BYTES if work.on_gpu else _LOSS_CHUNK_BYTES + vocabulary * FP32
-    step = n * FP32 // shards if work.on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
-    optimizer = n * FP32 * (3 if work.on_gpu else 2) // shards
+    adapters = adapter_parameters_of_rank(a, parallel, work.lora)
+    trained = adapters or n
+    step = trained * FP32 // shards if work.on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
+    optimizer = trained * FP32 * (3 if work.on_gpu else 2) // shards
     return Memory(
-        weights=n * width,
+        weights=(n + adapters) * width,
         reference=n * width if work.reference_copy else 0,
-        value=n * (width + FP32) + optimizer if work.value_network else 0,
-        gradients=n * FP32,
+        value=(n + adapters) * width + trained * FP32 + optimizer if work.value_network else 0,
+        gradients=trained * FP32,
         optimizer=optimizer,
         activations=activations,
         transient=max(0, work.tokens * working - loss, max(embedding, step) - activations - loss),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,16 @@ from ctrl_hpc.rollout import deltas
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PREFIX = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base_model.model.",
+)
+"""Files of a folder with LoRA adapters in PEFT's format, and what is before the names of its tensors."""
+_PLAIN = {"peft_type": "LORA", "bias": "none"}
+"""What an adapter that is merged must say of itself."""
+_VARIANTS = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""What an adapter that is merged must not ask for."""
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -47,7 +58,8 @@ def gguf_hint(folder: str | Path) -> str:
 def copy_weights(model: torch.nn.Module, folder: str | Path, held: str | None = None) -> str | None:
     """Copy a folder's weights into the parameters of ``model``, in place; their state, where the folder names it.
 
-    A folder may hold a difference (see :mod:`ctrl_hpc.rollout.deltas`). It is applied to what the model holds where
+    A folder may hold LoRA adapters in PEFT's format, which are merged into the weights of the folder that they name as
+    their base, or a difference (see :mod:`ctrl_hpc.rollout.deltas`). That is applied to what the model holds where
     that is its base, of the state ``held``; else those before it are applied first, from the last whole folder on.
     All names and shapes are checked before anything is copied: on ValueError the model is as it was.
     """
@@ -75,6 +87,8 @@ def _new_state(
     """The tensors that a folder's version changes, its state, and whether they are all that there are."""
     if not folder.is_dir():
         raise ValueError(f"no model folder {folder}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        return merged(folder), None, True
     later: list[tuple[Path, deltas.About]] = []
     here, about = folder, deltas.About.read(folder)
     while about is not None and about.base is not None:
@@ -90,15 +104,54 @@ def _new_state(
     whole = about is None or about.base is None
     state: dict[str, torch.Tensor] = {}
     if whole:
-        for path in weight_files(here):
-            try:
-                state.update(load_file(path))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: {error}") from None
+        state = _read(weight_files(here))
     for place, difference in reversed(later):
         deltas.apply(place, difference, state, {} if whole else own)
     last = later[0][1] if later else about
     return state, last.state if last is not None else None, whole
+
+
+def _read(files: list[Path]) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: {error}") from None
+    return state
+
+
+def merged(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the base of a folder's LoRA adapters with those in them: W + (alpha / r) B A, in W's precision.
+
+    Raises ValueError for adapters that are broken, of another base, or of a kind that is not supported.
+    """
+    told = _adapter_config(folder / ADAPTER_CONFIG)
+    scale = float(told["lora_alpha"]) / int(told["r"])
+    state = _read(weight_files(told["base_model_name_or_path"]))
+    adapters = _read([folder / ADAPTER_WEIGHTS])
+    for name in sorted({name.partition(".lora_")[0] for name in adapters}):
+        weight = f"{name.removeprefix(ADAPTER_PREFIX)}.weight"
+        A, B = (adapters.get(f"{name}.lora_{side}.weight") for side in "AB")
+        if A is None or B is None or weight not in state or (B.shape[0], A.shape[1]) != tuple(state[weight].shape):
+            raise ValueError(f"{folder}: adapter {name} does not fit {told['base_model_name_or_path']}")
+        state[weight] = (state[weight].float() + scale * B.float() @ A.float()).to(state[weight].dtype)
+    return state
+
+
+def _adapter_config(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+        asked = [key for key in _VARIANTS if told.get(key)]
+        asked += [key for key, value in _PLAIN.items() if told.get(key) != value]
+        missing = [key for key in ("r", "lora_alpha", "base_model_name_or_path") if not told.get(key)]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from None
+    if asked or missing:
+        raise ValueError(
+            f"{file}: {asked[0]}={told.get(asked[0])!r} is not supported" if asked else f"{file}: {missing[0]}: missing"
+        )
+    return told
 
 
 def _holds_exactly(own: dict[str, torch.Tensor], about: deltas.About) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctrl_hpc.config import Config, OptimizerConfig
 from ctrl_hpc.megatron import architecture as architectures
-from ctrl_hpc.megatron import model, weights
+from ctrl_hpc.megatron import lora, model, weights
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.train.batch import Batch, MicroBatch, micro_batches
@@ -89,8 +89,11 @@ class Policy:
         """
         self.config, self.world, self.folder = config, world, Path(folder)
         self.architecture = architectures.read(folder)
-        self.model = model.build(self.architecture, config.parallel, world)
+        adapted = config.lora.rank > 0
+        self.model = model.build(self.architecture, config.parallel, world, adapted=adapted)
         weights.load(self.model, folder, self.architecture, world)
+        if adapted and optimizer is not None:
+            lora.attach(self.model, config.lora, self.architecture, world, seed=config.seed)
         self._extend()
         self.optimizer: Optimizer | None = None
         if optimizer is not None:
@@ -143,10 +146,18 @@ class Policy:
         """
         weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
 
+    def export_adapters(self, folder: Path) -> None:
+        """Write the adapters in PEFT's format, for the folder that the critic was loaded from; whole or not at all."""
+        lora.export(self.model, self.config.lora, self.architecture, self.world, folder, base=self.folder)
+
     @property
     def kernels(self) -> str:
         """The backend of the loss kernels that is used: ``triton`` or ``torch``."""
         return resolve_backend(self.config.trainer.kernels, next(self.model.parameters()))
+
+    @property
+    def _has_fused_layers(self) -> bool:
+        return self.world.device.type == "cuda" and model.has_transformer_engine() and not self.config.lora.rank
 
     def engine(self) -> dict[str, str]:
         """What computes, in words: the kernels' backend, the layers, the numbers, the device, the layout."""
@@ -154,7 +165,7 @@ class Policy:
         on_gpu = world.device.type == "cuda"
         return {
             "kernels": self.kernels,
-            "layers": "transformer_engine" if on_gpu and model.has_transformer_engine() else "torch",
+            "layers": "transformer_engine" if self._has_fused_layers else "torch",
             "dtype": str(world.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
             "layout": f"tensor {world.tensor_size} x pipeline {world.pipeline_size} x data {world.data_size}",
@@ -166,7 +177,7 @@ class Policy:
         backend = self.config.trainer.kernels
         return Head(
             weight=weight,
-            main_grad=None if self.optimizer is None else weight.main_grad,
+            main_grad=None if self.optimizer is None or not weight.requires_grad else weight.main_grad,
             group=self.world.tensor_group if self.world.tensor_size > 1 else None,
             vocab_start=self.world.tensor_rank * weight.shape[0],
             vocab_size=self.architecture.vocab_size,
@@ -278,8 +289,25 @@ def _copy(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
         parameter.copy_(value)
 
 
+@dataclass(frozen=True, slots=True)
+class AdaptersOff:
+    """The reference of a policy that trains adapters: the same weights without them."""
+
+    policy: Policy
+
+    def logprobs(self, batch: Batch, *, temperature: float = 1.0) -> Tensor:
+        """As :meth:`Policy.logprobs`, of what the policy was loaded from."""
+        with lora.disabled(self.policy.model):
+            return self.policy.logprobs(batch, temperature=temperature)
+
+
 def make_reference(policy: Policy, folder: Path, kind: str) -> Reference:
-    """The reference critic of ``folder``, which ``policy`` has just been loaded from: a ``copy``, or by ``swap``."""
+    """The reference critic of ``folder``, which ``policy`` has just been loaded from: a ``copy``, or by ``swap``.
+
+    With adapters neither is needed.
+    """
+    if policy.config.lora.rank:
+        return AdaptersOff(policy)
     if kind == "swap":
         return SwappedReference(policy)
     return Policy(policy.config, policy.world, folder)

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import torch.distributed as dist
 from torch import Tensor
 
-from ctrl_hpc.megatron import weights
+from ctrl_hpc.megatron import lora, weights
 from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.train.ahead import weights_folder
 from ctrl_hpc.train.policy import Policy
@@ -60,19 +60,30 @@ class Publisher:
             writing.finish()
 
     def publish(self, version: int, reader: Reader | None = None) -> None:
-        """Publish the weights as they are, whole or as the difference to the last published version.
+        """Publish the weights as they are: whole, as the difference to the last published version, or the adapters.
 
         Raises what the writing of the last one raised.
         """
         self.wait()
         policy = self._policy
-        mine = dict(weights.gather(policy.model, policy.architecture, policy.world, spread=True))
+        adapters = self._adapters_alone
+        mine = dict(weights.gather(policy.model, policy.architecture, policy.world, spread=True, adapters=adapters))
         self._writing = _Writing(self._writer(mine, version), version, reader)
+
+    @property
+    def _adapters_alone(self) -> bool:
+        """Whether the servers, of ours then, merge the adapters themselves."""
+        config = self._policy.config
+        return config.lora.rank > 0 and config.rollout.engine == "builtin" and not config.rollout.critic_urls
 
     def _writer(self, mine: dict[str, Tensor], version: int) -> Callable[[], None]:
         """What writes a version. What the next one is a difference to is known when it ends."""
         options, world = self._policy.config.rl, self._policy.world
-        to = (mine.items(), world, weights_folder(self._stage, version))
+        folder = weights_folder(self._stage, version)
+        to = (mine.items(), world, folder)
+        if self._adapters_alone:
+            config = self._policy.config.lora
+            return partial(lora.write, mine, world, folder, config=config, base=self._policy.folder, group=self._group)
         whole = partial(weights.write, *to, source=self._sft, link=True, group=self._group)
         if options.publish == "full":
             return whole

@@ -75,6 +75,8 @@ def train(config: Config, run_dir: Path, world: World) -> None:
             loop.done(step, experience.metrics | logged, shown, position=experience.position)
         publisher.wait()
     policy.export(run_dir / "rl" / "hf", source=sft)
+    if config.lora.rank:
+        policy.export_adapters(run_dir / "rl" / "adapters")
 
 
 def _rollouts_ahead(collector: Collector, loop: Loop) -> Ahead:

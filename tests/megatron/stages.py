@@ -22,6 +22,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config import (
     Config,
     CriticConfig,
+    LoraConfig,
     OptimizerConfig,
     PromptConfig,
     RLConfig,
@@ -227,6 +228,8 @@ def main(folder: Path) -> None:
     status["stopped"] = in_child(lambda: stopped(config, folder / "ahead"), log)
     status["ahead"] = in_child(lambda: live(config, folder / "ahead", 2, steps=6), log)
     status["ppo"] = in_child(lambda: live(config, folder / "ppo", 0, estimator="gae"), log)
+    adapted = replace(config, lora=LoraConfig(rank=2))
+    status["lora"] = in_child(lambda: both(folder / "lora", adapted), log)
     status["refill"] = in_child(lambda: live(config, folder / "refill", 0, refill_rounds=2), log)
     (folder / "stages.json").write_text(json.dumps(status))
 

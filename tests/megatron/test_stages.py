@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import random_qwen
+import torch
 from safetensors.torch import load_file
 
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, Verdict
+from ctrl_hpc.rollout.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merged
 from ctrl_hpc.run import journal
 from ctrl_hpc.seeds import take
 
@@ -62,7 +64,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=Path(__file__).parent,
         check=True,
     )
-    for name in ("whole", "again", "killed", "killed-anywhere", "live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
+    for name in (
+        "whole",
+        "again",
+        "killed",
+        "killed-anywhere",
+        "live-0",
+        "live-1",
+        "chunks",
+        "ahead",
+        "ppo",
+        "refill",
+        "lora",
+    ):
         write_inputs(place / name)
     for name in ("live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
         shutil.copytree(place / "critic", place / name / "sft" / "hf")
@@ -227,3 +241,21 @@ def test_ppo_trains_a_value_network_beside_the_critic(folder: Path, status: dict
     assert len(records) == 3
     assert len({record["rl/value"] for record in records}) == 3, "the values move with every update"
     assert all(record["rl/groups"] == 4 and record["rl/value_loss"] > 0 for record in records)
+
+
+def test_with_adapters_the_stages_publish_them_alone_and_end_with_both_kinds_of_folder(
+    folder: Path, status: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status["lora"] == 0, log_of(folder)
+    run_dir = folder / "lora"
+    published = sorted((run_dir / "rl" / "weights").iterdir())[-1]
+    assert {file.name for file in published.iterdir()} == {ADAPTER_CONFIG, ADAPTER_WEIGHTS}
+    for stage, base in (("sft", folder / "critic"), ("rl", run_dir / "sft" / "hf")):
+        whole, before = (load_file(place / "model.safetensors") for place in (run_dir / stage / "hf", base))
+        served = merged(run_dir / stage / "adapters")
+        assert all(torch.allclose(served[name], whole[name], rtol=0, atol=1e-6) for name in whole)
+        changed = {name for name in whole if not torch.equal(whole[name], before[name])}
+        assert changed == {name for name in whole if "_proj.weight" in name}
+    checkpoint = sorted((run_dir / "rl" / "checkpoints").iterdir())[-1]
+    assert cli.main(["convert", "megatron-to-hf", str(checkpoint), str(folder / "never")]) == 2
+    assert "holds adapters alone" in capsys.readouterr().err

@@ -42,7 +42,7 @@ from ctrl_hpc.judge.opinions import (
     verdict_probability,
 )
 from ctrl_hpc.judge.server import Judge, Options, create_app, load_critic
-from ctrl_hpc.records import Generation, Solution
+from ctrl_hpc.records import CLOSE_ROOM, Generation, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.service.http import listen
 from ctrl_hpc.tiny import world
@@ -216,6 +216,27 @@ def test_a_score_is_what_the_models_own_logits_say(url, tiny):
     # the other verdict is never told to be less likely than a ten-thousandth
     assert found["raw"] == pytest.approx(min(share, 1 / 1.0001), abs=1e-5)
     assert found["probability"] == found["raw"] == said["probability"]
+
+
+def test_a_critique_that_ends_without_a_judgement_is_asked_for_one(tiny):
+    """Cut off before its judgement, and continued after the words that ask for one: the same token is read."""
+    prompts = Prompts.load("tiny", critique_close="Overall judgment:")
+    critic = Critic(generator=tiny, prompts=prompts, comparison=comparison_template(None))
+    asked = Item(**item(0))
+    (whole,) = critic_of(tiny).opinions(asked, How(max_tokens=64))
+    (found,) = critic.opinions(asked, How(max_tokens=CLOSE_ROOM + 6))
+    assert whole.text.split("Improvement")[0].startswith(found.text.split("\n\n")[0])
+    assert found.text.split("\n\n")[1].startswith("Overall judgment:") and found.judgement is not None
+    (cut,) = critic_of(tiny).opinions(asked, How(max_tokens=6))
+    assert (cut.judgement, cut.probability) == (None, None)
+    generation = tiny.complete(
+        [prompts.critique(PROBLEMS[0], Solution(id="", problem_id="", text="", program=""))],
+        Sampling(temperature=0.0, max_tokens=6),
+    )[0][0]
+    (longer,) = tiny.extend([()], [generation], "\n\nOverall judgment:", [Sampling(temperature=0.0, max_tokens=32)])
+    start, end = longer.forced
+    assert longer.token_ids[:start] == generation.token_ids and longer.top_logprobs[start:end] == ((),) * (end - start)
+    assert 0 < found.probability < 1  # by the tokens, not by the vote
 
 
 def test_what_was_asked_is_not_asked_again_and_company_shares_a_batch(tiny, monkeypatch):
