@@ -67,7 +67,8 @@ Number = int | float | str
 Scheduled = Annotated[Number, Must(lambda v: is_schedule(v, -inf, inf), f"be a number, {_OR_STAGES}")]
 ScheduledShare = Annotated[Number, Must(lambda v: is_schedule(v, 0, 1), f"lie in [0, 1], {_OR_STAGES}")]
 ScheduledPenalty = Annotated[Number, Must(lambda v: is_schedule(v, 0, inf), f"be 0 or greater, {_OR_STAGES}")]
-FunctionName = Annotated[str, IsPath(function=True), Must(is_function, "be FILE.py:FUNCTION of a file that exists")]
+_IS_FUNCTION = Must(is_function, "be FILE.py:FUNCTION of a file that exists and defines it")
+FunctionName = Annotated[str, IsPath(function=True), _IS_FUNCTION]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

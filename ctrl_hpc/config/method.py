@@ -37,7 +37,7 @@ _IS_TRANSITIONS = Must(
     lambda rewards: not rewards or set(rewards) == set(TRANSITIONS), f"be a number for each of {', '.join(TRANSITIONS)}"
 )
 
-_IS_LOSS = Must(is_loss, f"be one of {', '.join(LOSSES)}, or FILE.py:FUNCTION of a file that exists")
+_IS_LOSS = Must(is_loss, f"be one of {', '.join(LOSSES)}, or FILE.py:FUNCTION of a file that exists and defines it")
 _IS_INTERVAL = Must(lambda ends: not ends or (len(ends) == 2 and ends[0] < ends[1]), "be two numbers, the lower first")
 
 

@@ -137,6 +137,12 @@ class Judge:
         if self._disk is not None:
             self._disk.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether anything that was not asked before will be answered."""
+        generator = self._critic.generator
+        return not isinstance(generator, LocalCritic) or generator.worker.alive
+
     async def opinions(self, item: Item, how: How) -> list[Opinion]:
         """As :meth:`Critic.opinions`."""
         found = await self._once(("opinions", item, how), lambda: list(map(asdict, self._critic.opinions(item, how))))
@@ -213,7 +219,9 @@ def create_app(judge: Judge) -> FastAPI:
         return await _results(judge, body.items, lambda pair: compared(judge, pair, body.how()))
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Any:
+        if not judge.alive:
+            return JSONResponse({"status": "dead", "detail": "the model's thread has ended"}, status_code=503)
         return {"status": "ok", "calibrated": judge.calibration is not None}
 
     @app.get("/metrics")

@@ -35,6 +35,7 @@ from ctrl_hpc.judge.opinions import (
     Critic,
     How,
     Item,
+    LocalCritic,
     Opinion,
     right_one,
     score,
@@ -297,6 +298,12 @@ def test_one_bad_item_loses_nothing_and_is_asked_anew(url):
         "items.0.code: Extra inputs are not permitted",
     )
     assert httpx.post(f"{url}/score", json={"items": [], "votes": 0}).status_code == 400
+
+
+def test_a_dead_model_thread_is_not_healthy():
+    critic = LocalCritic(SimpleNamespace(alive=False), None)
+    with serving(Judge(critic_of(critic), "", None, None)) as url:
+        assert httpx.get(f"{url}/health").status_code == 503
 
 
 def test_two_answers_are_compared_apart_or_side_by_side():
