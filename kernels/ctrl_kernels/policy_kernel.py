@@ -119,12 +119,12 @@ def _sequence_gradient(
     for block in range(0, row_length, LANES * VECTOR):
         index, inside, active, read = token_tile(mask_ptr, begin + block, end, LANES, VECTOR, EVEN)
         raw = _log_ratio(logprobs_ptr, old_ptr, index, read, active)
-        free = active & ~(tl.abs(raw) > _LIMIT)
+        free = active
         if GEOMETRIC:
             advantage = tl.where(active, load_fp32(advantages_ptr, index, read), 0.0)
             _, clipped = _geometric(raw, advantage, low, high)
             free = free & (advantage != 0.0) & (clipped == 0)
-        gradient = tl.where(free, share, 0.0)
+        gradient = tl.where(free, tl.where(tl.abs(raw) > _LIMIT, 0.0, share), 0.0)
         if ADD:
             gradient += tl.load(d_logprobs_ptr + index, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_logprobs_ptr + index, gradient.to(d_logprobs_ptr.dtype.element_ty), mask=inside)

@@ -240,6 +240,19 @@ def test_bias_and_logit_scale(save_logits: bool, backend: str, device: torch.dev
         assert relative_error(a, b) < 2e-6
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU looking at the gradient would stall it")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_gradient_than_the_promised_one_is_an_error_on_a_cpu(backend: str) -> None:
+    x = {name: t.to("cpu").detach() for name, t in tensors(torch.device("cpu")).items()}
+    x["hidden"].requires_grad_()
+    main_grad = torch.zeros(V, D)
+    loss, _ = ctrl_kernels.linear_policy_loss(
+        x["hidden"], x["weight"], x["targets"], **grid(x), main_grad=main_grad, unit_gradient=True, backend=backend
+    )
+    with pytest.raises(RuntimeError, match=r"promised an upstream gradient of 1, it is 2\.0"):
+        (2 * loss).backward()
+
+
 def test_main_grad_takes_the_gradient_in_the_forward_pass(device: torch.device) -> None:
     x = tensors(device)
     main_grad = torch.full((V, D), 0.01, device=device)
