@@ -39,22 +39,27 @@ from ctrl_hpc.train.drafts import DraftPool
 
 PROBLEMS, TESTS, TEST_BYTES, DRAFTS, PROGRAMS = 18_820, 100, 1_860, 4, 1024
 """TACO's problems; tests of each; bytes of a test; drafts of a problem; programs of a step."""
+POOL = 3_000_000
+"""Random numbers that the tests are stretches of."""
 
 
 def make(folder: Path, share: float) -> None:
     """A data set in TACO's own columns, a row a line."""
     rng = random.Random(0)
+    text = " ".join(str(rng.randrange(100_000, 10**6)) for _ in range(POOL))
     with open(folder / "train.jsonl", "w", encoding="utf-8") as out:
         for number in range(round(PROBLEMS * share)):
             words = " ".join(rng.choices(["sum", "path", "tree", "grid", "query", "prime", "string", "cost"], k=200))
-            cases = {"inputs": [_numbers(rng, TEST_BYTES - 300) for _ in range(TESTS)]}
-            cases["outputs"] = [_numbers(rng, 300) for _ in range(TESTS)]
+            cases = {"inputs": [_numbers(rng, text, TEST_BYTES - 300) for _ in range(TESTS)]}
+            cases["outputs"] = [_numbers(rng, text, 300) for _ in range(TESTS)]
             row = {"question": f"Problem {number}: {words}", "solutions": json.dumps(["print(1)"])}
             out.write(json.dumps(row | {"input_output": json.dumps(cases), "difficulty": "HARD"}) + "\n")
 
 
-def _numbers(rng: random.Random, size: int) -> str:
-    return " ".join(str(rng.randrange(10**6)) for _ in range(size // 7)) + "\n"
+def _numbers(rng: random.Random, text: str, size: int) -> str:
+    """A stretch of the random numbers: no compressor of ours sees so far back that it finds one again."""
+    at = 7 * rng.randrange(POOL - size // 7)
+    return text[at : at + size // 7 * 7 - 1] + "\n"
 
 
 class Generator:

@@ -175,7 +175,14 @@ def _parse(cls: Any, line: str) -> Any:
     try:
         return _reader(cls).validate_json(line)
     except ValidationError:  # a wrong line, or one with lone surrogates, which only ``json`` reads
-        return decode(cls, json.loads(line))
+        return decode(cls, _loads(line))
+
+
+def _loads(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("not JSON that can be read: nested too deeply") from None
 
 
 def parse(cls: Any, content: bytes) -> Any:

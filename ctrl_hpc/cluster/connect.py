@@ -16,6 +16,7 @@ from ctrl_hpc.evaluate.critics import served
 from ctrl_hpc.records import Executor, Generator, Problem
 from ctrl_hpc.rollout.client import RolloutClient
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+from ctrl_hpc.rollout.thinking import Thinking
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +74,17 @@ def _rollout(config: Config, run_dir: str | Path, role: str, model: str, *, call
         _tokenizer(model) if called else None,
         patience_s=config.launch.start_timeout_s,
         role=role,
+        thinking=_thinking(config, role),
         token=_critic_key(config) if role == "critic" and config.rollout.critic_urls else token(run_dir),
     )
+
+
+def _thinking(config: Config, role: str) -> Thinking:
+    """Whether and how long a role's model thinks."""
+    if role == "critic":
+        critic = config.critic
+        return Thinking(mode=critic.thinking, tokens=critic.thought_tokens, close=critic.close_thought)
+    return Thinking(mode=config.generator_thinking, tokens=config.generator_thought_tokens)
 
 
 def _critic_key(config: Config) -> str | None:
@@ -108,6 +118,7 @@ def _generator(config: Config, run_dir: str | Path, problems: Iterable[Problem] 
             timeout_s=endpoint.timeout_s,
             price_in=endpoint.price_in,
             price_out=endpoint.price_out,
+            thinking=_thinking(config, "generator"),
         )
     return _rollout(config, run_dir, "generator", config.generator)
 

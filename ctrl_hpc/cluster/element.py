@@ -125,11 +125,13 @@ class _Element:
         leave_with_driver(self._run_dir, self._session, self._launch.dead_after_s)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        """An element that was asked to leave has done its work: its job ends well."""
         if self._registration is not None:
             self._registration.close()
         if self._monitor is not None:
             self._monitor.__exit__()
+        return kind is not None and issubclass(kind, _Asked)
 
     def ready(self, url: str) -> None:
         """The server answers at this URL: announce it."""
@@ -172,19 +174,20 @@ def answers(url: str) -> bool:
 
 
 def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:
-    """End this process by SIGTERM, then by force, once its driver or its parent is gone."""
+    """End this process by SIGTERM, then by force, once it is asked to leave, or its driver or its parent is gone."""
     if os.getpid() != os.getpgrp():  # Slurm's tasks lead groups of their own already
         os.setsid()  # the terminal's Ctrl-C goes to the driver alone
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    request = leave_request(run_dir, session, submitit.JobEnvironment().job_id)
     for number in (signal.SIGTERM, signal.SIGUSR2):  # submitit's own handler swallows SIGTERM
-        signal.signal(number, _leave)
+        signal.signal(number, partial(_leave, request))
     processes.die_with_parent()
     watch = DriverWatch(run_dir, session, dead_after_s)
 
     def look() -> None:
-        while watch.alive():
+        while watch.alive() and not request.exists():
             threading.Event().wait(WATCH_S)
-        print(f"the driver of {run_dir} is gone: leaving", flush=True)
+        print(f"{'not needed' if request.exists() else f'the driver of {run_dir} is gone'}: leaving", flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(_LEAVE_S)
         os._exit(1)
@@ -192,8 +195,19 @@ def leave_with_driver(run_dir: str, session: str, dead_after_s: float) -> None:
     threading.Thread(target=look, name="driver-watch", daemon=True).start()
 
 
-def _leave(number: int, _: FrameType | None) -> None:
+class _Asked(SystemExit):
+    """The driver needs this element no more."""
+
+
+def leave_request(run_dir: str | Path, session: str, job_id: str) -> Path:
+    """The file by which a driver asks a job to leave."""
+    return registries.folder_of(run_dir) / "leave" / f"{session}-{job_id}"
+
+
+def _leave(request: Path, number: int, _: FrameType | None) -> None:
     print(f"{signal.Signals(number).name}: leaving", flush=True)
+    if request.exists():
+        raise _Asked(0)
     raise SystemExit(processes.INTERRUPTED)
 
 

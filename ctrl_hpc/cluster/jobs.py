@@ -211,8 +211,12 @@ class Jobs:
         jobs and while it runs."""
         return self._slurm.reason(job.id) if job.engine == "slurm" else ""
 
-    def end(self, jobs: Sequence[Job], *, grace_s: float = 5.0, wait: bool = True) -> None:
-        """End these jobs; returns when no process of local ones is left and, with ``wait``, Slurm's are gone."""
+    def end(self, jobs: Sequence[Job], *, grace_s: float = 5.0, wait: bool = True, asked: bool = False) -> None:
+        """End these jobs; returns when no process of local ones is left and, with ``wait``, Slurm's are gone.
+
+        Slurm's that were ``asked`` to leave, or have their result, may do so, and end as COMPLETED, before the rest is
+        cancelled.
+        """
         local = [job for job in jobs if job.engine == "local"]
         for job in local:
             self._see_tasks(job)
@@ -224,6 +228,9 @@ class Jobs:
             job.handle._process.wait()
         distributed = [job.id for job in jobs if job.engine == "slurm"]
         if distributed:
+            leaving = [job.id for job in jobs if job.engine == "slurm" and (asked or job.result() is not None)]
+            if wait and leaving:
+                self._slurm.await_end(leaving)
             left = self._slurm.cancel(distributed, wait)
             if left:
                 console.print(f"Slurm still lists {left} cancelled jobs; they were told to end")

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import submitit
 
-from ctrl_hpc.cluster.element import SERVE, token
+from ctrl_hpc.cluster.element import SERVE, leave_request, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
@@ -24,6 +24,7 @@ from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.progress import console
 from ctrl_hpc.run import disk, snapshot
 from ctrl_hpc.service import access
+from ctrl_hpc.store.segments import merge_small
 
 POLL_S = 0.2
 """Seconds between looks while arrays start."""
@@ -67,6 +68,8 @@ class Services:
         end_recorded(self.run_dir)
         self.registry.remove(lambda _: False)
         self.registry.remove_list()
+        with contextlib.suppress(OSError):  # verdicts in many small files are verdicts, too
+            merge_small(self.run_dir / "verdicts")
         changed = snapshot.begin(self.run_dir, self.config.launch.snapshot)
         if changed:
             console.print(changed, highlight=False, soft_wrap=True)
@@ -119,7 +122,7 @@ class Services:
             self._served &= set(self._arrays)
             self.registry.remove(lambda service: service.role not in SERVE or service.role in self._arrays)
         if gone:
-            thread = threading.Thread(target=self.jobs.end, args=(gone,), name="service-end")
+            thread = threading.Thread(target=self._end, args=(gone,), name="service-end")
             self._ending.append(thread)
             thread.start()
 
@@ -131,12 +134,24 @@ class Services:
         with self._lock:
             jobs = [job for array in self._arrays.values() for job in array]
             self._arrays = {}
-            self.jobs.end(jobs)
+            self._end(jobs)
             self.registry.remove(lambda service: service.role == "driver")
             self.registry.remove_list()
         if self._driver is not None:
             self._driver.close()
             self._driver = None
+
+    def _end(self, jobs: list[Job]) -> None:
+        """End jobs. On Slurm they are asked to leave first, for their accounts to say COMPLETED, not CANCELLED."""
+        for job in jobs:
+            if job.engine == "slurm":
+                request = leave_request(self.run_dir, self.session, job.id)
+                with contextlib.suppress(OSError):  # on a full disk they are cancelled
+                    request.parent.mkdir(exist_ok=True)
+                    request.touch()
+        self.jobs.end(jobs, asked=True)
+        for job in jobs:
+            leave_request(self.run_dir, self.session, job.id).unlink(missing_ok=True)
 
     def refuse_second_driver(self) -> None:
         """Raises ValueError where another driver lives.

@@ -13,6 +13,8 @@ WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
 """States of a job that does not run yet, or not yet again."""
 SQUEUE_EVERY_S = 2.0
 SACCT_EVERY_S = 10.0
+_LEAVE_S = 6.0
+"""Longest wait for jobs that leave by themselves."""
 _CANCEL_WAIT_S = 30.0
 """Longest wait for cancelled jobs to be gone."""
 DEFAULT_MAX_ARRAY = 1001
@@ -92,6 +94,15 @@ class SlurmQueue:
             found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run("scontrol", "show", "config") or "", re.MULTILINE)
             self._max_array = max(1, int(found.group(1))) if found else DEFAULT_MAX_ARRAY
         return self._max_array
+
+    def await_end(self, job_ids: Sequence[str]) -> None:
+        """Wait, for a while, until none of these jobs runs; those that wait for a node are not waited for."""
+        deadline = time.monotonic() + _LEAVE_S
+        while time.monotonic() < deadline:
+            states = self._squeue(fresh=True)
+            if all(states.get(job_id, "") in ("", *WAITING, "COMPLETING") for job_id in job_ids):
+                return
+            time.sleep(0.5)
 
     def cancel(self, job_ids: Sequence[str], wait: bool) -> int:
         """scancel; with ``wait`` until the allocations are given back, or a while. How many are still listed."""

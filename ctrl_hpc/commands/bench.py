@@ -6,7 +6,7 @@ import argparse
 import runpy
 import sys
 
-from ctrl_hpc.commands import bench_critic
+from ctrl_hpc.commands import bench_critic, bench_rates
 from ctrl_hpc.commands.output import check_file, place
 
 
@@ -30,6 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     trainer.add_argument("--group", type=int, nargs=3, metavar=("PROMPT", "RESPONSES", "TOKENS"), help=group)
     trainer.add_argument("--out", type=place, default=None, help="file for the numbers, as JSON")
     trainer.set_defaults(command=_bench_trainer)
+    bench_rates.add(kinds.add_parser("rates", help="what this site's machines do in a second, for the plan"))
     bench_critic.add(
         kinds.add_parser("critic", help="a critic on benchmarks of critics: accuracy, calibration, best of n")
     )

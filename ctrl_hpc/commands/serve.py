@@ -56,6 +56,9 @@ def _judge_arguments(judge: argparse.ArgumentParser) -> None:
     judge.add_argument("--model", required=True, help="the critic: Hugging Face folder, or URL#MODEL of an endpoint")
     judge.add_argument("--prompts", default="default", help="its templates: default, ctrl, tiny or a folder")
     judge.add_argument("--critique-prefix", default="", metavar="TEXT", help="what every critique begins with")
+    judge.add_argument(
+        "--critique-close", default="", metavar="TEXT", help="what a critique without a judgement is continued after"
+    )
     judge.add_argument("--calibration", type=Path, default=None, metavar="FILE", help="made by ctrl-hpc calibrate")
     judge.add_argument("--cache", type=place, default=None, help="folder of answers kept for later (default: none)")
     judge.add_argument("--threads", type=_positive, default=2, help="CPU threads")
@@ -143,6 +146,7 @@ def _judge(options: argparse.Namespace) -> int:
         model=options.model,
         prompts=options.prompts,
         critique_prefix=options.critique_prefix,
+        critique_close=options.critique_close,
         calibration=options.calibration,
         cache=None if options.cache is None else Path(options.cache),
         threads=options.threads,

@@ -30,11 +30,21 @@ def add(commands: Any) -> None:
             about.add_argument(
                 "role", nargs="?", default=None, help="driver, trainer (or sft, rl), executor, generator, critic"
             )
-            about.add_argument("--lines", type=int, default=40, help="last lines of each log (default: 40)")
+            about.add_argument("--lines", type=_lines, default=40, help="last lines of each log (default: 40)")
         if name == "status":
             about.add_argument("--json", action="store_true", help="as JSON, for programs")
             about.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
             about.add_argument("--targets", metavar="FILE", help="write its services for Prometheus (file_sd_configs)")
+
+
+def _lines(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is not allowed; it must be greater than 0")
+    return count
+
+
+_lines.__name__ = "int"  # as argparse tells what was expected
 
 
 def show(status: dict[str, Any], *, clear: bool = False) -> None:
@@ -95,7 +105,7 @@ def _targets(options: argparse.Namespace) -> int:
 
     file = place(options.targets)
     found = targets(options.run_dir)
-    known = file.exists() and file.read_text(encoding="utf-8").lstrip()[:1] in ("", "[")
+    known = file.is_file() and file.read_text(encoding="utf-8").lstrip()[:1] in ("", "[")
     check_file(file, "--targets", beside=None if known else ".")  # written over is a list of targets alone
     while True:
         jsonl.write_text(file, json.dumps(found, indent=1) + "\n")

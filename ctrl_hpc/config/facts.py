@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -67,7 +68,8 @@ Number = int | float | str
 Scheduled = Annotated[Number, Must(lambda v: is_schedule(v, -inf, inf), f"be a number, {_OR_STAGES}")]
 ScheduledShare = Annotated[Number, Must(lambda v: is_schedule(v, 0, 1), f"lie in [0, 1], {_OR_STAGES}")]
 ScheduledPenalty = Annotated[Number, Must(lambda v: is_schedule(v, 0, inf), f"be 0 or greater, {_OR_STAGES}")]
-FunctionName = Annotated[str, IsPath(function=True), Must(is_function, "be FILE.py:FUNCTION of a file that exists")]
+_IS_FUNCTION = Must(is_function, "be FILE.py:FUNCTION of a file that exists and defines it")
+FunctionName = Annotated[str, IsPath(function=True), _IS_FUNCTION]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,10 @@ class Fact:
         """Raises ValueError in one line that names the key, the value and what is allowed."""
         if value is None and self.optional:
             return
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(self._refusal(self.key, value, "it must be finite"))
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise ValueError(self._refusal(self.key, value, "it must be less than 2**63"))
         for mark in self.marks:
             if not _holds(mark, value):
                 raise ValueError(self._refusal(self.key, value, f"it must {_told(mark)}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 from collections.abc import Callable
 from functools import cache
@@ -10,9 +11,31 @@ from typing import Any
 
 
 def is_function(place: str) -> bool:
-    """Whether a place is FILE.py:FUNCTION of a file that exists."""
+    """Whether a place is FILE.py:FUNCTION of a file that exists and names it at its top; the file is not run."""
     file, _, function = place.rpartition(":")
-    return file.endswith(".py") and Path(file).is_file() and function.isidentifier()
+    if not (file.endswith(".py") and Path(file).is_file() and function.isidentifier()):
+        return False
+    try:
+        body = ast.parse(Path(file).read_bytes()).body
+    except (SyntaxError, ValueError):
+        return False
+    return any(name in (function, "*") for node in body for name in _names(node))
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """What a statement defines or imports; ``*`` where that is not told."""
+    match node:
+        case ast.FunctionDef() | ast.ClassDef():
+            return [node.name]
+        case ast.Import() | ast.ImportFrom():
+            return [alias.asname or alias.name for alias in node.names]
+        case ast.Assign():
+            return [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return [name]
+        case ast.If() | ast.Try() | ast.With() | ast.For():
+            return ["*"]
+    return []
 
 
 @cache
@@ -23,7 +46,7 @@ def load_function(key: str, place: str) -> Callable[..., Any]:
     """
     file, _, name = place.rpartition(":")
     found = importlib.util.spec_from_file_location(f"ctrl_hpc_{key.replace('.', '_')}", file)
-    if found is None or found.loader is None or not is_function(place):
+    if found is None or found.loader is None or not Path(file).is_file():
         raise ValueError(f"{key}: {place} is not FILE.py:FUNCTION of a file that exists")
     module = importlib.util.module_from_spec(found)
     try:

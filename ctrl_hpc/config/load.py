@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ SHARE = _INSTALLED if _INSTALLED.is_dir() else ROOT
 """Where ``configs``, ``models`` and ``slurm`` lie: within an installed package, in a checkout the project's folder."""
 _REMOVED = {"tiny.models": "generator and critic.model name the folders"}
 """Keys of earlier versions, which the configurations of old runs still hold (ignored there), and what to use now."""
+
+_ALWAYS = frozenset(
+    "data tiny prompts critic sample synthesize sft rl eval trainer parallel executor rollout launch wandb".split()
+)
+"""Sections that every version has had."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +76,7 @@ def load_with_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[C
         for key in _REMOVED:
             section, _, name = key.rpartition(".")
             OmegaConf.select(file.tree, section).pop(name, None)
-    extra = Layer(where="override", tree=OmegaConf.merge(*map(_override, overrides)) if overrides else {})
+    extra = Layer(where="override", tree=_worded(OmegaConf.merge(*map(_override, overrides))) if overrides else {})
     given = _merged(schema, [file, extra])
     chosen = any(text.startswith("cluster=") for text in overrides)
     # a run's own config.yaml says all that its profile, which may be gone, had said
@@ -136,10 +141,10 @@ def close_to(name: str, names: Sequence[str]) -> str:
 
 
 def _is_whole(file: Any) -> bool:
-    """Whether a file gives every section, as :func:`dump` writes them."""
+    """Whether a file gives every section, as :func:`dump` writes them; an earlier version's has not the newer ones."""
     launch = file.get("launch")
     roles = {"trainer", "rollout", "executor"}
-    return {item.name for item in fields(Config)} <= set(file) and OmegaConf.is_dict(launch) and roles <= set(launch)
+    return set(file) >= _ALWAYS and OmegaConf.is_dict(launch) and roles <= set(launch)
 
 
 def _file(path: Path) -> Layer:
@@ -154,7 +159,15 @@ def _file(path: Path) -> Layer:
         raise ValueError(f"{path}: not valid YAML: {_one_line(error)}") from None
     if not OmegaConf.is_dict(tree):
         raise ValueError(f"{path}: is not a configuration; expected KEY: VALUE on each line")
-    return Layer(where=str(path), tree=tree, lines=lines)
+    return Layer(where=str(path), tree=_worded(tree), lines=lines)
+
+
+def _worded(tree: Any) -> Any:
+    """A tree in which ``on`` and ``off`` are words where a key takes these: YAML 1.1 reads them as true and false."""
+    for key, fact in facts(Config).items():
+        if "on" in fact.choices and isinstance(OmegaConf.select(tree, key, throw_on_missing=False), bool):
+            OmegaConf.update(tree, key, "on" if OmegaConf.select(tree, key) else "off")
+    return tree
 
 
 def _lines(node: Any, prefix: str) -> Iterator[tuple[str, int]]:

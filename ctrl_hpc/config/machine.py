@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ctrl_hpc.config.facts import Example, Free, FunctionName, Must, NotNegative, Positive
+from ctrl_hpc.config.facts import Example, Free, FunctionName, Must, NotNegative, PathName, Positive
 from ctrl_hpc.records import Limits, Override, Rules
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -28,7 +28,8 @@ class TrainerConfig:
     device: Device = "auto"
     """Where the critic is trained; auto: cuda where there is one."""
     dtype: _Dtype = "auto"
-    """Weights and activations; auto: bfloat16 on cuda, float32 on cpu."""
+    """Weights and activations, with gradients and Adam's state in float32. auto: bfloat16 on cuda; on CPUs bfloat16
+    for a critic in bfloat16 where the processor multiplies it (AVX512-BF16, AMX), else float32."""
     kernels: Literal["auto", "triton", "torch"] = "auto"
     """Backend of the loss kernels; auto: triton on cuda, torch on cpu."""
     micro_batch_tokens: Free[Positive[int]] = 16384
@@ -246,16 +247,23 @@ class LaunchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConfig:
-    """Given rates for ``ctrl-hpc run --dry-run``: what the machines of the run do; measure yours and set them."""
+    """Rates for ``ctrl-hpc run --dry-run``: what the machines of the run do. One that is given wins over a measured
+    one, and that over what is assumed."""
 
+    rates: Annotated[PathName, Example("site-rates.json")] | None = None
+    """File of rates measured on this site, by ``ctrl-hpc bench rates``; None: none."""
     memory_gb: Positive[float] | None = None
     """Memory of a trainer rank's device in GiB; None: this machine's GPU, or its memory shared by the ranks."""
     trainer_tflops: Positive[float] | None = None
     """Useful Tflop/s of a trainer rank; None: 40 % of an H100's peak on cuda, 0.04 on a CPU core."""
     rollout_tokens_per_s: Positive[float] | None = None
     """Tokens a second of one critic server; None: 3000 on cuda, 8000 on a CPU (the tiny critic)."""
-    executor_runs_per_s: Positive[float] = 4.0
-    """Programs a second that one jail runs against their tests."""
+    executor_runs_per_s: Positive[float] | None = None
+    """Programs a second that one jail runs against their tests; None: 40 tests a second, over ``tests_per_program``."""
+    tests_per_program: Positive[float] = 10.0
+    """Tests of a typical program that are run."""
+    disk_gb_per_s: Positive[float] | None = None
+    """GB a second that one process writes to, or reads from, the run directory's disk; None: 1."""
     prompt_tokens: Positive[int] = 768
     """Tokens of a typical critique prompt."""
 

@@ -37,7 +37,7 @@ _IS_TRANSITIONS = Must(
     lambda rewards: not rewards or set(rewards) == set(TRANSITIONS), f"be a number for each of {', '.join(TRANSITIONS)}"
 )
 
-_IS_LOSS = Must(is_loss, f"be one of {', '.join(LOSSES)}, or FILE.py:FUNCTION of a file that exists")
+_IS_LOSS = Must(is_loss, f"be one of {', '.join(LOSSES)}, or FILE.py:FUNCTION of a file that exists and defines it")
 _IS_INTERVAL = Must(lambda ends: not ends or (len(ends) == 2 and ends[0] < ends[1]), "be two numbers, the lower first")
 
 
@@ -140,6 +140,15 @@ class CriticConfig:
 
     model: PathName = "models/tiny/critic"
     """Hugging Face folder of the base critic."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether it thinks before it answers, by its chat template's own switch; auto: as the template does of itself.
+    What it thinks is learnt, and is no part of the critique."""
+    thought_tokens: NotNegative[int] = 0
+    """Longest thought in tokens, beside the ``max_tokens`` of the critique (which may use what the thought leaves); 0:
+    both share those."""
+    close_thought: bool = False
+    """End a thought that does not end within ``thought_tokens`` by force, for a critique to follow; what is put there
+    is not learnt. False: a thought without an end is a critique without a judgement."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,6 +333,11 @@ class RLConfig:
     verdict_only_share: ScheduledShare = 0.0
     """Share of a step's drafts whose critiques are rewarded for the judgement alone, without a revision
     (Critique-Coder: 0.2)."""
+    overlong_buffer: NotNegative[int] = 0
+    """Tokens before a critique's longest (thought and all) in which a penalty grows from 0 to ``overlong_penalty``
+    (DAPO's soft overlong punishment); 0: none."""
+    overlong_penalty: ScheduledPenalty = 1.0
+    """Taken off the reward of a critique of the longest length."""
     leak_penalty: ScheduledPenalty = 0.0
     """Taken off the reward of a critique that gives the corrected program away."""
     stop_at_first_failure: bool = True

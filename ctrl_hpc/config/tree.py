@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ctrl_hpc.config.facts import Example, Fact, Free, IsPath, Must, NotNegative, facts, is_url
 from ctrl_hpc.config.machine import (
@@ -56,6 +56,10 @@ class Config:
     """The fixed generator: a Hugging Face folder, the URL of an OpenAI-compatible endpoint, or ``oracle``."""
     generator_model: str | None = None
     """Model name asked for when ``generator`` is a URL."""
+    generator_thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the generator thinks before it answers, as ``critic.thinking``; its thought is no part of its answer."""
+    generator_thought_tokens: NotNegative[int] = 0
+    """Longest thought in tokens, beside the ``max_tokens`` of drafts and revisions; 0: both share those."""
     stages: Free[tuple[Annotated[str, _IS_STAGE], ...]] = tuple(STAGES)
     """Stages of ``ctrl-hpc run``, in order."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -164,6 +168,18 @@ def _check_credit(rl: RLConfig) -> None:
         )
 
 
+def _check_thinking(config: Config) -> None:
+    critic, longest = config.critic, config.rl.max_tokens + config.critic.thought_tokens
+    if critic.close_thought and (critic.thought_tokens == 0 or critic.thinking == "off"):
+        raise ValueError("critic.close_thought: needs a budget, critic.thought_tokens, and a critic that thinks")
+    if critic.close_thought and config.prompts.critique_close:
+        raise ValueError("critic.close_thought: does not go with prompts.critique_close; leave one of them out")
+    if critic.thinking == "on" and config.prompts.critique_prefix:
+        raise ValueError("critic.thinking: on leaves no place for prompts.critique_prefix, which begins the answer")
+    if config.rl.overlong_buffer > longest:
+        raise ValueError(f"rl.overlong_buffer: {config.rl.overlong_buffer} is more than a critique's {longest} tokens")
+
+
 def _check_combinations(config: Config) -> None:
     lengths = {"synthesize": config.synthesize.max_tokens, "rl": config.rl.max_tokens, "eval": config.eval.max_tokens}
     for section, length in lengths.items():
@@ -175,6 +191,7 @@ def _check_combinations(config: Config) -> None:
     config.parallel.check(config.trainer.nodes * config.trainer.ranks_per_node)
     _check_objective(config.rl)
     _check_credit(config.rl)
+    _check_thinking(config)
     samples = config.rl.prompts_per_step * config.rl.group_size
     if samples < config.rl.minibatches:
         raise ValueError(f"rl.minibatches: {config.rl.minibatches} is more than the {samples} critiques of a step")

@@ -95,7 +95,7 @@ def traits(critiques_with_solutions: Sequence[tuple[Critique, Solution]]) -> dic
             "judged": critique.judgement is not None,
             "closed": generation is not None and generation.forced is not None,
             "cut off": generation is not None and generation.finish_reason == "length",
-            "mentions hint": mentions_hint(critique.text),
+            "mentions hint": mentions_hint(_written(critique)),
             "leaks": leaks_solution(critique.text, solution.program, None),
             "contradicts": critique.judgement is not None
             and solution.verdict is not None
@@ -118,13 +118,19 @@ def mend(critiques: Sequence[Critique], rejected: Sequence[Rejected]) -> str:
     return f"most were dropped as {worst.replace('_', ' ')}; {_MENDED_BY[worst]}"
 
 
+def _written(critique: Critique) -> str:
+    """All that is learnt of a critique: the thought before it, too."""
+    thought = None if critique.generation is None else critique.generation.thought
+    return critique.text if thought is None else f"{thought}\n{critique.text}"
+
+
 def _fault(critique: Critique, solution: Solution, *, consistent_only: bool) -> str | None:
     assert critique.solution_id == solution.id, f"{critique.id} does not belong to {solution.id}"
     if solution.verdict is None or solution.verdict.status in ("sandbox_error", "unsupported"):
         return "not_executed"
     if critique.judgement is None:
         return "no_judgement"
-    if mentions_hint(critique.text):
+    if mentions_hint(_written(critique)):
         return "mentions_hint"
     if consistent_only and not agrees(critique.judgement, solution.verdict.accepted):
         return "contradicts_execution"

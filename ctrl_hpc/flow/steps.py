@@ -187,7 +187,7 @@ def _closed(
         at_the_end_of_its_positions = generation.finish_reason == "length" and (
             0 < len(generation.token_ids) < sampling.max_tokens - CLOSE_ROOM
         )
-        if item.judgement is None and not at_the_end_of_its_positions:
+        if item.judgement is None and not (at_the_end_of_its_positions or generation.thought_cut):
             seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.number(i), j, 1)
             rows.append(row)
             begun.append(generation)

@@ -17,7 +17,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, majority
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Chat, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
-from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.chat import chat_ids, inside_ids
 from ctrl_hpc.rollout.decoding import Completion, Decoding, TopLogprobs
 from ctrl_hpc.rollout.worker import Worker
 from ctrl_hpc.seeds import derive_seed
@@ -133,24 +133,51 @@ class LocalCritic:
         """``sampling.n`` completions for each chat, in order."""
         prompts: list[list[int]] = []
         how: list[Decoding] = []
-        for i, chat in enumerate(chats, sampling.first):
+        for i, chat in enumerate(chats):
             ids = chat_ids(self.tokenizer, chat, continue_final_message=chat[-1].role == "assistant")
             for j in range(sampling.n):
                 prompts.append(ids)
-                seed = None if sampling.seed is None else derive_seed(sampling.seed, i, j)
-                how.append(
-                    Decoding(
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        max_tokens=sampling.max_tokens,
-                        seed=seed,
-                        top_logprobs=self._top,
-                    )
-                )
-        flat: Sequence[Completion] = self.worker.submit(prompts, how).result()
-        texts = [self.tokenizer.decode(list(item.token_ids), skip_special_tokens=True) for item in flat]
-        named: list[Generation] = [replace(item, text=text) for item, text in zip(flat, texts, strict=True)]
+                seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.number(i), j)
+                how.append(self._decoding(sampling, sampling.max_tokens, seed))
+        named: list[Generation] = list(self._answers(prompts, how))
         return [named[k : k + sampling.n] for k in range(0, len(named), sampling.n)]
+
+    def extend(
+        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+    ) -> list[Generation]:
+        """Each completion, ``text``, and what follows, as one: the tokens so far are kept, but for an end of turn."""
+        forced = tuple(inside_ids(self.tokenizer, text))
+        special = frozenset(self.tokenizer.all_special_ids)
+        kept = [_without_end(item, special) for item in begun]
+        rests = self._answers(
+            [[*item.prompt_ids, *item.token_ids, *forced] for item in kept],
+            [self._decoding(how, how.max_tokens - len(forced), how.seed) for how in sampling],
+        )
+        return [
+            replace(
+                rest,
+                text=item.text + text + rest.text,
+                prompt_ids=item.prompt_ids,
+                token_ids=(*item.token_ids, *forced, *rest.token_ids),
+                logprobs=(*item.logprobs, *(0.0 for _ in forced), *rest.logprobs),
+                top_logprobs=(*item.top_logprobs, *(() for _ in forced), *rest.top_logprobs) if self._top else (),
+                forced=(len(item.token_ids), len(item.token_ids) + len(forced)),
+            )
+            for item, rest in zip(kept, rests, strict=True)
+        ]
+
+    def _decoding(self, sampling: Sampling, max_tokens: int, seed: int | None) -> Decoding:
+        return Decoding(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            top_logprobs=self._top,
+        )
+
+    def _answers(self, prompts: Sequence[Sequence[int]], how: Sequence[Decoding]) -> list[Completion]:
+        flat = self.worker.submit(prompts, how).result()
+        return [replace(item, text=self._decoded(item.token_ids)) for item in flat]
 
     def probability(self, found: Critique, prefix: str) -> float | None:
         """By the tokens at the judgement of a critique, which begins with ``prefix``; None where they are not known."""
@@ -174,6 +201,16 @@ class LocalCritic:
 
     def _named(self, top: TopLogprobs) -> list[tuple[str, float]]:
         return [(self.tokenizer.decode([token]), logprob) for token, logprob in top]
+
+
+def _without_end(begun: Generation, special: frozenset[int]) -> Completion:
+    """A completion without the control tokens that end it."""
+    assert isinstance(begun, Completion), "what another critic began cannot be continued"
+    ids = begun.token_ids
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    count = len(ids)
+    return replace(begun, token_ids=ids, logprobs=begun.logprobs[:count], top_logprobs=begun.top_logprobs[:count])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,12 @@ class Judge:
         if self._disk is not None:
             self._disk.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether anything that was not asked before will be answered."""
+        generator = self._critic.generator
+        return not isinstance(generator, LocalCritic) or generator.worker.alive
+
     async def opinions(self, item: Item, how: How) -> list[Opinion]:
         """As :meth:`Critic.opinions`."""
         found = await self._once(("opinions", item, how), lambda: list(map(asdict, self._critic.opinions(item, how))))
@@ -213,7 +219,9 @@ def create_app(judge: Judge) -> FastAPI:
         return await _results(judge, body.items, lambda pair: compared(judge, pair, body.how()))
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Any:
+        if not judge.alive:
+            return JSONResponse({"status": "dead", "detail": "the model's thread has ended"}, status_code=503)
         return {"status": "ok", "calibrated": judge.calibration is not None}
 
     @app.get("/metrics")
@@ -298,6 +306,8 @@ class Options:
     """A packaged folder of templates, or another."""
     critique_prefix: str = ""
     """What every critique begins with."""
+    critique_close: str = ""
+    """What a critique without a judgement is continued after."""
     calibration: Path | None = None
     """File that ``ctrl-hpc calibrate`` made."""
     cache: Path | None = None
@@ -325,14 +335,15 @@ def serve(
     missing model, template or calibration, and for a port in use.
     """
     token, own_user = http_service.access(host, token, own_user)
-    prompts = Prompts.load(options.prompts, critique_prefix=options.critique_prefix)
+    asked = {"critique_prefix": options.critique_prefix, "critique_close": options.critique_close}
+    prompts = Prompts.load(options.prompts, **asked)
     calibration = None if options.calibration is None else Calibration.load(options.calibration)
     if options.cache is not None:
         options.cache.mkdir(parents=True, exist_ok=True)
     sock = http_service.listen(host, port)
     try:
         generator, end = load_critic(options)
-        name = identity(options.model, options.prompts, options.critique_prefix, options.batching, options.dtype)
+        name = identity(options.model, options.prompts, asked, options.batching, options.dtype)
         critic = Critic(generator=generator, prompts=prompts, comparison=comparison_template(None))
         judge = Judge(critic, name, calibration, options.cache)
         try:

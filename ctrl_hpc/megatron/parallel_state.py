@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.machine import resolve_device
+from ctrl_hpc.rollout.weights import cpu_has_bfloat16, has_bfloat16_weights
 
 _MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|bad_alloc", re.IGNORECASE)
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)
@@ -253,9 +254,15 @@ def _start_random_tracker(kind: str, seed: int) -> None:
 
 
 def _dtype(config: Config, kind: str) -> torch.dtype:
+    """The type of weights and activations, the same on all ranks: the first rank's processor decides."""
     name = config.trainer.dtype
-    if name == "auto":
-        name = "bfloat16" if kind == "cuda" else "float32"
+    if name == "auto" and kind == "cuda":
+        name = "bfloat16"
+    elif name == "auto":
+        pays = [dist.get_rank() == 0 and has_bfloat16_weights(config.critic.model) and cpu_has_bfloat16()]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(pays, src=0)
+        name = "bfloat16" if pays[0] else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

@@ -350,6 +350,19 @@ def buckets(
     return out
 
 
+class Copies:
+    """Host memory that gathered tensors lie in, used again the next time: fresh memory costs more than the copying."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], Tensor] = {}
+
+    def room(self, bucket: int, shard: int, numel: int, dtype: torch.dtype, *, pinned: bool = False) -> Tensor:
+        """For a shard of a bucket; ``pinned``: page-locked, for what comes from a GPU."""
+        if (bucket, shard) not in self._held:
+            self._held[bucket, shard] = torch.empty(numel, dtype=dtype, pin_memory=pinned)
+        return self._held[bucket, shard]
+
+
 @torch.no_grad()
 def gather(
     model: torch.nn.Module,
@@ -358,29 +371,43 @@ def gather(
     *,
     spread: bool = False,
     adapters: bool = False,
+    copies: Copies | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors of this pipeline stage, on the CPU, on the stage's first tensor-parallel rank.
 
     They are the critic's with what its adapters have learnt merged in, or else the ``adapters`` themselves. Every rank
     of the tensor-parallel group must run through it; the others yield nothing. With ``spread`` each rank of the stage,
-    all data-parallel replicas' too, gets a part of the tensors of about the same size, and every one a rank.
+    all data-parallel replicas' too, gets a part of the tensors of about the same size, and every one a rank. With
+    ``copies`` the tensors lie there, until it is given again.
     """
     for number, bucket in enumerate(buckets(model, architecture, world, adapters=adapters)):
         replica, rank = divmod(number, world.tensor_size) if spread else (world.data_rank, 0)
         if replica % world.data_size == world.data_rank:
-            yield from _gather_bucket(bucket, world, rank)
+            yield from _gather_bucket(bucket, world, rank, number, copies)
 
 
-def _gather_bucket(bucket: list[tuple[Tensor, Layout]], world: World, rank: int) -> Iterator[tuple[str, Tensor]]:
+def _gather_bucket(
+    bucket: list[tuple[Tensor, Layout]], world: World, rank: int, number: int, copies: Copies | None
+) -> Iterator[tuple[str, Tensor]]:
     """Its tensors, put together on one rank of the tensor-parallel group."""
+    on_gpu, numel = bucket[0][0].is_cuda, sum(parameter.numel() for parameter, _ in bucket)
+    here = None if on_gpu else copies
     # Norms may be float32 in a bfloat16 model, and would make all that lies beside them so.
-    flat = torch.cat([_merged(parameter).flatten().to(world.dtype) for parameter, _ in bucket])
+    parts = [_merged(parameter).flatten().to(world.dtype) for parameter, _ in bucket]
+    room = here.room(number, 0, numel, world.dtype) if here is not None and world.tensor_size == 1 else None
+    flat = torch.cat(parts) if room is None else torch.cat(parts, out=room)
     shards = [flat]
     if world.tensor_size > 1:
-        shards = [torch.empty_like(flat) for _ in range(world.tensor_size)] if world.tensor_rank == rank else []
+        shards = [
+            torch.empty_like(flat) if here is None else here.room(number, place, numel, flat.dtype)
+            for place in range(world.tensor_size if world.tensor_rank == rank else 0)
+        ]
         dist.gather(flat, shards or None, group=world.tensor_group, group_dst=rank)
     if world.tensor_rank != rank:
         return
+    if copies is not None and on_gpu:
+        rooms = (copies.room(number, place, numel, flat.dtype, pinned=True) for place in range(len(shards)))
+        shards = [room.copy_(shard) for room, shard in zip(rooms, shards, strict=True)]
     at = 0
     for parameter, rule in bucket:
         local = [shard[at : at + parameter.numel()].view(parameter.shape).cpu() for shard in shards]

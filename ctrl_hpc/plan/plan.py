@@ -15,15 +15,13 @@ from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.architecture import Architecture
-from ctrl_hpc.plan.memory import Memory, Workload, estimate
+from ctrl_hpc.plan.costs import Costs, costs
+from ctrl_hpc.plan.memory import FP32, Memory, Workload, estimate
+from ctrl_hpc.plan.rates import rates, runs_per_s
 
 GIB = 1 << 30
 _RESERVE = {"cuda": 4.0, "cpu": 1.0}
 """GiB of a device that the process itself takes: context, communication buffers, imports, fragmentation."""
-_TFLOPS = {"cuda": 0.4 * 989.0, "cpu": 0.04}
-"""Useful Tflop/s of a rank where none are given: 40 % of an H100's dense bf16 peak; one CPU core."""
-_ROLLOUT_TOKENS_PER_S = {"cuda": 3000.0, "cpu": 8000.0}
-"""Of one critic server where none are given: a large model on a GPU, the tiny one on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +39,6 @@ class Plan:
     """Memory of a rank of each pipeline stage."""
     available_gb: float | None
     """Device memory of a rank in GiB; None when it is not known here."""
-    trainer_tflops: float
-    """Useful Tflop/s of a rank that the times are counted with."""
-    given_rate: bool
-    """Whether that rate was given, not assumed."""
     sft_step_s: float
     sft_tokens_per_s: float
     """Tokens through the trainer, of all ranks; likewise for RL."""
@@ -54,6 +48,7 @@ class Plan:
     max_staleness: int
     executor_workers: int
     """Jails that finish a step's executions within one update, so that the trainer does not wait for them."""
+    costs: Costs
     jobs: tuple[str, ...]
 
     @property
@@ -82,13 +77,14 @@ class Plan:
             yield "device memory: not known on this machine; set plan.memory_gb"
         else:
             yield f"fits: {self.verdict()}" if self.fits else f"does not fit: {self.verdict()}"
-        rate = f"{self.trainer_tflops:.3g} Tflop/s a rank, {'given' if self.given_rate else 'assumed'}"
+        rate = self.costs.rates.trainer_tflops
         yield f"sft step: {_seconds(self.sft_step_s)}, {self.sft_tokens_per_s:.0f} tokens/s ({rate})"
         yield (
-            f"rl step: update {_seconds(self.rl_update_s)}, {self.rl_tokens_per_s:.0f} tokens/s; "
+            f"rl step: update {_seconds(self.rl_update_s)}, {self.rl_tokens_per_s:.0f} tokens/s ({rate}); "
             f"sampling the critiques {_seconds(self.rl_rollout_s)}"
         )
         yield self.overlap()
+        yield from self.costs.lines()
         yield f"executors that keep the trainer busy: {self.executor_workers} jails"
         yield from (f"job: {job}" for job in self.jobs)
 
@@ -132,27 +128,27 @@ def plan(config: Config) -> Plan:
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    length = config.plan.prompt_tokens + rl.max_tokens
-    work = Workload(
-        data_size=data_size,
-        tokens=config.trainer.micro_batch_tokens,
-        response_tokens=round(config.trainer.micro_batch_tokens * _response_share(config)),
-        on_gpu=device == "cuda",
-        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
-        value_network=rl.estimator == "gae",
-        lora=config.lora,
-    )
-    flops = (config.plan.trainer_tflops or _TFLOPS[device]) * 1e12 * ranks
+    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_tokens
+    work = _workload(config, device, data_size)
+    found = rates(config, device)
+    flops = found.trainer_tflops.value * 1e12 * ranks
     critiques = rl.prompts_per_step * rl.group_size * rl.turns  # at most: an episode may end before its last turn
     # Forward and backward are 6 parts; the old policy's log-probs of all but the first minibatch, and the reference's,
     # are a forward pass each; a value network does all of that again.
     passes = 6 + 2 * (1 - 1 / rl.minibatches) + (2 if rl.kl_coef else 0) + (8 if rl.estimator == "gae" else 0)
     rl_update_s = passes / 6 * training_flops(architecture, critiques * length, length) / flops
-    rollout_rate = config.plan.rollout_tokens_per_s or _ROLLOUT_TOKENS_PER_S[device]
-    servers = len(config.rollout.critic_urls) or config.rollout.critic_elements
     sft_length = min(config.sft.max_length, length)
     sft_tokens = config.sft.batch_size * sft_length
     sft_step_s = training_flops(architecture, sft_tokens, sft_length) / flops
+    whole = costs(
+        config,
+        architecture,
+        ranks=ranks,
+        width=2 if device == "cuda" else FP32,
+        update_s=rl_update_s,
+        sft_step_s=sft_step_s,
+        rates=found,
+    )
     return Plan(
         model=model,
         n_parameters=architecture.n_parameters,
@@ -162,25 +158,38 @@ def plan(config: Config) -> Plan:
         device=device,
         stages=estimate(architecture, config.parallel, work),
         available_gb=_available_gb(config, device),
-        trainer_tflops=config.plan.trainer_tflops or _TFLOPS[device],
-        given_rate=config.plan.trainer_tflops is not None,
         sft_step_s=sft_step_s,
         sft_tokens_per_s=sft_tokens / sft_step_s,
         rl_update_s=rl_update_s,
-        rl_rollout_s=critiques * rl.max_tokens / (rollout_rate * max(1, servers)),
+        rl_rollout_s=whole.sample_s,
         rl_tokens_per_s=critiques * length / rl_update_s,
         max_staleness=rl.max_staleness,
-        executor_workers=max(1, math.ceil(critiques / (rl_update_s * config.plan.executor_runs_per_s))),
+        executor_workers=max(1, math.ceil(critiques / (rl_update_s * runs_per_s(config.plan, found)))),
+        costs=whole,
         jobs=tuple(_jobs(config, ranks)),
     )
 
 
 def _response_share(config: Config) -> float:
     """Share of a full micro-batch's tokens that are critiques': those of a draft may share their prompt."""
-    prompt, critique = config.plan.prompt_tokens, config.rl.max_tokens
+    prompt, critique = config.plan.prompt_tokens, config.rl.max_tokens + config.critic.thought_tokens
     room = (config.trainer.micro_batch_tokens - prompt) // critique
     together = max(1, min(config.rl.group_size, room)) if config.trainer.shared_prefix else 1
     return together * critique / (prompt + together * critique)
+
+
+def _workload(config: Config, device: str, data_size: int) -> Workload:
+    """What a rank holds in RL."""
+    rl, tokens = config.rl, config.trainer.micro_batch_tokens
+    return Workload(
+        data_size=data_size,
+        tokens=tokens,
+        response_tokens=round(tokens * _response_share(config)),
+        on_gpu=device == "cuda",
+        reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
+        value_network=rl.estimator == "gae",
+        lora=config.lora,
+    )
 
 
 def _architecture(model: str) -> tuple[Architecture, str]:

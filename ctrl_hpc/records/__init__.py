@@ -7,6 +7,7 @@ JSON line with :mod:`ctrl_hpc.jsonl`.
 from __future__ import annotations
 
 import base64
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ Status = Literal[
     "sandbox_error",
 ]
 TestStatus = Literal[Status, "not_run"]
+SAID = Field(exclude_if=operator.not_)
+"""Annotates a field that JSON leaves out where it says nothing: 0, false, empty."""
 Judgement = Literal["correct", "incorrect"]
 Split = Literal["train", "dev", "test"]
 
@@ -435,6 +438,12 @@ class Generation:
     """Version of the weights that made it (see weight sync); 0 for a model that never changes."""
     forced: tuple[int, int] | None = None
     """Where tokens were put by us, not sampled: ``token_ids[start:end]``; their log-probs are 0."""
+    thought: str | None = None
+    """What a thinking model wrote before ``text``; None: nothing. The token ids are those of both."""
+    thought_tokens: Annotated[int, SAID] = 0
+    """How many of the tokens are the thought's, with what ends it."""
+    thought_cut: Annotated[bool, SAID] = False
+    """Whether the thought has no end, so that there is no answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,15 @@ from typing import Any
 
 from ctrl_hpc.records import Chat, Generation, Sampling
 from ctrl_hpc.rollout.chat import chat_ids, inside_ids
+from ctrl_hpc.rollout.thinking import (
+    CLOSED_BY_FORCE,
+    Thinking,
+    can_think,
+    opens_thought,
+    split,
+    within_budget,
+    without_thought,
+)
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import Chunk, Fleet
 from ctrl_hpc.service.json_client import Busy, Fault, Lost
@@ -44,9 +53,17 @@ class RolloutClient:
         timeout_s: float = 3600.0,
         role: str = "rollout",
         token: str | None = None,
+        thinking: Thinking | None = None,
     ) -> None:
         """``max_in_flight``: completions a call asks of a server at a time; ``patience_s``: longest time without an
-        answer of any; ``timeout_s``: of one request; ``token``: bearer token of the servers."""
+        answer of any; ``timeout_s``: of one request; ``token``: bearer token of the servers; ``thinking``: None: as the
+        template does of itself.
+
+        Raises ValueError where the tokenizer's template cannot do what ``thinking`` asks.
+        """
+        self._thinking = thinking or Thinking()
+        if tokenizer is not None:
+            self._thinking.check(tokenizer, f"{role}.thinking" if role == "critic" else f"{role}_thinking")
         self._fleet = Fleet(f"{role} server", endpoints, token=token, patience_s=patience_s, timeout_s=timeout_s)
         self._tokenizer, self._max_in_flight = tokenizer, max_in_flight
         self._tokenizing = threading.Lock()
@@ -68,15 +85,22 @@ class RolloutClient:
             return []
         with self._tokenizing:
             prompts: list[list[int]] = [
-                chat_ids(self._tokenizer, chat, continue_final_message=chat[-1].role == "assistant") for chat in chats
+                chat_ids(
+                    self._tokenizer,
+                    chat,
+                    continue_final_message=chat[-1].role == "assistant",
+                    **self._thinking.switch,
+                )
+                for chat in chats
             ]
+        asked = replace(sampling, max_tokens=sampling.max_tokens + self._thinking.room)
         requests = [
-            (prompt, _parameters(sampling, None if seed is None else derive_seed(seed, sampling.number(i), j)))
+            (prompt, _parameters(asked, None if seed is None else derive_seed(seed, sampling.number(i), j)))
             for seed in [sampling.seed]
             for i, prompt in enumerate(prompts)
             for j in range(sampling.n)
         ]
-        flat = self._answers(requests)
+        flat = self._without_thoughts(requests, sampling, self._answers(requests))
         return [flat[i * sampling.n : (i + 1) * sampling.n] for i in range(len(chats))]
 
     def extend(
@@ -100,6 +124,40 @@ class RolloutClient:
         ]
         answers = self._answers(requests)
         return [_joined(item, text, forced, rest) for item, rest in zip(open_ended, answers, strict=True)]
+
+    def _without_thoughts(
+        self, requests: Sequence[Request], sampling: Sampling, answers: Sequence[Generation]
+    ) -> list[Generation]:
+        """The answers alone; where asked for, thoughts without an end are ended by force and then answered.
+
+        Not those that ended for want of positions: nothing can follow them.
+        """
+        out = list(answers)
+        with self._tokenizing:
+            opened = [opens_thought(self._tokenizer, prompt) for prompt, _ in requests]
+            cut = [
+                row
+                for row, item in enumerate(answers)
+                if self._thinking.close
+                and split(item.text, opened=opened[row], thinks=can_think(self._tokenizer))[2]
+                and not (item.finish_reason == "length" and len(item.token_ids) <= self._thinking.tokens)
+            ]
+            closing = tuple(self._tokenizer(CLOSED_BY_FORCE, add_special_tokens=False)["input_ids"])
+            special = frozenset(self._tokenizer.all_special_ids)
+            begun = [
+                within_budget(_without_end(answers[row], special), self._thinking.tokens, self._tokenizer)
+                for row in cut
+            ]
+        again = []
+        for row, item in zip(cut, begun, strict=True):
+            seed = None if sampling.seed is None else derive_seed(requests[row][1]["sampling_seed"], 1)
+            again.append(([*item.prompt_ids, *item.token_ids, *closing], _parameters(sampling, seed)))
+        for row, item, rest in zip(cut, begun, self._answers(again) if again else [], strict=True):
+            out[row] = _joined(item, CLOSED_BY_FORCE, closing, rest)
+        with self._tokenizing:
+            return [
+                without_thought(item, opened=opened[row], tokenizer=self._tokenizer) for row, item in enumerate(out)
+            ]
 
     def _answers(self, requests: Sequence[Request]) -> list[Generation]:
         """The answers to requests, in order, by whichever servers live."""
@@ -184,6 +242,8 @@ def _joined(begun: Generation, text: str, forced: tuple[int, ...], rest: Generat
         token_ids=(*begun.token_ids, *forced, *rest.token_ids),
         logprobs=(*begun.logprobs, *(0.0 for _ in forced), *rest.logprobs),
         forced=(start, start + len(forced)),
+        thought=begun.thought,
+        thought_tokens=begun.thought_tokens,
     )
 
 

@@ -13,9 +13,10 @@ import torch
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
+from ctrl_hpc.rollout.packed import PackedLinears, can_pack, float_head
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
-from ctrl_hpc.rollout.weights import copy_weights, stored_dtype, weight_files
+from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtype, weight_files
 
 _GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
@@ -94,13 +95,16 @@ class PaddedEngine:
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
-        self.head_VD = _float_head(model)
+        packs = can_pack(model)
+        self._packed = PackedLinears(model) if packs else None
+        self.head = float_head(model, packed=packs)
 
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         self._state = copy_weights(self.model, folder, self._state)
-        if self.head_VD is not None:
-            self.head_VD.copy_(self.model.get_output_embeddings().weight.detach())
+        for copied in (self._packed, self.head):
+            if copied is not None:
+                copied.update()
         self.version = version
 
     def generate(
@@ -126,7 +130,7 @@ class PaddedEngine:
                 batch = _Batch([prompts[row] for row in rows], [decodings[row] for row in rows], goes_along, self)
                 for row, completion in zip(rows, batch.run(), strict=True):
                     out[row] = completion
-            scored = score_prompts(self.model, prompts, decodings, self.head_VD)
+            scored = score_prompts(self.model, prompts, decodings, self.head)
         return [
             completion if score is None else replace(completion, prompt_logprobs=score[0], prompt_top_logprobs=score[1])
             for completion, score in zip(out, scored, strict=True)
@@ -145,17 +149,6 @@ class PaddedEngine:
             batch.append(row)
         if batch:
             yield batch
-
-
-_PLAIN_HEADS = frozenset({"qwen2", "qwen3", "llama", "mistral"})
-"""Architectures whose logits are the last hidden state times the output embedding, and nothing else."""
-
-
-def _float_head(model: Any) -> torch.Tensor | None:
-    """The output embedding in float32 for a model of fewer bits: logits as a trainer computes them; else None."""
-    if model.dtype == torch.float32 or model.config.model_type not in _PLAIN_HEADS:
-        return None
-    return model.get_output_embeddings().weight.detach().float()
 
 
 class _Batch:
@@ -289,11 +282,11 @@ class _Batch:
             "past_key_values": self.cache,
             "use_cache": True,
         }
-        head_VD = self.engine.head_VD
-        if head_VD is None:
+        head = self.engine.head
+        if head is None:
             logits_BV = self.model(**inputs, logits_to_keep=1).logits[:, -1]
         else:
-            logits_BV = self.model.base_model(**inputs).last_hidden_state[:, -1].float() @ head_VD.T
+            logits_BV = head(self.model.base_model(**inputs).last_hidden_state[:, -1])
         self.cache.advance(ids_BQ.shape[1])
         return logits_BV
 
@@ -346,11 +339,6 @@ _BATCHING: dict[str, Callable[[Any, frozenset[int], int], Engine]] = {"padded": 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Weights and activations by name."""
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 by instructions of its own; elsewhere it is slower than float32."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
 
 
 def stop_token_ids(folder: str | Path) -> frozenset[int]:

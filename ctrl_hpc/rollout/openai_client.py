@@ -16,6 +16,7 @@ import httpx
 
 from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Chat, Generation, Message, Sampling
+from ctrl_hpc.rollout.thinking import CLOSE, Thinking, split
 from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.service.fleet import LoopThread
 
@@ -64,6 +65,7 @@ class OpenAIGenerator:
         timeout_s: float = 600.0,
         price_in: float = 0.0,
         price_out: float = 0.0,
+        thinking: Thinking | None = None,
     ) -> None:
         """``url`` is the endpoint's base (with or without ``/v1``); prices are for a million tokens."""
         base = url.rstrip("/")
@@ -76,6 +78,7 @@ class OpenAIGenerator:
         self._singly = False
         self._reached = False
         self._prices = (price_in, price_out)
+        self._thinking = thinking or Thinking()
         self._jitter = random.Random()
         self._lock = threading.Lock()
         self.usage = Usage()
@@ -106,7 +109,10 @@ class OpenAIGenerator:
         longer = [_with_answer(chat, item.text + text) for chat, item in zip(chats, begun, strict=True)]
         bodies = [self._body(how.seed, chat, replace(how, n=1)) for chat, how in zip(longer, sampling, strict=True)]
         rests = [generations[0] for generations in self._thread.run(self._every(bodies))]
-        return [replace(rest, text=item.text + text + rest.text) for item, rest in zip(begun, rests, strict=True)]
+        return [
+            replace(rest, text=item.text + text + rest.text, thought=item.thought)
+            for item, rest in zip(begun, rests, strict=True)
+        ]
 
     def close(self) -> None:
         """Close the connections; calls in flight in other threads are cancelled."""
@@ -142,9 +148,11 @@ class OpenAIGenerator:
             "messages": [{"role": message.role, "content": message.content} for message in chat],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
+            "max_tokens": sampling.max_tokens + self._thinking.room,
             "n": sampling.n,
         }
+        if self._thinking.switch:
+            body["chat_template_kwargs"] = self._thinking.switch
         if seed is not None:
             body["seed"] = seed
         if chat[-1].role == "assistant":
@@ -227,16 +235,21 @@ class OpenAIGenerator:
             self._next_start = start + self._interval_s
         await asyncio.sleep(max(0.0, start - time.monotonic()))
 
+    def _generation(self, choice: Any) -> Generation:
+        """The answer of a choice; its thought, which a server may have put in a field of its own, beside."""
+        message, finish = choice["message"], _FINISH.get(str(choice.get("finish_reason")), "abort")
+        text = _text(message.get("content"))
+        thought = _text(message.get("reasoning_content") or message.get("reasoning")) or None
+        cut = thought is not None and not text and finish == "length"
+        if thought is None:
+            within = self._thinking.mode == "on" and finish == "length" and CLOSE not in text
+            thought, text, cut = split(text, opened=within, thinks=True)
+        return Generation(text=text, finish_reason=finish, thought=thought, thought_cut=cut)  # type: ignore[arg-type]
+
     def _read(self, data: Any) -> list[Generation]:
         """The completions of an answer; raises what :data:`_NO_ANSWER` holds for what is none."""
         choices = sorted(data["choices"], key=lambda choice: choice.get("index") or 0)
-        found = [
-            Generation(
-                text=_text(choice["message"].get("content")),
-                finish_reason=_FINISH.get(str(choice.get("finish_reason")), "abort"),  # type: ignore[arg-type]
-            )
-            for choice in choices
-        ]
+        found = [self._generation(choice) for choice in choices]
         if not found:
             raise ValueError("no choices")
         used = data.get("usage") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
@@ -11,7 +12,9 @@ import torch
 from ctrl_hpc.rollout.decoding import Decoding
 
 NUCLEUS_WIDTHS = (256, 4096)
-"""Likeliest tokens among which a nucleus is looked for, before the whole vocabulary is sorted."""
+"""Likeliest tokens among which those that may be drawn are looked for, before the whole vocabulary is."""
+_HALVINGS = 8
+"""How often the range of the nucleus' edge is halved before the tokens within are sorted."""
 
 
 def _uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
@@ -83,6 +86,12 @@ class Sampler:
     def _sample_cut(self, logprobs_RV: torch.Tensor, uniform_R1: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
         """Tokens of these rows, from among the likeliest; wider and wider, for the rows that need it."""
         tokens_R = torch.empty(len(rows_R), dtype=torch.long, device=rows_R.device)
+        if self._widest_top_k == 0 and rows_R.device.type == "cpu":
+            # A row fits the processor's caches: one after the other they cost what the whole distribution does.
+            for row, at in enumerate(rows_R.tolist()):
+                kept_V = nucleus(logprobs_RV[row].exp(), float(self._top_p_B1[at]), float(self._min_p_B1[at]))
+                tokens_R[row] = _invert(kept_V[None].double(), uniform_R1[row, None])[0]
+            return tokens_R
         vocabulary = logprobs_RV.shape[1]
         widths = [width for width in NUCLEUS_WIDTHS if self._widest_top_k < width < vocabulary]
         open_Q = torch.arange(len(rows_R), device=rows_R.device)
@@ -117,6 +126,44 @@ class Sampler:
         likely_QK = probs_QK >= self._min_p_B1[rows_Q] * probs_QK[:, :1]
         top_p_Q1 = self._top_p_B1[rows_Q]
         return first_QK & likely_QK & ((above_QK < top_p_Q1 * mass_Q1) | (top_p_Q1 >= 1.0))
+
+
+def nucleus(probs_V: torch.Tensor, top_p: float, min_p: float) -> torch.Tensor:
+    """The probabilities, zero outside the nucleus: the likeliest tokens, equally likely ones by their ids, of which
+    the likelier have less than ``top_p`` together, and at least ``min_p`` of the likeliest one's probability each.
+
+    No sort of the vocabulary: the probability at its edge lies between that of the likeliest token and
+    ``(1 - top_p) / V``, as all tokens below have no more than ``1 - top_p`` together. The range is halved, by the mass
+    above its middle, until few tokens are within; these are sorted.
+    """
+    highest = float(probs_V.max())
+    kept_V = probs_V.clone()
+    if top_p < 1.0:
+        above, below = highest, max((1.0 - top_p) / len(probs_V), 1e-30)
+        for _ in range(_HALVINGS if below < above else 0):
+            middle = math.sqrt(above * below)
+            mass = float(torch.nn.functional.threshold(probs_V, middle, 0.0).sum())
+            above, below = (middle, below) if mass < top_p else (above, middle)
+        kept_V = _nucleus_between(probs_V, top_p, above, below)
+    if min_p > 0.0:
+        kept_V[kept_V.double() < min_p * highest] = 0.0
+    return kept_V
+
+
+def _nucleus_between(probs_V: torch.Tensor, top_p: float, above: float, below: float) -> torch.Tensor:
+    """The nucleus whose edge is in ``(below, above]``; where rounding has it elsewhere, the whole row is sorted."""
+    kept_V = torch.nn.functional.threshold(probs_V, above, 0.0)
+    mass = float(kept_V.sum(dtype=torch.float64))
+    near_N = torch.nonzero(torch.nn.functional.threshold(probs_V, below, 0.0) - kept_V)[:, 0]
+    values_N, order_N = probs_V[near_N].sort(descending=True, stable=True)
+    values_N = values_N.double()
+    likelier_N = mass + values_N.cumsum(0) - values_N
+    whole = below < 0.0
+    if not whole and (mass >= top_p or len(near_N) == 0 or float(likelier_N[-1] + values_N[-1]) < top_p):
+        return _nucleus_between(probs_V, top_p, math.inf, -1.0)
+    inside_N = near_N[order_N[likelier_N < top_p]]
+    kept_V[inside_N] = probs_V[inside_N]
+    return kept_V
 
 
 def _likeliest(logprobs_QV: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:

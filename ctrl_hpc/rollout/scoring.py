@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ctrl_hpc.rollout.decoding import Decoding, TopLogprobs
+from ctrl_hpc.rollout.packed import FloatHead
 
 _SCORED_AT_ONCE = 256
 """Positions whose logits are held at a time when prompts are scored."""
@@ -17,23 +18,23 @@ _Score = tuple[tuple[float, ...], tuple[TopLogprobs, ...]]
 
 
 def score_prompts(
-    model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding], head_VD: torch.Tensor | None = None
+    model: Any, prompts: Sequence[Sequence[int]], decodings: Sequence[Decoding], head: FloatHead | None = None
 ) -> list[_Score | None]:
     """The prompts' own log-probs at temperature 1, where they are asked for; equal prompts are computed once.
 
-    ``head``: the output embedding in float32, where the model's own is of fewer bits.
+    ``head``: what makes the logits in place of the model's own, of fewer bits.
     """
     known: dict[tuple[tuple[int, ...], int], _Score] = {}
     out: list[_Score | None] = []
     for prompt, decoding in zip(prompts, decodings, strict=True):
         key = (tuple(prompt), decoding.top_logprobs)
         if decoding.prompt_logprobs and key not in known:
-            known[key] = _score(model, *key, head_VD)
+            known[key] = _score(model, *key, head)
         out.append(known[key] if decoding.prompt_logprobs else None)
     return out
 
 
-def _score(model: Any, prompt: tuple[int, ...], top: int, head_VD: torch.Tensor | None) -> _Score:
+def _score(model: Any, prompt: tuple[int, ...], top: int, head: FloatHead | None) -> _Score:
     device = next(model.parameters()).device
     ids_1T = torch.tensor([prompt], device=device)
     hidden_TD = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0, :-1]
@@ -41,7 +42,7 @@ def _score(model: Any, prompt: tuple[int, ...], top: int, head_VD: torch.Tensor 
     tops: list[TopLogprobs] = []
     for start in range(0, len(hidden_TD), _SCORED_AT_ONCE):
         part_CD = hidden_TD[start : start + _SCORED_AT_ONCE]
-        logits_CV = model.get_output_embeddings()(part_CD) if head_VD is None else part_CD.float() @ head_VD.T
+        logits_CV = model.get_output_embeddings()(part_CD) if head is None else head(part_CD)
         logprobs_CV = torch.log_softmax(logits_CV.float(), dim=-1)
         wanted_C1 = ids_1T[0, start + 1 : start + 1 + len(part_CD), None]
         values += logprobs_CV.gather(1, wanted_C1)[:, 0].tolist()

@@ -49,6 +49,19 @@ def stored_dtype(folder: str | Path) -> str:
         raise ValueError(f"{file}: {error}") from None
 
 
+def has_bfloat16_weights(folder: str | Path) -> bool:
+    """Whether a folder holds weights in bfloat16; one without weights, or that does not exist, does not."""
+    try:
+        return stored_dtype(folder) == "BF16"
+    except ValueError:
+        return False
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 by instructions of its own; elsewhere it is slower than float32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # type: ignore[attr-defined]
+
+
 def gguf_hint(folder: str | Path) -> str:
     """What to do with a folder that holds GGUF files instead, to be put behind a message; empty for others."""
     files = sorted(path.name for path in Path(folder).glob("*.gguf"))

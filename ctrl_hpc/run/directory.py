@@ -92,6 +92,8 @@ def _checked(config: Config) -> tuple[Path, Config | None, dict[str, tuple[Any, 
     elif folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
         raise ValueError(f"{folder}: is not a run directory and not empty; choose another run_dir (run_dir=PATH)")
     for above in (folder, *folder.parents):
+        if above.is_symlink() and not above.exists():
+            raise ValueError(f"{above}: is a link that leads nowhere; choose another run_dir (run_dir=PATH)")
         if above.exists() and not above.is_dir():
             raise ValueError(f"{above}: is a file; choose another run_dir (run_dir=PATH)")
     return folder, old, changed

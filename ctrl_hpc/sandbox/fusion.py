@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.harness import prepared
@@ -51,6 +51,7 @@ FENCED = r"```([^\n]*)\n(.*?)\n\s*```"
 class RunCodeBody(BaseModel):
     """Body of ``/run_code``. ``memory_limit_MB`` of -1 is our default."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
     code: str
     language: str
     compile_timeout: float = 10
@@ -65,6 +66,7 @@ class TestConfig(BaseModel):
     """The part of ``/submit``'s configuration that matters here; other fields are accepted and unused."""
 
     __test__ = False
+    model_config = ConfigDict(allow_inf_nan=False)
     dataset_type: str | None = None
     language: str | None = None
     compile_timeout: float | None = None

@@ -277,6 +277,9 @@ def comparison(name: str, special: Mapping[str, Comparison] = _NONE) -> Comparis
     return rule(name, special).compare
 
 
+_LONGEST_S = 86400 * 365
+
+
 def check(execution: Execution, special: Mapping[str, Comparison] = _NONE) -> None:
     """ValueError names the comparison that there is not, or the limit that is out of range."""
     rule(execution.comparison, special)
@@ -290,6 +293,10 @@ def check(execution: Execution, special: Mapping[str, Comparison] = _NONE) -> No
         value = getattr(execution.limits, name)
         if not low <= value <= high:
             raise ValueError(f"limits.{name}: {value} is not in [{low}, {high}]")
+    for name in ("compile_timeout_s", "time_budget_s"):
+        value = getattr(execution, name)
+        if value is not None and not value <= _LONGEST_S:
+            raise ValueError(f"{name}: {value} is more than {_LONGEST_S}")
 
 
 def failure(ended: Ended, output_bytes: int, limits: Limits) -> TestStatus | None:

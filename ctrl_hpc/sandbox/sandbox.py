@@ -203,13 +203,14 @@ class Sandbox:
     ) -> Future[tuple[TestResult, dict[str, str]]]:
         """Queue a program that runs among files (base64 by path) and whose files are fetched; never cached.
 
-        Raises ValueError for a path that leads out of the working folder, or a language that there is not.
+        Raises ValueError for a path that leads out of the working folder, and as :meth:`check` does.
         """
-        inside_files.check(files, list(fetch))
-        languages.language(language)
+        fetch = list(dict.fromkeys(fetch))
+        inside_files.check(files, fetch)
         execution = Execution(
             program=program, tests=(), limits=limits, language=language, compile_timeout_s=compile_timeout_s
         )
+        self.check(execution)
         with self._lock:
             return self._enqueue(lambda worker: worker.run_program(execution, stdin, files, fetch), "")
 

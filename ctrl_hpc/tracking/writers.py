@@ -256,7 +256,7 @@ class LiveWriters:
         self._exit_code = 0
         self._threads = [
             threading.Thread(target=self._follow, args=(name,), name=name, daemon=True)
-            for name in config.tracking.writers
+            for name in dict.fromkeys(config.tracking.writers)
         ]
 
     def __enter__(self) -> Self:

@@ -16,6 +16,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.reward import verdict_only
 from ctrl_hpc.flow.steps import critique, execute, revise
 from ctrl_hpc.records import Critique, Problem, Revision, Reward, Sampling, Solution
+from ctrl_hpc.rollout.thinking import Thinking
 from ctrl_hpc.seeds import derive_seed, sampling_seed
 from ctrl_hpc.train.ahead import weights_folder
 from ctrl_hpc.train.credit import Credit, Spell, by_sentence
@@ -51,10 +52,11 @@ class Collector:
         if config.rl.replay is not None:
             return cls(config=config, stage=stage, prompts=prompts)
         # An input is a token shorter than its sequence.
-        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens
+        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens - config.critic.thought_tokens
         limit = min(room, config.rl.max_prompt_tokens or room)
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "sft" / "hf")
-        pool = DraftPool.load(run_dir, config.seed).fitting(prompts, tokenizer, limit)
+        switch = Thinking(mode=config.critic.thinking).switch
+        pool = DraftPool.load(run_dir, config.seed).fitting(prompts, tokenizer, limit, **switch)
         validated = problems_of(config, run_dir)
         problems = [problem for problem, _ in pool.pairs] + [item for items in validated.values() for item in items]
         connections, lock = connect(config, run_dir, problems), threading.Lock()
@@ -68,7 +70,7 @@ class Collector:
             pool=pool,
             connections=connections,
             validation=validation if validated else None,
-            fits=_fitting(prompts, tokenizer, limit, lock),
+            fits=_fitting(prompts, tokenizer, limit, lock, switch),
             spell=_spelling(tokenizer, lock),
         )
 
@@ -107,12 +109,14 @@ def _spelling(tokenizer: Any, lock: threading.Lock) -> Spell:
     return spell
 
 
-def _fitting(prompts: Prompts, tokenizer: Any, limit: int, lock: threading.Lock) -> Callable[[Problem, Solution], bool]:
+def _fitting(
+    prompts: Prompts, tokenizer: Any, limit: int, lock: threading.Lock, switch: dict[str, bool]
+) -> Callable[[Problem, Solution], bool]:
     """Whether the prompt of a critique has at most ``limit`` tokens; one thread at a time, as tokenizers want it."""
 
     def check(problem: Problem, draft: Solution) -> bool:
         with lock:
-            return fits(prompts.critique(problem, draft), tokenizer, limit)
+            return fits(prompts.critique(problem, draft), tokenizer, limit, **switch)
 
     return check
 
@@ -133,7 +137,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert collector.pool is not None
-    rewards = Rewards.at(options, step)
+    rewards = Rewards.at(options, step, longest=options.max_tokens + collector.config.critic.thought_tokens)
     rollouts: list[Rollout] = []
     executed, refills = 0, 0
     for turn in range(1 + options.refill_rounds):

@@ -64,13 +64,19 @@ def tokens_of(critique: Critique, spans: Sequence[tuple[int, int]], prefix: str,
     The text may be a part of what was generated (a thought comes before it), after the prompt's ``prefix``.
     """
     generation = critique.generation
-    whole = "" if generation is None else prefix + generation.text
-    at = whole.rfind(critique.text)
-    if generation is None or at < 0:
+    if generation is None:
+        return [(0, 0)] * len(spans)
+    first = generation.thought_tokens
+    ids = generation.token_ids[first:]
+    text = spell(ids) if first else generation.text  # an answer's text has lost the blanks after the thought
+    at = (prefix + text).rfind(critique.text)
+    if at < 0:
         return [(0, 0)] * len(spans)
     shift = at - len(prefix)
-    begins = _begins(generation.token_ids, generation.text, spell)
-    return [(bisect_left(begins, start + shift), bisect_left(begins, end + shift)) for start, end in spans]
+    begins = _begins(ids, text, spell)
+    return [
+        (first + bisect_left(begins, start + shift), first + bisect_left(begins, end + shift)) for start, end in spans
+    ]
 
 
 def _begins(ids: Sequence[int], text: str, spell: Spell) -> list[int]:

@@ -71,12 +71,12 @@ class DraftPool:
             raise ValueError(f"rl: {file} holds no executed draft")
         return cls(pairs=tuple((problems[item.problem_id], item) for item in known), seed=seed)
 
-    def fitting(self, prompts: Prompts, tokenizer: Any, limit: int) -> Self:
+    def fitting(self, prompts: Prompts, tokenizer: Any, limit: int, **template: bool) -> Self:
         """The drafts whose critique prompt has at most ``limit`` tokens; says how many are left out.
 
         Raises ValueError when none is left.
         """
-        kept = tuple(pair for pair in self.pairs if fits(prompts.critique(*pair), tokenizer, limit))
+        kept = tuple(pair for pair in self.pairs if fits(prompts.critique(*pair), tokenizer, limit, **template))
         if not kept:
             raise ValueError(
                 f"rl: the critique prompt of each of the {len(self.pairs)} drafts is longer than {limit} tokens; raise "
@@ -93,7 +93,10 @@ class DraftPool:
         return [self.pairs[row] for row in dict.fromkeys(rows) if self.pairs[row][1].id not in used]
 
 
-def fits(chat: Chat, tokenizer: Any, limit: int) -> bool:
-    """Whether a chat has at most ``limit`` tokens; a token has a byte at least: short chats need no counting."""
+def fits(chat: Chat, tokenizer: Any, limit: int, **template: bool) -> bool:
+    """Whether a chat, with variables of its template, has at most ``limit`` tokens.
+
+    A token has a byte at least: short chats need no counting.
+    """
     n_bytes = sum(len(message.content.encode()) for message in chat)
-    return n_bytes + _TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(chat_ids(tokenizer, chat)) <= limit
+    return n_bytes + _TEMPLATE_TOKENS * (len(chat) + 1) <= limit or len(chat_ids(tokenizer, chat, **template)) <= limit

@@ -104,6 +104,7 @@ class RLLoss:
                 **self._terms(),
                 **{name: value for name, value in kernel.items() if name != "ratio"},
                 **head.options(options.temperature),
+                unit_gradient=head.main_grad is not None,
             )
         else:
             logprobs_N, entropy_N = head.logprobs_and_entropy(hidden_ND, micro.targets_N, options.temperature)

@@ -42,6 +42,8 @@ class Publisher:
         self._since_whole = 0
         self._previous: dict[str, Tensor] = {}
         """This rank's part of the tensors, as they were published last."""
+        # a version that the next one is a difference to stays as it is while that is copied
+        self._copies = [weights.Copies() for _ in range(2 if policy.config.rl.publish == "delta" else 1)]
         self._writing: _Writing | None = None
         # of its own: the trainer's collectives go on meanwhile
         self._group = dist.new_group(backend="gloo") if policy.world.size > 1 else None
@@ -65,9 +67,17 @@ class Publisher:
         Raises what the writing of the last one raised.
         """
         self.wait()
+        self._copies.reverse()
         policy = self._policy
-        adapters = self._adapters_alone
-        mine = dict(weights.gather(policy.model, policy.architecture, policy.world, spread=True, adapters=adapters))
+        parts = weights.gather(
+            policy.model,
+            policy.architecture,
+            policy.world,
+            spread=True,
+            adapters=self._adapters_alone,
+            copies=self._copies[0],
+        )
+        mine = dict(parts)
         self._writing = _Writing(self._writer(mine, version), version, reader)
 
     @property

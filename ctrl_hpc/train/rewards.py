@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from ctrl_hpc.config import RLConfig
@@ -12,7 +12,7 @@ from ctrl_hpc.config.objectives import at_step
 from ctrl_hpc.flow.reward import score, score_by, score_verdict
 from ctrl_hpc.records import Critique, Problem, Revision, Reward, Solution
 
-SCHEDULED = ("verdict_coef", "verdict_only_share", "leak_penalty")
+SCHEDULED = ("verdict_coef", "verdict_only_share", "leak_penalty", "overlong_penalty")
 """Coefficients that may be schedules, beside each of ``transition_reward``."""
 
 
@@ -23,16 +23,22 @@ class Rewards:
     verdict_coef: float
     verdict_only_share: float
     leak_penalty: float
+    overlong_penalty: float
+    overlong_buffer: int
+    longest: int
+    """Tokens that a critique may have."""
     transitions: Mapping[str, float]
     function: str | None
     """FILE.py:FUNCTION in place of these."""
 
     @classmethod
-    def at(cls, options: RLConfig, step: int) -> Self:
-        """Those of a step, counted from 0."""
+    def at(cls, options: RLConfig, step: int, *, longest: int | None = None) -> Self:
+        """Those of a step, counted from 0; ``longest``: tokens that a critique may have, else ``rl.max_tokens``."""
         return cls(
             **{name: at_step(getattr(options, name), step) for name in SCHEDULED},
             transitions={name: at_step(value, step) for name, value in options.transition_reward.items()},
+            overlong_buffer=options.overlong_buffer,
+            longest=options.max_tokens if longest is None else longest,
             function=options.reward,
         )
 
@@ -61,7 +67,17 @@ class Rewards:
             raise ValueError(f"{faults[0]}; and so for all {len(samples)} critiques")
         if faults:
             print(f"{faults[0]}; {len(faults)} of {len(samples)} critiques are left out", flush=True)
-        return out
+        return [
+            reward if reward.masked else replace(reward, value=reward.value - self._overlong(critique))
+            for reward, (_, _, critique, _) in zip(out, samples, strict=True)
+        ]
+
+    def _overlong(self, critique: Critique) -> float:
+        """DAPO's soft overlong punishment (arXiv 2503.14476): from 0 at the buffer's begin to all at its end."""
+        if self.overlong_buffer == 0 or critique.generation is None:
+            return 0.0
+        over = len(critique.generation.token_ids) - (self.longest - self.overlong_buffer)
+        return self.overlong_penalty * min(1.0, max(0.0, over / self.overlong_buffer))
 
     def _score(self, problem: Problem, draft: Solution, critique: Critique, revision: Revision) -> Reward:
         if self.function is not None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import ctrl_kernels
 import torch
 from ctrl_kernels import Backend
+from pydantic import Field
 from torch import Tensor
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.flow.reward import agrees
-from ctrl_hpc.records import Critique, Judgement, Problem, Revision, Reward, Solution
+from ctrl_hpc.records import SAID, Critique, Judgement, Problem, Revision, Reward, Solution
 from ctrl_hpc.train.batch import Batch, collate
 
 
@@ -42,12 +44,18 @@ class Rollout:
     """One line on what went wrong in the revision."""
     forced: tuple[int, int] | None = None
     """Which of ``token_ids`` the critic did not write (``prompts.critique_close``): start and end."""
-    turn: int = 1
+    turn: Annotated[int, Field(exclude_if=lambda turn: turn == 1)] = 1
     """Of its episode, which began with the draft ``solution_id``."""
     draft: str | None = None
     """The program critiqued, where that was a revision."""
-    credit: tuple[tuple[int, int, float], ...] = ()
+    credit: Annotated[tuple[tuple[int, int, float], ...], SAID] = ()
     """Tokens [start, end) of each sentence, and what it added to the reward (``rl.credit=sentence``)."""
+    thought: str | None = None
+    """What the critic thought before it wrote the critique."""
+    thought_tokens: Annotated[int, SAID] = 0
+    """How many of ``token_ids`` are the thought's."""
+    thought_cut: Annotated[bool, SAID] = False
+    """Whether it has no end, so that there is no critique."""
 
     @classmethod
     def of(
@@ -88,6 +96,9 @@ class Rollout:
             leaked=reward.leaked,
             detail=revision.verdict.detail,
             forced=generation.forced,
+            thought=generation.thought,
+            thought_tokens=generation.thought_tokens,
+            thought_cut=generation.thought_cut,
             turn=turn,
             draft=(draft.program or draft.text) if turn > 1 else None,
             credit=credit,
@@ -228,7 +239,25 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "rl/staleness_mean": sum(staleness) / len(staleness),
         **_credit_metrics(counted),
         **{name: count / len(rollouts) for name, count in reasons.items()},
+        **_of_thoughts(rollouts),
         **_by_turn(rollouts),
+    }
+
+
+def _of_thoughts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths of thoughts and answers in tokens, the shares of thoughts cut off and ended by force; none of no thought.
+
+    An end by force is told from ``prompts.critique_close`` by its place: right after the thought.
+    """
+    if all(item.thought is None for item in rollouts):
+        return {}
+    n = len(rollouts)
+    forced = sum(item.forced is not None and item.forced[0] < item.thought_tokens for item in rollouts)
+    return {
+        "rl/thought_tokens": sum(item.thought_tokens for item in rollouts) / n,
+        "rl/answer_tokens": sum(len(item.token_ids) - item.thought_tokens for item in rollouts) / n,
+        "rl/thought_cut": sum(item.thought_cut for item in rollouts) / n,
+        "rl/thought_closed": forced / n,
     }
 
 

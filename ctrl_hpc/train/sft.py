@@ -13,6 +13,7 @@ from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.records import Critique, Problem, Solution
 from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.thinking import Thinking
 from ctrl_hpc.seeds import take
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.drafts import response_ids
@@ -69,11 +70,12 @@ def _read_sequences(config: Config, run_dir: Path) -> tuple[Sequences, int]:
     critiques = jsonl.read(Critique, run_dir / "synthesize" / "critiques.jsonl")
     prompts = Prompts.load(**asdict(config.prompts))
     tokenizer = AutoTokenizer.from_pretrained(config.critic.model)
+    switch = Thinking(mode=config.critic.thinking).switch
     sequences: Sequences = []
     for critique in critiques:
         solution = solutions[critique.solution_id]
         chat = prompts.critique(problems[solution.problem_id], solution)
-        sequences.append((chat_ids(tokenizer, chat), response_ids(tokenizer, critique)))
+        sequences.append((chat_ids(tokenizer, chat, **switch), response_ids(tokenizer, critique)))
     kept = [pair for pair in sequences if len(pair[0]) + len(pair[1]) <= config.sft.max_length]
     if not kept:
         raise ValueError(

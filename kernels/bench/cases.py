@@ -172,72 +172,58 @@ def _policy_loss(x: Inputs, backend: Any) -> tuple[torch.Tensor, ...]:
 
 def ours() -> list[Contender]:
     """The kernels."""
+    return [*_ours_over_the_vocabulary(), *_ours_over_tokens()]
 
+
+def _ours_over_the_vocabulary() -> list[Contender]:
     def logits(x: Inputs) -> Call:
         return lambda: tuple(
             ctrl_kernels.token_logprobs(x["logits"], x["targets"], return_entropy=True, backend=TRITON)
         )
 
+    def linear(**options: Any) -> Callable[[Inputs], Call]:
+        return lambda x: lambda: _linear(x, **options)
+
     both: Results = "logprobs and entropy"
+    passes: list[tuple[str, Callable[[Inputs], Call], tuple[int, int]]] = [
+        ("ctrl", _one_pass, (6, 0)),
+        ("ctrl, 480 MiB of workspace", lambda x: _one_pass(x, workspace_mb=480), (6, 0)),
+        ("ctrl, two passes", lambda x: _two_passes(x, lambda: _linear(x), TRITON), (2, 6)),  # type: ignore[arg-type,return-value]
+    ]
     return [
         Contender(name="ctrl", families=("logits",), results=both, make=logits, ours=True),
-        Contender(
-            name="ctrl, logits recomputed",
-            families=("linear",),
-            results=both,
-            make=lambda x: lambda: _linear(x),
-            products=(2, 6),
-            ours=True,
+        *(
+            Contender(name=name, families=("linear",), results=both, make=make, products=products, ours=True)
+            for name, make, products in (
+                ("ctrl, logits recomputed", linear(), (2, 6)),
+                ("ctrl, logits saved", linear(save_logits=True), (2, 4)),
+            )
         ),
-        Contender(
-            name="ctrl, logits saved",
-            families=("linear",),
-            results=both,
-            make=lambda x: lambda: _linear(x, save_logits=True),
-            products=(2, 4),
-            ours=True,
+        *(
+            Contender(name=name, families=("one pass",), results="loss", make=make, products=products, ours=True)
+            for name, make, products in passes
         ),
-        Contender(name="ctrl", families=("one pass",), results="loss", make=_one_pass, products=(6, 0), ours=True),
-        Contender(
-            name="ctrl, 480 MiB of workspace",
-            families=("one pass",),
-            results="loss",
-            make=lambda x: _one_pass(x, workspace_mb=480),
-            products=(6, 0),
-            ours=True,
-        ),
-        Contender(
-            name="ctrl, two passes",
-            families=("one pass",),
-            results="loss",
-            make=lambda x: _two_passes(x, lambda: _linear(x), TRITON),  # type: ignore[arg-type,return-value]
-            products=(2, 6),
-            ours=True,
-        ),
-        Contender(
-            name="ctrl",
-            families=("group advantages",),
-            results="values",
-            make=lambda x: lambda: (ctrl_kernels.group_advantages(x["rewards"], x["groups"], backend=TRITON),),
-            captured=True,
-            ours=True,
-        ),
-        Contender(
-            name="ctrl",
-            families=("gae",),
-            results="values",
-            make=lambda x: lambda: ctrl_kernels.gae(**x.tensors, gamma=0.99, lam=0.95, backend=TRITON),
-            captured=True,
-            ours=True,
-        ),
-        Contender(
-            name="ctrl",
-            families=("policy loss",),
-            results="loss",
-            make=lambda x: lambda: _policy_loss(x, TRITON),
-            captured=True,
-            ours=True,
-        ),
+    ]
+
+
+def _ours_over_tokens() -> list[Contender]:
+    def groups(x: Inputs) -> Call:
+        return lambda: (ctrl_kernels.group_advantages(x["rewards"], x["groups"], backend=TRITON),)
+
+    def gae(x: Inputs) -> Call:
+        return lambda: ctrl_kernels.gae(**x.tensors, gamma=0.99, lam=0.95, backend=TRITON)
+
+    def loss(x: Inputs) -> Call:
+        return lambda: _policy_loss(x, TRITON)
+
+    made: list[tuple[Family, Results, Callable[[Inputs], Call]]] = [
+        ("group advantages", "values", groups),
+        ("gae", "values", gae),
+        ("policy loss", "loss", loss),
+    ]
+    return [
+        Contender(name="ctrl", families=(family,), results=results, make=make, captured=True, ours=True)
+        for family, results, make in made
     ]
 
 

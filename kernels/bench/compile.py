@@ -7,7 +7,7 @@ program and, on NVIDIA, machine instructions an element, of its longest loop or 
 widest load and store in bits. Exit code 1 if a configuration of ours spills on a Hopper or Blackwell GPU (sm_90,
 sm_100), 2 for wrong arguments. The kernels must not be interpreted here: leave TRITON_INTERPRET unset.
 
-``sass.json`` is this table for sm_90 and sm_100 with peers, by triton 3.9: what the kernels may not exceed, and what
+``sass.json`` is this table for sm_90 and sm_100 with peers, by triton 3.9: what ours may not exceed, and what
 ``roofline.py`` reckons with.
 """
 
@@ -63,6 +63,7 @@ class Configuration:
     warps: int
     elements: int = 0
     odd: frozenset[str] = field(default_factory=frozenset)
+    stages: int | None = None  # of a pipelined loop; None: the compiler's default
 
     def source(self) -> ASTSource:
         """What Triton's compiler takes."""
@@ -308,7 +309,10 @@ def _widest(instructions: list[str], kind: str) -> int:
 def resources(configuration: Configuration, target: str) -> Resources:
     """Compile a configuration for a target and read off what it takes."""
     gpu = TARGETS[target]
-    compiled = triton.compile(configuration.source(), target=gpu, options={"num_warps": configuration.warps})
+    options = {"num_warps": configuration.warps} | (
+        {"num_stages": configuration.stages} if configuration.stages else {}
+    )
+    compiled = triton.compile(configuration.source(), target=gpu, options=options)
     facts = {"name": configuration.name, "target": target, "shared_bytes": compiled.metadata.shared}
     if gpu.backend == "hip":
         assembly = compiled.asm["amdgcn"]

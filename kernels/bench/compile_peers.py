@@ -1,15 +1,21 @@
 """Peers' kernels as ``compile.py --peers`` compiles them: with the types, blocks and warps of their own launches.
 
-A peer that is not installed is left out. Kernels around ``tl.dot`` (CCE, verl) are not here: an instruction of theirs
-multiplies a tile, so that a count an element says nothing beside ours, whose products are cuBLAS's.
+A peer that is not installed is left out. Of the kernels around ``tl.dot`` (cut cross-entropy, verl) no instructions are
+counted: one of theirs multiplies a tile, so that a count an element says nothing beside ours, whose products are
+cuBLAS's. Liger's CuTe path and quack are no Triton: their compiler needs the card.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from triton.runtime.jit import JITFunction
 
 VOCABULARY = 152_064
 
@@ -23,7 +29,7 @@ def _module(name: str) -> ModuleType | None:
 
 def peer_configurations(make: Any) -> Iterator[Any]:
     """Configurations, by ``make``, of whatever is installed."""
-    for configurations in (_trl_logits, _trl_linear, _liger):
+    for configurations in (_trl_logits, _trl_linear, _liger, _cut_cross_entropy, _verl):
         yield from configurations(make)
 
 
@@ -92,3 +98,97 @@ def _liger(make: Any) -> Iterator[Any]:
         elements=block,
         odd=frozenset({"ignore_index", "Y_stride", "loss_stride", "n_non_ignore"}),
     )
+
+
+def _kernel(tuned: Any) -> JITFunction:
+    """The kernel inside heuristics and autotuning."""
+    return tuned if isinstance(tuned, JITFunction) else _kernel(tuned.fn)
+
+
+def _cut_cross_entropy(make: Any) -> Iterator[Any]:
+    forward, backward, tune = (
+        _module(f"cut_cross_entropy.{name}") for name in ("cce_lse_forward", "cce_backward", "tl_autotune")
+    )
+    if forward is None or backward is None or tune is None:
+        return
+    types = dict.fromkeys(("E", "C", "dE", "dC"), "*bf16") | {"LSE": "*fp32", "dOut": "*fp32", "Targets": "*i64"}
+    types |= {"Locks": "*u32", "dELocks": "*i32", "dCLocks": "*i32", "grad_scale": "fp32", "filter_eps": "fp32"}
+    absent = {"Valids": None, "softcap": None, "HAS_VALIDS": False, "HAS_SOFTCAP": False, "GROUP_B": 8, "EVEN_D": True}
+    dense = dict.fromkeys(("stride_ed", "stride_cd", "stride_vb"), 1)
+    of_backward = {"VocabOrdering": None, "HAS_VOCAB_ORDERING": False, "FILTER_GRAD": True, "HAS_TARGETS": True}
+    of_backward |= {"ITEM_DO": False, "SHIFT": False, "REQUIRES_GRAD": True, "MM_BACK_EVEN_D": True}
+    of_forward = {"LA": None, "HAS_LA": False, "DOT_PRECISION": "ieee", "stride_lse_b": 1}
+    for name, kernel, best, constants in (
+        ("forward", forward._cce_lse_forward_kernel, tune._cce_forward_best_config(), of_forward),
+        ("backward", backward._cce_backward_kernel, tune._cce_backward_best_config(), of_backward),
+    ):
+        blocks = dict(best.kwargs)
+        if name == "backward":
+            blocks["MM_BACK_BLOCK_D"] = 2 * blocks["BLOCK_D"]
+        yield make(
+            name=f"CCE {name}",
+            kernel=_kernel(kernel),
+            types=types,
+            constants=absent | dense | constants | blocks,
+            warps=best.num_warps,
+            stages=best.num_stages,
+            odd=frozenset({"B_BIN", "num_locks", *(f"n_d{x}_locks_{i}" for x in "ec" for i in "01")}),
+        )
+
+
+def _verl_kernels() -> ModuleType | None:
+    """The file with verl's kernels alone: it asks the rest of verl for nothing but the device at hand."""
+    package = importlib.util.find_spec("verl")
+    if package is None or not package.submodule_search_locations:
+        return None
+    file = Path(package.submodule_search_locations[0], "utils", "kernel", "kernels.py")
+    device = ModuleType("verl.utils.device")
+    for name in ("get_device_capability", "get_device_name", "get_torch_device"):
+        setattr(device, name, None)
+    device.is_cuda_available = False  # type: ignore[attr-defined]
+    spec = importlib.util.spec_from_file_location("verl_kernels", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[device.__name__] = sys.modules["verl_kernels"] = device
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[device.__name__]
+    sys.modules["verl_kernels"] = module
+    return module
+
+
+def _verl(make: Any) -> Iterator[Any]:
+    module = _verl_kernels()
+    if module is None:
+        return
+    vectors = ("max", "accu", "entropy_b", "global_logprobs", "global_logprobs_scalar", "maximum", "d_entropy")
+    types = {f"{name}_ptr": "*fp32" for name in (*vectors, "d_logprobs")} | {"labels_ptr": "*i64"}
+    types |= {f"{name}_ptr": "*bf16" for name in ("hidden", "weight", "d_logits")} | {"rcp_temperature": "fp32"}
+    last = ("hidden_k", "weight_k")
+    lines = ("labels", "maximum", "accu", "d_entropy", "d_logprobs", "entropy_b", "d_logits_n")
+    for name, tuned, dense, more in (
+        (
+            "forward",
+            module.efficient_entropy_kernel_general_mainloop,
+            (*last, "max_n", "accu_n", "entropy_b_n", "global_logprobs"),
+            {},
+        ),
+        (
+            "backward, logits' gradient",
+            module.efficient_entropy_backward_kernel_general_d_logits_split_N,
+            (*last, *lines),
+            {"reduction": 0},
+        ),
+    ):
+        kernel, best = _kernel(tuned), tuned.configs[0]
+        ones = {f"stride_{x}": 1 for x in dense}
+        yield make(
+            name=f"verl {name}",
+            kernel=kernel,
+            types=types | {x: "i64" for x in kernel.arg_names if x.startswith("stride_") and x not in ones},
+            constants=ones | more | dict(best.kwargs) | {"USE_TMA": True},
+            warps=best.num_warps,
+            stages=best.num_stages,
+            odd=frozenset({"rank", "split_idx"}),
+        )

@@ -8,7 +8,6 @@ Runs on a CPU as well as on a machine with a GPU; tensors are tiny and on the CP
 
 from __future__ import annotations
 
-import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -21,8 +20,6 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import ctrl_kernels
-
-MODULES = ("advantages", "linear_logprobs", "linear_policy_loss", "policy_loss", "token_logprobs", "value_loss")
 
 
 def microseconds(call: Callable[[], Any], repeats: int = 300) -> float:
@@ -39,18 +36,17 @@ def microseconds(call: Callable[[], Any], repeats: int = 300) -> float:
 def main() -> int:
     """Measure and print."""
     JITFunction.run = lambda self, *_, **__: None
-    for name in MODULES:
-        importlib.import_module(f"ctrl_kernels.{name}").resolve_backend = lambda backend, tensor: "triton"
+    ctrl_kernels.options.INTERPRETED = True  # lets CPU tensors through
     x = torch.randn(64, 64, requires_grad=True)
     targets, groups = torch.zeros(64, dtype=torch.int64), torch.arange(64) // 8
     old, advantages, mask = torch.randn(64, 64), torch.randn(64, 64), torch.ones(64, 64, dtype=torch.bool)
-    k = ctrl_kernels
-    calls = {
-        "token_logprobs": lambda: k.token_logprobs(x, targets, return_entropy=True),
-        "policy_loss": lambda: k.policy_loss(x, old, advantages, mask, denominator=64.0, clip_high=0.28, dual_clip=3.0),
-        "value_loss": lambda: k.value_loss(x, old, advantages, mask, denominator=64.0),
-        "gae": lambda: k.gae(advantages, old, mask, gamma=1.0, lam=0.95),
-        "group_advantages": lambda: k.group_advantages(advantages[0], groups),
+    k, loss_options = ctrl_kernels, {"denominator": 64.0, "clip_high": 0.28, "dual_clip": 3.0}
+    calls: dict[str, Callable[[], Any]] = {
+        "token_logprobs": lambda: k.token_logprobs(x, targets, return_entropy=True, backend="triton"),
+        "policy_loss": lambda: k.policy_loss(x, old, advantages, mask, **loss_options, backend="triton"),
+        "value_loss": lambda: k.value_loss(x, old, advantages, mask, denominator=64.0, backend="triton"),
+        "gae": lambda: k.gae(advantages, old, mask, gamma=1.0, lam=0.95, backend="triton"),
+        "group_advantages": lambda: k.group_advantages(advantages[0], groups, backend="triton"),
     }
     for name, call in calls.items():
         print(f"{name:20}{microseconds(call):8.1f}")

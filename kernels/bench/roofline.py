@@ -1,7 +1,7 @@
 """What the design allows on a card, before a card is at hand: a model of each function from the code that ships.
 
     python kernels/bench/roofline.py [--copy-tb-s 4.3] [--product-tflop-s 740] [--clock-ghz 1.755] [--exposed 0.5]
-                                     [--sass FILE] [--json FILE]
+                                     [--shape N V D] [--sass FILE] [--json FILE]
 
 The linear functions run as they are on tensors without memory, and every matrix product and kernel that they ask for is
 written down with its shape: chunk sizes, orders and types of results are the real ones. A product takes whole waves of
@@ -253,6 +253,8 @@ def main() -> int:
     parser.add_argument("--product-tflop-s", type=float, default=740.0, help="8192^3 in bf16; default: 740")
     parser.add_argument("--clock-ghz", type=float, default=1.755, help="under load; default: 1.755")
     parser.add_argument("--exposed", type=float, default=0.5, help="part of results' traffic that shows; default: 0.5")
+    shape: dict[str, Any] = {"type": int, "nargs": 3, "metavar": ("N", "V", "D"), "default": (8192, 152_064, 3584)}
+    parser.add_argument("--shape", **shape, help="of the functions over a vocabulary; default: 8192 152064 3584")
     parser.add_argument("--sass", type=Path, default=SASS, help="instruction counts from compile.py --json")
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     given = parser.parse_args()
@@ -263,8 +265,9 @@ def main() -> int:
         exposed=given.exposed,
         instructions=counts(given.sass),
     )
-    table = rows(card)
-    print("N=8192 V=152064 D=3584; policy_loss and gae at 1024 x 8192. A model, no measurement.\n")
+    tokens, columns, width = given.shape
+    table = rows(card, tokens, columns, width)
+    print(f"N={tokens} V={columns} D={width}; policy_loss and gae at 1024 x 8192. A model, no measurement.\n")
     print(f"{'':58}{'ms':>9}{'reached':>10}  {'':10} goal")
     for row in table:
         print(f"{row['name']:58}{row['ms']:9.3f}{row['reached']:10.2f}  {row['unit']:10} {row['goal']}")

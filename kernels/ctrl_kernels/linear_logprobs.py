@@ -173,8 +173,10 @@ def backward(
     slopes = [None if g is None else take(g, rows).contiguous() for g in (d_logprob, d_entropy)]
     kept = None
     if saved:
-        position = (targets != options.ignore_index).cumsum(0) - 1 if host_sync else None
-        kept = (weights, tile_max, None if position is None else take(position, rows))
+        kept = (weights, tile_max, None)
+        if host_sync and count(rows, hidden) < len(weights):  # else those with a gradient are those that were saved
+            position = (targets != options.ignore_index).cumsum(0) - 1
+            kept = (weights, tile_max, take(position, rows))
     d_hidden, d_weight, d_bias = _propagate(
         projection, hidden, rows, scores, slopes, kept, asked, main_grad, weight.dtype
     )
@@ -205,12 +207,12 @@ def _propagate(
 
     That of the weight is added to ``main_grad``, if given; in one product it comes in the weight's type, else in fp32.
     """
-    segment, valid, width = projection.segment, projection.options.valid, hidden.element_size()
-    a_token = width * (segment + hidden.shape[1])
+    valid, together = projection.options.valid, projection.together(count(rows, hidden))
+    a_token, most_columns = projection.gradient_bytes(together), projection.columns(together)
     chunks = projection.chunks(count(rows, hidden), a_token, whole_waves=True)
-    space = projection.workspace(chunks, segment, hidden.dtype)
-    parts = [p for c in chunks for p in projection.parts(c, a_token)] if saved is None else []
-    logits_space = projection.workspace(parts, segment, torch.float32)
+    space = projection.workspace(chunks, most_columns, hidden.dtype)
+    parts = [p for c in chunks for p in projection.parts(c, a_token, together)] if saved is None else []
+    logits_space = projection.workspace(parts, most_columns, torch.float32)
     d_hidden = hidden.new_empty((count(rows, hidden), hidden.shape[1]), dtype=torch.float32) if asked[0] else None
     d_weight = main_grad
     if asked[1] and main_grad is None:
@@ -222,13 +224,14 @@ def _propagate(
         ones = hidden_n.new_ones((1, len(hidden_n)))
         scores_n = [x[chunk] for x in scores]
         slopes_n = [None if g is None else g[chunk] for g in slopes]
-        for index, columns in projection.segments():
+        for index, columns in projection.segments(together):
             d_logits = matrix(space, len(hidden_n), columns.stop - columns.start)
             if saved is None:
-                parts = projection.parts(chunk, a_token)
+                parts = projection.parts(chunk, a_token, together)
                 _from_products(projection, parts, hidden_n, columns, logits_space, d_logits, scores_n, slopes_n)
             else:
-                _from_weights(projection, saved, chunk, index, columns, d_logits, scores_n, slopes_n)
+                tiles = slice(index * projection.segment_tiles, (index + together) * projection.segment_tiles)
+                _from_weights(projection, saved, chunk, tiles, columns, d_logits, scores_n, slopes_n)
             to_hidden = None if d_hidden is None else d_hidden[chunk]
             to_weight = d_weight[columns] if asked[1] and d_weight is not None else None
             propagate(to_hidden, d_logits, projection.weight[columns], first=index == 0)
@@ -251,7 +254,7 @@ def _from_products(
     scores: list[torch.Tensor],
     slopes: list[torch.Tensor | None],
 ) -> None:
-    """Fill a segment's gradient from logits that are formed again, part by part."""
+    """Fill the gradient of a few segments from logits that are formed again, part by part."""
     for part in parts:
         targets, _, lse, entropy = (x[part] for x in scores)
         d_logprob, d_entropy = (None if g is None else g[part] for g in slopes)
@@ -273,15 +276,14 @@ def _from_weights(
     projection: Projection,
     saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     chunk: slice,
-    index: int,
+    tiles: slice,
     columns: slice,
     d_logits_nV: torch.Tensor,
     scores: list[torch.Tensor],
     slopes: list[torch.Tensor | None],
 ) -> None:
-    """Fill a segment's gradient from the softmax weights that the forward pass kept."""
+    """Fill the gradient of a few segments from the softmax weights that the forward pass kept."""
     weights, tile_max, position = saved
-    tiles = slice(index * projection.segment_tiles, (index + 1) * projection.segment_tiles)
     d_logprob, d_entropy = slopes
     targets, logprob, lse, entropy = scores
     weights_gradient(

@@ -233,6 +233,12 @@ def _chunk(
     return weights
 
 
+def _check_unit(d_loss: torch.Tensor) -> None:
+    """Raise RuntimeError unless the upstream gradient is 1, where looking at it does not stall a device."""
+    if d_loss.device.type == "cpu" and not torch.compiler.is_compiling() and d_loss.item() != 1.0:
+        raise RuntimeError(f"unit_gradient=True promised an upstream gradient of 1, it is {d_loss.item()}")
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -263,6 +269,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, d_loss: torch.Tensor, d_metrics: torch.Tensor) -> Any:
+        if ctx.at_once:
+            _check_unit(d_loss)
         if torch.compiler.is_compiling():
             *gradients, unit = ctx.saved_tensors
             scaled = [x * (d_loss * unit) for x in gradients]
@@ -347,7 +355,8 @@ def linear_policy_loss(
     The Triton backend forms the gradients in the forward pass and only scales them in the backward pass; in fp16 so
     that a loss scale, which comes as the upstream gradient, still finds what it is to save from underflow.
     ``unit_gradient`` promises that the upstream gradient is 1 and comes once: the weight's gradient then goes to
-    ``main_grad`` in the forward pass, and no second [V, D] exists. The PyTorch backend composes the two functions,
+    ``main_grad`` in the forward pass, and no second [V, D] exists; another gradient is a RuntimeError on a CPU and
+    not looked at on a GPU. The PyTorch backend composes the two functions,
     which is this one's definition.
     """
     softmax, policy = softmax_options(options), policy_options(options)
@@ -372,7 +381,10 @@ def linear_policy_loss(
     if resolve_backend(backend, hidden) == "torch":
         kept_N = torch.where(mask_BT.flatten(), targets_N, softmax.ignore_index)
         layer = {"bias": bias, "main_grad": main_grad}
-        return _composed(hidden_ND, weight, kept_N, mask_BT, by_row, denominator, softmax, policy, layer)
+        loss, found = _composed(hidden_ND, weight, kept_N, mask_BT, by_row, denominator, softmax, policy, layer)
+        if unit_gradient and loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(_check_unit)
+        return loss, found
     check_kernel_dtype(hidden=hidden, weight=weight, bias=bias, **constants)
     if not torch.is_grad_enabled():
         hidden_ND, weight, bias = hidden_ND.detach(), weight.detach(), None if bias is None else bias.detach()

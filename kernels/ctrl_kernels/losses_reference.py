@@ -7,19 +7,26 @@ Legend: B sequences, T steps.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ctrl_kernels.options import K3_LIMIT, LOG_RATIO_LIMIT, Aggregation, PolicyOptions, compute_dtype
+from ctrl_kernels.options import K3_LIMIT, LEAST_LOGPROB, LOG_RATIO_LIMIT, Aggregation, PolicyOptions, compute_dtype
+
+
+def _clamped(x: torch.Tensor, limit: float) -> torch.Tensor:
+    """``x`` between -limit and limit, without gradient outside; NaN stays NaN, in the gradient too."""
+    return torch.where(x.isnan(), x, x.clamp(-limit, limit))
 
 
 def _kl(logprobs_BT: torch.Tensor, ref_BT: torch.Tensor, estimator: str) -> torch.Tensor:
     """An estimate of KL(policy || reference) a token (Schulman 2020, "Approximating KL divergence")."""
-    log_ratio_BT = (logprobs_BT - ref_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratio_BT = _clamped(logprobs_BT - ref_BT.clamp_min(LEAST_LOGPROB), LOG_RATIO_LIMIT)
     if estimator == "k1":
         return log_ratio_BT
     if estimator == "k2":
         return 0.5 * log_ratio_BT.square()
-    return ((-log_ratio_BT).exp() + log_ratio_BT - 1).clamp(-K3_LIMIT, K3_LIMIT)
+    return _clamped((-log_ratio_BT).exp() + log_ratio_BT - 1, K3_LIMIT)
 
 
 def _token_weights(
@@ -65,6 +72,7 @@ def _surrogate(
     if options.objective == "sapo":
         tau_BT = torch.where(rises_BT, options.tau_positive, options.tau_negative)
         return torch.sigmoid(tau_BT * (ratio_BT - 1)) * 4 / tau_BT, none_BT, none_BT
+    logprobs_BT = torch.where(logprobs_BT == -math.inf, LEAST_LOGPROB, logprobs_BT)
     if options.objective == "cispo":
         bounded_BT = ratio_BT.detach().clamp(1 - low, 1 + high)
         return bounded_BT * logprobs_BT, bounded_BT != ratio_BT, none_BT
@@ -110,8 +118,9 @@ def policy_loss(
         return torch.where(active_BT, (tensor.detach() if constant else tensor).to(dtype), 0.0)
 
     count_B1 = active_BT.sum(1, keepdim=True).to(dtype)
-    logprobs_BT, old_BT, advantages_BT = active(logprobs, constant=False), active(old_logprobs), active(advantages)
-    log_ratio_BT = (logprobs_BT - old_BT).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    logprobs_BT, advantages_BT = active(logprobs, constant=False), active(advantages)
+    old_BT = active(old_logprobs).clamp_min(LEAST_LOGPROB)
+    log_ratio_BT = _clamped(logprobs_BT - old_BT, LOG_RATIO_LIMIT)
     ratio_BT = log_ratio_BT.exp()
     geometric_BT = torch.zeros_like(active_BT)
     if options.by_sequence:
@@ -128,8 +137,7 @@ def policy_loss(
     if importance_weights is not None:
         surrogate_BT = surrogate_BT * active(importance_weights)
     weights_BT = _token_weights(active_BT, count_B1, denominator, options)
-    policy_term = (surrogate_BT * weights_BT).sum()
-    loss = policy_term
+    loss = policy_term = (surrogate_BT * weights_BT).sum()
     kl_BT = entropy_BT = torch.zeros_like(logprobs_BT)
     if ref_logprobs is not None:
         kl_BT = _kl(logprobs_BT, active(ref_logprobs), options.kl_estimator) * active_BT

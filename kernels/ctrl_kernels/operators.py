@@ -21,13 +21,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     """Call without autocast and on the first argument's device."""
-    device = arguments[0].device
-    kind = device.type
+    first = arguments[0]
+    kind = "cuda" if first.is_cuda else first.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             return _run(function, arguments)
-    if kind == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    if kind == "cuda" and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
             return function(*arguments)
     return function(*arguments)
 

@@ -34,8 +34,10 @@ KL_ESTIMATORS: tuple[str, ...] = get_args(KlEstimator)
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) is 5e8: beyond it a ratio is a fault of the rollout, not a signal
 K3_LIMIT = 10.0
+LEAST_LOGPROB = -1e30  # stands in for -inf among constant log-probs, where -inf - -inf would be NaN
 FLOOR = -800.0  # exp(FLOOR) is 0 in float64 too: stands in for -inf where -inf * 0 would be NaN
 _MIN_TEMPERATURE = 1e-4
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = isinstance(tl.max, InterpretedFunction)
 """Whether Triton's kernels run in its interpreter: ``TRITON_INTERPRET=1`` before triton's first import."""
 
@@ -91,7 +93,7 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def check_kernel_dtype(**tensors: torch.Tensor | None) -> None:
     """Raise ValueError, naming the tensor, unless every one that is given has a type that the kernels compute with."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor is not None and tensor.dtype not in _KERNEL_DTYPES:
             raise ValueError(f"backend='triton' takes float32, bfloat16 or float16, got {name} in {tensor.dtype}")
 
 

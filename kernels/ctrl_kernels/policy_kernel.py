@@ -10,7 +10,7 @@ from the cache. ``ctrl_kernels.policy_loss`` states the formulas.
 import triton
 import triton.language as tl
 
-from ctrl_kernels.options import K3_LIMIT, LOG_RATIO_LIMIT
+from ctrl_kernels.options import K3_LIMIT, LEAST_LOGPROB, LOG_RATIO_LIMIT
 from ctrl_kernels.token_tiles import clamped, inverse_denominator, load_fp32, token_tile
 
 SUMS = 16  # columns of the partial sums: these, and what the KL and the entropy are in the loss
@@ -19,13 +19,21 @@ METRICS = (
 )  # fmt: skip
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
+_LEAST = tl.constexpr(LEAST_LOGPROB)
 _K3_MAX = tl.constexpr(K3_LIMIT)
 
 
 @triton.jit
+def _finite(logprob):
+    """A log-prob, the least number for -inf; NaN stays NaN."""
+    return tl.maximum(logprob, _LEAST, tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _log_ratio(logprobs_ptr, old_ptr, index, read, active):
-    """The log-ratio as it is; 0 at masked tokens."""
-    return tl.where(active, load_fp32(logprobs_ptr, index, read) - load_fp32(old_ptr, index, read), 0.0)
+    """The log-ratio as it is, -inf at log-probs of -inf; 0 at masked tokens."""
+    old = _finite(load_fp32(old_ptr, index, read))
+    return tl.where(active, load_fp32(logprobs_ptr, index, read) - old, 0.0)
 
 
 @triton.jit
@@ -98,7 +106,7 @@ def _kl(difference, KL: tl.constexpr):
     d = clamped(difference, -_LIMIT, _LIMIT)
     slope = tl.where(tl.abs(difference) > _LIMIT, 0.0, d)
     if KL == "k1":
-        return d, tl.where(slope == slope, tl.where(tl.abs(difference) > _LIMIT, 0.0, 1.0), slope)
+        return d, tl.where(tl.abs(difference) > _LIMIT, 0.0, 1.0)
     return 0.5 * d * d, slope
 
 
@@ -111,12 +119,12 @@ def _sequence_gradient(
     for block in range(0, row_length, LANES * VECTOR):
         index, inside, active, read = token_tile(mask_ptr, begin + block, end, LANES, VECTOR, EVEN)
         raw = _log_ratio(logprobs_ptr, old_ptr, index, read, active)
-        free = active & (tl.abs(raw) <= _LIMIT)
+        free = active
         if GEOMETRIC:
             advantage = tl.where(active, load_fp32(advantages_ptr, index, read), 0.0)
             _, clipped = _geometric(raw, advantage, low, high)
             free = free & (advantage != 0.0) & (clipped == 0)
-        gradient = tl.where(free, share, 0.0)
+        gradient = tl.where(free, tl.where(tl.abs(raw) > _LIMIT, 0.0, share), 0.0)
         if ADD:
             gradient += tl.load(d_logprobs_ptr + index, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_logprobs_ptr + index, gradient.to(d_logprobs_ptr.dtype.element_ty), mask=inside)
@@ -167,12 +175,13 @@ def _policy_term(
         shared = scaled
         _, clipped = _geometric(log_ratio, advantage, low, high)
     else:
-        logp_active = tl.where(active, logp, 0.0)
+        logp_active = tl.where(active, _finite(logp), 0.0)
         old_active = tl.where(active, old, 0.0)
         gradient, clipped = _log_policy_slope(
             logp_active, old_active, advantage, scaled, r, low, high, extra_0, OBJECTIVE
         )
         term = gradient * logp_active
+        gradient = tl.where(logp_active == _LEAST, 0.0, gradient)
     return term, gradient, shared, clipped, dual
 
 
@@ -189,7 +198,7 @@ def _reference_kl(
     ref_ptr, logp, outside, r, index, read, active, KL: tl.constexpr, KL_CORRECTION: tl.constexpr, SHARED: tl.constexpr
 ):
     """The KL estimates, what they are in the loss, and their slopes."""
-    kl, slope = _kl(tl.where(active, logp - load_fp32(ref_ptr, index, read), 0.0), KL)
+    kl, slope = _kl(tl.where(active, logp - _finite(load_fp32(ref_ptr, index, read)), 0.0), KL)
     if KL == "k1":
         slope = tl.where(active, slope, 0.0)
     corrected = kl
@@ -225,7 +234,7 @@ def _policy_tile(
 ):  # fmt: skip
     """Write a tile's gradients; the lanes' sums with it, the last that of slopes which a sequence shares."""
     index, inside, active, read = token_tile(mask_ptr, begin, end, LANES, VECTOR, EVEN)
-    logp, old = load_fp32(logprobs_ptr, index, read), load_fp32(old_ptr, index, read)
+    logp, old = load_fp32(logprobs_ptr, index, read), _finite(load_fp32(old_ptr, index, read))
     advantage = tl.where(active, load_fp32(advantages_ptr, index, read), 0.0)
     raw = tl.where(active, logp - old, 0.0)
     log_ratio = clamped(raw, -_LIMIT, _LIMIT)

@@ -23,7 +23,8 @@ With D = clamp(log pi - log ref, -20, 20) a token's KL estimate (Schulman 2020) 
 
     k1: D        k2: D^2 / 2        k3: clamp(exp(-D) + D - 1, -10, 10),
 
-times r with ``kl_correction`` (DeepSeek-V3.2, arXiv 2512.02556).
+times r with ``kl_correction`` (DeepSeek-V3.2, arXiv 2512.02556). A token whose log pi is -inf has L = D = -20 whatever
+the others are, and no gradient.
 
 The loss sums (policy + kl_coef KL - entropy_coef entropy) over tokens, each with weight 1 / denominator
 (``token-mean`` and ``seq-mean-token-sum``) or 1 / (length denominator) (``seq-mean-token-mean``, length: the
@@ -98,7 +99,7 @@ def policy_terms(
     by_length = options.aggregation == "seq-mean-token-mean" and token_weights is None
     sequence = logprobs.shape[-1] if by_length or options.by_sequence else None
     run, programs, tiles = token_runs(logprobs.numel(), sequence)
-    sums = logprobs.new_empty((programs, SUMS), dtype=torch.float32)
+    sums = logprobs.new_empty(programs, SUMS, dtype=torch.float32)
     if programs == 0:
         return sums
     on_device = isinstance(denominator, torch.Tensor)

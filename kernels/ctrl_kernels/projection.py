@@ -135,12 +135,32 @@ class Projection:
         """Segments of the shard, empty ones included."""
         return segment_count(self.options.ranks)
 
-    def segments(self) -> Iterator[tuple[int, slice]]:
-        """Index and valid columns of every segment that has any."""
-        for index in range(self.segment_count):
+    def segments(self, together: int = 1) -> Iterator[tuple[int, slice]]:
+        """Index and valid columns of every segment that has any, or of so many neighbours at a time."""
+        for index in range(0, self.segment_count, together):
             begin = index * self.segment
             if begin < self.options.valid:
-                yield index, slice(begin, min(begin + self.segment, self.options.valid))
+                yield index, slice(begin, min(begin + together * self.segment, self.options.valid))
+
+    def together(self, tokens: int) -> int:
+        """How many neighbouring segments' gradient [n, columns] the workspace holds for all tokens at once.
+
+        Fewer and larger products fill more of their last waves, and add up the gradient of hidden states less often.
+        """
+        fitting = (
+            n
+            for n in range(self.segment_count, 1, -1)
+            if self.segment_count % n == 0 and len(self.chunks(tokens, self.gradient_bytes(n), whole_waves=True)) <= 1
+        )
+        return next(fitting, 1)
+
+    def columns(self, together: int) -> int:
+        """Of so many segments, at most."""
+        return min(together * self.segment, self.options.valid)
+
+    def gradient_bytes(self, together: int) -> int:
+        """Of a token's part in the gradient of so many segments, and of its hidden states."""
+        return self.weight.element_size() * (self.columns(together) + self.weight.shape[1])
 
     def chunks(self, tokens: int, bytes_per_token: int, *, whole_waves: bool = False) -> list[slice]:
         """Even chunks of tokens, as few as the workspace allows.
@@ -162,11 +182,11 @@ class Projection:
             step = min(sizes, key=lambda n: (2 * self._waves(tokens, n) + ceil_div(tokens, n), -n))
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
-    def parts(self, chunk: slice, bytes_per_token: int) -> list[slice]:
-        """A chunk, of which each token takes so much, in even parts whose fp32 logits of a segment fit beside it."""
+    def parts(self, chunk: slice, bytes_per_token: int, together: int = 1) -> list[slice]:
+        """A chunk, of which each token takes so much, in even parts whose fp32 logits of segments fit beside it."""
         tokens, space = chunk.stop - chunk.start, self._workspace_bytes
         left = max(space - bytes_per_token * tokens, space // _LOGITS_PART)
-        most = max(1, left // (4 * self.segment) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+        most = max(1, left // (4 * max(1, self.columns(together))) // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
         step = _even(tokens, most)
         return [slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step)]
 
@@ -297,8 +317,8 @@ def propagate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, *, f
 def scale_kernel(x_ptr, factor_ptr, count, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        for begin in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
-            index = begin + tl.arange(0, BLOCK).to(tl.int64)
+        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, count, tl.num_programs(0) * BLOCK):
+            index = begin + tl.arange(0, BLOCK)  # 64 bits: a step past the end may pass 2^31
             x = tl.load(x_ptr + index, mask=index < count, other=0.0)
             tl.store(x_ptr + index, (x * factor).to(x_ptr.dtype.element_ty), mask=index < count)
 

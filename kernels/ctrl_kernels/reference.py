@@ -111,9 +111,10 @@ def combine_statistics(statistics_PN4: torch.Tensor) -> tuple[torch.Tensor, torc
     held_N = held_PN.any(0)
     target_N = torch.where(held_PN, target_PN, 0.0).sum(0)
     empty_N = sum_N == 0
-    lse_N = max_N + sum_N.log()
-    logprob_N = torch.where(held_N, torch.where(empty_N, -math.inf, target_N - lse_N), math.nan)
-    entropy_N = torch.where(empty_N, 0.0, sum_N.log() - weighted_N / sum_N)
+    log_sum_N = sum_N.log()
+    lse_N = max_N + log_sum_N
+    logprob_N = torch.where(held_N, torch.where(empty_N, -math.inf, (target_N - max_N) - log_sum_N), math.nan)
+    entropy_N = torch.where(empty_N, 0.0, log_sum_N - weighted_N / sum_N)
     lse_N = torch.where(held_N, torch.where(empty_N, math.inf, lse_N), math.nan)
     return logprob_N, entropy_N, lse_N
 

@@ -6,7 +6,7 @@ The statistics of one part of the vocabulary, for scaled logits z, are four numb
     elsewhere.
 
 Parts combine exactly: with M the largest m, S = sum s exp(m - M) and W = sum (w + s (m - M)) exp(m - M), the
-log-sum-exp is M + log S, the log-prob is t - (M + log S), and the entropy is log S - W / S. Shifting by the maximum
+log-sum-exp is M + log S, the log-prob is (t - M) - log S, and the entropy is log S - W / S. Shifting by the maximum
 keeps every number small, so that neither logits near +-500 nor -inf lose anything.
 
 The vocabulary, over all ranks, is cut into 8 segments. One program reads one segment of a few rows in tiles of fixed
@@ -253,7 +253,7 @@ def combine_kernel(
     empty = s == 0.0
     log_s = tl.log(tl.where(empty, 1.0, s))
     lse = tl.where(empty, float("inf"), m_safe + log_s)
-    logprob = tl.where(empty, float("-inf"), t - lse)
+    logprob = tl.where(empty, float("-inf"), (t - m_safe) - log_s)  # a common offset costs no precision
     entropy = tl.where(empty, 0.0, log_s - w / s)
     tl.store(logprob_ptr + row, tl.where(kept, tl.where(held, logprob, float("nan")), 0.0), mask=inside)
     tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0), mask=inside)

@@ -5,6 +5,7 @@ its ratio, and a run of tokens otherwise, as many as keep a Hopper GPU busy once
 """
 # mypy: disable-error-code="no-untyped-def"
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def inverse_denominator(denominator_ptr, constant):
     return inverse
 
 
+@lru_cache(maxsize=64)
 def token_runs(total: int, sequence: int | None) -> tuple[int, int, dict[str, Any]]:
     """Tokens of a program, how many programs, and the constants of their tiles.
 
@@ -78,7 +80,6 @@ def bytes_of(mask: torch.Tensor) -> torch.Tensor:
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """A constant of a loss, contiguous and without gradient."""
-    if tensor is None:
-        return None
-    constant = tensor.detach() if tensor.requires_grad else tensor
-    return constant if constant.is_contiguous() else constant.contiguous()
+    if tensor is None or (tensor.is_contiguous() and not tensor.requires_grad):
+        return tensor
+    return tensor.detach().contiguous()

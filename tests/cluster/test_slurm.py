@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import random_qwen
+from one_host_slurm import SlurmCluster
 from test_services_local import start_driver, stub, until
 from transformers import AutoTokenizer
 
@@ -54,7 +55,9 @@ def behave(run_dir: Path, **wishes: object) -> None:
     (run_dir / "behaviour.json").write_text(json.dumps(wishes))
 
 
-def test_an_array_and_a_gang_over_two_nodes(on_slurm: Callable[..., Config], run_dir: Path) -> None:
+def test_an_array_and_a_gang_over_two_nodes(
+    on_slurm: Callable[..., Config], run_dir: Path, slurm_cluster: SlurmCluster
+) -> None:
     behave(run_dir, all_reduce=True)
     config = on_slurm(
         executor=ExecutorConfig(elements=3), trainer=TrainerConfig(nodes=2, ranks_per_node=1, device="cpu")
@@ -68,6 +71,12 @@ def test_an_array_and_a_gang_over_two_nodes(on_slurm: Callable[..., Config], run
         trainer.run_trainer(config, run_dir, "sft")
         assert len(queue()) == 3  # the trainer's job is gone
     assert queue() == []
+    # services that were asked to leave, and a trainer that is done, have ended well
+    array = int(found[0].job_id.partition("_")[0])
+    slurm_cluster.finish(array, ["COMPLETED"] * 3)
+    (log,) = run_dir.glob("logs/trainer/*_0_log.out")
+    slurm_cluster.finish(int(log.name.partition("_")[0]), ["COMPLETED"])
+    assert not list((run_dir / "services" / "leave").iterdir())
     sums = [json.loads((run_dir / f"sum-{rank}").read_text()) for rank in range(2)]
     assert [item["sum"] for item in sums] == [3.0, 3.0]
     assert sums[0]["node"] != sums[1]["node"]

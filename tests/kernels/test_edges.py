@@ -159,3 +159,49 @@ def test_transforms_are_refused(transform: Callable[..., torch.Tensor]) -> None:
     for function in functions:
         with pytest.raises(RuntimeError, match=r"torch\.vmap and torch\.func are not supported"):
             transform(function, normal(4, 4))
+
+
+OBJECTIVES: list[dict[str, Any]] = [
+    *({"objective": name} for name in ctrl_kernels.OBJECTIVES),
+    *({"ratio": name} for name in ctrl_kernels.RATIOS[1:]),
+    *({"kl_coef": 0.1, "kl_estimator": name} for name in ctrl_kernels.KL_ESTIMATORS),
+    {"kl_coef": 0.1, "kl_correction": True},
+]
+
+
+def impossible(old: float, options: dict[str, Any], backend: Any, *, new: float = -math.inf) -> list[torch.Tensor]:
+    """Loss and gradient of two sequences, of which a token of the first has these log-probs."""
+    logprobs, constant = normal(2, 4) - 3, normal(2, 4, seed=1) - 3
+    advantages = normal(2, 4, seed=2)
+    logprobs[0, 1], constant[0, 1] = new, old
+    leaf = logprobs.requires_grad_()
+    loss, metrics = ctrl_kernels.policy_loss(
+        leaf, constant, advantages, zeros(2, 4) + 1, ref_logprobs=constant, drift_weights=zeros(2, 4) + 0.1,
+        backend=backend, **options,
+    )  # fmt: skip
+    return [loss.detach(), torch.autograd.grad(loss, leaf)[0], metrics["ratio"], metrics["kl"]]
+
+
+@pytest.mark.parametrize("old", [-math.inf, -2.0])
+@pytest.mark.parametrize("options", OBJECTIVES)
+def test_a_token_of_probability_zero_has_no_gradient(options: dict[str, Any], old: float) -> None:
+    """Its log-ratio is -20 whatever the old log-prob is, so its ratio exp(-20); all numbers are finite."""
+    found, expected = (impossible(old, options, backend) for backend in BACKENDS)
+    for a, b in zip(found, expected, strict=True):
+        assert a.isfinite().all() and torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert found[1][0, 1] == 0 and (found[1][1] != 0).any()
+    if options == {"objective": "clip"}:  # -A exp(-20), or -A (1 - clip_low) where A < 0; and 0.1 |L| of the drift
+        others = impossible(-2.0, options, "triton", new=-2.0)
+        a = normal(2, 4, seed=2)[0, 1].item()
+        change = -a * (math.exp(-20) if a > 0 else 0.8) + 0.1 * 20 + a
+        assert (found[0] - others[0]).item() == pytest.approx(change / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", OBJECTIVES)
+def test_log_probs_that_are_no_numbers_are_loud(options: dict[str, Any]) -> None:
+    """NaN, old or new, makes the loss NaN, and the gradient of its token, or of its sequence where that shares one."""
+    for new, old in ((math.nan, -2.0), (-2.0, math.nan)):
+        found, expected = (impossible(old, options, backend, new=new) for backend in BACKENDS)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=True)
+        assert found[0].isnan() and found[1][0, 1].isnan() and found[1][1].isfinite().all()

@@ -88,7 +88,7 @@ def test_trl_gives_the_same_loss_and_gradients(loss_type: str, level: str, tmp_p
     found = []
     for kind in (ours, GRPOTrainer):
         own = trainer(
-            kind, tiny_model(tmp_path / "model"), tmp_path, beta=0.1, loss_type=loss_type,
+            kind, tiny_model(tmp_path / "model").double(), tmp_path, beta=0.1, loss_type=loss_type,
             importance_sampling_level=level, epsilon_high=0.28, temperature=0.9,
         )  # fmt: skip
         own.model.train()
@@ -98,8 +98,8 @@ def test_trl_gives_the_same_loss_and_gradients(loss_type: str, level: str, tmp_p
         gradients = torch.cat([p.grad.flatten() for p in own.model.parameters() if p.grad is not None])
         found.append((loss.item(), gradients))
     (loss, gradients), (expected, wanted) = found
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert relative_error(gradients, wanted) < 1e-5
+    assert loss == pytest.approx(expected, rel=1e-6, abs=5e-8)  # of terms near 1, which cancel, partly in fp32
+    assert relative_error(gradients, wanted) < 1e-6
 
 
 @pytest.mark.slow

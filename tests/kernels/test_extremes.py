@@ -60,6 +60,18 @@ def test_large_logits(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_common_offset_of_logits_costs_no_precision(offset: float, backend: str, device: torch.device) -> None:
+    """Numbers near 1e4 are a thousandth apart in single precision; their log-probs are as exact as those near 0."""
+    logits = 3 * torch.randn(6, 300, generator=torch.Generator().manual_seed(1)) + offset
+    targets = torch.tensor([0, 7, 299, 12, 150, 3])
+    expected = dense_logprobs(logits.double(), targets)
+    outputs = ctrl_kernels.token_logprobs(logits.to(device), targets.to(device), return_entropy=True, backend=backend)
+    for a, b in zip(outputs, expected, strict=True):
+        assert (a.cpu() - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_confident_predictions_keep_their_gradient(backend: str, device: torch.device) -> None:
     """1 - p of a target with p near 1 must not be lost to the rounding of p."""
     logits = torch.zeros(1, 64, device=device)

@@ -7,6 +7,7 @@ import ctrl_kernels
 import pytest
 import torch
 from ctrl_kernels import reference
+from ctrl_kernels.options import SoftmaxOptions
 from ctrl_kernels.projection import Projection
 from kernel_oracle import dense_logprobs, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,51 @@ class LargestTensor(TorchDispatchMode):
 
 def sevens(tokens: int) -> list[slice]:
     return [slice(i, min(i + 7, tokens)) for i in range(0, tokens, 7)]
+
+
+@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize(("workspace", "together"), [(200_000, 8), (100_000, 4), (60_000, 2), (40_000, 1), (20_000, 1)])
+def test_segments_go_together_as_far_as_the_workspace_holds_them(
+    workspace: int, together: int, save_logits: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 tokens are two tiles of 128, and n segments of 16 columns take 4 (16 n + 6) bytes a token: 256 times that
+    must fit 3/4 of the workspace, 137216 bytes for n = 8, 71680 for 4, 38912 for 2, 22528 for 1, or else in two chunks.
+    """
+    monkeypatch.setattr(Projection, "_workspace_bytes", workspace)
+    hidden, weight, targets, upstream = problem(200, 8 * 16, 6, device)
+    targets[::5] = 1
+    projection = Projection(weight=weight, options=SoftmaxOptions().shard(len(weight)), workspace_mb=1)
+    assert projection.together(len(hidden)) == together
+    assert [s.start for _, s in projection.segments(together)] == list(range(0, 128, together * 16))
+    expected = exact(hidden, weight, targets, upstream)
+    outputs = ctrl_kernels.linear_token_logprobs(
+        hidden, weight, targets, return_entropy=True, save_logits=save_logits, workspace_mb=1, backend="triton"
+    )
+    found = torch.autograd.grad(outputs, (hidden, weight), list(upstream))
+    for a, b in zip((*outputs, *found), expected, strict=True):
+        assert relative_error(a, b) < 3e-6
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_packed_rows_are_taken_as_they_come(backend: Any, device: torch.device) -> None:
+    """Fifty sequences behind one prefix, of which one is long: its row of 400 positions is no dimension of anything."""
+    lengths = [400] + [1] * 49
+    packed, sequences, steps = sum(lengths), len(lengths), max(lengths)
+    hidden, weight, targets, upstream = problem(packed, 16, 4, device)
+    constants = {"old_logprobs": upstream[0] - 3, "advantages": upstream[1], "mask": targets != -100}
+    with LargestTensor() as watched:
+        outputs = ctrl_kernels.linear_token_logprobs(
+            hidden, weight, targets, return_entropy=True, workspace_mb=1, backend=backend
+        )
+        found = torch.autograd.grad(outputs, (hidden, weight), list(upstream))
+        loss, _ = ctrl_kernels.linear_policy_loss(hidden, weight, targets, **constants, backend=backend)
+        torch.autograd.grad(loss, (hidden, weight))
+    assert 16 * constants["mask"].sum() <= watched.elements < sequences * steps
+    for rows in (slice(0, 400), slice(400, 401), slice(448, 449)):
+        alone = ctrl_kernels.linear_token_logprobs(hidden[rows], weight, targets[rows], backend="torch")
+        assert torch.allclose(outputs[0][rows], alone, rtol=1e-5, atol=1e-6)
+    for a, b in zip(found, exact(hidden, weight, targets, upstream)[2:], strict=True):
+        assert relative_error(a, b) < 3e-6
 
 
 @pytest.fixture

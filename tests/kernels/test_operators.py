@@ -1,11 +1,13 @@
 """Manners towards PyTorch: traces, fake tensors, autocast, mixed types, second derivatives, no host synchronisation."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import ctrl_kernels
 import pytest
 import torch
+from ctrl_kernels import operators
 from kernel_oracle import dense_logprobs, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,12 +172,17 @@ def test_master_weight_in_float32(function: Callable[..., torch.Tensor], backend
             assert relative_error(a, b) < 4e-3, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("function", [token_logprobs, linear])
+@pytest.mark.parametrize(
+    ("function", "backend"),
+    [
+        *((f, b) for f in (token_logprobs, linear) for b in BACKENDS),
+        *((f, "triton") for f in (one_pass, policy, value)),
+    ],
+)
 def test_a_second_derivative_is_refused(function: Callable[..., torch.Tensor], backend: str) -> None:
     x = tensors(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     loss = function(x, backend)
-    inputs = [t for t in (x["logits"], x["hidden"]) if t.requires_grad]
+    inputs = [x["logits"], x["hidden"], x["logprobs"]]
     first = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
     norm = sum(g.square().sum() for g in first if g is not None)
     with pytest.raises(RuntimeError, match="differentiate twice"):
@@ -190,16 +197,22 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("function", [linear, one_pass])
-@pytest.mark.parametrize("save_logits", [False, True])
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (linear, {"host_sync": False}),
+        (linear, {"host_sync": False, "save_logits": True}),
+        (one_pass, {"host_sync": False}),
+        *((function, {}) for function in (token_logprobs, policy, value, advantages)),
+    ],
+)
 def test_without_host_synchronisation(
-    function: Callable[..., torch.Tensor], save_logits: bool, device: torch.device
+    function: Callable[..., torch.Tensor], options: dict[str, Any], device: torch.device
 ) -> None:
     x = tensors(device)
     expected = function(x, "triton")
-    options = {"save_logits": save_logits} if function is linear else {}
     with Waits():
-        found = function(x, "triton", host_sync=False, **options)
+        found = function(x, "triton", **options)
         found_gradients = gradients(found, x)
     assert torch.allclose(found, expected, rtol=1e-6)
     for a, b in zip(found_gradients, gradients(expected, x), strict=True):
@@ -225,6 +238,19 @@ def test_bias_and_logit_scale(save_logits: bool, backend: str, device: torch.dev
         torch.autograd.grad(found, inputs), torch.autograd.grad(expected, list(exact.values())), strict=True
     ):
         assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU looking at the gradient would stall it")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_gradient_than_the_promised_one_is_an_error_on_a_cpu(backend: str) -> None:
+    x = {name: t.to("cpu").detach() for name, t in tensors(torch.device("cpu")).items()}
+    x["hidden"].requires_grad_()
+    main_grad = torch.zeros(V, D)
+    loss, _ = ctrl_kernels.linear_policy_loss(
+        x["hidden"], x["weight"], x["targets"], **grid(x), main_grad=main_grad, unit_gradient=True, backend=backend
+    )
+    with pytest.raises(RuntimeError, match=r"promised an upstream gradient of 1, it is 2\.0"):
+        (2 * loss).backward()
 
 
 def test_main_grad_takes_the_gradient_in_the_forward_pass(device: torch.device) -> None:
@@ -261,3 +287,26 @@ def test_another_device_than_the_current_one() -> None:
     with torch.cuda.device(0):
         for function in FUNCTIONS:
             assert function(x, "triton").device == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_launches_happen_on_the_tensors_device(current: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a tensor on the second GPU, which this stands in for: whichever is the current one."""
+    entered: list[Any] = []
+
+    class Guard:
+        def __init__(self, device: Any) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: Any) -> None:
+            entered.append("left")
+
+    second = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"), get_device=lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    found = operators._run(lambda x: (x.device, list(entered)), (second,))
+    assert found == (torch.device("cuda:1"), [] if current == 1 else [torch.device("cuda:1")])
+    assert entered == ([] if current == 1 else [torch.device("cuda:1"), "left"])

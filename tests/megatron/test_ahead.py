@@ -243,10 +243,10 @@ def test_the_trainer_goes_on_while_a_version_is_written(monkeypatch: pytest.Monk
         if folder.name == "v000002":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publish.weights, "gather", lambda *_, spread: iter(()))
+    monkeypatch.setattr(publish.weights, "gather", lambda *_, **__: iter(()))
     monkeypatch.setattr(publish.weights, "write", write)
-    rl, world = SimpleNamespace(publish="full"), SimpleNamespace(size=1)
-    policy = SimpleNamespace(model=None, architecture=None, world=world, config=SimpleNamespace(rl=rl))
+    world, config = SimpleNamespace(size=1), Config(name="test")
+    policy = SimpleNamespace(model=None, architecture=None, world=world, config=config)
     publisher = publish.Publisher(policy, tmp_path, tmp_path)  # type: ignore[arg-type]
     publisher.publish(1, reader)
     assert told == []  # and it is here
@@ -290,4 +290,4 @@ def test_a_phase_that_several_threads_are_in_is_counted_once(monkeypatch: pytest
         pass
     with clock("revise"):
         pass
-    assert clock.take() == {"time/revise_s": 3.5}
+    assert clock.take()["time/revise_s"] == 3.5

@@ -363,5 +363,11 @@ def test_a_function_that_is_not_there_or_fails_is_told(tmp_path: Path) -> None:
         load_function("rl.loss", f"{tmp_path}/mine.py:other")
     with pytest.raises(ValueError, match=r"broken\.py fails: ModuleNotFoundError"):
         load_function("rl.loss", f"{tmp_path}/broken.py:loss")
+    for place in ("mine.py:other", "mine.py:0", "none.py:loss"):  # told before anything is run
+        with pytest.raises(ValueError, match=r"rl\.loss: .* is not allowed; .*that exists and defines it"):
+            load(ROOT / "configs" / "tiny.yaml", [f"rl.loss={tmp_path}/{place}"])
+    (tmp_path / "odd.py").write_text("if True:\n    def loss(*a): return 1\nother: object = loss\nx = y = loss\n")
+    for name in ("loss", "other", "y"):
+        assert load(ROOT / "configs" / "tiny.yaml", [f"rl.loss={tmp_path}/odd.py:{name}"]).rl.loss.endswith(name)
     with pytest.raises(ValueError, match="must give a tensor of shape"):
         Case().ours(RLConfig(loss=f"{tmp_path}/mine.py:loss"))

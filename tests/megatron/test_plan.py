@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from ctrl_hpc.config import (
     ROOT,
     Config,
     CriticConfig,
+    DataConfig,
+    EndpointConfig,
+    ExecutorConfig,
     LoraConfig,
     ParallelConfig,
     PlanConfig,
@@ -22,6 +26,7 @@ from ctrl_hpc.config import (
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.plan.memory import Workload, estimate, parameters_of_rank
 from ctrl_hpc.plan.plan import count, plan
+from ctrl_hpc.records import Limits
 
 GIB = 1 << 30
 H200 = PlanConfig(memory_gb=139.0)
@@ -132,6 +137,72 @@ def test_times_follow_from_the_given_rates() -> None:
     assert found.overlap() == f"rl.max_staleness=0: one after the other, {seconds + sampling:.1f} s"
     ahead = plan(config_of("Llama-3.1-8B", rl=replace(rl, max_staleness=2), plan=given)).overlap()
     assert ahead == f"rl.max_staleness=2: beside each other, {sampling:.1f} s; weights on disk: 4 versions at most"
+
+
+def test_the_costs_of_a_run_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "site.json").write_text('{"executor_tests_per_s": 50, "disk_gb_per_s": 2, "trainer_tflops": 9}')
+    given = replace(
+        H200, trainer_tflops=400.0, rates=str(tmp_path / "site.json"), tests_per_program=25, prompt_tokens=256
+    )
+    config = config_of(
+        "Llama-3.1-8B",
+        rl=RLConfig(prompts_per_step=64, group_size=8, max_tokens=768, max_revision_tokens=512, kl_coef=0.0, steps=10),
+        plan=given,
+        data=DataConfig(n_train=1000),
+        generator="https://api.example.org/v1",
+        generator_model="large",
+        endpoint=EndpointConfig(requests_per_min=512.0, price_in=1.0, price_out=2.0),
+        executor=ExecutorConfig(elements=2, workers=8, limits=Limits(wall_s=4.0)),
+    )
+    found = plan(config).costs
+    weights = 2 * 8030261248
+    assert found.sample_s == pytest.approx(512 * 768 / 3000.0)
+    assert found.revise_s == pytest.approx(60.0)
+    assert found.execute_s == pytest.approx(512 * 25 / 50 / 16)
+    assert found.execute_at_most_s == pytest.approx(512 * 25 * 4 / 16)
+    assert found.load_s == found.publish_s == pytest.approx(weights / 2e9)
+    together = found.load_s + found.sample_s + 60.0 + 16.0 + found.update_s + found.publish_s
+    assert found.step_s == pytest.approx(together)
+    assert (found.tokens_in, found.tokens_out) == (4000 * 256 + 5120 * 1024, 4000 * 1024 + 5120 * 512)
+    assert found.price == pytest.approx((found.tokens_in + 2 * found.tokens_out) / 1e6)
+    assert found.server_bytes == {"critic": weights} and found.cache_token_bytes == {"critic": 4 * 32 * 8 * 128}
+    assert found.disk_bytes["versions"] == 3 * weights and found.disk_bytes["checkpoints"] == 2 * 7 * weights
+    assert found.published_bytes == weights
+    told = "\n".join(plan(config).lines())
+    assert "(50 tests/s a jail, measured)" in told and "(2 GB/s of disk, measured)" in told
+    assert "(3000 tokens/s a server, assumed)" in told and "(400 Tflop/s a rank, given)" in told
+
+
+@pytest.mark.slow
+def test_measured_rates_replace_assumed_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = tmp_path / "site.json"
+    site.write_text('{"trainer_tflops": 9.0}')
+    command = ["bench", "rates", "--out", str(site), "--folder", str(tmp_path), "--seconds", "0.1", "--only"]
+    assert cli.main([*command, "rollout_tokens_per_s"]) == 2
+    assert "--model: needed for rollout_tokens_per_s" in capsys.readouterr().err
+    assert cli.main([*command, "executor_tests_per_s", "disk_gb_per_s"]) == 0
+    measured = json.loads(site.read_text())
+    assert set(measured) == {"trainer_tflops", "executor_tests_per_s", "disk_gb_per_s"}
+    found = plan(config_of("Qwen3-4B", plan=replace(H200, rates=str(site)))).costs.rates
+    assert (found.trainer_tflops.value, found.trainer_tflops.source) == (9.0, "measured")
+    assert found.executor_tests_per_s.value == measured["executor_tests_per_s"] > 1
+    assert found.rollout_tokens_per_s.source == "assumed"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "must map rates to numbers"),
+        ('{"speed": 1}', "speed: unknown; allowed: trainer_tflops, "),
+        ('{"disk_gb_per_s": 0}', "disk_gb_per_s: 0: must be a number greater than 0"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_file_of_rates_that_is_none_is_told(content: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "site.json").write_text(content)
+    with pytest.raises(ValueError, match=r"plan\.rates: .*site\.json: ") as error:
+        plan(config_of("Qwen3-4B", plan=replace(H200, rates=str(tmp_path / "site.json"))))
+    assert told in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["qwen25_coder_7b", "qwen25_coder_32b", "tiny", "humaneval"])

@@ -33,6 +33,13 @@ def again(old: Path, *overrides: str) -> list[str]:
     return ["run", str(ROOT / "configs" / "tiny_faults.yaml"), f"run_dir={old}", *same, *overrides]
 
 
+def among(before: object, after: object) -> bool:
+    """Whether all that was told is told again, to the bit; there may be more."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return all(key in after and among(value, after[key]) for key, value in before.items())
+    return before == after
+
+
 def numbers(old: Path) -> dict[str, object]:
     results = json.loads((old / "report" / "results.json").read_text(encoding="utf-8"))
     return {key: results[key] for key in ("datasets", "learning_curve")}
@@ -47,7 +54,7 @@ def test_its_stages_are_done(old: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_its_report_is_made_anew_with_the_same_numbers(old: Path) -> None:
     before = numbers(old)
     assert cli.main(["report", str(old)]) == 0
-    assert numbers(old) == before
+    assert among(before, numbers(old))
     assert (old / "report" / "index.html").is_file()
 
 
@@ -55,7 +62,7 @@ def test_a_stage_that_is_redone_continues_it(old: Path) -> None:
     before = numbers(old)
     (old / "report" / "done.json").unlink()
     assert cli.main(again(old)) == 0
-    assert directory.is_done(old, "report") and numbers(old) == before
+    assert directory.is_done(old, "report") and among(before, numbers(old))
 
 
 def test_its_status_and_logs_are_read(old: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -393,6 +393,58 @@ def test_files_named_like_modules_mislead_only_the_program() -> None:
         assert result.stdout == b"[]\n"
 
 
+def test_files_too_large_to_be_fetched_cost_the_program_nothing(url: str) -> None:
+    """Whatever a program leaves, what it did is answered."""
+    code = "for name in 'ab': open(name, 'wb').truncate(16 << 20)\nopen('c', 'w').write('x')\nprint(1)"
+    body = {"code": code, "language": "python", "fetch_files": ["a", "b", "c", *["c"] * 20_000]}
+    answer = httpx.post(url + "/run_code", json=body, timeout=60).json()
+    assert answer["run_result"]["stdout"] == "1\n" and set(answer["files"]) <= {"a", "c"}
+
+
+_LIMITED = '"limits":{"cpu_s":1,"wall_s":2,"memory_mb":64,"output_bytes":1000,"processes":4}'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        (
+            "/run_code",
+            '{"code": "1", "language": "python", "run_timeout": NaN}',
+            "run_timeout: Input should be a finite",
+        ),
+        (
+            "/run_code",
+            '{"code": "1", "language": "cpp", "compile_timeout": NaN}',
+            "compile_timeout: Input should be a f",
+        ),
+        (
+            "/run_code",
+            '{"code": "1", "language": "cpp", "compile_timeout": 1e300}',
+            "compile_timeout_s: 1e+300 is more",
+        ),
+        (
+            "/run_code",
+            '{"code": "1", "language": "python", "files": {"a": ""}, "memory_limit_MB": 2000000}',
+            "memory_mb: 2000000 is",
+        ),
+        (
+            "/run_tests",
+            f'{{"executions":[{{"program":"1","tests":[],"time_budget_s":NaN,{_LIMITED}}}]}}',
+            "time_budget_s",
+        ),
+        (
+            "/submit",
+            '{"dataset":"","id":1,"completion":"","config":{"run_timeout":Infinity}}',
+            "config.run_timeout: In",
+        ),
+        ("/tests", "[" * 100_000, "not JSON that can be read: nested too deeply"),
+    ],
+)
+def test_numbers_that_are_none_and_bodies_too_deep_are_refused(url: str, path: str, body: str, told: str) -> None:
+    answer = httpx.post(url + path, content=body, headers={"content-type": "application/json"}, timeout=60)
+    assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
+
+
 def test_fetching_follows_no_link_and_opens_no_pipe(url: str) -> None:
     code = """
 import os

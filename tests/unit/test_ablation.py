@@ -197,7 +197,7 @@ def test_a_sentences_tokens():
     # the critique's text begins with what the prompt put there, and a thought was cut off before it
     begun = replace(made, generation=Generation(text=ADVICE[10:], token_ids=critic.ids(ADVICE[10:])))
     assert tokens_of(begun, sentences(ADVICE), ADVICE[:10], critic.spell)[1] == (1, 3)
-    thought = Generation(text="so so " + ADVICE, token_ids=critic.ids("so so " + ADVICE))
+    thought = Generation(text=ADVICE, token_ids=critic.ids("so so " + ADVICE), thought="so so", thought_tokens=2)
     assert tokens_of(replace(made, generation=thought), sentences(ADVICE), "", critic.spell)[0] == (3, 4)
     assert tokens_of(replace(made, text="other"), [(0, 5)], "", critic.spell) == [(0, 0)]
 

@@ -200,6 +200,15 @@ def test_the_dashboard_shows_what_services_tell() -> None:
     assert f'job="{job["job_name"]}"' in " ".join(queries)
 
 
+def test_how_many_commands_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    marked = sum(needs is not None for _, _, needs in CASES)
+    assert len(CASES) > 100
+    with capsys.disabled():
+        print(
+            f"\n{len(CASES)} commands in {len(PAGES)} pages: {len(CASES) - marked} tried, {marked} name what they need"
+        )
+
+
 def test_what_is_run_dry_here_is_run_for_real_elsewhere() -> None:
     for path in FOR_REAL.values():
         assert (ROOT / path).exists()

@@ -38,9 +38,9 @@ def template(name: str) -> str:
     return resources.files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def tokenizer_of(name: str) -> Any:
-    """A small byte-level tokenizer with a family's control tokens and template."""
-    special, ordinary = FAMILIES[name]
+def tokenizer_of(name: str, tokens: tuple[tuple[str, ...], tuple[str, ...]] | None = None) -> Any:
+    """A small byte-level tokenizer with a family's control tokens, or those given, and its template."""
+    special, ordinary = tokens or FAMILIES[name]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -49,7 +49,7 @@ def tokenizer_of(name: str) -> Any:
     tokenizer.train_from_iterator(["user assistant system im_start im_end think\n\n header tool_call"], trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ordinary])
-    eos = "<|eot_id|>" if "<|eot_id|>" in special else "<|im_end|>"
+    eos = next((token for token in ("<|eot_id|>", "<|im_end|>") if token in special), special[-1])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=eos)
     fast.chat_template = template(name)
     return fast

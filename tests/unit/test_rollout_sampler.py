@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ctrl_hpc.rollout.decoding import Decoding, check_decoding
-from ctrl_hpc.rollout.sampler import NUCLEUS_WIDTHS, Adjustments, Sampler
+from ctrl_hpc.rollout.sampler import NUCLEUS_WIDTHS, Adjustments, Sampler, _nucleus_between, nucleus
 
 CPU = torch.device("cpu")
 
@@ -116,3 +116,21 @@ def test_stop_tokens_wait_for_the_least_length() -> None:
 def test_values_outside_their_range_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_decoding(Decoding(**values), 50)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 8.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.9999])
+def test_a_nucleus_of_a_large_vocabulary_is_a_full_sorts(scale: float, top_p: float) -> None:
+    """Also where all tokens are as likely as each other: those of the lowest ids are kept."""
+    logits_V = torch.randn(20_000, generator=torch.Generator().manual_seed(7)) * scale
+    probs_V = torch.softmax(logits_V, dim=-1)
+    values_V, ids_V = probs_V.sort(descending=True, stable=True)
+    likelier_V = values_V.double().cumsum(0) - values_V.double()
+    kept = set(ids_V[likelier_V < top_p].tolist())
+    found_V = nucleus(probs_V, top_p, 0.0)
+    ids = set(torch.nonzero(found_V)[:, 0].tolist())
+    assert len(ids ^ kept) <= 1 and torch.equal(found_V[sorted(ids)], probs_V[sorted(ids)])  # one at the very edge
+    wrong = float(values_V[0]) * 2
+    for above, below in ((wrong, wrong / 1.01), (0.0, 0.0), (float(values_V[-1]) / 2, 0.0)):
+        assert torch.equal(_nucleus_between(probs_V, top_p, above, below) > 0, found_V > 0)
+    assert nucleus(probs_V, top_p, 1.0).count_nonzero() <= max(1, int((probs_V == values_V[0]).sum()))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrl_hpc.store import segments
-from ctrl_hpc.store.segments import Segments
+from ctrl_hpc.store.segments import Segments, merge_small
 
 
 def key(name: object) -> bytes:
@@ -130,3 +130,31 @@ def test_several_processes_write_at_once(tmp_path: Path) -> None:
         store.refresh()
         assert all(store.get(key(f"{w} {n}")) == f"{w} {n}".encode() * 9 for w in range(3) for n in range(2000))
     assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_many_small_segments_become_one_and_readers_find_the_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "SMALL_BYTES", 1000)
+    keys = [bytes([n]) * 16 for n in range(40)]
+    with Segments(tmp_path) as large:
+        large.put(b"L" * 16, b"x" * 2000)
+    for number, key in enumerate(keys[:31]):
+        with Segments(tmp_path) as store:
+            store.put(key, b"%d" % number)
+            store.put(b"S" * 16, b"of %d" % number)
+    assert merge_small(tmp_path / "none") == merge_small(tmp_path) == 0, "not many yet"
+    with Segments(tmp_path) as store:
+        store.put(keys[31], b"31")
+        store.put(keys[31], b"31 again")
+    torn = sorted(tmp_path.glob("*.dat"))[5]  # of writer 4
+    torn.write_bytes(torn.read_bytes()[:1])
+    with Segments(tmp_path) as reader:
+        reader.refresh()
+        assert reader.get(keys[0]) == b"0"
+        assert merge_small(tmp_path) == 32
+        assert len(list(tmp_path.iterdir())) == 4
+        assert [reader.get(key) for key in keys[:31]] == [b"%d" % number for number in range(31)]
+    with Segments(tmp_path) as fresh:
+        assert fresh.get(keys[31]) == b"31 again" and fresh.get(b"L" * 16) == b"x" * 2000
+        assert fresh.get(b"S" * 16) == b"of 30" and len(fresh) == 34

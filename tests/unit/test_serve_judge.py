@@ -35,6 +35,7 @@ from ctrl_hpc.judge.opinions import (
     Critic,
     How,
     Item,
+    LocalCritic,
     Opinion,
     right_one,
     score,
@@ -42,7 +43,7 @@ from ctrl_hpc.judge.opinions import (
     verdict_probability,
 )
 from ctrl_hpc.judge.server import Judge, Options, create_app, load_critic
-from ctrl_hpc.records import Generation, Solution
+from ctrl_hpc.records import CLOSE_ROOM, Generation, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.service.http import listen
 from ctrl_hpc.tiny import world
@@ -218,6 +219,27 @@ def test_a_score_is_what_the_models_own_logits_say(url, tiny):
     assert found["probability"] == found["raw"] == said["probability"]
 
 
+def test_a_critique_that_ends_without_a_judgement_is_asked_for_one(tiny):
+    """Cut off before its judgement, and continued after the words that ask for one: the same token is read."""
+    prompts = Prompts.load("tiny", critique_close="Overall judgment:")
+    critic = Critic(generator=tiny, prompts=prompts, comparison=comparison_template(None))
+    asked = Item(**item(0))
+    (whole,) = critic_of(tiny).opinions(asked, How(max_tokens=64))
+    (found,) = critic.opinions(asked, How(max_tokens=CLOSE_ROOM + 6))
+    assert whole.text.split("Improvement")[0].startswith(found.text.split("\n\n")[0])
+    assert found.text.split("\n\n")[1].startswith("Overall judgment:") and found.judgement is not None
+    (cut,) = critic_of(tiny).opinions(asked, How(max_tokens=6))
+    assert (cut.judgement, cut.probability) == (None, None)
+    generation = tiny.complete(
+        [prompts.critique(PROBLEMS[0], Solution(id="", problem_id="", text="", program=""))],
+        Sampling(temperature=0.0, max_tokens=6),
+    )[0][0]
+    (longer,) = tiny.extend([()], [generation], "\n\nOverall judgment:", [Sampling(temperature=0.0, max_tokens=32)])
+    start, end = longer.forced
+    assert longer.token_ids[:start] == generation.token_ids and longer.top_logprobs[start:end] == ((),) * (end - start)
+    assert 0 < found.probability < 1  # by the tokens, not by the vote
+
+
 def test_what_was_asked_is_not_asked_again_and_company_shares_a_batch(tiny, monkeypatch):
     batches, generate = [], tiny.worker.engine.generate
     monkeypatch.setattr(
@@ -276,6 +298,12 @@ def test_one_bad_item_loses_nothing_and_is_asked_anew(url):
         "items.0.code: Extra inputs are not permitted",
     )
     assert httpx.post(f"{url}/score", json={"items": [], "votes": 0}).status_code == 400
+
+
+def test_a_dead_model_thread_is_not_healthy():
+    critic = LocalCritic(SimpleNamespace(alive=False), None)
+    with serving(Judge(critic_of(critic), "", None, None)) as url:
+        assert httpx.get(f"{url}/health").status_code == 503
 
 
 def test_two_answers_are_compared_apart_or_side_by_side():

@@ -135,7 +135,7 @@ data nowhere.yaml                               | nowhere.yaml: no such configur
 
 FILES = """
 nowhere.yaml        | nowhere.yaml: no such configuration file
-nowhere             | nowhere: no such configuration file; packaged: humaneval, qwen25_coder_32b, qwen25_coder_7b, tiny
+nowhere             | nowhere: no such configuration file; packaged: ctrl_32b_released, humaneval, qwen25_coder_32b
 tinny               | tinny: no such configuration file (did you mean tiny?)
 god.yaml            | god.yaml: no such configuration file (did you mean good.yaml?)
 folder              | folder: is a folder, no configuration
@@ -181,6 +181,10 @@ rl.max_staleness=-1              | rl.max_staleness: -1 is not allowed
 rl.importance_cap=0              | rl.importance_cap: 0.0 is not allowed
 rl.optimizer.lr=-1               | rl.optimizer.lr
 rl.optimizer.lr=fast             | rl.optimizer.lr
+rl.optimizer.lr=.inf             | rl.optimizer.lr: inf is not allowed; it must be finite
+rl.temperature=.nan              | rl.temperature: nan is not allowed; it must be finite
+tracking.writers=tensorboard     | tracking.writers: 'tensorboard' is not a list
+tracking.writers=[wandb]         | tracking.writers: Invalid value ['wandb'], expected one of
 rl.optimizer.schedule=step       | rl.optimizer.schedule
 rl.save_every=0                  | rl.save_every: 0 is not allowed
 sft.epochs=0                     | sft.epochs: 0 is not allowed
@@ -249,8 +253,11 @@ cluster=nowhere.yaml             | cluster: 'nowhere.yaml' is not a profile
 name=a/b                         | name: 'a/b' is not allowed; it must be a name without slashes
 name=                            | name
 seed=-1                          | seed: -1 is not allowed
+seed=99999999999999999999        | seed: 99999999999999999999 is not allowed; it must be less than 2**63
 seed=x                           | seed
 run_dir=file                     | {here}/file: is a file; choose another run_dir
+run_dir=loop                     | {here}/loop: is a link that leads nowhere; choose another run_dir
+run_dir=gone/x                   | {here}/gone: is a link that leads nowhere; choose another run_dir
 run_dir=file/x                   | {here}/file: is a file; choose another run_dir
 run_dir=other                    | {here}/other: is not a run directory and not empty
 =5                               | expected KEY=VALUE
@@ -306,6 +313,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone").symlink_to("nowhere")
     texts = {
         **{"file": "mine", "not_json.jsonl": "{'id': 1}\n", "list.yaml": "- a\n- b\n", "empty.yaml": ""},
         **{

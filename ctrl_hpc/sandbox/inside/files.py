@@ -16,6 +16,7 @@ _FOLDER = "/tmp"
 _ROOTS = ("tmp", "mnt")
 """Where absolute paths may lead: ``/mnt`` is the same folder under the name that SandboxFusion's images have."""
 _MAX_FILE_BYTES = 16 << 20
+"""Of one file, and of all that are fetched together."""
 
 
 def parts(path: str) -> list[str]:
@@ -38,17 +39,20 @@ def put(request: bytes) -> None:
 
 
 def fetch(request: bytes) -> bytes:
-    """``{path: base64}`` of those files of ``[path, ...]`` that are there, as JSON."""
+    """``{path: base64}`` of those files of ``[path, ...]`` that are there, as JSON; what is too large is left out."""
     found: dict[str, str] = {}
+    left = _MAX_FILE_BYTES
     for path in json.loads(request):
         try:
-            found[path] = base64.b64encode(_read(parts(path))).decode("ascii")
-        except OSError:  # absent, a link, a pipe, unreadable: nothing to fetch
+            content = _read(parts(path), left)
+        except OSError:  # absent, a link, a pipe, unreadable, too large: nothing to fetch
             continue
+        left -= len(content) + len(path)
+        found[path] = base64.b64encode(content).decode("ascii")
     return json.dumps(found).encode()
 
 
-def _read(names: list[str]) -> bytes:
+def _read(names: list[str], most: int) -> bytes:
     fd = os.open(_FOLDER, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in names[:-1]:
@@ -60,7 +64,7 @@ def _read(names: list[str]) -> bytes:
         os.close(fd)
     try:
         info = os.fstat(file)
-        if not stat.S_ISREG(info.st_mode) or info.st_size > _MAX_FILE_BYTES:
+        if not stat.S_ISREG(info.st_mode) or info.st_size > most:
             raise OSError("not a plain file of moderate size")
         return os.pread(file, info.st_size, 0)
     finally:
