@@ -26,6 +26,8 @@ class JobRecord:
     started: float | None
     log: str
     tasks: int
+    gpus: Sequence[int] = ()
+    """Local: the GPUs of its machine that it sees, by number."""
 
 
 def folder_of(run_dir: str | Path) -> Path:

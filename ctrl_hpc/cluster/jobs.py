@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
+import pynvml
 import submitit
 from submitit.core.utils import JobPaths
 from submitit.slurm.slurm import SlurmExecutor
@@ -59,6 +61,8 @@ class Job:
     """submitit's job."""
     engine: str
     tasks: int
+    gpus: tuple[int, ...] = ()
+    """Local: those of the machine that it sees, by number; empty: as many as it asks for, from the first on."""
     submitted: float = field(default_factory=time.monotonic)
     first_seen: float = 0.0
     """Local: when the first of its tasks was seen."""
@@ -134,6 +138,8 @@ class Jobs:
         allows none so large); does not wait for them."""
         with _environment_lock, _environment(threads, self._wandb_mode), _interrupts_blocked():
             executor = self._executor(role, resources, nodes, tasks_per_node)
+            if self._launch.engine == "local" and resources.gpus:
+                return self._submit_beside(executor, role, function, arguments, elements, resources, tasks_per_node)
             handles = []
             size = self._slurm.largest_array() if self._launch.engine == "slurm" else len(arguments)
             for start in range(0, len(arguments), size):
@@ -152,20 +158,41 @@ class Jobs:
             self._record()
         return jobs
 
-    def _executor(self, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> submitit.AutoExecutor:
+    def _submit_beside(
+        self,
+        executor: submitit.LocalExecutor,
+        role: str,
+        function: Callable[..., Any],
+        arguments: Sequence[tuple[Any, ...]],
+        elements: Sequence[int] | None,
+        resources: JobConfig,
+        tasks: int,
+    ) -> list[Job]:
+        """Local jobs with GPUs, each on those that the run's other jobs on this machine use least."""
+        jobs = []
+        for number, given in zip(range(len(arguments)) if elements is None else elements, arguments, strict=True):
+            gpus = _least_used(self._run_dir, resources.gpus * tasks)
+            executor.update_parameters(visible_gpus=gpus)
+            handle = executor.submit(function, *given)
+            jobs.append(Job(role=role, element=number, handle=handle, engine="local", tasks=tasks, gpus=gpus))
+            with self._lock:
+                self._jobs.append(jobs[-1])
+                self._record()
+        return jobs
+
+    def _executor(self, role: str, resources: JobConfig, nodes: int, tasks_per_node: int) -> submitit.Executor:
         launch = self._launch
         # without %j: Slurm makes no folders, and would lose the log of a job that starts at once
         folder = self.log_dir / role
-        executor = submitit.AutoExecutor(
-            folder=folder,
-            cluster=launch.engine,
-            slurm_max_num_timeout=launch.max_requeues,
-            **{f"{launch.engine}_python": _python(launch, resources, snapshot.latest(self._run_dir))},
-        )
+        python = _python(launch, resources, snapshot.latest(self._run_dir))
         common = _common(self._name, role, resources, nodes, tasks_per_node)
         if launch.engine == "local":
-            executor.update_parameters(**common, gpus_per_node=resources.gpus * tasks_per_node)
-            return executor
+            local = submitit.LocalExecutor(folder, python=python)
+            local.update_parameters(**common, gpus_per_node=resources.gpus * tasks_per_node)
+            return local
+        executor = submitit.AutoExecutor(
+            folder=folder, cluster=launch.engine, slurm_max_num_timeout=launch.max_requeues, slurm_python=python
+        )
         own = _slurm_parameters(launch, folder, resources, nodes * tasks_per_node, tasks_per_node)
         executor.update_parameters(**common, **{f"slurm_{name}": value for name, value in own.items()})
         return executor
@@ -245,6 +272,29 @@ class Jobs:
         except OSError as error:  # jobs end with their driver, recorded or not
             if error.errno not in disk.FULL:
                 raise
+
+
+def _least_used(run_dir: Path, count: int) -> tuple[int, ...]:
+    """``count`` GPUs of this machine, those first that the fewest living local jobs of the run see.
+
+    Those of ``CUDA_VISIBLE_DEVICES``, where it is set, else all that NVML finds; empty where there are not so many.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        try:
+            pynvml.nvmlInit()
+            known = list(range(pynvml.nvmlDeviceGetCount()))
+        except pynvml.NVMLError:
+            known = []
+    else:
+        known = [int(number) for number in given.split(",") if number.strip().isdecimal()]  # others have names
+    seen = Counter(
+        gpu
+        for record in job_records.recorded(run_dir)
+        if record.engine == "local" and processes.is_running(int(record.job_id), record.started)
+        for gpu in record.gpus
+    )
+    return tuple(sorted(known, key=lambda gpu: (seen[gpu], gpu))[:count]) if count <= len(known) else ()
 
 
 def _python(launch: LaunchConfig, resources: JobConfig, code: Path | None) -> str:
@@ -329,6 +379,7 @@ def _record_of(job: Job) -> JobRecord:
         started=processes.started(int(job.id)) if job.engine == "local" else None,
         log=str(job.log()),
         tasks=job.tasks,
+        gpus=job.gpus,
     )
 
 

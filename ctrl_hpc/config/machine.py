@@ -188,7 +188,7 @@ class JobConfig:
     memory_gb: Positive[float] | None = None
     """Memory of a node's share in GiB."""
     gpus: NotNegative[int] = 0
-    """GPUs a task."""
+    """GPUs a task; on this machine (``launch.engine=local``) those that the run's other jobs use least."""
     time_min: Positive[int] = 240
     """Time limit in minutes."""
     constraint: str | None = None

@@ -16,11 +16,12 @@ import cloudpickle
 import psutil
 import pytest
 
+from ctrl_hpc.cluster import job_records, status
 from ctrl_hpc.cluster import services as services_module
-from ctrl_hpc.cluster import status
+from ctrl_hpc.cluster.jobs import Jobs
 from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.cluster.services import Services
-from ctrl_hpc.config import Config, ExecutorConfig
+from ctrl_hpc.config import Config, ExecutorConfig, JobConfig
 
 pytestmark = pytest.mark.slow
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -242,3 +243,27 @@ def test_stop_from_outside_ends_driver_and_services(run_dir: Path) -> None:
     driver.communicate()
     assert said == [f"driver {driver.pid} ended"]
     assert not any(member.is_running() for member in members)
+
+
+def test_local_jobs_share_the_gpus_of_the_machine(
+    make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    servers, trainers = Jobs(config, run_dir, "services"), Jobs(config, run_dir, "trainer")
+    one = JobConfig(gpus=1)
+    started = servers.submit("critic", time.sleep, [(60,), (60,)], one)
+    try:
+        started += trainers.submit("trainer", time.sleep, [(60,)], one)
+        started += servers.submit("executor", time.sleep, [(60,)], JobConfig())
+        seen = [psutil.Process(int(job.id)).environ()["CUDA_VISIBLE_DEVICES"] for job in started]
+        assert seen == ["4", "5", "7", ""]
+        servers.end(started[:1])  # its GPU is the least used then
+        started += trainers.submit("trainer", time.sleep, [(60,)], JobConfig(gpus=1), tasks_per_node=2)
+        assert [job.gpus for job in started] == [(4,), (5,), (7,), (), (4, 5)]
+        started += trainers.submit("trainer", time.sleep, [(60,)], JobConfig(gpus=4))
+        assert started[-1].gpus == ()  # more than there are
+        assert [list(job.gpus) for job in job_records.recorded(run_dir) if job.role == "critic"] == [[5]]
+    finally:
+        servers.end(started)
+        trainers.end(started)
