@@ -133,8 +133,9 @@ def several(tmp_path):
 
 def test_several_runs_by_variant(several, capsys):
     names = [str(several / name) for name in ("grpo-seed0", "grpo-seed1", "rloo-seed0")]
-    assert cli.main(["report", *names, "--out", str(several / "out"), "--title", "Ablation"]) == 0
+    assert cli.main(["report", *names, "--out", str(several / "out"), "--title", "Ablation", "--json"]) == 0
     results = json.loads((several / "out" / "results.json").read_text())
+    assert json.loads(capsys.readouterr().out) == results
     grpo = results["variants"]["grpo"]
     assert grpo["seeds"] == [0, 1]
     found = grpo["datasets"]["codecontests"]["critics"]["rl"]

@@ -83,6 +83,7 @@ report folder seed=1                            | overrides go with a configurat
 report folder --out other                       | other is not empty and holds no results.json
 report folder --out file                        | {here}/file is a file, not a folder
 report folder --out /proc/x                     | /proc is not writable
+report tiny --json                              | --json: goes with run directories
 report tiny                                     | report: needs the records of eval
 report tiny --out x                             | one configuration at a time, without --out
 suite                                           | required: SUITE
@@ -135,7 +136,7 @@ data nowhere.yaml                               | nowhere.yaml: no such configur
 
 FILES = """
 nowhere.yaml        | nowhere.yaml: no such configuration file
-nowhere             | nowhere: no such configuration file; packaged: ctrl_32b_released, humaneval, qwen25_coder_32b
+nowhere             | nowhere: no such configuration file; packaged: ctrl_32b_released, humaneval, qwen25
 tinny               | tinny: no such configuration file (did you mean tiny?)
 god.yaml            | god.yaml: no such configuration file (did you mean good.yaml?)
 folder              | folder: is a folder, no configuration
