@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ def run(options: argparse.Namespace, stage: Callable[[argparse.Namespace], int])
         return stage(options)
     if overrides:
         raise ValueError(f"report: {overrides[0]!r}: overrides go with a configuration, not with run directories")
-    results = _runs(targets, options.out, options.title)
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():  # the tables are for people
+        results = _runs(targets, options.out, options.title)
     if options.json:
         print(json.dumps(results, indent=1, allow_nan=False))
     return 0
