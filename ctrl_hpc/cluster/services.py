@@ -81,6 +81,7 @@ class Services:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background job may ignore SIGINT
                 self._handlers[number] = signal.signal(number, _interrupt)
+            sys.unraisablehook = _again
         threading.Thread(target=self._watch, name="service-watch", daemon=True).start()
         return self
 
@@ -88,6 +89,8 @@ class Services:
         self.stop()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._handlers:
+            sys.unraisablehook = sys.__unraisablehook__
 
     def start(self, roles: Iterable[str]) -> None:
         """Start the arrays of these roles, all at once, and wait for the first element of each."""
@@ -293,3 +296,14 @@ class Services:
 def _interrupt(number: int, _: FrameType | None) -> None:
     print(f"ctrl-hpc: {signal.Signals(number).name}: stopping", file=sys.stderr)
     raise KeyboardInterrupt
+
+
+def _again(lost: sys.UnraisableHookArgs) -> None:
+    """An interruption that met Python in a callback (a weak reference's, say, while modules are imported), where no
+    exception goes further, comes again a moment later."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()

@@ -267,3 +267,20 @@ def test_local_jobs_share_the_gpus_of_the_machine(
     finally:
         servers.end(started)
         trainers.end(started)
+
+
+def test_an_interruption_that_python_swallows_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Last:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)  # the exception ends this, and goes no further
+
+    monkeypatch.setattr(sys, "unraisablehook", services_module._again)
+    before = signal.signal(signal.SIGTERM, services_module._interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            last = Last()
+            del last
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
