@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +22,13 @@ from ctrl_hpc.config import ROOT
 
 pytestmark = pytest.mark.slow
 Command = Callable[..., subprocess.CompletedProcess[str]]
+DRY = """
+import json, sys
+from ctrl_hpc import cli
+for command in json.load(sys.stdin):
+    print(cli.main(command), *command, file=sys.stderr)
+"""
+"""Runs commands in one process, which imports once; tells each's exit status on standard error."""
 SMALL = (
     *("data.n_train=24", "data.n_eval=8", "synthesize.n_critiques=12", "sft.epochs=1", "sft.batch_size=8"),
     *("rl.steps=1", "rl.prompts_per_step=4", "rl.group_size=4", "tiny.require_conditions=false", "eval.bootstrap=50"),
@@ -71,6 +80,33 @@ def test_it_runs_from_its_own_files(environment: Path, command: Command) -> None
     assert done.returncode == 0, done.stderr
     assert f"generator: {environment}/lib/" in done.stdout
     assert command("suite", "tiny_ablation", "--dry-run").returncode == 0
+
+
+def documented() -> list[list[str]]:
+    """Commands of the pages that start or explain runs of packaged configurations, each to be run dry."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    found = []
+    for line in lines:
+        text, _, comment = line.partition(" #")
+        own = re.search(r"examples/|my_|problems\.jsonl|=[A-Z_]{3,}", text)  # files of a checkout or of one's own
+        if re.match(r"ctrl-hpc (run|suite|config|help) ", text) and "needs:" not in comment and not own:
+            words = shlex.split(text)[1:]
+            found.append([*words, "--dry-run"] if words[0] in ("run", "suite") and "--dry-run" not in words else words)
+    return found
+
+
+def test_what_the_pages_say_works_without_a_checkout(environment: Path, tmp_path: Path) -> None:
+    asked = documented()
+    assert len(asked) >= 25
+    variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    program = [environment / "bin" / "python", "-c", DRY]
+    done = subprocess.run(
+        program, cwd=tmp_path, env=variables, input=json.dumps(asked), capture_output=True, text=True, check=False
+    )
+    told = done.stderr.splitlines()
+    assert [line for words in asked if (line := f"0 {' '.join(words)}") not in told] == [], done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_doctor(command: Command) -> None:
