@@ -248,9 +248,13 @@ def _joined(begun: Generation, text: str, forced: tuple[int, ...], rest: Generat
 
 
 def _parameters(sampling: Sampling, seed: int | None) -> dict[str, Any]:
+    """SGLang's parameters; those that change nothing are named, because a server may have other defaults."""
     out: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "max_new_tokens": sampling.max_tokens,
     }
     if seed is not None:
