@@ -240,9 +240,7 @@ def test_what_a_server_aborts_is_asked_again(tokenizer: Any, monkeypatch: pytest
     assert all(params | neutral == params for params in asked[0]["sampling_params"])
 
 
-def test_a_server_that_aborts_everything_is_left_after_a_while(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_aborts_everything_is_left_after_a_while(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "COOL_DOWN_S", (0.0, 0.0))
     monkeypatch.setattr(fleet, "POLL_S", 0.001)
     asked, answer = aborting(10**9)
