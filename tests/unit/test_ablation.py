@@ -18,8 +18,9 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Critique, Generation, Problem, Rules, Sampling, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.report import page, results
 from ctrl_hpc.train.advantages import estimate
-from ctrl_hpc.train.collect import Collector, roll_out
+from ctrl_hpc.train.collect import Collector, collect, roll_out
 from ctrl_hpc.train.credit import tokens_of
+from ctrl_hpc.train.drafts import DraftPool
 from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rewards import Rewards
 from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups
@@ -258,3 +259,24 @@ def test_credit_that_is_too_dear_or_has_no_meaning_is_refused(overrides, told):
     with pytest.raises(ValueError, match=re.escape(told)):
         load(ROOT / "configs" / "tiny.yaml", ["rl.credit=sentence", *overrides])
     assert load(ROOT / "configs" / "tiny.yaml", ["rl.credit=sentence"]).rl.credit == "sentence"
+
+
+def test_a_reward_of_ones_own_that_fails_for_all_of_a_step_ends_it(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def f(problem, draft, critique, revision): return 1 / 0\n")
+    critic = Tokens([ADVICE, ADVICE])
+    critic.update_weights = lambda folder, version: None
+    services = toy_world.Connections()
+    services.critic = critic
+    problem, draft, _ = sample()
+    draft = replace(draft, verdict=Verdict(status="wrong_answer"))
+    options = RLConfig(reward=f"{tmp_path}/mine.py:f", group_size=2, prompts_per_step=1, minibatches=1)
+    made = Collector(
+        config=Config(name="own", rl=options),
+        stage=tmp_path,
+        prompts=Prompts.load("default"),
+        connections=services,
+        pool=DraftPool(pairs=((problem, draft),), seed=0),
+    )
+    with pytest.raises(ValueError, match=r"rl\.reward: .*mine\.py:f failed for all 2 critiques of step 0, see above"):
+        collect(made, 0, 0, 0)
+    assert "ZeroDivisionError: division by zero; 2 of 2 critiques are left out" in capsys.readouterr().out
