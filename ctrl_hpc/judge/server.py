@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 from collections import OrderedDict
@@ -42,7 +43,7 @@ from ctrl_hpc.judge.opinions import (
 )
 from ctrl_hpc.records import Generator
 from ctrl_hpc.service import http as http_service
-from ctrl_hpc.store.segments import KEY_BYTES, Segments
+from ctrl_hpc.store.segments import KEY_BYTES, Segments, Tolerant
 
 MAX_BODY_BYTES = 1 << 28
 AT_ONCE = 64
@@ -129,13 +130,14 @@ class Judge:
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge")
         self._known: OrderedDict[str, asyncio.Task[Any]] = OrderedDict()
         self._disk = None if cache is None else Segments(cache)
+        self._unless_disk_fails = Tolerant("judge's cache")
         self.totals = Totals()
 
     def close(self) -> None:
         """End the threads and close the cache's files."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._disk is not None:
-            self._disk.close()
+            self._unless_disk_fails(self._disk.close)
 
     @property
     def alive(self) -> bool:
@@ -175,13 +177,14 @@ class Judge:
     async def _answered(self, key: str, answer: Callable[[], Any]) -> Any:
         def work() -> Any:
             place = bytes.fromhex(key)[:KEY_BYTES]
-            kept = None if self._disk is None else self._disk.get(place)
+            disk = self._disk
+            kept = None if disk is None else self._unless_disk_fails(lambda: disk.get(place))
             if kept is not None:
                 self.totals.cached += 1
                 return json.loads(kept)
             found = answer()
-            if self._disk is not None:
-                self._disk.put(place, json.dumps(found).encode())
+            if disk is not None:
+                self._unless_disk_fails(lambda: disk.put(place, json.dumps(found).encode()))
             return found
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -241,9 +244,12 @@ async def _results[T](
     found = await asyncio.gather(*map(one, items), return_exceptions=True)
     results: list[dict[str, Any]] = []
     for item in found:
-        if isinstance(item, ValueError | RuntimeError):
+        if isinstance(item, Exception):
             judge.totals.errors += 1
-            results.append({"error": str(item)})
+            told = isinstance(item, ValueError | RuntimeError)
+            if not told:
+                logging.getLogger(__name__).error("an item cannot be judged", exc_info=item)
+            results.append({"error": str(item) if told else f"{type(item).__name__}: {item}"})
         elif isinstance(item, BaseException):
             raise item
         else:

@@ -288,6 +288,28 @@ def test_answers_kept_on_disk_outlive_the_service(tmp_path):
     assert critic.asked == 2
 
 
+def test_a_lost_disk_costs_the_cache_not_the_judgements(tmp_path, caplog):
+    critic = Scripted(lambda text, j: "Overall judgment: Correct")
+    (tmp_path / "cache").write_text("a file")
+    with serving(Judge(critic_of(critic), "", None, tmp_path / "cache")) as url:
+        results = asked(url, "/score", [item(0), item(1)])
+        assert [result["raw"] for result in results] == [1.0, 1.0]
+        assert asked(url, "/score", [item(0)])[0]["raw"] == 1.0 and critic.asked == 2
+    assert [record.message.split(":")[0] for record in caplog.records] == ["the judge's cache fails"]
+
+
+def test_a_fault_costs_its_item_alone(caplog):
+    def faulty(text, j):
+        if "bad" in text:
+            raise ConnectionResetError("gone")
+        return "Overall judgment: Correct"
+
+    with serving(Judge(critic_of(Scripted(faulty)), "", None, None)) as url:
+        first, second = asked(url, "/score", [{"problem": "bad", "answer": "x"}, item(0)])
+    assert first == {"error": "ConnectionResetError: gone"} and second["raw"] == 1.0
+    assert "an item cannot be judged" in caplog.text
+
+
 def test_one_bad_item_loses_nothing_and_is_asked_anew(url):
     def moody(text, j):
         if "bad" in text and critic.asked < 4:
