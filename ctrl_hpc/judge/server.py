@@ -28,7 +28,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.calibration import Calibration
 from ctrl_hpc.flow.comparison import comparison_template
-from ctrl_hpc.flow.prompts import Prompts, packaged
+from ctrl_hpc.flow.prompts import Prompts, closing, packaged
 from ctrl_hpc.judge.opinions import (
     TOP,
     Critic,
@@ -41,7 +41,8 @@ from ctrl_hpc.judge.opinions import (
     right_one,
     score,
 )
-from ctrl_hpc.records import Generator
+from ctrl_hpc.records import CLOSE_ROOM, Generator
+from ctrl_hpc.rollout.chat import inside_ids
 from ctrl_hpc.service import http as http_service
 from ctrl_hpc.store.segments import KEY_BYTES, Segments, Tolerant
 
@@ -52,6 +53,8 @@ KEPT = 1 << 16
 """Answers kept in memory."""
 SAMPLED = 0.7
 """Temperature of several votes, where a request names none; one vote is greedy."""
+_READING = "thoughts apart"
+"""How an answer is read; another word where that changes, so that no answer kept before is served."""
 _Text = Annotated[str, Field(max_length=1 << 22)]
 
 
@@ -296,10 +299,10 @@ def identity(model: str, folder: str, *settings: Any) -> str:
     prompts = sorted((own if own.is_dir() else Path(folder)).glob("*.j2"))
     texts = [file.read_text(encoding="utf-8") for file in (*prompts, packaged() / "comparison.j2")]
     if is_url(model):
-        return content_hash(model, texts, settings)
+        return content_hash(_READING, model, texts, settings)
     files = sorted(file for file in Path(model).resolve().iterdir() if file.is_file())
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return content_hash(facts, texts, settings)
+    return content_hash(_READING, facts, texts, settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,6 +387,8 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (ValueError, OSError) as error:  # of several lines
         raise ValueError(f"{options.model}: no tokenizer that can be read: {' '.join(str(error).split())}") from None
+    if options.critique_close:
+        _check_close(options.critique_close, tokenizer)
     engine = load_engine(
         options.model,
         device=options.device,
@@ -394,6 +399,15 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
     )
     worker = Worker(engine)
     return LocalCritic(worker, tokenizer, top_logprobs=0 if options.batching == "continuous" else TOP), worker.close
+
+
+def _check_close(text: str, tokenizer: Any) -> None:
+    """Raises ValueError where the closing words leave no token of the room that is kept for them and a judgement."""
+    n_tokens = len(inside_ids(tokenizer, closing(text)))
+    if n_tokens >= CLOSE_ROOM:
+        raise ValueError(
+            f"--critique-close: has {n_tokens} tokens, its line breaks among them; at most {CLOSE_ROOM - 1}"
+        )
 
 
 def _until_told(
