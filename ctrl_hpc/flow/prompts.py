@@ -106,6 +106,11 @@ class Prompts:
         return (user,) if self.system is None else (Message(role="system", content=self.system), user)
 
 
+def closing(words: str) -> str:
+    """What a critique without a judgement is continued after: ``critique_close``, as a paragraph of its own."""
+    return "\n\n" + words
+
+
 def _draft(solution: Solution) -> dict[str, object]:
     return {"draft": solution.text, "program": solution.program}
 

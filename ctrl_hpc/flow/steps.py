@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ctrl_hpc.flow.feedback import Hint
-from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.prompts import Prompts, closing
 from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
 from ctrl_hpc.harness import prepared
 from ctrl_hpc.jsonl import well_formed
@@ -194,8 +194,7 @@ def _closed(
             how.append(replace(sampling, n=1, first=0, rows=(), seed=seed, max_tokens=CLOSE_ROOM))
     if not rows:
         return list(critiques)
-    text = "\n\n" + prompts.critique_close
-    longer = continued.extend([chats[row // sampling.n] for row in rows], begun, text, how)
+    longer = continued.extend([chats[row // sampling.n] for row in rows], begun, closing(prompts.critique_close), how)
     out = list(critiques)
     for row, generation in zip(rows, longer, strict=True):
         words = well_formed(prompts.critique_prefix + generation.text)

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jinja2 import Template
@@ -17,8 +19,9 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, majority
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Chat, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
-from ctrl_hpc.rollout.chat import chat_ids, inside_ids
+from ctrl_hpc.rollout.chat import chat_ids, inside_ids, room_after
 from ctrl_hpc.rollout.decoding import Completion, Decoding, TopLogprobs
+from ctrl_hpc.rollout.thinking import opens_thought, without_thought
 from ctrl_hpc.rollout.worker import Worker
 from ctrl_hpc.seeds import derive_seed
 
@@ -130,7 +133,7 @@ class LocalCritic:
         self.worker, self.tokenizer, self._top = worker, tokenizer, top_logprobs
 
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
-        """``sampling.n`` completions for each chat, in order."""
+        """``sampling.n`` completions for each chat, in order; a thought is no part of their texts."""
         prompts: list[list[int]] = []
         how: list[Decoding] = []
         for i, chat in enumerate(chats):
@@ -139,19 +142,26 @@ class LocalCritic:
                 prompts.append(ids)
                 seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.number(i), j)
                 how.append(self._decoding(sampling, sampling.max_tokens, seed))
-        named: list[Generation] = list(self._answers(prompts, how))
+        named: list[Generation] = [
+            without_thought(item, opened=opens_thought(self.tokenizer, ids), tokenizer=self.tokenizer)
+            for ids, item in zip(prompts, self._answers(prompts, how), strict=True)
+        ]
         return [named[k : k + sampling.n] for k in range(0, len(named), sampling.n)]
 
     def extend(
         self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
     ) -> list[Generation]:
-        """Each completion, ``text``, and what follows, as one: the tokens so far are kept, but for an end of turn."""
+        """Each completion, ``text``, and what follows, as one: the tokens so far are kept, but for an end of turn.
+
+        Raises ValueError for a text that leaves no token.
+        """
         forced = tuple(inside_ids(self.tokenizer, text))
+        room = room_after(text, len(forced), [how.max_tokens for how in sampling])
         special = frozenset(self.tokenizer.all_special_ids)
         kept = [_without_end(item, special) for item in begun]
         rests = self._answers(
             [[*item.prompt_ids, *item.token_ids, *forced] for item in kept],
-            [self._decoding(how, how.max_tokens - len(forced), how.seed) for how in sampling],
+            [self._decoding(how, left, how.seed) for how, left in zip(sampling, room, strict=True)],
         )
         return [
             replace(
@@ -162,6 +172,8 @@ class LocalCritic:
                 logprobs=(*item.logprobs, *(0.0 for _ in forced), *rest.logprobs),
                 top_logprobs=(*item.top_logprobs, *(() for _ in forced), *rest.top_logprobs) if self._top else (),
                 forced=(len(item.token_ids), len(item.token_ids) + len(forced)),
+                thought=item.thought,
+                thought_tokens=item.thought_tokens,
             )
             for item, rest in zip(kept, rests, strict=True)
         ]
@@ -189,14 +201,18 @@ class LocalCritic:
         place = verdict_place(found.text, found.judgement)
         if place is None or place < len(prefix):
             return None
-        place -= len(prefix)
-        ends = 0
-        for k, top in enumerate(item.top_logprobs):
-            before, ends = ends, len(self._decoded(item.token_ids[: k + 1]))
-            if before <= place < ends:
-                text = item.text[:before]
-                return verdict_probability(text, item.text[before:ends], self._named(top), found.judgement, place)
-        return None
+        whole = self._decoded(item.token_ids) if item.thought is not None else item.text
+        place += len(whole) - len(item.text) - len(prefix)  # the answer is what the whole ends with
+        ends = partial(self._end, item)
+        k = bisect_right(range(len(item.top_logprobs)), place, key=ends)  # the first token that ends after its begin
+        if k == len(item.top_logprobs):
+            return None
+        before, token = whole[: ends(k - 1)], whole[ends(k - 1) : ends(k)]
+        return verdict_probability(before, token, self._named(item.top_logprobs[k]), found.judgement, place)
+
+    def _end(self, item: Completion, k: int) -> int:
+        """Where token ``k`` of a completion ends in its whole text."""
+        return len(self._decoded(item.token_ids[: k + 1]))
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.calibration import Calibration
 from ctrl_hpc.flow.comparison import comparison_template
-from ctrl_hpc.flow.prompts import Prompts, packaged
+from ctrl_hpc.flow.prompts import Prompts, closing, packaged
 from ctrl_hpc.judge.opinions import (
     TOP,
     Critic,
@@ -40,9 +41,10 @@ from ctrl_hpc.judge.opinions import (
     right_one,
     score,
 )
-from ctrl_hpc.records import Generator
+from ctrl_hpc.records import CLOSE_ROOM, Generator
+from ctrl_hpc.rollout.chat import inside_ids
 from ctrl_hpc.service import http as http_service
-from ctrl_hpc.store.segments import KEY_BYTES, Segments
+from ctrl_hpc.store.segments import KEY_BYTES, Segments, Tolerant
 
 MAX_BODY_BYTES = 1 << 28
 AT_ONCE = 64
@@ -51,6 +53,8 @@ KEPT = 1 << 16
 """Answers kept in memory."""
 SAMPLED = 0.7
 """Temperature of several votes, where a request names none; one vote is greedy."""
+_READING = "thoughts apart"
+"""How an answer is read; another word where that changes, so that no answer kept before is served."""
 _Text = Annotated[str, Field(max_length=1 << 22)]
 
 
@@ -129,13 +133,14 @@ class Judge:
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="judge")
         self._known: OrderedDict[str, asyncio.Task[Any]] = OrderedDict()
         self._disk = None if cache is None else Segments(cache)
+        self._unless_disk_fails = Tolerant("judge's cache")
         self.totals = Totals()
 
     def close(self) -> None:
         """End the threads and close the cache's files."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._disk is not None:
-            self._disk.close()
+            self._unless_disk_fails(self._disk.close)
 
     @property
     def alive(self) -> bool:
@@ -175,13 +180,14 @@ class Judge:
     async def _answered(self, key: str, answer: Callable[[], Any]) -> Any:
         def work() -> Any:
             place = bytes.fromhex(key)[:KEY_BYTES]
-            kept = None if self._disk is None else self._disk.get(place)
+            disk = self._disk
+            kept = None if disk is None else self._unless_disk_fails(lambda: disk.get(place))
             if kept is not None:
                 self.totals.cached += 1
                 return json.loads(kept)
             found = answer()
-            if self._disk is not None:
-                self._disk.put(place, json.dumps(found).encode())
+            if disk is not None:
+                self._unless_disk_fails(lambda: disk.put(place, json.dumps(found).encode()))
             return found
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -241,9 +247,12 @@ async def _results[T](
     found = await asyncio.gather(*map(one, items), return_exceptions=True)
     results: list[dict[str, Any]] = []
     for item in found:
-        if isinstance(item, ValueError | RuntimeError):
+        if isinstance(item, Exception):
             judge.totals.errors += 1
-            results.append({"error": str(item)})
+            told = isinstance(item, ValueError | RuntimeError)
+            if not told:
+                logging.getLogger(__name__).error("an item cannot be judged", exc_info=item)
+            results.append({"error": str(item) if told else f"{type(item).__name__}: {item}"})
         elif isinstance(item, BaseException):
             raise item
         else:
@@ -290,10 +299,10 @@ def identity(model: str, folder: str, *settings: Any) -> str:
     prompts = sorted((own if own.is_dir() else Path(folder)).glob("*.j2"))
     texts = [file.read_text(encoding="utf-8") for file in (*prompts, packaged() / "comparison.j2")]
     if is_url(model):
-        return content_hash(model, texts, settings)
+        return content_hash(_READING, model, texts, settings)
     files = sorted(file for file in Path(model).resolve().iterdir() if file.is_file())
     facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return content_hash(facts, texts, settings)
+    return content_hash(_READING, facts, texts, settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,6 +387,8 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
         tokenizer = AutoTokenizer.from_pretrained(options.model)
     except (ValueError, OSError) as error:  # of several lines
         raise ValueError(f"{options.model}: no tokenizer that can be read: {' '.join(str(error).split())}") from None
+    if options.critique_close:
+        _check_close(options.critique_close, tokenizer)
     engine = load_engine(
         options.model,
         device=options.device,
@@ -393,6 +404,15 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
         worker.close()
 
     return LocalCritic(worker, tokenizer, top_logprobs=0 if options.batching == "continuous" else TOP), end
+
+
+def _check_close(text: str, tokenizer: Any) -> None:
+    """Raises ValueError where the closing words leave no token of the room that is kept for them and a judgement."""
+    n_tokens = len(inside_ids(tokenizer, closing(text)))
+    if n_tokens >= CLOSE_ROOM:
+        raise ValueError(
+            f"--critique-close: has {n_tokens} tokens, its line breaks among them; at most {CLOSE_ROOM - 1}"
+        )
 
 
 def _until_told(

@@ -76,6 +76,13 @@ def inside_ids(tokenizer: Any, text: str) -> list[int]:
     return [token for piece in pieces for token in _encode_inside(tokenizer, piece)]
 
 
+def room_after(text: str, n_tokens: int, max_tokens: Sequence[int]) -> list[int]:
+    """The tokens left of each ``max_tokens`` after a text of ``n_tokens``; ValueError where one leaves none."""
+    if min(max_tokens, default=n_tokens + 1) <= n_tokens:
+        raise ValueError(f"{text!r} has {n_tokens} tokens; it may have {min(max_tokens) - 1}")
+    return [longest - n_tokens for longest in max_tokens]
+
+
 _patterns: WeakKeyDictionary[Any, tuple[Any, re.Pattern[str]]] = WeakKeyDictionary()
 """What ``_control_pattern`` found, with the template it was found for."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Chat, Generation, Sampling
-from ctrl_hpc.rollout.chat import chat_ids, inside_ids
+from ctrl_hpc.rollout.chat import chat_ids, inside_ids, room_after
 from ctrl_hpc.rollout.thinking import (
     CLOSED_BY_FORCE,
     Thinking,
@@ -122,9 +122,7 @@ class RolloutClient:
         with self._tokenizing:
             forced = tuple(inside_ids(self._tokenizer, text))
             special = frozenset(self._tokenizer.all_special_ids)
-        room = [how.max_tokens - len(forced) for how in sampling]
-        if min(room, default=1) < 1:
-            raise ValueError(f"{text!r} has {len(forced)} tokens; it may have {min(room) + len(forced) - 1}")
+        room = room_after(text, len(forced), [how.max_tokens for how in sampling])
         open_ended = [_without_end(item, special) for item in begun]
         requests = [
             ([*item.prompt_ids, *item.token_ids, *forced], _parameters(replace(how, max_tokens=left), how.seed))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import queue
 import threading
 from collections import Counter
@@ -25,6 +24,7 @@ from ctrl_hpc.sandbox.jail import JailFault, check_open_files
 from ctrl_hpc.sandbox.languages import Binaries
 from ctrl_hpc.sandbox.memory import Watchdog
 from ctrl_hpc.sandbox.worker import Worker
+from ctrl_hpc.store.segments import Tolerant
 from ctrl_hpc.store.tests import TestStore
 
 _Item = tuple[Callable[[Worker], Any], Future[Any]]
@@ -73,6 +73,7 @@ class Sandbox:
         self._judges = dict(judges or {})
         self._testlib = languages.testlib(testlib)
         self._cache: VerdictCache | None = None
+        self._unless_disk_fails = Tolerant("verdict cache")
         if cache_dir is not None:
             special = judge.digest(self._judges) + hashlib.sha256(self._testlib.encode()).hexdigest()
             self._cache = VerdictCache(Path(cache_dir), cache_mb, special, contents.identity())
@@ -147,7 +148,7 @@ class Sandbox:
 
     def _verdict(self, execution: Execution, key: str, worker: Worker) -> Verdict:
         if self._cache is not None:
-            known = _unless_disk_fails(partial(self._cache.get, key))
+            known = self._unless_disk_fails(partial(self._cache.get, key))
             if known is not None:
                 self._count(cache_hits=1)
                 return known
@@ -161,7 +162,7 @@ class Sandbox:
         self._count(executions=1, tests=sum(test.status != "not_run" for test in whole.tests))
         verdict = answered(execution, whole)
         if self._cache is not None and lasting(execution, whole):
-            _unless_disk_fails(partial(self._cache.put, key, verdict))
+            self._unless_disk_fails(partial(self._cache.put, key, verdict))
         return verdict
 
     def _count(self, **amounts: int) -> None:
@@ -277,16 +278,7 @@ class Sandbox:
             thread.join()
         self._watchdog.close()
         if self._cache is not None:
-            _unless_disk_fails(self._cache.close)
-
-
-def _unless_disk_fails[R](step: Callable[[], R]) -> R | None:
-    """The result of a cache operation; a full or lost disk costs the cache, never a verdict."""
-    try:
-        return step()
-    except OSError as error:
-        logging.getLogger(__name__).warning("the verdict cache fails: %s", error)
-        return None
+            self._unless_disk_fails(self._cache.close)
 
 
 def _pass_on(done: Future[Verdict], future: Future[Verdict]) -> None:

@@ -11,6 +11,7 @@ In memory the index is a sorted array of 32 bytes a key and a small dictionary o
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -19,7 +20,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -120,7 +121,12 @@ class Segments:
                 _append(values, value)
                 _append(index, _ENTRY.pack(*_halves(key), offset, len(value), checksum))
             except OSError:
+                name, empty = self._names[number], self._at == 0
                 self._leave()  # what was written in part is never read, and nothing follows it
+                if empty:  # a full disk leaves no two files a try
+                    with contextlib.suppress(OSError):
+                        for kind in ("idx", "dat"):
+                            (self.folder / f"{name}.{kind}").unlink(missing_ok=True)
                 raise
             self._at += len(value)
             self._read[self._names[number]] += _ENTRY.size
@@ -304,6 +310,27 @@ class Segments:
                 excess -= sizes[name]
                 if name in self._numbers:
                     self._forget(self._numbers[name])
+
+
+class Tolerant:
+    """Runs a cache's operations: a full or lost disk costs the cache, never what was to be kept in it."""
+
+    def __init__(self, name: str, *, warn_every_s: float = 60.0) -> None:
+        """``name``: of the cache, as the log calls it; ``warn_every_s``: a disk that goes on failing is told so often.
+
+        Calls may come from several threads.
+        """
+        self._name, self._warn_every_s, self._next_warning = name, warn_every_s, 0.0
+
+    def __call__[R](self, step: Callable[[], R]) -> R | None:
+        """The step's result; None, and a warning, where the disk fails."""
+        try:
+            return step()
+        except OSError as error:
+            if (now := time.monotonic()) >= self._next_warning:
+                self._next_warning = now + self._warn_every_s
+                logging.getLogger(__name__).warning("the %s fails: %s", self._name, error)
+            return None
 
 
 SMALL_BYTES, MANY = 16 << 20, 32

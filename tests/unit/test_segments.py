@@ -73,6 +73,26 @@ def test_a_torn_end_costs_only_its_entry(tmp_path: Path) -> None:
         assert store.get(key(2)) == b"again"
 
 
+def test_a_full_disk_costs_the_entry_and_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Segments(tmp_path) as store, monkeypatch.context() as patch:
+        patch.setattr(segments, "_append", full)
+        kept = segments.Tolerant("cache of a test")
+        for n in range(3):
+            assert kept(lambda n=n: store.put(key(n), b"value")) is None  # type: ignore[misc]
+        assert list(tmp_path.iterdir()) == []
+        assert [record.message for record in caplog.records] == [
+            "the cache of a test fails: [Errno 28] No space left on device"
+        ]
+        patch.undo()
+        store.put(key(1), b"room again")
+        assert kept(lambda: store.get(key(1))) == b"room again" and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_value_that_comes_later_than_its_index_entry_is_found_later(tmp_path: Path) -> None:
     with Segments(tmp_path / "a") as store:
         store.put(key(1), b"late")

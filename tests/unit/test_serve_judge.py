@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 import uvicorn
+from transformers import AutoTokenizer
 
 from ctrl_hpc import cli
 from ctrl_hpc.config import ROOT
@@ -45,6 +47,7 @@ from ctrl_hpc.judge.opinions import (
 from ctrl_hpc.judge.server import Judge, Options, create_app, load_critic
 from ctrl_hpc.records import CLOSE_ROOM, Generation, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.decoding import Completion
 from ctrl_hpc.service.http import listen
 from ctrl_hpc.tiny import world
 
@@ -249,6 +252,84 @@ def test_a_critique_that_ends_without_a_judgement_is_asked_for_one(tiny):
     assert 0 < found.probability < 1  # by the tokens, not by the vote
 
 
+class Spoken:
+    """A worker whose model says given texts, each token likely, and the other verdict a third as likely."""
+
+    alive = True
+
+    def __init__(self, tokenizer, *texts):
+        self.tokenizer, self.texts, self.asked = tokenizer, list(texts), []
+        (right,), (wrong,) = (self.ids(f" {word}") for word in ("Correct", "Incorrect"))
+        self.other = {right: wrong, wrong: right}
+
+    def ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def submit(self, prompts, how):
+        self.asked += how
+        done = Future()
+        said = [(prompt, self.ids(self.texts.pop(0))) for prompt in prompts]
+        done.set_result(
+            [
+                Completion(
+                    text="",
+                    prompt_ids=tuple(prompt),
+                    token_ids=tuple(ids),
+                    logprobs=tuple(0.0 for _ in ids),
+                    top_logprobs=tuple(
+                        ((token, math.log(0.6)), (self.other.get(token, 0), math.log(0.2))) for token in ids
+                    ),
+                )
+                for prompt, ids in said
+            ]
+        )
+        return done
+
+
+THOUGHT = "It may be right.\nOverall judgment: Correct\n</think>\n\n"
+
+
+@pytest.fixture
+def thinking_tokenizer():
+    """Of a model whose template opens a thought."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    assert "<think>" in tokenizer.chat_template
+    return tokenizer
+
+
+def test_a_thought_reaches_neither_critique_nor_judgement_nor_score(thinking_tokenizer):
+    said = (f"{THOUGHT}No, it is off.\nOverall judgment: Incorrect", "Is it?\nOverall judgment: Correct")
+    worker = Spoken(thinking_tokenizer, *said)
+    ended, cut = critic_of(LocalCritic(worker, thinking_tokenizer)).opinions(Item(**item(0)), How(votes=2))
+    assert (ended.text, ended.judgement) == ("No, it is off.\nOverall judgment: Incorrect", "incorrect")
+    assert ended.probability == pytest.approx(0.25)
+    assert (cut.text, cut.judgement, cut.probability) == ("", None, None)  # a thought without an end
+
+
+def test_after_a_thought_a_judgement_is_asked_for_and_its_token_read(thinking_tokenizer):
+    worker = Spoken(thinking_tokenizer, f"{THOUGHT}No, it is off.", " Incorrect")
+    prompts = Prompts.load("tiny", critique_close="Overall judgment:")
+    critic = Critic(generator=LocalCritic(worker, thinking_tokenizer), prompts=prompts, comparison=None)
+    (found,) = critic.opinions(Item(**item(0)), How())
+    assert found.text == "No, it is off.\n\nOverall judgment: Incorrect" and found.judgement == "incorrect"
+    assert found.probability == pytest.approx(0.25)
+
+
+def test_closing_words_that_leave_no_room_are_refused(thinking_tokenizer, capsys):
+    worker = Spoken(thinking_tokenizer, f"{THOUGHT}No.")
+    words = "Say at last, and in one of the two words that you were told of, what you think of all this"
+    prompts = Prompts.load("tiny", critique_close=words)
+    critic = Critic(generator=LocalCritic(worker, thinking_tokenizer), prompts=prompts, comparison=None)
+    with pytest.raises(ValueError, match=r"has \d\d tokens; it may have 31"):
+        critic.opinions(Item(**item(0)), How())
+    assert len(worker.asked) == 1
+    served = ["serve", "judge", "--port", "0", "--model", TINY, "--prompts", "tiny", "--critique-close", words]
+    assert cli.main(served) == 2
+    error = capsys.readouterr().err
+    assert "--critique-close: has " in error and "at most 31" in error and error.count("\n") == 1
+
+
 def test_what_was_asked_is_not_asked_again_and_company_shares_a_batch(tiny, monkeypatch):
     batches, generate = [], tiny.worker.engine.generate
     monkeypatch.setattr(
@@ -286,6 +367,28 @@ def test_answers_kept_on_disk_outlive_the_service(tmp_path):
     with serving(Judge(critic_of(critic), "other weights", None, tmp_path)) as url:
         asked(url, "/score", [item(0)])
     assert critic.asked == 2
+
+
+def test_a_lost_disk_costs_the_cache_not_the_judgements(tmp_path, caplog):
+    critic = Scripted(lambda text, j: "Overall judgment: Correct")
+    (tmp_path / "cache").write_text("a file")
+    with serving(Judge(critic_of(critic), "", None, tmp_path / "cache")) as url:
+        results = asked(url, "/score", [item(0), item(1)])
+        assert [result["raw"] for result in results] == [1.0, 1.0]
+        assert asked(url, "/score", [item(0)])[0]["raw"] == 1.0 and critic.asked == 2
+    assert [record.message.split(":")[0] for record in caplog.records] == ["the judge's cache fails"]
+
+
+def test_a_fault_costs_its_item_alone(caplog):
+    def faulty(text, j):
+        if "bad" in text:
+            raise ConnectionResetError("gone")
+        return "Overall judgment: Correct"
+
+    with serving(Judge(critic_of(Scripted(faulty)), "", None, None)) as url:
+        first, second = asked(url, "/score", [{"problem": "bad", "answer": "x"}, item(0)])
+    assert first == {"error": "ConnectionResetError: gone"} and second["raw"] == 1.0
+    assert "an item cannot be judged" in caplog.text
 
 
 def test_one_bad_item_loses_nothing_and_is_asked_anew(url):
