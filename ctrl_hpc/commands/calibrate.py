@@ -48,16 +48,22 @@ def calibrate(options: argparse.Namespace) -> int:
     labelled = jsonl.read(Labelled, options.dev)
     if len(labelled) < 10:
         raise ValueError(f"{options.dev}: {len(labelled)} answers; at least 10 are needed")
+    n_right = sum(item.right for item in labelled)
+    if not 0 < n_right < len(labelled):
+        raise ValueError(f"{options.dev}: {len(labelled)} answers of which {n_right} are right; both kinds are needed")
     raw = _scores(options, labelled)
     judged = [(score, item.right) for score, item in zip(raw, labelled, strict=True) if score is not None]
     scores, right = [score for score, _ in judged], [label for _, label in judged]
     found = fit(options.method, scores, right)
-    after = held_out(options.method, scores, right)
     found.save(options.out)
+    after = held_out(options.method, scores, right)
     print(
         f"{len(judged)} answers judged, {sum(right)} of them right; {len(labelled) - len(judged)} without a judgement"
     )
     for name, values in (("as the critic says", scores), (f"{options.method}, held out", after)):
+        if values is None:
+            print(f"{name}: not possible with fewer than two right answers, or wrong ones")
+            continue
         print(f"{name}: ECE {expected_calibration_error(values, right):.4f}, Brier score {brier(values, right):.4f}")
     print(f"{options.out}: for ctrl-hpc serve judge --calibration")
     return 0

@@ -168,12 +168,19 @@ def _isotonic(probability_N: _Floats, right_N: _Floats) -> Calibration:
     return Calibration(method="isotonic", n=len(right_N), knots=tuple(knots), values=tuple(values))
 
 
-def held_out(method: str, probabilities: Sequence[float], right: Sequence[bool], folds: int = 5) -> list[float]:
-    """Calibrated probabilities, each by a map that was fitted to the other folds; folds by position."""
+def held_out(method: str, probabilities: Sequence[float], right: Sequence[bool], folds: int = 5) -> list[float] | None:
+    """Calibrated probabilities, each by a map that was fitted to the other folds.
+
+    Right answers are dealt to the folds in turn, and wrong ones so, whatever their order. None where there are fewer
+    than two of either: the map for the only one would have seen none of its kind.
+    """
+    classes = [[row for row in range(len(right)) if bool(right[row]) == kind] for kind in (True, False)]
+    if min(map(len, classes)) < 2:
+        return None
     out = [0.0] * len(right)
     for fold in range(folds):
-        own = range(fold, len(right), folds)
-        others = [row for row in range(len(right)) if row % folds != fold]
+        own = {row for rows in classes for row in rows[fold::folds]}
+        others = [row for row in range(len(right)) if row not in own]
         found = fit(method, [probabilities[row] for row in others], [right[row] for row in others])
         for row in own:
             out[row] = found(probabilities[row])

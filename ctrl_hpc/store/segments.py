@@ -37,6 +37,8 @@ _REFRESH_SHARE = 20
 """Looking for what others wrote takes at most one part in so many of the time, where a look is not quick."""
 _QUICK_S = 0.005
 _RECENT = 4096
+type _Place = tuple[int, int, int, int]
+"""Segment, offset, length, checksum."""
 
 
 class Segments:
@@ -55,7 +57,8 @@ class Segments:
         """First halves of the keys, sorted."""
         self._base: np.ndarray | None = None
         """Their entries ``(low, segment, offset, length, checksum)``."""
-        self._recent: dict[bytes, tuple[int, int, int, int]] = {}
+        self._recent: dict[bytes, tuple[_Place, ...]] = {}
+        """All places of a key, the one that counts first: when its segment goes, another has the value."""
         self._open: OrderedDict[int, int] = OrderedDict()
         self._own: tuple[int, int, int] | None = None
         """Number, and descriptors of values and index, of the segment that this process writes."""
@@ -88,7 +91,7 @@ class Segments:
     def __len__(self) -> int:
         """Entries known, those of one key by several writers each."""
         with self._lock:
-            return len(self._recent) + (0 if self._base is None else len(self._base))
+            return sum(map(len, self._recent.values())) + (0 if self._base is None else len(self._base))
 
     def __contains__(self, key: bytes) -> bool:
         with self._lock:
@@ -121,20 +124,21 @@ class Segments:
                 raise
             self._at += len(value)
             self._read[self._names[number]] += _ENTRY.size
-            self._recent[key] = (number, offset, len(value), checksum)
+            others = (place for place in self._recent.get(key, ()) if place[0] != number)
+            self._recent[key] = ((number, offset, len(value), checksum), *others)
             self._merge_when_large()
 
-    def _found(self, key: bytes) -> tuple[int, int, int, int] | None:
+    def _found(self, key: bytes) -> _Place | None:
         place = self._known(key)
         if place is None and time.monotonic() >= self._next_look:
             self.refresh()
             place = self._known(key)
         return place
 
-    def _known(self, key: bytes) -> tuple[int, int, int, int] | None:
-        place = self._recent.get(key)
-        if place is not None and place[0] not in self._gone:
-            return place
+    def _known(self, key: bytes) -> _Place | None:
+        for place in self._recent.get(key, ()):
+            if place[0] not in self._gone:
+                return place
         if self._high is not None and self._base is not None:
             high, low = map(self._high.dtype.type, _halves(key))
             row = int(self._high.searchsorted(high))
@@ -182,9 +186,9 @@ class Segments:
             return
         for high, low, offset, length, checksum in _ENTRY.iter_unpack(data):
             key = _joined(high, low)
-            place = self._recent.get(key)
-            if place is None or place[0] in self._gone:
-                self._recent[key] = (number, offset, length, checksum)
+            places = tuple(place for place in self._recent.get(key, ()) if place[0] not in self._gone)
+            if all(place[0] != number for place in places):
+                self._recent[key] = (*places, (number, offset, length, checksum))
         self._merge_when_large()
 
     def _number(self, name: str) -> int:
@@ -210,12 +214,12 @@ class Segments:
 
         kinds = [("low", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("checksum", "<u4")]
         added = np.frombuffer(data, dtype=[("high", "<u8"), *kinds])
-        n_recent, n_added = len(self._recent), len(added)
+        recent = [(*_halves(key), *place) for key, places in self._recent.items() for place in places]
+        n_recent, n_added = len(recent), len(added)
         n_base = 0 if self._base is None else len(self._base)
         high = np.empty(n_recent + n_added + n_base, dtype="<u8")
         rest = np.empty(len(high), dtype=[*kinds, ("segment", "<u4")])
-        if self._recent:
-            recent = [(*_halves(key), *place) for key, place in self._recent.items()]
+        if recent:
             columns = np.array(recent, dtype="<u8").T
             high[:n_recent] = columns[0]
             for name, column in zip(("low", "segment", "offset", "length", "checksum"), columns[1:], strict=True):

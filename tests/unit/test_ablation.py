@@ -22,7 +22,7 @@ from ctrl_hpc.train.collect import Collector, roll_out
 from ctrl_hpc.train.credit import tokens_of
 from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rewards import Rewards
-from ctrl_hpc.train.rollouts import Experience, Rollout
+from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups
 
 CRITIQUE = """\
 Analysis: It adds, e.g. 1.5 and 2. It should multiply!
@@ -228,6 +228,12 @@ def test_credit_goes_to_the_tokens_of_the_decisive_sentence(tmp_path):
     assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
     assert found[1, :5].tolist() == pytest.approx([-base] * 5, abs=1e-5)
     assert found[0].sum().item() == pytest.approx(9 * base, abs=1e-4)  # moved, not made
+    # where all earned the same the sentences still differ, and are learnt from
+    equal = [fix, replace(miss, reward=1.0)]
+    assert Experience.of(equal, version=0, position=0, metrics={}).learnable_groups() == [0]
+    assert learnable_groups(equal) == [fix.solution_id]
+    plain = [replace(item, credit=()) for item in equal]
+    assert Experience.of(plain, version=0, position=0, metrics={}).learnable_groups() == learnable_groups(plain) == []
     whole = estimate(experience, None, replace(options, credit="critique"), backend="torch").advantages_SR
     assert whole[0].tolist() == pytest.approx([base] * 9, abs=1e-5)
     assert experience.metrics["rl/credited_sentences"] == 2.0 and experience.metrics["rl/single_decisive"] == 0.5

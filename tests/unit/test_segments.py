@@ -158,3 +158,29 @@ def test_many_small_segments_become_one_and_readers_find_the_copies(
     with Segments(tmp_path) as fresh:
         assert fresh.get(keys[31]) == b"31 again" and fresh.get(b"L" * 16) == b"x" * 2000
         assert fresh.get(b"S" * 16) == b"of 30" and len(fresh) == 34
+
+
+@pytest.mark.parametrize("recent", [1, 4096])
+def test_a_reader_that_looks_in_the_midst_of_merging_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recent: int
+) -> None:
+    """The copies are there, and the originals still: what is known twice outlives either."""
+    monkeypatch.setattr(segments, "_RECENT", recent)
+    for number in range(35):
+        with Segments(tmp_path) as store:
+            store.put(key(number), b"%d" % number)
+    with Segments(tmp_path) as reader:
+        reader.refresh()
+        unlink, looked = Path.unlink, []
+
+        def watched(file: Path, missing_ok: bool = False) -> None:
+            if not looked:
+                reader.refresh()
+                looked.append(len(reader))
+            unlink(file, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", watched)
+        assert merge_small(tmp_path) == 35 and looked == [70]
+        assert len(list(tmp_path.iterdir())) == 2
+        reader.refresh()
+        assert [reader.get(key(number)) for number in range(35)] == [b"%d" % number for number in range(35)]

@@ -128,9 +128,18 @@ def test_platt_meets_its_targets_where_two_points_decide():
 def test_held_out_calibration_does_not_see_its_own_answer():
     probabilities, right = [0.2, 0.8] * 5, [False, True] * 4 + [True, True]
     found = held_out("platt", probabilities, right)
-    others = [row for row in range(10) if row % 5 != 3]
+    others = [row for row in range(10) if row not in (0, 1, 9)]  # the first and sixth right one, the first wrong one
     without = fit("platt", [probabilities[row] for row in others], [right[row] for row in others])
-    assert (found[3], found[8]) == (without(0.8), without(0.2))
+    assert found is not None and [found[row] for row in (0, 1, 9)] == [without(0.2), without(0.8), without(0.8)]
+
+
+def test_folds_hold_both_kinds_in_whatever_order_answers_come():
+    """Five answers a problem, the right one first: positions modulo five would leave the first fold's map none."""
+    right = [number % 5 == 0 for number in range(50)]
+    found = held_out("platt", [0.9 if label else 0.2 for label in right], right)
+    assert found is not None and min(found[::5]) > 0.5 > max(found[1::5])
+    assert held_out("platt", [0.9, 0.1, 0.2], [True, False, False]) is None
+    assert held_out("platt", [0.9, 0.8, 0.1, 0.2], [True, True, False, False]) is not None
 
 
 @pytest.mark.parametrize(
@@ -349,6 +358,15 @@ def test_a_development_set_makes_the_probabilities_honest(tmp_path, capsys):
     with serving(Judge(critic_of(critic, "default"), "", found, None)) as url:
         (result,) = asked(url, "/score", [{"problem": "1", "answer": "yes"}])
     assert (result["raw"], result["probability"]) == (1.0, pytest.approx(31 / 32))
+    with serving(Judge(critic_of(critic, "default"), "", None, None)) as url:
+        dev.write_text("".join(json.dumps(row | {"right": row is rows[0]}) + "\n" for row in rows[:10]))
+        assert cli.main(["calibrate", url, str(dev), "--out", str(tmp_path / "one.json")]) == 0
+    assert (
+        "platt, held out: not possible" in capsys.readouterr().out and Calibration.load(tmp_path / "one.json").n == 10
+    )
+    dev.write_text("".join(json.dumps(row | {"right": True}) + "\n" for row in rows))
+    assert cli.main(["calibrate", "http://127.0.0.1:9", str(dev), "--out", str(out)]) == 2
+    assert "40 answers of which 40 are right; both kinds are needed" in capsys.readouterr().err
     dev.write_text(json.dumps(rows[0]) + "\n")
     assert cli.main(["calibrate", "http://127.0.0.1:9", str(dev), "--out", str(out)]) == 2
     assert "1 answers; at least 10 are needed" in capsys.readouterr().err
