@@ -43,8 +43,8 @@ class ContinuousEngine:
     ) -> list[Completion]:
         """One completion for each prompt, in order; requests that sample alike are decoded together.
 
-        Followers are told of a completion when it is done: what they end is cut there. Raises ValueError for
-        parameters that this scheduler does not know.
+        Followers are told of a completion when it is done: what they end is cut there. One that is aborted meanwhile
+        runs on and is marked so. Raises ValueError for parameters that this scheduler does not know.
         """
         check_prompts(prompts, self.max_positions, self.vocabulary)
         decodings = [
@@ -116,7 +116,9 @@ def _check_known(decoding: Decoding) -> None:
 
 
 def _followed(completion: Completion, follower: Follower) -> Completion:
-    """The completion up to where its follower ends it."""
+    """The completion up to where its follower ends it; marked, where that was aborted while it was decoded."""
+    if follower.aborted:
+        return replace(completion, finish_reason="abort", matched=None)
     if follower.watches:
         for count, (token, logprob) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True), 1):
             if follower.token(token, logprob, ()):

@@ -310,7 +310,9 @@ def _decoding(body: _Common, max_tokens: int, top_logprobs: int, service: Rollou
 def _prompt_ids(prompt: Any, service: RolloutService) -> list[list[int]]:
     if isinstance(prompt, str):
         prompt = [prompt]
-    if prompt and isinstance(prompt[0], int):
+    if not prompt:
+        raise ValueError("prompt: is empty")
+    if isinstance(prompt[0], int):
         prompt = [prompt]
     return [service.tokenizer.encode(item) if isinstance(item, str) else item for item in prompt]
 

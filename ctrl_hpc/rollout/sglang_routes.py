@@ -407,6 +407,8 @@ def _prompts(body: GenerateBody, service: RolloutService) -> tuple[list[Sequence
         raise ValueError("exactly one of text and input_ids is needed")
     if body.text is not None:
         texts = [body.text] if isinstance(body.text, str) else body.text
+        if not texts:
+            raise ValueError("text: is empty")
         encoded = [service.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         return encoded, isinstance(body.text, str)
     single = not body.input_ids or isinstance(body.input_ids[0], int)

@@ -65,7 +65,7 @@ class Vllm:
             async with self._asked() as session:
                 if self._positions is None:
                     served = {entry["id"]: entry for entry in (await _get(session, "/v1/models"))["data"]}
-                    self._positions = int(served[self._model]["max_model_len"])
+                    self._positions = served.get(self._model, {}).get("max_model_len")
                 tasks = [self._complete(session, *pair) for pair in zip(prompts, sampling, strict=True)]
                 return await asyncio.gather(*tasks)
         finally:

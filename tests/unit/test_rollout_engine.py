@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout import engine as engines
 from ctrl_hpc.rollout.continuous import ContinuousEngine
+from ctrl_hpc.rollout.decoding import Follower
 from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
 from ctrl_hpc.seeds import derive_seed
 
@@ -172,6 +173,10 @@ def test_continuous_batching_answers_as_the_padded_engine(folder: str, engine: P
     assert [item.token_ids for item in got] == [item.token_ids for item in expected]
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+    followers = [Follower(), Follower()]
+    followers[1].aborted = True  # runs to its end, but is not given as whole
+    marked = continuous.generate(PROMPTS[:2], greedy[:2], followers)
+    assert [item.finish_reason for item in marked] == [expected[0].finish_reason, "abort"]
 
 
 def test_an_unknown_way_of_batching_lists_the_choices(folder: str) -> None:

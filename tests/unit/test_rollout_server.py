@@ -101,6 +101,27 @@ def test_bad_requests_are_one_line(http: httpx.Client, body: dict[str, Any], mes
     assert message in text and "\n" not in text
 
 
+@pytest.mark.parametrize("extra", [{}, {"stream": True}, {"echo": True}], ids=str)
+@pytest.mark.parametrize(
+    ("route", "prompts"),
+    [
+        ("/generate", {"text": []}),
+        ("/generate", {"input_ids": []}),
+        ("/generate", {"input_ids": [[]]}),
+        ("/v1/completions", {"prompt": []}),
+        ("/v1/completions", {"prompt": [[]]}),
+        ("/v1/completions", {"prompt": ""}),
+        ("/v1/chat/completions", {"messages": []}),
+    ],
+)
+def test_no_prompt_is_the_users_error(
+    http: httpx.Client, route: str, prompts: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    response = http.post(route, json={**prompts, **extra})
+    assert response.status_code == 400, response.text
+    assert "echo" in extra or "empty" in response.json()["error"]["message"]
+
+
 def test_a_bad_request_does_not_spoil_its_batch_mates(http: httpx.Client) -> None:
     bad = http.post("/generate", json={"input_ids": [999999]})
     assert bad.status_code == 400 and "vocabulary" in bad.json()["error"]["message"]
