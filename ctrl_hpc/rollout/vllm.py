@@ -88,7 +88,8 @@ class Vllm:
         body |= {"model": self._model, "prompt": prompt, "logprobs": 0, "return_token_ids": True}
         answer = await _post(session, "/v1/completions", body)
         (choice,) = answer["choices"]
-        tokens, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        tokens = choice["token_ids"] or []  # none where it was aborted before it began
+        logprobs = choice["logprobs"]["token_logprobs"] if tokens else []
         meta = {
             "finish_reason": {"type": choice["finish_reason"]},
             "prompt_tokens": len(prompt),

@@ -5,6 +5,7 @@ The servers are stand-ins (``engine_standin.py``): neither is installed here.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import signal
@@ -12,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import engine_standin
 import psutil
 import pytest
 import random_qwen
+from aiohttp import web
 
 from ctrl_hpc.cluster import engines
 from ctrl_hpc.cluster.connect import connect
@@ -24,6 +27,7 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, CriticConfig, RolloutConfig
 from ctrl_hpc.config.load import load
 from ctrl_hpc.records import Message, Sampling
+from ctrl_hpc.rollout.vllm import Vllm
 
 STANDIN = Path(engine_standin.__file__)
 
@@ -66,6 +70,34 @@ def test_an_engine_that_is_not_installed_is_told(
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match=told):
         engines.serve(make_config(rollout=RolloutConfig(engine=engine)), str(tmp_path), "token", print)  # type: ignore[arg-type]
+
+
+def test_vllm_is_asked_for_what_there_is_room_for_and_may_abort_it(tmp_path: Path) -> None:
+    asked = []
+
+    async def completions(request: web.Request) -> web.Response:
+        asked.append(await request.json())
+        choice = {"index": 0, "text": "", "finish_reason": "abort", "token_ids": None, "logprobs": None}
+        return web.json_response({"choices": [choice]})
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "m", "max_model_len": 10}]})
+
+    async def generate() -> list[dict[str, Any]]:
+        routes = [web.post("/v1/completions", completions), web.get("/v1/models", models)]
+        runner = web.AppRunner(engine_standin.application(routes, None))
+        await runner.setup()
+        await web.UnixSite(runner, str(tmp_path / "socket")).start()
+        try:
+            how = [{"max_new_tokens": 4}, {"max_new_tokens": 4}, {"max_new_tokens": 4}]
+            return await Vllm(tmp_path / "socket", "m").generate([[1] * 3, [2] * 8, [3] * 12], how)
+        finally:
+            await runner.cleanup()
+
+    answers = asyncio.run(generate())
+    assert [item["meta_info"]["finish_reason"] for item in answers] == [{"type": "abort"}] * 3
+    assert [item["output_ids"] for item in answers] == [[]] * 3
+    assert {body["prompt"][0]: body["max_tokens"] for body in asked} == {1: 4, 2: 2, 3: 4}
 
 
 @pytest.mark.slow
