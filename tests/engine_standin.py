@@ -16,6 +16,8 @@ from typing import Any
 from aiohttp import web
 
 TOKENS = 3
+POSITIONS = 1000
+"""Longest prompt and completion together."""
 
 
 class Engine:
@@ -42,6 +44,7 @@ def sglang(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", type=kind, required=True)
     parser.add_argument("--tensor-parallel-size", type=int, required=True)
     parser.add_argument("--mem-fraction-static", type=float)
+    parser.add_argument("--sampling-defaults", choices=["openai"], required=True)
     options = parser.parse_args(arguments)
     assert Path(options.config).stat().st_mode & 0o077 == 0, "the token is nobody else's to read"
     key = json.loads(Path(options.config).read_text())["api-key"]
@@ -52,6 +55,7 @@ def sglang(arguments: list[str]) -> None:
         assert set(body) == {"input_ids", "sampling_params", "return_logprob"}, body
         out = []
         for _, sampling in zip(body["input_ids"], body["sampling_params"], strict=True):
+            assert (sampling["top_k"], sampling["min_p"], sampling["repetition_penalty"]) == (-1, 0.0, 1.0)
             tokens = engine.tokens(sampling.get("sampling_seed"))
             meta = {
                 "finish_reason": {"type": "stop", "matched": tokens[-1]},
@@ -80,15 +84,17 @@ def vllm(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--tensor-parallel-size", type=int, required=True)
     parser.add_argument("--gpu-memory-utilization", type=float)
+    parser.add_argument("--generation-config", choices=["vllm"], required=True)
     options = parser.parse_args(arguments)
     engine = Engine(options.model, options.tensor_parallel_size)
 
     async def completions(request: web.Request) -> web.Response:
         body = await request.json()
-        allowed = {"model", "prompt", "temperature", "top_p", "max_tokens", "seed", "logprobs", "return_token_ids"}
+        allowed = {"model", "prompt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"}
+        allowed |= {"seed", "logprobs", "return_token_ids"}
         assert set(body) <= allowed and body["return_token_ids"] and body["logprobs"] == 0, body
         assert body["model"] == options.served_model_name and -(2**63) <= body.get("seed", 0) < 2**63
-        if len(body["prompt"]) > 1000:
+        if len(body["prompt"]) + body["max_tokens"] > POSITIONS:
             return web.json_response({"error": {"message": "the prompt is too long"}}, status=400)
         tokens = engine.tokens(body.get("seed"))
         choice = {"index": 0, "text": " ".join(map(str, tokens)), "finish_reason": "length", "token_ids": tokens}
@@ -104,7 +110,10 @@ def vllm(arguments: list[str]) -> None:
     async def reset(_: web.Request) -> web.Response:
         return web.Response()
 
-    routes = [web.post("/v1/completions", completions)]
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": options.served_model_name, "max_model_len": POSITIONS}]})
+
+    routes = [web.post("/v1/completions", completions), web.get("/v1/models", models)]
     if os.environ.get("VLLM_SERVER_DEV_MODE") == "1":
         routes += [web.post("/collective_rpc", rpc), web.post("/reset_prefix_cache", reset)]
     web.run_app(application(routes, None), path=options.uds, print=None)

@@ -25,23 +25,30 @@ _GRACE_S = 20.0
 
 
 def sglang_command(rollout: RolloutConfig, model: str, host: str, port: int, secrets: Path) -> list[str]:
-    """How SGLang is started; ``secrets`` is a file of its options that holds the token, which others must not see."""
+    """How SGLang is started; ``secrets`` is a file of its options that holds the token, which others must not see.
+
+    The sampling values that a model's ``generation_config.json`` proposes are left out.
+    """
     return [
         *(rollout.engine_command or (sys.executable, "-m", "sglang.launch_server")),
         *("--config", str(secrets)),
         *("--model-path", model, "--host", host, "--port", str(port)),
         *("--tensor-parallel-size", str(rollout.tensor), "--dtype", rollout.dtype),
+        *("--sampling-defaults", "openai"),
         *rollout.engine_args,
     ]
 
 
 def vllm_command(rollout: RolloutConfig, model: str, place: Path) -> list[str]:
-    """How vLLM is started, listening on a socket file; its log-probabilities are of what is sampled from."""
+    """How vLLM is started, listening on a socket file; its log-probabilities are of what is sampled from.
+
+    The sampling values that a model's ``generation_config.json`` proposes are left out.
+    """
     return [
         *(rollout.engine_command or ("vllm",)),
         *("serve", model, "--uds", str(place), "--served-model-name", model),
         *("--tensor-parallel-size", str(rollout.tensor), "--dtype", rollout.dtype),
-        *("--logprobs-mode", "processed_logprobs"),
+        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
         *rollout.engine_args,
     ]
 

@@ -147,8 +147,13 @@ class CriticConfig:
     """Longest thought in tokens, beside the ``max_tokens`` of the critique (which may use what the thought leaves); 0:
     both share those."""
     close_thought: bool = False
-    """End a thought that does not end within ``thought_tokens`` by force, for a critique to follow; what is put there
-    is not learnt. False: a thought without an end is a critique without a judgement."""
+    """End a thought that does not end within ``thought_tokens`` by force, for a critique to follow; RL does not learn
+    what is put there. False: a thought without an end is a critique without a judgement."""
+
+    @property
+    def thought_room(self) -> int:
+        """Tokens of a thought, beside those of the critique; none where the critic is not to think."""
+        return 0 if self.thinking == "off" else self.thought_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,7 +169,7 @@ def _check_credit(rl: RLConfig) -> None:
 
 
 def _check_thinking(config: Config) -> None:
-    critic, longest = config.critic, config.rl.max_tokens + config.critic.thought_tokens
+    critic, longest = config.critic, config.rl.max_tokens + config.critic.thought_room
     if critic.close_thought and (critic.thought_tokens == 0 or critic.thinking == "off"):
         raise ValueError("critic.close_thought: needs a budget, critic.thought_tokens, and a critic that thinks")
     if critic.close_thought and config.prompts.critique_close:

@@ -189,6 +189,8 @@ class LocalCritic:
 
     def _answers(self, prompts: Sequence[Sequence[int]], how: Sequence[Decoding]) -> list[Completion]:
         flat = self.worker.submit(prompts, how).result()
+        if any(item.finish_reason == "abort" for item in flat):
+            raise RuntimeError("the critic was ended before its answer was whole")
         return [replace(item, text=self._decoded(item.token_ids)) for item in flat]
 
     def probability(self, found: Critique, prefix: str) -> float | None:

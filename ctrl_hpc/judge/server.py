@@ -398,7 +398,12 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
         stop_ids=frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)),
     )
     worker = Worker(engine)
-    return LocalCritic(worker, tokenizer, top_logprobs=0 if options.batching == "continuous" else TOP), worker.close
+
+    def end() -> None:
+        worker.abort()  # nobody is there for whom it decodes
+        worker.close()
+
+    return LocalCritic(worker, tokenizer, top_logprobs=0 if options.batching == "continuous" else TOP), end
 
 
 def _check_close(text: str, tokenizer: Any) -> None:

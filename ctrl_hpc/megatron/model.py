@@ -155,6 +155,10 @@ class SDPAttention(torch.nn.Module):
     ) -> Tensor:
         """The context [B, T, H, D]: position t attends to the first ``prefix`` + t + 1 keys."""
         n_queries, n_keys = query_BTHD.shape[1], key_BSGD.shape[1]
+        repeats = query_BTHD.shape[2] // key_BSGD.shape[2]
+        if not causal and query_BTHD.is_cuda and repeats > 1:
+            # of CUDA's kernels with memory linear in the length, none takes a mask and fewer key heads at once
+            key_BSGD, value_BSGD = (x.repeat_interleave(repeats, dim=2) for x in (key_BSGD, value_BSGD))
         mask = None
         if not causal:
             mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query_BTHD.device).tril(prefix)
@@ -172,7 +176,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm by torch; marks its weight so that sequence parallelism sums its gradient over the tensor group."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)  # Megatron saves weights of one type
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

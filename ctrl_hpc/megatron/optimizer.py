@@ -33,7 +33,8 @@ class Optimizer:
             ddp_config=DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=parallel.distributed_optimizer,
-                overlap_grad_reduce=world.data_size > 1,
+                # a value network's last stage holds an output layer that never has a gradient to wait for
+                overlap_grad_reduce=world.data_size > 1 and not hasattr(model, "value_head"),
                 overlap_param_gather=False,
             ),
             module=model,

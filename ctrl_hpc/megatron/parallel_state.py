@@ -12,12 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 import torch.distributed as dist
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.rollout.weights import cpu_has_bfloat16, has_bfloat16_weights
@@ -259,11 +261,27 @@ def _dtype(config: Config, kind: str) -> torch.dtype:
     if name == "auto" and kind == "cuda":
         name = "bfloat16"
     elif name == "auto":
-        pays = [dist.get_rank() == 0 and has_bfloat16_weights(config.critic.model) and cpu_has_bfloat16()]
+        pays = [dist.get_rank() == 0 and _pays(config)]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(pays, src=0)
         name = "bfloat16" if pays[0] else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _pays(config: Config) -> bool:
+    """Whether a CPU trains this critic in bfloat16; a run that has begun goes on as it began, on whatever processor."""
+    pays = has_bfloat16_weights(config.critic.model) and cpu_has_bfloat16()
+    if config.run_dir is None:
+        return pays
+    chosen = Path(config.run_dir) / "trainer-dtype"
+    if chosen.exists():
+        return chosen.read_text(encoding="utf-8").strip() == "bfloat16"
+    if any(Path(config.run_dir).glob("*/checkpoints/step-*")):
+        return False
+    if pays:
+        chosen.parent.mkdir(parents=True, exist_ok=True)
+        jsonl.write_text(chosen, "bfloat16\n")
+    return pays
 
 
 def _free_port() -> int:

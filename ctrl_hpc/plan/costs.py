@@ -136,7 +136,7 @@ def costs(
     weights = architecture.n_parameters * width
     drafts = config.data.n_train * config.sample.n_samples
     sft_steps = config.sft.epochs * max(1, config.synthesize.n_critiques // config.sft.batch_size)
-    prompt, response = config.plan.prompt_tokens, rl.max_tokens + config.critic.thought_tokens
+    prompt, response = config.plan.prompt_tokens, rl.max_tokens + config.critic.thought_room
     tokens_in, tokens_out = _endpoint_tokens(config, critiques, drafts)
     limit = config.executor.limits.wall_s * config.executor.time_factor
     part = weights // ranks * (2 if rl.publish == "delta" else 1)

@@ -172,7 +172,7 @@ def plan(config: Config) -> Plan:
 
 def _response_share(config: Config) -> float:
     """Share of a full micro-batch's tokens that are critiques': those of a draft may share their prompt."""
-    prompt, critique = config.plan.prompt_tokens, config.rl.max_tokens + config.critic.thought_tokens
+    prompt, critique = config.plan.prompt_tokens, config.rl.max_tokens + config.critic.thought_room
     room = (config.trainer.micro_batch_tokens - prompt) // critique
     together = max(1, min(config.rl.group_size, room)) if config.trainer.shared_prefix else 1
     return together * critique / (prompt + together * critique)

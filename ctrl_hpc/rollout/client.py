@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,12 @@ from ctrl_hpc.service.json_client import Busy, Fault, Lost
 
 _MAX_FAULTS = 5
 """A batch that this many servers answered with an internal error is not tried again."""
+
+
+class Aborted(Lost):
+    """A server ended completions before they were done: it was told to, or paused."""
+
+
 type Request = tuple[list[int], dict[str, Any]]
 """A prompt's token ids and its sampling parameters."""
 
@@ -66,6 +73,7 @@ class RolloutClient:
             self._thinking.check(tokenizer, f"{role}.thinking" if role == "critic" else f"{role}_thinking")
         self._fleet = Fleet(f"{role} server", endpoints, token=token, patience_s=patience_s, timeout_s=timeout_s)
         self._tokenizer, self._max_in_flight = tokenizer, max_in_flight
+        self._patience_s = patience_s
         self._tokenizing = threading.Lock()
         """A tokenizer is for one thread at a time."""
         self._folder: str | None = None
@@ -78,8 +86,8 @@ class RolloutClient:
     def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[list[Generation]]:
         """``sampling.n`` completions for each chat, in order.
 
-        Raises RuntimeError when no server answers for ``patience_s`` or servers keep failing, ValueError when a
-        server refuses the request.
+        What a server aborts is asked again. Raises RuntimeError when no server answers for ``patience_s``, servers
+        keep failing, or abort everything for so long; ValueError when a server refuses the request.
         """
         if not chats:
             return []
@@ -160,6 +168,8 @@ class RolloutClient:
     def _answers(self, requests: Sequence[Request]) -> list[Generation]:
         """The answers to requests, in order, by whichever servers live."""
         answers: dict[int, Generation] = {}
+        aborts: list[float] = []
+        """When servers aborted completions, since the last answer."""
         wanted = self.version if self._folder is not None else None
 
         def cut(servers: int) -> list[Chunk]:
@@ -170,11 +180,16 @@ class RolloutClient:
         async def ask(url: str, chunk: Chunk) -> list[Chunk]:
             found = await self._ask(url, [requests[row] for row in chunk.rows], wanted)
             answers.update(zip(chunk.rows, found, strict=True))
+            aborts.clear()
             return []
 
         def lost(chunk: Chunk, error: Exception) -> list[Chunk]:
             if not isinstance(error, Lost):
                 raise error
+            if isinstance(error, Aborted):
+                aborts.append(time.monotonic())
+                if len(aborts) >= _MAX_FAULTS and aborts[-1] - aborts[0] > self._patience_s:
+                    raise RuntimeError(f"for {self._patience_s:.0f} s servers have aborted whatever they did: {error}")
             losses = chunk.losses + isinstance(error, Fault)  # one that died took no notice of what it was asked
             if losses >= _MAX_FAULTS:
                 raise RuntimeError(f"servers keep failing: {error}")
@@ -206,8 +221,12 @@ class RolloutClient:
         try:
             await self._bring_up_to_date(url)
             out = _generations(url, requests, await self._fleet.post(url, "/generate", json.dumps(body)))
+            if any(item.finish_reason == "abort" for item in out):
+                raise Aborted(f"{url} aborted completions")
             if wanted is not None and any(item.version != wanted for item in out):
                 raise Fault(f"{url} answered with other weights than version {wanted}")
+        except Aborted:
+            raise  # the server has its weights still
         except (Busy, Lost, asyncio.CancelledError):
             self._held.pop(url, None)
             raise
@@ -246,9 +265,13 @@ def _joined(begun: Generation, text: str, forced: tuple[int, ...], rest: Generat
 
 
 def _parameters(sampling: Sampling, seed: int | None) -> dict[str, Any]:
+    """SGLang's parameters; those that change nothing are named, because a server may have other defaults."""
     out: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "max_new_tokens": sampling.max_tokens,
     }
     if seed is not None:

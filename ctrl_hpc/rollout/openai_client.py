@@ -237,6 +237,8 @@ class OpenAIGenerator:
 
     def _generation(self, choice: Any) -> Generation:
         """The answer of a choice; its thought, which a server may have put in a field of its own, beside."""
+        if choice.get("finish_reason") == "abort":
+            raise ValueError("aborted by the server")
         message, finish = choice["message"], _FINISH.get(str(choice.get("finish_reason")), "abort")
         text = _text(message.get("content"))
         thought = _text(message.get("reasoning_content") or message.get("reasoning")) or None

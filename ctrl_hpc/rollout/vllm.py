@@ -21,7 +21,11 @@ from ctrl_hpc.rollout.server import serve_until_told
 from ctrl_hpc.service import http
 
 _SEEDS = 1 << 63
-_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "max_new_tokens": "max_tokens", "sampling_seed": "seed"}
+_SAMPLING = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+    "sampling_seed": "seed",
+}
 """SGLang's names of sampling parameters, and vLLM's."""
 
 
@@ -33,6 +37,8 @@ class Vllm:
         self._place, self._model = place, model
         self._version = 0
         self._in_hand = 0
+        self._positions: int | None = None
+        """Longest prompt and completion together, once it is known."""
         self._changed = asyncio.Condition()
         self._loading = False
 
@@ -57,6 +63,9 @@ class Vllm:
             self._in_hand += 1
         try:
             async with self._asked() as session:
+                if self._positions is None:
+                    served = {entry["id"]: entry for entry in (await _get(session, "/v1/models"))["data"]}
+                    self._positions = int(served[self._model]["max_model_len"])
                 tasks = [self._complete(session, *pair) for pair in zip(prompts, sampling, strict=True)]
                 return await asyncio.gather(*tasks)
         finally:
@@ -73,6 +82,9 @@ class Vllm:
         body: dict[str, Any] = {_SAMPLING[name]: value for name, value in sampling.items()}
         if "seed" in body:
             body["seed"] %= _SEEDS
+        room = (self._positions or 0) - len(prompt)
+        if room > 0:  # a longer prompt is refused by name
+            body["max_tokens"] = min(body.get("max_tokens", room), room)
         body |= {"model": self._model, "prompt": prompt, "logprobs": 0, "return_token_ids": True}
         answer = await _post(session, "/v1/completions", body)
         (choice,) = answer["choices"]
@@ -105,9 +117,17 @@ class Vllm:
                 self._changed.notify_all()
 
 
+async def _get(session: aiohttp.ClientSession, route: str) -> Any:
+    return await _request(session, "GET", route, None)
+
+
 async def _post(session: aiohttp.ClientSession, route: str, body: Any) -> Any:
+    return await _request(session, "POST", route, body)
+
+
+async def _request(session: aiohttp.ClientSession, method: str, route: str, body: Any) -> Any:
     try:
-        async with session.post(route, json=body) as answer:
+        async with session.request(method, route, json=body) as answer:
             text = await answer.text()
     except aiohttp.ClientError as error:
         raise HTTPException(500, f"vLLM does not answer: {error}") from None

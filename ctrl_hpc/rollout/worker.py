@@ -20,6 +20,7 @@ from ctrl_hpc.seeds import derive_seed
 
 _GATHER_S = 0.002
 """How long the first waiting request waits for company."""
+_ENDED = "the model's thread has ended; start the server again"
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +68,9 @@ class Worker:
         self._queue: queue.SimpleQueue[_Request | _Update | _Look | None] = queue.SimpleQueue()
         self._open: set[_Request] = set()
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._loop, name="rollout-worker", daemon=True)
+        self._closed = False
+        """Nothing is put into the queue any more but what ends the thread."""
+        self._thread = threading.Thread(target=self._run, name="rollout-worker", daemon=True)
         self._thread.start()
 
     @property
@@ -92,10 +95,8 @@ class Worker:
         sampling: Sequence[Sampling],
         followers: Sequence[Follower] | None = None,
     ) -> Future[list[Completion]]:
-        """A future of one completion a prompt; raises RuntimeError when the thread has ended."""
+        """A future of one completion a prompt; raises RuntimeError when the worker is closed."""
         request = _Request(prompts, sampling, followers or [Follower() for _ in prompts])
-        with self._lock:
-            self._open.add(request)
         request.future.add_done_callback(lambda _: self._forget(request))
         self._put(request)
         return request.future
@@ -126,17 +127,42 @@ class Worker:
         return update.future
 
     def close(self) -> None:
-        """End the thread after what it is doing now."""
-        self._queue.put(None)
+        """End the thread after what it was asked before; whoever asks later is refused."""
+        with self._lock:
+            self._closed = True
+            self._queue.put(None)
 
     def _put(self, item: _Request | _Update) -> None:
-        if not self.alive:
-            raise RuntimeError("the model's thread has ended; start the server again")
-        self._queue.put(item)
+        """Under one lock with :meth:`close`: nothing comes behind the end."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(_ENDED)
+            if isinstance(item, _Request):
+                self._open.add(item)
+            self._queue.put(item)
 
     def _forget(self, request: _Request) -> None:
         with self._lock:
             self._open.discard(request)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """However the thread ends, nobody waits for it in vain."""
+        with self._lock:
+            self._closed = True
+            futures: list[Future[Any]] = [request.future for request in self._open]
+        while not self._queue.empty():
+            item = self._queue.get()
+            if isinstance(item, _Update):
+                futures.append(item.future)
+        for future in futures:
+            if not future.done() and future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(_ENDED))
 
     def _loop(self) -> None:
         pending: list[_Request] = []

@@ -16,7 +16,7 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.reward import verdict_only
 from ctrl_hpc.flow.steps import critique, execute, revise
 from ctrl_hpc.records import Critique, Problem, Revision, Reward, Sampling, Solution
-from ctrl_hpc.rollout.thinking import Thinking
+from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE, Thinking
 from ctrl_hpc.seeds import derive_seed, sampling_seed
 from ctrl_hpc.train.ahead import weights_folder
 from ctrl_hpc.train.credit import Credit, Spell, by_sentence
@@ -52,9 +52,11 @@ class Collector:
         if config.rl.replay is not None:
             return cls(config=config, stage=stage, prompts=prompts)
         # An input is a token shorter than its sequence.
-        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens - config.critic.thought_tokens
-        limit = min(room, config.rl.max_prompt_tokens or room)
+        room = config.trainer.micro_batch_tokens + 1 - config.rl.max_tokens - config.critic.thought_room
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "sft" / "hf")
+        if config.critic.close_thought:
+            room -= len(tokenizer(CLOSED_BY_FORCE, add_special_tokens=False)["input_ids"])
+        limit = min(room, config.rl.max_prompt_tokens or room)
         switch = Thinking(mode=config.critic.thinking).switch
         pool = DraftPool.load(run_dir, config.seed).fitting(prompts, tokenizer, limit, **switch)
         validated = problems_of(config, run_dir)
@@ -125,7 +127,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
     """The experience of a step, by rank 0, from drafts at ``position`` on, by critics of ``version``; recorded on disk.
 
     With ``rl.refill_rounds`` more drafts are drawn in place of those whose critiques all earned the same. Raises
-    RuntimeError for a critique by weights of another version.
+    RuntimeError for a critique by weights of another version, ValueError where one's own reward fails for all.
     """
     options, clock = collector.config.rl, Clock()
     with clock("load"):
@@ -137,7 +139,7 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
     if options.replay is not None:
         return Experience.of(replay(Path(options.replay), step), version=step, position=position, metrics={})
     assert collector.pool is not None
-    rewards = Rewards.at(options, step, longest=options.max_tokens + collector.config.critic.thought_tokens)
+    rewards = Rewards.at(options, step, longest=options.max_tokens + collector.config.critic.thought_room)
     rollouts: list[Rollout] = []
     executed, refills = 0, 0
     for turn in range(1 + options.refill_rounds):
@@ -153,6 +155,10 @@ def collect(collector: Collector, step: int, position: int, version: int) -> Exp
         refills += turn > 0
         rollouts += made
         executed += n_runs
+    if rollouts and all(item.reason == "reward_error" for item in rollouts):
+        raise ValueError(
+            f"rl.reward: {options.reward} failed for all {len(rollouts)} critiques of step {step}, see above"
+        )
     others = {item.version for item in rollouts} - {version}
     if others:
         raise RuntimeError(

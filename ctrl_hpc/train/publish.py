@@ -6,6 +6,7 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Protocol, Self
@@ -46,7 +47,8 @@ class Publisher:
         self._copies = [weights.Copies() for _ in range(2 if policy.config.rl.publish == "delta" else 1)]
         self._writing: _Writing | None = None
         # of its own: the trainer's collectives go on meanwhile
-        self._group = dist.new_group(backend="gloo") if policy.world.size > 1 else None
+        patience = timedelta(seconds=policy.config.trainer.timeout_s)
+        self._group = dist.new_group(backend="gloo", timeout=patience) if policy.world.size > 1 else None
 
     def __enter__(self) -> Self:
         return self

@@ -49,7 +49,7 @@ class Rewards:
     ) -> list[Reward]:
         """The reward of executed samples; those of the drafts ``judged_alone``, by id, for the judgement.
 
-        A sample for which the user's function fails is masked, and the first is told; ValueError when all do.
+        A sample for which the user's function fails is masked, and the first is told.
         """
         out, faults = [], []
         for problem, draft, critique, revision in samples:
@@ -63,8 +63,6 @@ class Rewards:
                     raise
                 faults.append(f"rl.reward: {self.function} failed for {critique.id}: {type(error).__name__}: {error}")
                 out.append(Reward(critique_id=critique.id, value=0.0, reason="reward_error", masked=True))
-        if faults and len(faults) == len(samples):
-            raise ValueError(f"{faults[0]}; and so for all {len(samples)} critiques")
         if faults:
             print(f"{faults[0]}; {len(faults)} of {len(samples)} critiques are left out", flush=True)
         return [

@@ -170,9 +170,13 @@ class Experience:
         return int(self.groups_S.max()) + 1
 
     def learnable_groups(self) -> list[int]:
-        """The groups whose valid rewards are not all the same: the others have no advantage to learn from."""
-        rewards = [self.rewards_S[(self.groups_S == group) & self.valid_S].tolist() for group in range(self.n_groups)]
-        return [group for group, values in enumerate(rewards) if _has_spread(values)]
+        """The groups whose valid rewards are not all the same, or whose sentences are not all worth the same: the
+        others have no advantage to learn from."""
+        members = [(self.groups_S == group) & self.valid_S for group in range(self.n_groups)]
+        credited = [self.credit_SR is not None and bool(self.credit_SR[rows].any()) for rows in members]
+        return [
+            group for group, rows in enumerate(members) if credited[group] or _has_spread(self.rewards_S[rows].tolist())
+        ]
 
     def valid_groups(self) -> list[int]:
         """The groups that the environment left a critique of."""
@@ -207,12 +211,17 @@ def _has_spread(rewards: Sequence[float]) -> bool:
 
 
 def learnable_groups(rollouts: Sequence[Rollout]) -> list[str]:
-    """The drafts whose critiques did not all earn the same, in one turn at least."""
+    """The drafts whose critiques, or their sentences, did not all earn the same, in one turn at least."""
     rewards: dict[tuple[str, int], list[float]] = {}
+    credited = set()
     for item in rollouts:
         if not item.masked:
             rewards.setdefault(_group(item), []).append(item.reward)
-    return list(dict.fromkeys(solution for (solution, _), values in rewards.items() if _has_spread(values)))
+            if any(value for *_, value in item.credit):
+                credited.add(_group(item))
+    return list(
+        dict.fromkeys(group[0] for group, values in rewards.items() if group in credited or _has_spread(values))
+    )
 
 
 def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

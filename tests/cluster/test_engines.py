@@ -33,12 +33,14 @@ def test_the_command_lines() -> None:
     assert engines.sglang_command(rollout, "/m/critic", "0.0.0.0", 30000, Path("/t/secrets.yaml")) == [
         *(sys.executable, "-m", "sglang.launch_server", "--config", "/t/secrets.yaml"),
         *("--model-path", "/m/critic", "--host", "0.0.0.0", "--port", "30000"),
-        *("--tensor-parallel-size", "4", "--dtype", "bfloat16", "--mem-fraction-static", "0.8"),
+        *("--tensor-parallel-size", "4", "--dtype", "bfloat16", "--sampling-defaults", "openai"),
+        *("--mem-fraction-static", "0.8"),
     ]
     rollout = dataclasses.replace(rollout, engine="vllm", engine_args=(), engine_command=("/opt/bin/vllm",))
     assert engines.vllm_command(rollout, "/m/critic", Path("/t/vllm.sock")) == [
         *("/opt/bin/vllm", "serve", "/m/critic", "--uds", "/t/vllm.sock", "--served-model-name", "/m/critic"),
         *("--tensor-parallel-size", "4", "--dtype", "bfloat16", "--logprobs-mode", "processed_logprobs"),
+        *("--generation-config", "vllm"),
     ]
 
 
@@ -94,6 +96,8 @@ def test_an_engine_serves_and_loads_weights_and_one_that_ends_is_replaced(
         assert [item.version for item in second] == [5, 5]
         assert [tuple(token + 5 for token in item.token_ids) for item in first] == [item.token_ids for item in second]
         if engine == "vllm":
+            longest = dataclasses.replace(sampling, max_tokens=100_000)
+            assert len(connections.critic.complete([chat], longest)[0]) == 2, "no more is asked than there is room for"
             with pytest.raises(ValueError, match="the prompt is too long"):
                 connections.critic.complete([(Message(role="user", content="9 " * 2000),)], sampling)
             os.kill(servers(run_dir)[0].pid, signal.SIGKILL)  # its element leaves, and another takes its place

@@ -165,6 +165,8 @@ def behaviour(folder: Path) -> None:
             _refuses,
         ):
             facts |= part(config, world, folder)
+    for config, world in arranged(ParallelConfig(), dtype="bfloat16"):
+        facts |= _resumes_in_bfloat16(config, world, folder)
     (folder / "behaviour.json").write_text(json.dumps(facts))
 
 
@@ -209,6 +211,25 @@ def _resumes(config: Config, world: World, folder: Path) -> dict[str, Any]:
         "kept": sorted(path.name for path in place.iterdir() if path.name.startswith("step")),
         "resumed_same_bits": _same(_bits(policy), _bits(other)),
         "random_restored": torch.equal(random_before, random_after),
+    }
+
+
+def _resumes_in_bfloat16(config: Config, world: World, folder: Path) -> dict[str, Any]:
+    from ctrl_hpc.megatron import checkpoint
+    from ctrl_hpc.train.batch import collate
+    from ctrl_hpc.train.losses import SFTLoss
+
+    policy, other = _policy(config, world, folder), _policy(config, world, folder)
+    batch = collate(sequences(policy.architecture.vocab_size, 6, prompt=None))
+    policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), 1e-3)
+    place = folder / "checkpoints-bfloat16"
+    checkpoint.save(place, 1, _parts(policy), world, {}, keep=1, source=policy.folder)
+    checkpoint.load(place, _parts(other), world)
+    for each in (policy, other):
+        each.update(batch, SFTLoss(n_tokens=batch.n_tokens), 1e-3)
+    return {
+        "bfloat16": sorted({str(parameter.dtype) for parameter in policy.model.parameters()}),
+        "bfloat16_same_bits": _same(_bits(policy), _bits(other)),
     }
 
 

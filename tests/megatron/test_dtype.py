@@ -42,3 +42,20 @@ def test_a_cpu_trains_in_bfloat16_where_the_critic_is_and_the_processor_multipli
         assert parallel_state._dtype(Config(name="x"), "cuda") == torch.bfloat16
     finally:
         dist.destroy_process_group()
+
+
+def test_a_run_goes_on_in_the_type_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "critic").mkdir()
+    save_file({"weight": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "critic" / "model.safetensors")
+    here: list[bool] = []
+    monkeypatch.setattr(parallel_state, "cpu_has_bfloat16", lambda: here[-1])
+
+    def chosen(run: str, has: bool) -> bool:
+        here.append(has)
+        critic = CriticConfig(model=str(tmp_path / "critic"))
+        return parallel_state._pays(Config(name="x", run_dir=str(tmp_path / run), critic=critic))
+
+    assert [chosen("new", True), chosen("new", False), chosen("new", True)] == [True, True, True]
+    assert chosen("plain", False) is False
+    (tmp_path / "plain" / "sft" / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert chosen("plain", True) is False  # its checkpoints are float32

@@ -45,6 +45,7 @@ def test_the_loss_of_sft_falls(curves: dict[str, list[float]]) -> None:
 def test_a_checkpoint_resumes_to_the_bit(behaviour: dict[str, Any]) -> None:
     assert behaviour["resumed_at"] == 3
     assert behaviour["resumed_same_bits"] and behaviour["random_restored"]
+    assert behaviour["bfloat16"] == ["torch.bfloat16"] and behaviour["bfloat16_same_bits"]
 
 
 def test_a_save_in_the_background_does_not_hold_up_training_nor_see_it(behaviour: dict[str, Any]) -> None:

@@ -18,11 +18,12 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Critique, Generation, Problem, Rules, Sampling, Solution, StdinTest, TestResult, Verdict
 from ctrl_hpc.report import page, results
 from ctrl_hpc.train.advantages import estimate
-from ctrl_hpc.train.collect import Collector, roll_out
+from ctrl_hpc.train.collect import Collector, collect, roll_out
 from ctrl_hpc.train.credit import tokens_of
+from ctrl_hpc.train.drafts import DraftPool
 from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rewards import Rewards
-from ctrl_hpc.train.rollouts import Experience, Rollout
+from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups
 
 CRITIQUE = """\
 Analysis: It adds, e.g. 1.5 and 2. It should multiply!
@@ -228,6 +229,12 @@ def test_credit_goes_to_the_tokens_of_the_decisive_sentence(tmp_path):
     assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
     assert found[1, :5].tolist() == pytest.approx([-base] * 5, abs=1e-5)
     assert found[0].sum().item() == pytest.approx(9 * base, abs=1e-4)  # moved, not made
+    # where all earned the same the sentences still differ, and are learnt from
+    equal = [fix, replace(miss, reward=1.0)]
+    assert Experience.of(equal, version=0, position=0, metrics={}).learnable_groups() == [0]
+    assert learnable_groups(equal) == [fix.solution_id]
+    plain = [replace(item, credit=()) for item in equal]
+    assert Experience.of(plain, version=0, position=0, metrics={}).learnable_groups() == learnable_groups(plain) == []
     whole = estimate(experience, None, replace(options, credit="critique"), backend="torch").advantages_SR
     assert whole[0].tolist() == pytest.approx([base] * 9, abs=1e-5)
     assert experience.metrics["rl/credited_sentences"] == 2.0 and experience.metrics["rl/single_decisive"] == 0.5
@@ -252,3 +259,24 @@ def test_credit_that_is_too_dear_or_has_no_meaning_is_refused(overrides, told):
     with pytest.raises(ValueError, match=re.escape(told)):
         load(ROOT / "configs" / "tiny.yaml", ["rl.credit=sentence", *overrides])
     assert load(ROOT / "configs" / "tiny.yaml", ["rl.credit=sentence"]).rl.credit == "sentence"
+
+
+def test_a_reward_of_ones_own_that_fails_for_all_of_a_step_ends_it(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def f(problem, draft, critique, revision): return 1 / 0\n")
+    critic = Tokens([ADVICE, ADVICE])
+    critic.update_weights = lambda folder, version: None
+    services = toy_world.Connections()
+    services.critic = critic
+    problem, draft, _ = sample()
+    draft = replace(draft, verdict=Verdict(status="wrong_answer"))
+    options = RLConfig(reward=f"{tmp_path}/mine.py:f", group_size=2, prompts_per_step=1, minibatches=1)
+    made = Collector(
+        config=Config(name="own", rl=options),
+        stage=tmp_path,
+        prompts=Prompts.load("default"),
+        connections=services,
+        pool=DraftPool(pairs=((problem, draft),), seed=0),
+    )
+    with pytest.raises(ValueError, match=r"rl\.reward: .*mine\.py:f failed for all 2 critiques of step 0, see above"):
+        collect(made, 0, 0, 0)
+    assert "ZeroDivisionError: division by zero; 2 of 2 critiques are left out" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import json_endpoint
 import pytest
 import random_qwen
 import rollout_server
@@ -32,6 +33,7 @@ from ctrl_hpc.records import (
 from ctrl_hpc.rollout.client import RolloutClient
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
+from ctrl_hpc.service import fleet
 from ctrl_hpc.train.rollouts import Experience, Rollout
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=10, n=2, seed=11)
@@ -207,6 +209,47 @@ def test_no_server_at_all_is_said(tokenizer: Any) -> None:
     with pytest.raises(RuntimeError, match="no critic server has answered for 0 s"):
         client.complete(chats(1), SAMPLING)
     client.close()
+
+
+def aborting(times: int) -> tuple[list[Any], json_endpoint.Answer]:
+    """A server that aborts its first answers, the last completion of each, and the bodies that it got."""
+    asked: list[Any] = []
+
+    def answer(body: Any, _: dict[str, str]) -> tuple[int, dict[str, str], Any]:
+        asked.append(body)
+        count = len(body["input_ids"])
+        finish = [{"type": "stop", "matched": 5}] * (count - 1)
+        finish.append({"type": "abort", "message": "paused"} if len(asked) <= times else finish[0])
+        metas = [{"finish_reason": item, "output_token_logprobs": [(-0.5, 5, None)]} for item in finish]
+        return 200, {}, [{"text": "a", "output_ids": [5], "meta_info": meta} for meta in metas]
+
+    return asked, answer
+
+
+def test_what_a_server_aborts_is_asked_again(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More often than a fault would be; and no request leaves sampling values to a server's defaults."""
+    monkeypatch.setattr(fleet, "COOL_DOWN_S", (0.0, 0.0))
+    monkeypatch.setattr(fleet, "POLL_S", 0.001)
+    asked, answer = aborting(7)
+    with json_endpoint.serving(answer) as url:
+        client = RolloutClient(lambda: [url], tokenizer)
+        (group,) = client.complete(chats(1), SAMPLING)
+        client.close()
+    assert [item.finish_reason for item in group] == ["stop", "stop"] and len(asked) == 8
+    neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert all(params | neutral == params for params in asked[0]["sampling_params"])
+
+
+def test_a_server_that_aborts_everything_is_left_after_a_while(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "COOL_DOWN_S", (0.0, 0.0))
+    monkeypatch.setattr(fleet, "POLL_S", 0.001)
+    asked, answer = aborting(10**9)
+    with json_endpoint.serving(answer) as url:
+        client = RolloutClient(lambda: [url], tokenizer, patience_s=0.05)
+        with pytest.raises(RuntimeError, match=r"for 0 s servers have aborted whatever they did: http.* aborted"):
+            client.complete(chats(1), SAMPLING)
+        client.close()
+    assert len(asked) >= 5
 
 
 def test_a_refused_request_is_the_users_error(urls: list[str], tokenizer: Any) -> None:

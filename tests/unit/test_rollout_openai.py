@@ -97,6 +97,7 @@ NO_ANSWERS = [
     {"choices": []},
     {"choices": [{"index": 0, "message": None}]},
     {"choices": [{"index": 0, "message": {"content": 5}}]},
+    {"choices": [{"index": 0, "message": {"content": "half of"}, "finish_reason": "abort"}]},
     [],
     None,
     "<html>Bad gateway</html>",

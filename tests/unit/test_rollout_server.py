@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 from ctrl_hpc.records import Generation
 from ctrl_hpc.rollout import openai_logprobs
+from ctrl_hpc.rollout.decoding import Completion, Decoding
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.server import create_app, serve
 from ctrl_hpc.rollout.worker import RolloutService, Worker
@@ -246,6 +248,52 @@ def test_a_dead_model_thread_is_not_healthy(folder: str) -> None:
         assert http.get("/health").status_code == 503
         answer = http.post("/generate", json={"input_ids": PROMPT})
         assert answer.status_code == 500 and "thread has ended" in answer.json()["error"]["message"]
+
+
+class HeldEngine(BrokenEngine):
+    """Answers when it is let go."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.begun, self.let_go, self.error = threading.Event(), threading.Event(), error
+
+    def generate(self, prompts: Any, sampling: Any, followers: Any = None) -> Any:
+        self.begun.set()
+        assert self.let_go.wait(10)
+        if self.error is not None:
+            raise self.error
+        return [Completion(text="whole") for _ in prompts]
+
+
+def test_a_closed_worker_answers_what_it_was_asked_before_and_refuses_the_rest() -> None:
+    engine = HeldEngine()
+    worker = Worker(engine)
+    first = worker.submit([PROMPT], [Decoding()])
+    assert engine.begun.wait(10)
+    second = worker.submit([PROMPT], [Decoding()])
+    worker.close()
+    assert worker.alive
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        worker.submit([PROMPT], [Decoding()])
+    with pytest.raises(RuntimeError, match="thread has ended"):
+        worker.update("folder", 1)
+    engine.let_go.set()
+    assert [future.result(10)[0].text for future in (first, second)] == ["whole", "whole"]
+    worker._thread.join(10)
+    assert not worker.alive and worker.unanswered == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whoever_waits_for_a_thread_that_ends_is_told() -> None:
+    engine = HeldEngine(SystemExit())
+    worker = Worker(engine)
+    asked = [worker.submit([PROMPT], [Decoding()])]
+    assert engine.begun.wait(10)
+    asked += [worker.submit([PROMPT], [Decoding()]), worker.update("folder", 1)]  # type: ignore[list-item]
+    engine.let_go.set()
+    for future in asked:
+        with pytest.raises(RuntimeError, match="thread has ended"):
+            future.result(10)
+    worker._thread.join(10)
 
 
 def test_torn_weights_are_refused_by_name(folder: str, tmp_path: Path) -> None:

@@ -108,5 +108,5 @@ def test_a_sample_that_the_function_fails_for_is_left_out_and_told(
         "failed for p/0#0: ZeroDivisionError: division by zero; 1 of 2 critiques are left out"
         in capsys.readouterr().out
     )
-    with pytest.raises(ValueError, match="ZeroDivisionError: division by zero; and so for all 1 critiques"):
-        rewards.score([sample(words=0)])
+    (alone,) = rewards.score([sample(words=0)])  # a chunk's or turn's only one: the step decides whether all failed
+    assert alone.masked
