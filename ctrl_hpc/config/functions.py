@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,12 +41,17 @@ def _names(node: ast.stmt) -> list[str]:
 
 @cache
 def load_function(key: str, place: str) -> Callable[..., Any]:
-    """The function at a place, FILE.py:FUNCTION, that a key names; its file is run once in a process.
+    """As :func:`read_function`; the file is run once in a process."""
+    return read_function(key, place)
+
+
+def read_function(key: str, place: str) -> Callable[..., Any]:
+    """The function at a place, FILE.py:FUNCTION, that a key names, by the file as it is now.
 
     Raises ValueError, with the key, where there is none.
     """
     file, _, name = place.rpartition(":")
-    found = importlib.util.spec_from_file_location(f"ctrl_hpc_{key.replace('.', '_')}", file)
+    found = importlib.util.spec_from_file_location(f"ctrl_hpc_{re.sub(r'\W', '_', key)}", file)
     if found is None or found.loader is None or not Path(file).is_file():
         raise ValueError(f"{key}: {place} is not FILE.py:FUNCTION of a file that exists")
     module = importlib.util.module_from_spec(found)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import inspect
 import math
 import re
@@ -462,6 +461,8 @@ def load(places: Mapping[str, str]) -> dict[str, Comparison]:
 
 
 def _load(name: str, place: str) -> Comparison:
+    from ctrl_hpc.config.functions import read_function
+
     file, _, function = place.rpartition(":")
     if not name.isidentifier() or not function.isidentifier() or not file.endswith(".py"):
         raise ValueError(f"judge {name}: {place!r} is not FILE.py:FUNCTION")
@@ -470,17 +471,7 @@ def _load(name: str, place: str) -> Comparison:
     path = Path(file).absolute()
     if not path.is_file():
         raise ValueError(f"judge {name}: there is no file {path}")
-    found = importlib.util.spec_from_file_location(f"ctrl_hpc_judge_{name}", path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"judge {name}: {path} fails: {type(error).__name__}: {error}") from error
-    compare = getattr(module, function, None)
-    if not callable(compare):
-        raise ValueError(f"judge {name}: {path} defines no function {function}")
-    return compare  # type: ignore[no-any-return]
+    return read_function(f"judge {name}", f"{path}:{function}")
 
 
 def digest(judges: Mapping[str, Comparison]) -> str:

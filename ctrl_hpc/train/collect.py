@@ -23,7 +23,7 @@ from ctrl_hpc.train.credit import Credit, Spell, by_sentence
 from ctrl_hpc.train.drafts import DraftPool, fits, side_by_side
 from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rewards import SCHEDULED, Rewards, returns
-from ctrl_hpc.train.rollouts import Cell, Experience, Rollout, learnable_groups, record_file, replay, rows
+from ctrl_hpc.train.rollouts import Cell, Experience, Rollout, learnable_groups, record_file, recorded, replay, rows
 from ctrl_hpc.train.validation import Validation, problems_of
 
 
@@ -94,8 +94,8 @@ class Collector:
 
     def samples(self, step: int, count: int) -> list[list[Cell]]:
         """Rows of ``rollouts.COLUMNS``: the first ``count`` rollouts of a step, for people to read."""
-        file = record_file(self.stage / "rollouts", step)
-        if not file.exists():
+        file = recorded(self.stage / "rollouts", step)
+        if file is None:
             return []
         drafts = {} if self.pool is None else {pair[1].id: pair for pair in self.pool.pairs}
         return rows(step, list(islice(jsonl.iterate(Rollout, file), count)), drafts)

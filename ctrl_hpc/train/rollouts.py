@@ -299,16 +299,17 @@ def record_file(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.jsonl.gz"
 
 
-def replay(folder: Path, step: int) -> list[Rollout]:
-    """The recorded rollouts of a step, compressed or not.
-
-    Raises ValueError when the step was not recorded.
-    """
+def recorded(folder: Path, step: int) -> Path | None:
+    """The file of a step's rollouts, compressed or not; None where the step was not recorded."""
     file = record_file(folder, step)
-    if not file.exists():
-        file = file.with_suffix("")
-    if not file.exists():
-        raise ValueError(f"rl.replay: {file} does not exist")
+    return next((found for found in (file, file.with_suffix("")) if found.exists()), None)
+
+
+def replay(folder: Path, step: int) -> list[Rollout]:
+    """The recorded rollouts of a step. Raises ValueError when it was not recorded."""
+    file = recorded(folder, step)
+    if file is None:
+        raise ValueError(f"rl.replay: {record_file(folder, step)} does not exist, nor without .gz")
     return jsonl.read(Rollout, file)
 
 

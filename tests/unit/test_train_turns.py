@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import toy_world
 
+from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config, RLConfig
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.reward import score
@@ -20,7 +21,7 @@ from ctrl_hpc.seeds import derive_seed
 from ctrl_hpc.train.collect import Collector, roll_out
 from ctrl_hpc.train.loop import Clock
 from ctrl_hpc.train.rewards import Rewards, returns
-from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups, summary
+from ctrl_hpc.train.rollouts import Experience, Rollout, learnable_groups, replay, summary
 
 SEED = 11
 
@@ -82,6 +83,19 @@ def collector(tmp_path: Path, **keys: Any) -> tuple[Collector, list[tuple[Proble
 def rolled_out(tmp_path: Path, **keys: Any) -> list[Rollout]:
     made, pairs, _ = collector(tmp_path, **keys)
     return roll_out(made, pairs, Rewards.at(made.config.rl, 0), SEED, Clock())[0]
+
+
+def test_recorded_rollouts_are_shown_and_replayed_compressed_or_not(tmp_path: Path) -> None:
+    made, _, _ = collector(tmp_path)
+    rollouts = rolled_out(tmp_path)
+    for step, ending in enumerate(("jsonl.gz", "jsonl")):
+        jsonl.write(tmp_path / "rollouts" / f"step-{step:06d}.{ending}", rollouts)
+        assert replay(tmp_path / "rollouts", step) == rollouts
+        shown = made.samples(step, 2)
+        assert [row[:2] for row in shown] == [[step, item.solution_id] for item in rollouts[:2]]
+    assert made.samples(2, 2) == []
+    with pytest.raises(ValueError, match=r"rl\.replay: .*step-000002\.jsonl\.gz does not exist"):
+        replay(tmp_path / "rollouts", 2)
 
 
 def test_one_turn_is_the_method_step_by_step(tmp_path: Path) -> None:
