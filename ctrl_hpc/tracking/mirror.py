@@ -30,7 +30,7 @@ import psutil
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.run import journal
-from ctrl_hpc.tracking import server
+from ctrl_hpc.tracking import record_file, server
 
 LOOK_S = 1.0
 """Seconds between looks at the journals."""
@@ -38,6 +38,8 @@ PATIENCE_S = 60.0
 """Seconds until a wandb that could not start is tried again."""
 _ATTEMPTS = 3
 """wandb's processes that may be lost in a row before that pause."""
+_SPACE_WAITS_S = (1.0, 3.0, 10.0)
+"""Between the tries to have the last rows on a disk that was full."""
 RETRIES = 20
 """wandb waits 2 s, 4 s, 8 s ... and at most a minute between them: a quarter of an hour for a server that fails."""
 _AGENT = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME", "WANDB_RUN_GROUP", "WANDB_NAME")
@@ -198,15 +200,32 @@ class MirroredRun:
             self._run.finish(exit_code=exit_code)
 
     def settle(self) -> list[str]:
-        """After the end of wandb's process: mark what was told; what the server did not take, in words."""
+        """After the end of wandb's process: mark what was told; what the server did not take, in words.
+
+        Offline what the disk did not take is due again.
+        """
         if self._run is None:
             return []
+        if not self._online and (lost := self._lost()):
+            self.forget()
+            return [f"{lost} rows of {self._id} are not on disk; is {self._run_dir} full?"]
         refused = [*self.missing, *refused_by(self.log)] if self._online else []
         for source in self._sources.values():
             sent = {"sent": source.told} if self._online and not refused else {}
             source.set(told=source.mark.told if refused else source.told, open=None, **sent)
         self._run = None
         return refused
+
+    def _lost(self) -> int:
+        """How many rows that wandb was told are not in its file."""
+        held = _steps_in(Path(self._run.dir).parent / f"run-{self._id}.wandb")
+        told = {
+            line["step"]
+            for source in self._sources.values()
+            for line in journal.lines(source.file)
+            if source.certain < line["step"] <= source.told
+        }
+        return len(told - held)
 
     def forget(self) -> None:
         """wandb's process is gone: what it was told counts for nothing."""
@@ -301,6 +320,24 @@ def _step_of(rows: int, after: int, lines: Sequence[dict[str, Any]]) -> int:
     return steps[rows] if rows < len(steps) else steps[-1] + rows - len(steps) + 1
 
 
+def _steps_in(file: Path) -> set[int]:
+    """The ``step`` of every row that an offline record file holds; none where it is not there."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = set()
+    for part in record_file.parts(file.read_bytes()) if file.is_file() else ():
+        try:
+            record = Record.FromString(part)
+        except DecodeError:  # torn
+            break
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                if (item.key or ".".join(item.nested_key)) == "step":
+                    found.add(int(json.loads(item.value_json)))
+    return found
+
+
 def refused_by(log: Path | None) -> list[str]:
     """What wandb's log of a piece says was given up, in words."""
     found: list[str] = []
@@ -341,11 +378,16 @@ class Mirror:
 
     def close(self, exit_code: int = 0) -> list[str]:
         """Tell the rest and end all runs; when this returns all is on disk, or sent but for what it says."""
-        self.look()
-        for run in self.runs.values():
-            run.finish(exit_code)
-        _teardown()
-        return [words for run in self.runs.values() for words in run.settle()]
+        for wait_s in (*_SPACE_WAITS_S, None):
+            self.look()
+            for run in self.runs.values():
+                run.finish(exit_code)
+            _teardown()
+            refused = [words for run in self.runs.values() for words in run.settle()]
+            if self._online or not refused or wait_s is None:
+                break
+            time.sleep(wait_s)
+        return refused
 
     def forget(self) -> None:
         """wandb's process is gone."""

@@ -221,3 +221,22 @@ def test_online_without_a_server_is_one_line_before_anything_starts(
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     with pytest.raises(RuntimeError, match=r"wandb: http://127.0.0.1:9 cannot be reached: .*; wandb.mode=off"):
         LiveMirror(config(run_dir, "online"), run_dir).__enter__()
+
+
+def test_rows_that_the_disk_did_not_take_are_told_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb goes on when it cannot write; so its file is as the first end of its process leaves it here."""
+    end, ended = mirror._teardown, []
+    monkeypatch.setattr(mirror, "_SPACE_WAITS_S", (0.1,))
+
+    def torn() -> None:
+        end()
+        if not ended:
+            (file,) = wandb_records.pieces(run_dir, "rl")
+            os.truncate(file, file.stat().st_size // 2)
+        ended.append(True)
+
+    monkeypatch.setattr(mirror, "_teardown", torn)
+    with LiveMirror(config(run_dir), run_dir):
+        train(run_dir, 0, 40)
+    assert wandb_records.steps(run_dir, "rl") == list(range(40))
+    assert len(ended) == 2 and mark(place(run_dir, "rl"), run_id(run_dir, "rl")).told == 39
