@@ -239,6 +239,8 @@ class MirroredRun:
                 shutil.rmtree(self._run_dir / "wandb" / str(name), ignore_errors=True)
             while any((self._run_dir / "wandb").glob(f"offline-run-{time.strftime('%Y%m%d_%H%M%S')}-{self._id}")):
                 time.sleep(0.05)  # wandb names a folder by the second
+        for source in self._sources.values():
+            source.set()  # the journal is a mirror's before wandb makes a folder: killed between, nobody adopts that
         self._run = self._begin()
         run = self._run
         self._rows = server.rows(server_url(), run.entity, run.project, run.id) if self._online and run.resumed else 0

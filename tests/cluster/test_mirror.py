@@ -240,3 +240,20 @@ def test_rows_that_the_disk_did_not_take_are_told_again(run_dir: Path, monkeypat
         train(run_dir, 0, 40)
     assert wandb_records.steps(run_dir, "rl") == list(range(40))
     assert len(ended) == 2 and mark(place(run_dir, "rl"), run_id(run_dir, "rl")).told == 39
+
+
+def test_a_driver_killed_as_wandb_begins_leaves_no_row_untold(run_dir: Path) -> None:
+    train(run_dir, 0, 3)
+    killed = (
+        "import os, sys, wandb; from pathlib import Path; from ctrl_hpc.tracking import mirror; "
+        "from ctrl_hpc.config import load; run_dir = Path(sys.argv[1]); begin = mirror.begin\n"
+        "def torn(*of): begin(*of); os._exit(9)\n"
+        "mirror.begin = torn\n"
+        "mirror.Mirror(load(sys.argv[2], [f'run_dir={run_dir}', 'wandb.mode=offline']), run_dir, online=False).look()"
+    )
+    words = [sys.executable, "-c", killed, str(run_dir), str(ROOT / "configs" / "tiny_faults.yaml")]
+    assert subprocess.run(words, check=False).returncode == 9
+    assert len(wandb_records.pieces(run_dir, "rl")) == 1  # begun, and told nothing
+    with mirrored(config(run_dir), run_dir):
+        pass
+    assert wandb_records.steps(run_dir, "rl") == [0, 1, 2]
