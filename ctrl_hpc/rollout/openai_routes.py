@@ -242,6 +242,8 @@ class _ChatAnswer(_Answer):
     def __init__(self, body: ChatBody, service: RolloutService) -> None:
         if body.top_logprobs and not body.logprobs:
             raise ValueError("top_logprobs asks for logprobs=true")
+        if not body.messages:
+            raise ValueError("messages: is empty")
         chat = [Message(role=message.role, content=message.said) for message in body.messages]
         ids = chat_ids(
             service.tokenizer,
