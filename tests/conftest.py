@@ -2,7 +2,10 @@
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,3 +20,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background
 
 settings.register_profile("project", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """A service that is started in the tests' process sets torch's threads, which change the order of sums."""
+    yield
+    torch = sys.modules.get("torch")
+    wanted = int(os.environ["OMP_NUM_THREADS"])
+    if torch is not None and torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
