@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import socket
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -46,7 +44,6 @@ from ctrl_hpc.rollout.chat import inside_ids
 from ctrl_hpc.service import http as http_service
 from ctrl_hpc.store.segments import KEY_BYTES, Segments, Tolerant
 
-MAX_BODY_BYTES = 1 << 28
 AT_ONCE = 64
 """Items that are judged at a time, of all requests."""
 KEPT = 1 << 16
@@ -356,7 +353,7 @@ def serve(
         critic = Critic(generator=generator, prompts=prompts, comparison=comparison_template(None))
         judge = Judge(critic, name, calibration, options.cache)
         try:
-            _until_told(create_app(judge), sock, on_ready, token, own_user)
+            http_service.serve_until_told(create_app(judge), sock, on_ready, token, own_user)
         finally:
             judge.close()
             end()
@@ -374,30 +371,24 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
             raise ValueError(f"--model {options.model}: names no model; expected URL#MODEL")
         endpoint = OpenAIGenerator(url, model)
         return endpoint, endpoint.close
-    import torch
-    from transformers import AutoTokenizer
-
-    from ctrl_hpc.rollout.engine import load_engine
+    from ctrl_hpc.rollout.server import open_worker
     from ctrl_hpc.rollout.weights import weight_files
-    from ctrl_hpc.rollout.worker import Worker
 
     weight_files(options.model)
-    torch.set_num_threads(options.threads)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-    except (ValueError, OSError) as error:  # of several lines
-        raise ValueError(f"{options.model}: no tokenizer that can be read: {' '.join(str(error).split())}") from None
-    if options.critique_close:
-        _check_close(options.critique_close, tokenizer)
-    engine = load_engine(
+
+    def check(tokenizer: Any) -> None:
+        if options.critique_close:
+            _check_close(options.critique_close, tokenizer)
+
+    worker, tokenizer = open_worker(
         options.model,
         device=options.device,
+        threads=options.threads,
         dtype=options.dtype,
         batching=options.batching,
         max_batch_tokens=options.max_batch_tokens,
-        stop_ids=frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)),
+        check=check,
     )
-    worker = Worker(engine)
 
     def end() -> None:
         worker.abort()  # nobody is there for whom it decodes
@@ -413,26 +404,3 @@ def _check_close(text: str, tokenizer: Any) -> None:
         raise ValueError(
             f"--critique-close: has {n_tokens} tokens, its line breaks among them; at most {CLOSE_ROOM - 1}"
         )
-
-
-def _until_told(
-    app: FastAPI, sock: socket.socket, on_ready: Callable[[str], None] | None, token: str | None, own_user: bool
-) -> None:
-    """Serve an application until a signal ends it."""
-
-    async def ready() -> None:
-        if on_ready is not None:
-            await asyncio.to_thread(on_ready, http_service.url(sock))
-
-    app.router.on_startup.append(ready)
-    gate = http_service.Gate(
-        app,
-        token=token,
-        own_user=own_user,
-        max_body_bytes=MAX_BODY_BYTES,
-        open_paths=frozenset({"/health", "/metrics"}),
-    )
-    config = uvicorn.Config(
-        gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
-    )
-    http_service.DrainingServer(config).run(sockets=[sock])

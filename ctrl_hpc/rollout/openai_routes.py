@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -134,7 +135,7 @@ def add_openai_routes(app: FastAPI, service: RolloutService) -> None:
         return answer.whole(await service.complete(answer.asked))
 
 
-class _Answer:
+class _Answer(ABC):
     """What one request is answered, at once or in chunks."""
 
     kind: str
@@ -147,13 +148,13 @@ class _Answer:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
+    @abstractmethod
     def choice(self, index: int, completion: Completion, text: str, reason: str) -> dict[str, Any]:
         """A choice of an answer that comes at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def part(self, index: int, text: str, scored: Sequence[Scored], reason: str | None) -> dict[str, Any]:
         """A choice of a chunk."""
-        raise NotImplementedError
 
     def whole(self, groups: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         """The answer that comes at once."""

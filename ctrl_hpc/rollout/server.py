@@ -8,12 +8,9 @@ Our own: ``/health``, ``/metrics``.
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -23,7 +20,6 @@ from ctrl_hpc.rollout.sglang_routes import add_sglang_routes
 from ctrl_hpc.rollout.worker import RolloutService, Worker
 from ctrl_hpc.service import http as http_service
 
-MAX_BODY_BYTES = 1 << 28
 """Largest request."""
 
 
@@ -93,74 +89,52 @@ def serve(
     Every route but ``/health`` and ``/metrics`` asks for a token, see :func:`http.access`. Raises ValueError for a
     missing model folder or a port in use.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from ctrl_hpc.rollout.engine import load_engine
     from ctrl_hpc.rollout.weights import weight_files
 
     weight_files(model)
     token, own_user = http_service.access(host, token, own_user)
     sock = http_service.listen(host, port)
+    try:
+        worker, tokenizer = open_worker(
+            model, device=device, threads=threads, dtype=dtype, batching=batching, max_batch_tokens=max_batch_tokens
+        )
+        try:
+            http_service.serve_until_told(
+                create_app(RolloutService(worker, tokenizer, model)), sock, on_ready, token, own_user
+            )
+        finally:
+            worker.close()
+    finally:
+        sock.close()
+
+
+def open_worker(
+    model: str,
+    *,
+    device: str,
+    threads: int,
+    dtype: str,
+    batching: str,
+    max_batch_tokens: int,
+    check: Callable[[Any], None] | None = None,
+) -> tuple[Worker, Any]:
+    """A worker over the model of a Hugging Face folder, and its tokenizer, which ``check`` sees before the model is
+    loaded. Raises ValueError for a folder without a tokenizer.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from ctrl_hpc.rollout.engine import load_engine
+
     torch.set_num_threads(threads)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (ValueError, OSError) as error:  # of several lines
-        sock.close()
         raise ValueError(f"{model}: no tokenizer that can be read: {' '.join(str(error).split())}") from None
+    if check is not None:
+        check(tokenizer)
     stop_ids = frozenset(() if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),))
     engine = load_engine(
-        model,
-        device=device,
-        dtype=dtype,
-        batching=batching,
-        max_batch_tokens=max_batch_tokens,
-        stop_ids=stop_ids,
+        model, device=device, dtype=dtype, batching=batching, max_batch_tokens=max_batch_tokens, stop_ids=stop_ids
     )
-    worker = Worker(engine)
-    try:
-        serve_until_told(create_app(RolloutService(worker, tokenizer, model)), sock, on_ready, token, own_user)
-    finally:
-        worker.close()
-        sock.close()
-
-
-def serve_until_told(
-    app: FastAPI,
-    sock: socket.socket,
-    on_ready: Callable[[str], None] | None,
-    token: str | None,
-    own_user: bool,
-    lost: Callable[[], bool] | None = None,
-) -> None:
-    """Serve an application until a signal ends it, or ``lost`` says that there is nothing left to serve."""
-
-    async def ready() -> None:
-        if on_ready is not None:
-            await asyncio.to_thread(on_ready, http_service.url(sock))
-
-    async def watch(server: uvicorn.Server, lost: Callable[[], bool]) -> None:
-        while not lost():
-            await asyncio.sleep(1.0)
-        server.should_exit = True
-
-    app.router.on_startup.append(ready)
-    gate = http_service.Gate(
-        app,
-        token=token,
-        own_user=own_user,
-        max_body_bytes=MAX_BODY_BYTES,
-        open_paths=frozenset({"/health", "/metrics"}),
-    )
-    config = uvicorn.Config(
-        gate, log_level="warning", access_log=False, http=http_service.Protocol, timeout_graceful_shutdown=5
-    )
-    server = http_service.DrainingServer(config)
-    tasks: list[asyncio.Task[None]] = []
-    if lost is not None:
-
-        async def begin() -> None:
-            tasks.append(asyncio.create_task(watch(server, lost)))
-
-        app.router.on_startup.append(begin)
-    server.run(sockets=[sock])
+    return Worker(engine), tokenizer

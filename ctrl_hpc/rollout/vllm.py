@@ -17,7 +17,6 @@ from typing import Any
 import aiohttp
 from fastapi import FastAPI, HTTPException, Request
 
-from ctrl_hpc.rollout.server import serve_until_told
 from ctrl_hpc.service import http
 
 _SEEDS = 1 << 63
@@ -178,6 +177,6 @@ def serve(
     """
     sock: socket.socket = http.listen(host, 0)
     try:
-        serve_until_told(create_app(Vllm(place, model)), sock, on_ready, token, False, lost)
+        http.serve_until_told(create_app(Vllm(place, model)), sock, on_ready, token, False, lost)
     finally:
         sock.close()

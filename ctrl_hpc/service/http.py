@@ -18,13 +18,14 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import h11
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -286,3 +287,42 @@ async def _refuse(send: Send, status: int, detail: str) -> None:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def serve_until_told(
+    app: FastAPI,
+    sock: socket.socket,
+    on_ready: Callable[[str], None] | None,
+    token: str | None,
+    own_user: bool,
+    lost: Callable[[], bool] | None = None,
+) -> None:
+    """Serve an application until a signal ends it, or ``lost`` says that there is nothing left to serve."""
+
+    async def ready() -> None:
+        if on_ready is not None:
+            await asyncio.to_thread(on_ready, url(sock))
+
+    async def watch(server: uvicorn.Server, lost: Callable[[], bool]) -> None:
+        while not lost():
+            await asyncio.sleep(1.0)
+        server.should_exit = True
+
+    app.router.on_startup.append(ready)
+    gate = Gate(
+        app,
+        token=token,
+        own_user=own_user,
+        max_body_bytes=1 << 28,
+        open_paths=frozenset({"/health", "/metrics"}),
+    )
+    config = uvicorn.Config(gate, log_level="warning", access_log=False, http=Protocol, timeout_graceful_shutdown=5)
+    server = DrainingServer(config)
+    tasks: list[asyncio.Task[None]] = []
+    if lost is not None:
+
+        async def begin() -> None:
+            tasks.append(asyncio.create_task(watch(server, lost)))
+
+        app.router.on_startup.append(begin)
+    server.run(sockets=[sock])
