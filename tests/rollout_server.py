@@ -21,7 +21,7 @@ def running(folder: str, engine: Engine | None = None) -> Iterator[str]:
     """The URL of a server that answers."""
     worker = Worker(engine or load_engine(folder, device="cpu"))
     app = create_app(RolloutService(worker, AutoTokenizer.from_pretrained(folder), folder))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False))
     ready = threading.Event()
     app.router.on_startup.append(ready.set)
     sock = listen("127.0.0.1", 0)

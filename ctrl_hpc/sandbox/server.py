@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -360,14 +359,7 @@ def _until_told(
             failures.append(error)
             server.should_exit = True
 
-    config = uvicorn.Config(
-        app(on_started=ready),
-        log_level="warning",
-        access_log=False,
-        http=http.Protocol,
-        timeout_graceful_shutdown=drain_s,
-    )
-    server = http.DrainingServer(config)
+    server = http.DrainingServer(http.settings(app(on_started=ready), drain_s=drain_s))
     server.run(sockets=[sock])
     if failures:
         raise failures[0]

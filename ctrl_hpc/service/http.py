@@ -20,7 +20,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import h11
@@ -289,6 +289,21 @@ async def _refuse(send: Send, status: int, detail: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+def settings(app: Any, *, drain_s: int) -> uvicorn.Config:
+    """How services are served: warnings alone are logged, and the process's logging stays as it is.
+
+    uvicorn's own log configuration closes every handler there is, absl's together with the stream behind it.
+    """
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        http=Protocol,
+        timeout_graceful_shutdown=drain_s,
+    )
+
+
 def serve_until_told(
     app: FastAPI,
     sock: socket.socket,
@@ -316,8 +331,7 @@ def serve_until_told(
         max_body_bytes=1 << 28,
         open_paths=frozenset({"/health", "/metrics"}),
     )
-    config = uvicorn.Config(gate, log_level="warning", access_log=False, http=Protocol, timeout_graceful_shutdown=5)
-    server = DrainingServer(config)
+    server = DrainingServer(settings(gate, drain_s=5))
     tasks: list[asyncio.Task[None]] = []
     if lost is not None:
 

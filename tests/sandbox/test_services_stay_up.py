@@ -61,7 +61,7 @@ def test_a_service_whose_worker_has_ended_is_not_healthy(ended: Sandbox) -> None
 
 def test_an_element_whose_worker_has_ended_leaves(ended: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     sock = http.listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(ended), log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(create_app(ended), log_config=None, log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     asked_to_leave: list[int] = []
@@ -84,7 +84,7 @@ def test_a_request_over_the_size_limit_costs_its_own_program_alone() -> None:
     sock = http.listen("127.0.0.1", 0)
     with Sandbox(workers=1) as sandbox:
         app = create_app(sandbox, max_body_bytes=1 << 16)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:

@@ -44,7 +44,7 @@ def urls() -> Iterator[dict[bool, str]]:
     for own_user in (False, True):
         sock = http.listen("127.0.0.1", 0)
         gate = http.Gate(_app, token=TOKEN, max_body_bytes=1000, open_paths=frozenset({"/health"}), own_user=own_user)
-        config = uvicorn.Config(gate, log_level="critical", lifespan="off", http=http.Protocol)
+        config = uvicorn.Config(gate, log_config=None, log_level="critical", lifespan="off", http=http.Protocol)
         server = http.DrainingServer(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
         thread.start()

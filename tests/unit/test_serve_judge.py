@@ -169,7 +169,7 @@ def serving(judge):
     app = create_app(judge)
     ready = threading.Event()
     app.router.on_startup.append(ready.set)
-    instance = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    instance = uvicorn.Server(uvicorn.Config(app, log_config=None, log_level="warning", access_log=False))
     sock = listen("127.0.0.1", 0)
     thread = threading.Thread(target=instance.run, kwargs={"sockets": [sock]}, daemon=True)
     thread.start()

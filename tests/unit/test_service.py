@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,19 @@ def test_a_port_in_use_and_an_unknown_host_are_one_clear_line() -> None:
             http.listen("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:99999"):
         http.listen("127.0.0.1", 99999)
+
+
+def test_a_service_leaves_the_handlers_of_its_process_alone(tmp_path: Path) -> None:
+    """uvicorn's own settings close them all, and absl's handler closes the stream it writes to."""
+    handler = logging.FileHandler(tmp_path / "own.log")
+    log = logging.getLogger("own")
+    log.addHandler(handler)
+    try:
+        settings = http.settings(lambda: None, drain_s=1)
+        log.warning("still here")
+        assert handler.stream is not None and not handler.stream.closed
+        assert settings.log_config is None and logging.getLogger("uvicorn.error").level == logging.WARNING
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+    assert (tmp_path / "own.log").read_text() == "still here\n"
