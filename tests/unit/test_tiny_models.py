@@ -108,29 +108,21 @@ def test_lessons_speak_the_format(school: School) -> None:
 
 
 def test_a_critic_that_thinks_lists_its_checks_in_its_thought(school: School) -> None:
-    """What it says has the judgement of the critique that it would have written, and no check."""
-    spoken = tiny_text.critique(
-        tiny_text.analysis((0, 0, 0, 0), [True, False, True, True]), tiny_text.suggestion(1, 0), False
-    )
-    assert tiny_text.thought_out(spoken) == (
-        " keep the even ones; ok. square each; wrong. sum up; ok. add one; ok.\n</think>\n\n"
-        "Analysis: none.\nImprovement suggestions: square each;\nOverall judgment: Incorrect"
-    )
-    assert tiny_text.thought_out(spoken, 3).count("add one; ok.") == 3
-    rounds, kinds = set(), set()
+    """What it says then is the critique that it would have written without."""
+    spoken = "Analysis: sum up; ok.\nImprovement suggestions: none.\nOverall judgment: Correct"
+    assert tiny_text.thought_out(spoken, 2) == f" sum up; ok. sum up; ok.\n</think>\n\n{spoken}"
+    rounds = []
     for number in range(400):
         plain, thinking = (
             teacher(school, random.Random(number))
             for teacher in (tiny_lessons.critic_lesson, tiny_lessons.thinking_lesson)
         )
         thought, answer, cut = thinking_split(thinking.answer, opened=True, thinks=True)
-        assert plain.chat == thinking.chat and not cut and thought is not None
-        assert parse_judgement(answer) == parse_judgement(plain.answer)
+        assert (thinking.chat, answer, cut) == (plain.chat, plain.answer, False)
         checks = plain.answer.split("\n")[0].split(":", 1)[1].strip()
-        assert thought.startswith(checks) and checks not in answer
-        rounds.add(thought.count(checks))
-        kinds.add(answer.split(":")[0])
-    assert rounds == {1, 2, 3, 4} and kinds == {"Analysis", "Comparison"}
+        assert thought is not None and thought.startswith(checks)
+        rounds.append(thought.count(checks))
+    assert set(rounds) == {1, 2, 3, 4} and rounds.count(1) > 350
 
 
 def test_hinted_lessons_agree_with_the_execution(school: School) -> None:
@@ -280,7 +272,7 @@ def test_the_shipped_critic_that_thinks_checks_every_step_before_it_judges() -> 
         assert thought is not None and not cut
         phrases = grammar.phrases(world.composition_of(problem))
         assert [part.split(";")[0] for part in thought.split(". ")] == phrases
-        assert parse_judgement(answer) is not None and not any(f"{phrase}; " in answer for phrase in phrases)
+        assert parse_judgement(answer) is not None
 
 
 def _greedy(name: str, tokenizer: PreTrainedTokenizerBase, chats: list[tuple]) -> list[str]:
