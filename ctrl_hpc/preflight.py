@@ -24,6 +24,7 @@ from ctrl_hpc.data import catalog
 from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
+from ctrl_hpc.rollout.thinking import Thinking
 from ctrl_hpc.run import directory
 from ctrl_hpc.sandbox.judge import COMPARISONS
 from ctrl_hpc.tracking import writers
@@ -80,7 +81,7 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
         return
     for part in (_of_records, _of_data, _of_critics, _of_prompts):
         yield from _told(part, config, folder, todo)
-    for part in (_of_prompt_folder, _of_models, _of_devices, _of_disk, _of_writers):
+    for part in (_of_prompt_folder, _of_models, _of_thinking, _of_devices, _of_disk, _of_writers):
         yield from _told(part, config, folder, todo, here=True)
     if config.launch.snapshot == "keep":  # a later start of a job: what failed meanwhile may come back
         return
@@ -189,6 +190,20 @@ def _of_models(config: Config, folder: Path, todo: Sequence[str]) -> None:
                 for place, key in reversed(missing.items())
             )
         )
+
+
+def _of_thinking(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    """Whether the models' chat templates can do what ``critic.thinking`` and ``generator_thinking`` ask."""
+    asked = {
+        "critic": ("critic.thinking", config.critic.thinking, config.critic.model),
+        "generator": ("generator_thinking", config.generator_thinking, config.generator),
+    }
+    for role in sorted(roles(config, todo) & set(asked)):
+        key, mode, place = asked[role]
+        if mode != "auto" and (Path(place) / "config.json").is_file():
+            from transformers import AutoTokenizer
+
+            Thinking(mode=mode).check(AutoTokenizer.from_pretrained(place), key)
 
 
 def _hub(place: str) -> str:

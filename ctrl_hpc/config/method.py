@@ -26,7 +26,7 @@ from ctrl_hpc.config.facts import (
     Share,
 )
 from ctrl_hpc.config.objectives import LOSSES, is_loss
-from ctrl_hpc.records import TRANSITIONS
+from ctrl_hpc.records import TRANSITIONS, thought_room
 
 _IS_TREE = Must(
     lambda widths: not widths or len(widths) > 1, "be the drafts of a problem, then the critiques of at least one turn"
@@ -152,8 +152,8 @@ class CriticConfig:
 
     @property
     def thought_room(self) -> int:
-        """Tokens of a thought, beside those of the critique; none where the critic is not to think."""
-        return 0 if self.thinking == "off" else self.thought_tokens
+        """Tokens of a thought, beside those of the critique."""
+        return thought_room(self.thinking, self.thought_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

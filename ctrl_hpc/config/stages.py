@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_GENERATOR = ("generator", "generator_model", "generator_thinking", "generator_thought_tokens", "endpoint", "tiny")
+_GENERATOR = (
+    "generator",
+    "generator_model",
+    "generator_thinking",
+    "generator_thought_tokens",
+    "generator_close_thought",
+    "endpoint",
+    "tiny",
+)
 _CRITIC = ("critic", "lora", "tiny", "trainer", "parallel")
 _ASKING = ("prompts.folder", "prompts.system")
 """What of ``prompts`` the generator is asked with."""

@@ -182,6 +182,7 @@ def _generated_s(config: Config, rates: Rates, requests: int, tokens: int) -> fl
         return None if per_min is None else 60 * requests / per_min
     if not config.generator_is_served:
         return 0.0
+    tokens += config.generator_thought_room
     return requests * tokens / (rates.rollout_tokens_per_s.value * max(1, config.rollout.generator_elements))
 
 

@@ -128,7 +128,7 @@ def plan(config: Config) -> Plan:
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_tokens
+    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_room
     work = _workload(config, device, data_size)
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks

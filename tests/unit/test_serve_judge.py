@@ -379,6 +379,17 @@ def test_a_lost_disk_costs_the_cache_not_the_judgements(tmp_path, caplog):
     assert [record.message.split(":")[0] for record in caplog.records] == ["the judge's cache fails"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "told"), [("a file", "File exists"), ("a file/inside", "Not a directory"), ("/proc/kept", "")]
+)
+def test_a_cache_that_cannot_be_is_one_line(tmp_path, capsys, folder, told):
+    (tmp_path / "a file").write_text("")
+    place = str(tmp_path / folder)
+    assert cli.main(["serve", "judge", "--model", TINY, "--port", "0", "--cache", place]) == 2
+    error = capsys.readouterr().err
+    assert f"--cache {place}: is no folder that can be written: {told}" in error and error.count("\n") == 1
+
+
 def test_a_fault_costs_its_item_alone(caplog):
     def faulty(text, j):
         if "bad" in text:
