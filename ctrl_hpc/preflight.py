@@ -20,7 +20,7 @@ from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.config.load import close_to
 from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.config.stages import STAGES
-from ctrl_hpc.data import catalog
+from ctrl_hpc.data import catalog, critic_benchmarks
 from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
@@ -79,7 +79,7 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
     todo = [name for name in STAGES if name in wanted and not directory.is_done(folder, name)]
     if not todo:
         return
-    for part in (_of_records, _of_data, _of_critics, _of_prompts):
+    for part in (_of_records, _of_data, _of_critic_benchmarks, _of_critics, _of_prompts):
         yield from _told(part, config, folder, todo)
     for part in (_of_prompt_folder, _of_models, _of_thinking, _of_devices, _of_disk, _of_writers):
         yield from _told(part, config, folder, todo, here=True)
@@ -157,6 +157,21 @@ def _of_data(config: Config, folder: Path, todo: Sequence[str]) -> None:
             raise ValueError(f"{place_key}: missing; the data set jsonl is a file of problems")
         if name == "jsonl":
             _of_comparisons(config, place, catalog.read(name, place, split).items)
+
+
+def _of_critic_benchmarks(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    """Names and places; one's own answers are read through."""
+    asked = config.eval.critic_benchmarks
+    for source, path in asked.sources.items() if "eval" in todo else ():
+        name, _ = asked.parts(source)
+        try:
+            critic_benchmarks.check(name, path or None)
+            if path and not Path(path).exists():
+                raise ValueError(f"{path}: no such file or folder")
+            if name == "own":
+                critic_benchmarks.load(name, path)
+        except ValueError as error:
+            raise ValueError(f"eval.critic_benchmarks.sources: {error}") from None
 
 
 def _of_comparisons(config: Config, place: str | None, problems: Iterable[Problem]) -> None:

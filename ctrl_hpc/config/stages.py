@@ -89,5 +89,6 @@ PREPARED = {
     "problems/eval-*.jsonl": ("seed", *EVALUATION),
     "problems/left-out-*.json": ("seed", *EVALUATION),
     "problems/judgebench.jsonl": ("judge",),
+    "problems/critic-benchmark-*.jsonl": ("eval.critic_benchmarks.sources", "eval.critic_benchmarks.n_questions"),
 }
 """What is made in a run's folder before the stages, and what it depends on: made anew when that has changed."""

@@ -563,6 +563,15 @@ class Generator(Protocol):
 
 
 @runtime_checkable
+class Confident(Protocol):
+    """A critic that tells how sure it is of a judgement."""
+
+    def probability(self, found: Critique, prefix: str) -> float | None:
+        """That the answer is right, by a critique of its own that begins with ``prefix``; None where it cannot tell."""
+        ...
+
+
+@runtime_checkable
 class Continuing(Protocol):
     """A generator that can go on with a completion after a text of ours."""
 

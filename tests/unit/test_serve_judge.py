@@ -41,12 +41,11 @@ from ctrl_hpc.judge.opinions import (
     Opinion,
     right_one,
     score,
-    verdict_place,
-    verdict_probability,
 )
 from ctrl_hpc.judge.server import Judge, Options, create_app, load_critic
 from ctrl_hpc.records import CLOSE_ROOM, Generation, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.confidence import verdict_place, verdict_probability
 from ctrl_hpc.rollout.decoding import Completion
 from ctrl_hpc.service.http import listen
 from ctrl_hpc.tiny import world
