@@ -380,8 +380,13 @@ def _with_models(config: Config, folder: Path) -> Config:
     """The configuration with the places of those models that the run trains for itself, if it does."""
     if not config.tiny.rebuild:
         return config
-    critic = replace(config.critic, model=str(folder / "models" / "critic"))
+    critic = replace(config.critic, model=str(folder / "models" / _tiny_critic(config)))
     return replace(config, generator=str(folder / "models" / "generator"), critic=critic)
+
+
+def _tiny_critic(config: Config) -> str:
+    """Which of ``ctrl_hpc.tiny.models.CRITICS`` is the run's."""
+    return "thinking_critic" if config.critic.thinking == "on" else "critic"
 
 
 def _make_models(config: Config, folder: Path) -> None:
@@ -390,7 +395,7 @@ def _make_models(config: Config, folder: Path) -> None:
     from ctrl_hpc.tiny.models import rebuild
 
     started = time.monotonic()
-    rebuild(folder / "models", config.seed)
+    rebuild(folder / "models", config.seed, critics=(_tiny_critic(config),))
     directory.mark_done(folder, "models", time.monotonic() - started)
 
 

@@ -81,7 +81,7 @@ STAGES: dict[str, Stage] = {
 """Every stage of a run, in order."""
 
 PREPARED = {
-    "models": ("seed", "tiny.rebuild"),
+    "models": ("seed", "tiny.rebuild", "critic.thinking"),
     "problems/train*.jsonl": ("seed", *TRAINING, "executor"),
     "problems/ledger.json*": ("seed", *TRAINING, "executor"),
     "problems/left-out.json": ("seed", *TRAINING),

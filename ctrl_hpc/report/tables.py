@@ -357,13 +357,34 @@ def _variant_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def variant_differences_table(
     dataset: str, critic: str, baseline: str, found: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-    """How much pass@1 after one turn differs from the first variant's, paired by seed and problem; in points."""
+    """How much pass@1 differs from the first variant's after one turn and the last, paired by seed and problem."""
     rows = []
     for variant, value in found.items():
-        low, high = value["ci95"]
-        points = f"{100 * value['pass_at_1']:+.1f}"
-        rows.append(
-            (f"{variant} − {baseline}", str(len(value["seeds"])), points, f"[{100 * low:+.1f}, {100 * high:+.1f}]")
-        )
-    title = f"{dataset}: differences between variants after one turn, {label(critic)}, paired by seed and problem"
-    return Table(title=title, columns=("variants", "seeds", "points", "95 %"), rows=tuple(rows))
+        row = [f"{variant} − {baseline}", str(len(value["seeds"]))]
+        for after in (value, value.get("last")):
+            if after is None:
+                row += ["–", "–"]
+            else:
+                low, high = after["ci95"]
+                row += [f"{100 * after['pass_at_1']:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]"]
+        rows.append(tuple(row))
+    title = f"{dataset}: differences between variants in points of pass@1, {label(critic)}, paired by seed and problem"
+    turns = {value["last"]["turn"] for value in found.values() if "last" in value}
+    last = f"after {turns.pop()} turns" if len(turns) == 1 else "after the last turn"
+    columns = ("variants", "seeds", "after 1 turn", "95 %", last, "95 %")
+    return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def to_reward_table(found: Mapping[str, Any]) -> Table:
+    """How many critiques each variant took to nine tenths of the first variant's rise in reward, by seed."""
+    seeds = list(dict.fromkeys(seed for values in found["variants"].values() for seed in values))
+    rows = []
+    for variant, values in found["variants"].items():
+        counts = [values.get(seed) for seed in seeds]
+        cells = [
+            f"{count:,}" if count is not None else "not reached" if seed in values else "–"
+            for seed, count in zip(seeds, counts, strict=True)
+        ]
+        rows.append((variant, *cells))
+    title = f"critiques to nine tenths of the rise in reward of {found['baseline']}"
+    return Table(title=title, columns=("variant", *(f"seed {seed}" for seed in seeds)), rows=tuple(rows))
