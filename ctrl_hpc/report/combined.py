@@ -150,6 +150,8 @@ def tables_of(runs: Sequence[FinishedRun], variants: dict[str, Any], differences
     for run in runs:
         if run.results.get("judgebench", {}).get("critics"):
             made.append(tables.judgebench_table(run.results["judgebench"]))
+        for source, critics in run.results.get("critic_benchmarks", {}).items():
+            made += tables.critic_benchmark_tables(source, critics)
     return made + paper.tables(runs)
 
 

@@ -218,6 +218,65 @@ def judgebench_table(entry: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
+_JUDGING = (
+    "critic",
+    "score",
+    "95 %",
+    "accuracy",
+    "F1 macro",
+    "no judgement",
+    "agreement",
+    "ECE",
+    "best of n",
+    "stopping rule",
+    "first place",
+    "same in both orders",
+    "refused",
+)
+
+
+def critic_benchmark_tables(source: str, critics: Mapping[str, Any]) -> list[Table]:
+    """A benchmark of critics: its own score, what the critics' opinions are worth, and the score by category; in %."""
+    if not critics:
+        return []
+    first = next(iter(critics.values()))
+    note = ""
+    if first["questions"]["n_questions"]:
+        chance, most = (percent(first["questions"][key]) for key in ("random", "oracle"))
+        note = f"Best of n and stopping rule: what the answer taken is worth; by chance {chance}, at most {most}."
+    helpful = {name: row["normalised_helpfulness"] for name, row in critics.items() if "normalised_helpfulness" in row}
+    if helpful:
+        told = ", ".join(f"{label(name)} {percent(value)}" for name, value in helpful.items())
+        note += f" Normalised helpfulness: {told}."
+    made = [
+        Table(
+            title=f"{source}: {first['n']} questions, the critics as judges; in %",
+            columns=_JUDGING,
+            rows=tuple((label(name), *_judging_cells(row)) for name, row in critics.items()),
+            note=note,
+        )
+    ]
+    categories = {name: row["n"] for name, row in first["categories"].items()}
+    if len(categories) > 1:
+        rows = [
+            (name, str(n), *(percent(row["categories"][name]["score"]) for row in critics.values()))
+            for name, n in categories.items()
+        ]
+        columns = ("category", "questions", *map(label, critics))
+        made.append(Table(title=f"{source}: score by category; in %", columns=columns, rows=tuple(rows)))
+    return made
+
+
+def _judging_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    answers, questions, position = row["answers"], row["questions"], row["position"]
+    low, high = row["ci95"] or (None, None)
+    values = [answers.get(key) for key in ("accuracy", "f1_macro", "abstention", "agreement")]
+    values += [answers.get("calibration", {}).get("ece"), questions.get("best_of_n")]
+    values += [questions.get("stopping", {}).get("worth"), position["first_place"], position["consistent"]]
+    interval = f"[{percent(low)}, {percent(high)}]"
+    return (percent(row["score"]), interval, *map(percent, values), str(row["errors"]))
+
+
 def ablation_tables(dataset: str, entry: Mapping[str, Any], most: int = 5) -> list[Table]:
     """On which sentences the fixes of each critic hang: shares, and ``most`` critiques of each with their sentences."""
     found = {name: row["ablation"] for name, row in entry["critics"].items() if row.get("ablation", {}).get("n_fixes")}
