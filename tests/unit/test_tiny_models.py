@@ -8,21 +8,26 @@ import re
 from pathlib import Path
 
 import pytest
+import rollout_server
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.flow.feedback import mentions_hint
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import critique
 from ctrl_hpc.flow.text import extract_program, parse_judgement
+from ctrl_hpc.records import Revision, Reward, Sampling
 from ctrl_hpc.rollout.chat import chat_ids
-from ctrl_hpc.rollout.thinking import opens_thought
+from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE, Thinking, opens_thought
 from ctrl_hpc.rollout.thinking import split as thinking_split
 from ctrl_hpc.tiny import grammar, models, world
 from ctrl_hpc.tiny import lessons as tiny_lessons
 from ctrl_hpc.tiny import text as tiny_text
 from ctrl_hpc.tiny.lessons import Lesson, School
 from ctrl_hpc.tiny.models import Course, answer_loss, rate, rendered, train
+from ctrl_hpc.train.rollouts import Experience, Rollout
 
 SHIPPED = ROOT / "models" / "tiny"
 
@@ -273,6 +278,32 @@ def test_the_shipped_critic_that_thinks_checks_every_step_before_it_judges() -> 
         phrases = grammar.phrases(world.composition_of(problem))
         assert [part.split(";")[0] for part in thought.split(". ")] == phrases
         assert parse_judgement(answer) is not None
+
+
+def test_a_thought_that_is_ended_by_force_is_judged_all_the_same() -> None:
+    """A budget of 8 tokens is the four checks, without the line's end; all but what ends the thought is learnt."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "thinking_critic")
+    closing = tuple(tokenizer(CLOSED_BY_FORCE, add_special_tokens=False)["input_ids"])
+    prompts, problems = Prompts.load("tiny"), world.world().splits["dev"][:4]
+    pairs = [(problem, tiny_lessons.executed(problem, world.composition_of(problem))) for problem in problems]
+    with rollout_server.running(SHIPPED / "thinking_critic") as url:
+        thinking = Thinking(mode="on", tokens=8, close=True)
+        client = RolloutClient(lambda: [url], tokenizer, thinking=thinking, role="critic")
+        made = critique(pairs, client, prompts, Sampling(temperature=0.0, max_tokens=32))
+        client.close()
+    rollouts = []
+    for (problem, draft), item in zip(pairs, made, strict=True):
+        generation = item.generation
+        assert generation is not None and generation.forced == (8, 8 + len(closing)) and not generation.thought_cut
+        checks = " ".join(rf"{phrase}; (ok|wrong)\." for phrase in grammar.phrases(world.composition_of(problem)))
+        assert re.fullmatch(checks, generation.thought or "")
+        assert item.text.startswith("Analysis: ") and item.judgement is not None
+        kept = Revision(critique_id=item.id, text="", program=None, kept=True, verdict=draft.verdict)
+        reward = Reward(critique_id=item.id, value=1.0, reason="kept_passed")
+        rollouts.append(Rollout.of(item, kept, draft, reward))
+    mask_SR = Experience.of(rollouts, version=0, position=0, metrics={}).batch.mask_SR
+    end = 8 + len(closing)
+    assert mask_SR[:, :8].all() and not mask_SR[:, 8:end].any() and mask_SR[:, end].all()
 
 
 def _greedy(name: str, tokenizer: PreTrainedTokenizerBase, chats: list[tuple]) -> list[str]:
