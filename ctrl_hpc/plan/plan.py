@@ -122,7 +122,7 @@ def plan(config: Config) -> Plan:
     Raises ValueError for a layout that cannot run, and for a critic whose sizes are not known.
     """
     ranks = config.trainer.nodes * config.trainer.ranks_per_node
-    device = _device(config)
+    device = trainer_device(config)
     config.parallel.check(ranks)
     parallel_state.check_kernels(config, device)
     architecture, model = _architecture(config.critic.model)
@@ -209,7 +209,7 @@ def training_flops(architecture: Architecture, tokens: int, attended: float) -> 
     return 6.0 * tokens * active + attention * attended
 
 
-def _device(config: Config) -> str:
+def trainer_device(config: Config) -> str:
     """The device of the trainer's nodes, which need not be this machine's."""
     if config.trainer.device != "auto":
         return config.trainer.device

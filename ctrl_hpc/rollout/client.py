@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.records import Chat, Critique, Generation, Sampling
 from ctrl_hpc.rollout.chat import chat_ids, room_after
 from ctrl_hpc.rollout.choices import Choices
+from ctrl_hpc.rollout.confidence import judgement_probability
 from ctrl_hpc.rollout.thinking import (
     CLOSED_BY_FORCE,
     Thinking,
@@ -141,6 +142,11 @@ class RolloutClient:
         ]
         answers = [follow.whole(rest) for rest in self._answers(requests)]
         return [_joined(item, text, follow.forced, rest) for item, rest in zip(open_ended, answers, strict=True)]
+
+    def probability(self, found: Critique, prefix: str) -> float | None:
+        """As :class:`ctrl_hpc.records.Confident` says, by the verdict's own token: servers tell of no others."""
+        with self._tokenizing:
+            return judgement_probability(found, prefix, self._tokenizer)
 
     def _without_thoughts(
         self, requests: Sequence[Request], sampling: Sampling, answers: Sequence[Generation]
