@@ -165,9 +165,11 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
     def work(part: Sequence[tuple[Problem, Solution]], number: int, log: WriteAheadLog) -> list[Critique]:
         hinted = [(problem, solution, hint(problem, solution)) for problem, solution in part]
         seeded = replace(sampling, seed=config.seed * 1_000_003 + number * size)
-        return log.once(
-            "hinted", number, Critique, lambda: critique_with_hints(hinted, connections.critic, run.prompts, seeded)
-        )
+
+        def made() -> list[Critique]:
+            return [_slim(item) for item in critique_with_hints(hinted, connections.critic, run.prompts, seeded)]
+
+        return log.once("hinted", number, Critique, made)
 
     folder = run.folder / "synthesize"
     with Steps("synthesize: critiques from hints", len(pairs)) as steps:
@@ -193,6 +195,14 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
             f"`ctrl-hpc synthesize CONFIG --redo`. They are in {run.folder / 'synthesize' / 'rejected.jsonl'}"
         )
     return {"critiques": len(kept), "dropped": counts(rejected), "shares": shares}
+
+
+def _slim(critique: Critique) -> Critique:
+    """Without its tokens: what stage I learns is made from its text, under another prompt."""
+    if critique.generation is None:
+        return critique
+    slim = replace(critique.generation, text="", prompt_ids=(), token_ids=(), logprobs=())
+    return replace(critique, generation=slim)
 
 
 SHOWN_TEXTS, SHOWN_CHARACTERS = 2, 240
