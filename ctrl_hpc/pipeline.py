@@ -198,11 +198,10 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
 
 
 def _slim(critique: Critique) -> Critique:
-    """Without its tokens: what stage I learns is made from its text, under another prompt."""
+    """Without prompt and log-probs: stage I learns its tokens under another prompt."""
     if critique.generation is None:
         return critique
-    slim = replace(critique.generation, text="", prompt_ids=(), token_ids=(), logprobs=())
-    return replace(critique, generation=slim)
+    return replace(critique, generation=replace(critique.generation, prompt_ids=(), logprobs=()))
 
 
 SHOWN_TEXTS, SHOWN_CHARACTERS = 2, 240
