@@ -15,6 +15,8 @@ NUCLEUS_WIDTHS = (256, 4096)
 """Likeliest tokens among which those that may be drawn are looked for, before the whole vocabulary is."""
 _HALVINGS = 8
 """How often the range of the nucleus' edge is halved before the tokens within are sorted."""
+_BLOCK = 512
+"""Tokens of a large vocabulary whose probabilities are summed first."""
 
 
 def _uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
@@ -71,7 +73,7 @@ class Sampler:
     def _sample(self, logprobs_BV: torch.Tensor, step: int) -> torch.Tensor:
         uniform_B1 = self._uniforms_BT[:, step : step + 1]
         if self._none_cut:
-            return _invert(logprobs_BV.exp().double(), uniform_B1)
+            return _invert(logprobs_BV.exp(), uniform_B1)
         if self._all_cut:
             return self._sample_cut(logprobs_BV, uniform_B1, torch.arange(len(logprobs_BV), device=logprobs_BV.device))
         tokens_B = torch.empty(len(logprobs_BV), dtype=torch.long, device=logprobs_BV.device)
@@ -80,7 +82,7 @@ class Sampler:
             if len(rows) and cut:
                 tokens_B[rows] = self._sample_cut(logprobs_BV[rows], uniform_B1[rows], rows)
             elif len(rows):
-                tokens_B[rows] = _invert(logprobs_BV[rows].exp().double(), uniform_B1[rows])
+                tokens_B[rows] = _invert(logprobs_BV[rows].exp(), uniform_B1[rows])
         return tokens_B
 
     def _sample_cut(self, logprobs_RV: torch.Tensor, uniform_R1: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
@@ -90,7 +92,7 @@ class Sampler:
             # A row fits the processor's caches: one after the other they cost what the whole distribution does.
             for row, at in enumerate(rows_R.tolist()):
                 kept_V = nucleus(logprobs_RV[row].exp(), float(self._top_p_B1[at]), float(self._min_p_B1[at]))
-                tokens_R[row] = _invert(kept_V[None].double(), uniform_R1[row, None])[0]
+                tokens_R[row] = _invert(kept_V[None], uniform_R1[row, None])[0]
             return tokens_R
         vocabulary = logprobs_RV.shape[1]
         widths = [width for width in NUCLEUS_WIDTHS if self._widest_top_k < width < vocabulary]
@@ -178,11 +180,31 @@ def _likeliest(logprobs_QV: torch.Tensor, width: int) -> tuple[torch.Tensor, tor
 
 
 def _invert(probs_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
-    """The column of each row at which the cumulative sum passes the row's uniform number."""
-    cumulative_RV = probs_RV.cumsum(dim=-1)
-    target_R1 = uniform_R1 * cumulative_RV[:, -1:]
-    columns_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
-    return columns_R.clamp_(max=probs_RV.shape[1] - 1)
+    """The column of each row at which the cumulative sum, in float64, passes the row's uniform number.
+
+    A large vocabulary is first summed by blocks: a cumulative sum of all of it costs more than its softmax. A column of
+    probability 0 is never drawn, however the sums round.
+    """
+    rows, vocabulary = probs_RV.shape
+    if vocabulary <= 2 * _BLOCK:
+        cumulative_RV = probs_RV.double().cumsum(dim=-1)
+        return _first_above(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:])
+    probs_RGK = torch.nn.functional.pad(probs_RV, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    mass_RG = probs_RGK.sum(dim=-1).double()
+    ends_RG = mass_RG.cumsum(dim=-1)
+    target_R1 = uniform_R1 * ends_RG[:, -1:]
+    block_R = _first_above(ends_RG, target_R1)
+    row_R = torch.arange(rows, device=probs_RV.device)
+    start_R = ends_RG[row_R, block_R] - mass_RG[row_R, block_R]
+    within_RK = probs_RGK[row_R, block_R].double().cumsum(dim=-1)
+    return block_R * _BLOCK + _first_above(within_RK, target_R1 - start_R[:, None])
+
+
+def _first_above(cumulative_RK: torch.Tensor, target_R1: torch.Tensor) -> torch.Tensor:
+    """The first column of each row above its target; that where the row's last sum is reached, if none is."""
+    above_R1 = torch.searchsorted(cumulative_RK, target_R1, right=True)
+    last_R1 = torch.searchsorted(cumulative_RK, cumulative_RK[:, -1:].contiguous())
+    return torch.minimum(above_R1, last_R1)[:, 0]
 
 
 class Adjustments:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from ctrl_hpc.rollout.decoding import Decoding, check_decoding
-from ctrl_hpc.rollout.sampler import NUCLEUS_WIDTHS, Adjustments, Sampler, _nucleus_between, nucleus
+from ctrl_hpc.rollout.sampler import NUCLEUS_WIDTHS, Adjustments, Sampler, _invert, _nucleus_between, nucleus
 
 CPU = torch.device("cpu")
 
@@ -134,3 +135,24 @@ def test_a_nucleus_of_a_large_vocabulary_is_a_full_sorts(scale: float, top_p: fl
     for above, below in ((wrong, wrong / 1.01), (0.0, 0.0), (float(values_V[-1]) / 2, 0.0)):
         assert torch.equal(_nucleus_between(probs_V, top_p, above, below) > 0, found_V > 0)
     assert nucleus(probs_V, top_p, 1.0).count_nonzero() <= max(1, int((probs_V == values_V[0]).sum()))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 1024, 1025, 3000])
+def test_the_column_at_which_the_cumulative_sum_passes_a_number(vocabulary: int) -> None:
+    """Against numpy's search in sums that are exact: counts of 2^20ths, of every number between two of them."""
+    generator = np.random.default_rng(vocabulary)
+    counts_V = generator.multinomial(2**20, generator.dirichlet(np.full(vocabulary, 0.05)))
+    edges_V = np.cumsum(counts_V)
+    numbers_N = np.unique(np.concatenate([edges_V[:-1], edges_V - 1, [0, 2**20 - 1]]).clip(0, 2**20 - 1))
+    probs_NV = torch.from_numpy(counts_V).float().div(2**20).expand(len(numbers_N), -1)
+    columns_N = _invert(probs_NV, torch.from_numpy(numbers_N)[:, None].double() / 2**20)
+    assert columns_N.tolist() == np.searchsorted(edges_V, numbers_N, side="right").tolist()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 1500])
+def test_a_token_of_probability_0_is_never_drawn(vocabulary: int) -> None:
+    for only in (0, vocabulary // 2):
+        probs_NV = torch.zeros(3, vocabulary)
+        probs_NV[:, only] = 0.1
+        uniform_N1 = torch.tensor([[0.0], [0.5], [1.0]], dtype=torch.float64)
+        assert _invert(probs_NV, uniform_N1).tolist() == [only] * 3
