@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ctrl_hpc.rollout.decoding import Decoding, check_decoding
-from ctrl_hpc.rollout.sampler import NUCLEUS_WIDTHS, Adjustments, Sampler, _invert, _nucleus_between, nucleus
+from ctrl_hpc.rollout.sampler import TOP_K_WIDTHS, Adjustments, Sampler, _invert
 
 CPU = torch.device("cpu")
 
@@ -51,8 +51,8 @@ def test_the_cuts_by_hand() -> None:
 def test_what_may_be_drawn_is_what_transformers_keeps(
     seed: int, top_p: float, top_k: int, min_p: float, scale: float
 ) -> None:
-    """The same set, whatever the width at which the nucleus is found: 600 tokens are wider than the first."""
-    assert NUCLEUS_WIDTHS[0] < 600
+    """The same set, whatever the width at which the top k are found: 600 tokens are wider than the first."""
+    assert TOP_K_WIDTHS[0] < 600
     logits_1V = torch.randn(1, 600, generator=torch.Generator().manual_seed(seed)) * scale
     warpers = LogitsProcessorList()
     if top_k:
@@ -66,10 +66,13 @@ def test_what_may_be_drawn_is_what_transformers_keeps(
     decodings = [Decoding(seed=row, top_p=top_p, top_k=top_k, min_p=min_p) for row in range(64)]
     sampler = Sampler(decodings, 1, CPU)
     tokens_B = sampler.draw(logits_1V.repeat(64, 1), 0)[0]
-    cumulative_V = probs_V.cumsum(0)
-    expected_B = torch.searchsorted(cumulative_V, sampler._uniforms_BT[:, 0] * cumulative_V[-1], right=True)
+    if top_k:
+        cumulative_V = probs_V.cumsum(0)
+        expected_B = torch.searchsorted(cumulative_V, sampler._uniforms_BT[:, 0] * cumulative_V[-1], right=True)
+        differs = {int(token) for token, other in zip(tokens_B, expected_B, strict=True) if int(token) != int(other)}
+    else:
+        differs = {token for token in tokens_B.tolist() if not kept_V[token]}
     # a token at the very edge of the nucleus may fall on either side of it by rounding: at most one such token
-    differs = {int(token) for token, other in zip(tokens_B, expected_B, strict=True) if int(token) != int(other)}
     sizes = probs_V.sort(descending=True).values
     edge = float(sizes[int(kept_V.sum()) - 1])
     assert not differs or (top_p < 1.0 and edge < 0.05)
@@ -121,20 +124,45 @@ def test_values_outside_their_range_are_named(values: dict[str, Any], message: s
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 8.0])
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.95, 0.9999])
-def test_a_nucleus_of_a_large_vocabulary_is_a_full_sorts(scale: float, top_p: float) -> None:
+def test_draws_of_a_large_vocabulary_are_within_a_full_sorts_nucleus(scale: float, top_p: float) -> None:
     """Also where all tokens are as likely as each other: those of the lowest ids are kept."""
     logits_V = torch.randn(20_000, generator=torch.Generator().manual_seed(7)) * scale
     probs_V = torch.softmax(logits_V, dim=-1)
     values_V, ids_V = probs_V.sort(descending=True, stable=True)
     likelier_V = values_V.double().cumsum(0) - values_V.double()
-    kept = set(ids_V[likelier_V < top_p].tolist())
-    found_V = nucleus(probs_V, top_p, 0.0)
-    ids = set(torch.nonzero(found_V)[:, 0].tolist())
-    assert len(ids ^ kept) <= 1 and torch.equal(found_V[sorted(ids)], probs_V[sorted(ids)])  # one at the very edge
-    wrong = float(values_V[0]) * 2
-    for above, below in ((wrong, wrong / 1.01), (0.0, 0.0), (float(values_V[-1]) / 2, 0.0)):
-        assert torch.equal(_nucleus_between(probs_V, top_p, above, below) > 0, found_V > 0)
-    assert nucleus(probs_V, top_p, 1.0).count_nonzero() <= max(1, int((probs_V == values_V[0]).sum()))
+    kept_V = torch.zeros(20_000, dtype=torch.bool)
+    kept_V[ids_V[likelier_V < top_p]] = True
+    tokens = drawn(logits_V, 200, top_p=top_p)
+    assert sum(not kept_V[token] for token in tokens) <= 1  # one at the very edge
+    assert len(tokens) > 1 or int(kept_V.sum()) < 20
+    most = {int(token) for token in torch.nonzero(probs_V == values_V[0])[:, 0]}
+    assert drawn(logits_V, 20, top_p=top_p, min_p=1.0) <= most
+
+
+def test_within_the_nucleus_tokens_are_as_likely_as_they_are_beside_each_other() -> None:
+    """0.4, 0.3 and 0.2 of 0.75 are kept, as 0.7 come before the last; 20,000 draws, four standard deviations."""
+    logits_V, count = torch.tensor([0.1, 0.4, 0.2, 0.3]).log(), 20_000
+    decodings = [Decoding(seed=row, top_p=0.75) for row in range(count)]
+    counts_V = torch.bincount(Sampler(decodings, 1, CPU).draw(logits_V.repeat(count, 1), 0)[0], minlength=4)
+    for found, share in zip(counts_V.tolist(), (0.0, 4 / 9, 2 / 9, 3 / 9), strict=True):
+        assert abs(found - count * share) <= 4 * math.sqrt(count * share * (1 - share))
+
+
+def test_a_row_draws_what_it_draws_alone() -> None:
+    """Of every kind, also what is drawn again, and after other rows have left."""
+    kinds: list[dict[str, Any]] = [{}, {"top_p": 0.3}, {"min_p": 0.2}, {"top_k": 3}, {"temperature": 0.0}]
+    decodings = [Decoding(seed=row, **kinds[row % 5]) for row in range(40)]
+    logits_BV = torch.randn(40, 30, generator=torch.Generator().manual_seed(3))
+    together = Sampler(decodings, 2, CPU)
+    first_B = together.draw(logits_BV, 0)[0]
+    left_K = torch.arange(1, 40, 2)
+    together.keep(left_K)
+    second_K = together.draw(logits_BV[left_K], 1)[0]
+    for row in range(40):
+        alone = Sampler([decodings[row]], 2, CPU)
+        assert alone.draw(logits_BV[row, None], 0)[0].tolist() == [first_B[row]]
+        if row % 2:
+            assert alone.draw(logits_BV[row, None], 1)[0].tolist() == [second_K[row // 2]]
 
 
 @pytest.mark.parametrize("vocabulary", [5, 1024, 1025, 3000])
