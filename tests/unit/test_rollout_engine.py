@@ -15,9 +15,10 @@ from ctrl_hpc.rollout import engine as engines
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Decoding, Follower
 from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
+from ctrl_hpc.rollout.prefill import apart, padded
 from ctrl_hpc.seeds import derive_seed
 
-PROMPTS = [[5, 9, 200], [7], [30, 31, 32, 33, 34, 35, 36], [5, 9, 200], [100, 101]]
+PROMPTS = [[5, 9, 200], [7], [30, 31, 32, 33, 34, 35, 36], [5, 9, 200], [100, 101], [30, 31, 32, 33, 8], [30, 31, 9]]
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return random_qwen.build(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def engine(folder: str) -> PaddedEngine:
+@pytest.fixture(scope="module", params=[padded, apart])
+def engine(folder: str, request: pytest.FixtureRequest) -> PaddedEngine:
+    """As small models take their prompts, and as large ones do."""
     engine = load_engine(folder, device="cpu")
-    assert isinstance(engine, PaddedEngine)
+    assert isinstance(engine, PaddedEngine) and engine._prefill is padded
+    engine._prefill = request.param
     return engine
 
 
