@@ -121,6 +121,11 @@ def closing(words: str, critique: str = "") -> str:
     return f"\n{fence}\n\n{words}" if 0 < len(fence) <= _LONGEST_FENCE else f"\n\n{words}"
 
 
+def longest_closing(words: str) -> str:
+    """:func:`closing` of a critique that ends within a block of code."""
+    return closing(words, "`" * _LONGEST_FENCE + "\n")
+
+
 def judgements(words: str) -> tuple[str, ...]:
     """Both judgements as they follow ``critique_close``; none where what follows that is not the judgement's word."""
     blank = "" if words[-1:].isspace() else " "
