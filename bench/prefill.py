@@ -15,7 +15,7 @@ import torch
 
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.engine import DTYPES, load_engine
-from ctrl_hpc.rollout.prefill import apart, padded
+from ctrl_hpc.rollout.kv_cache import Recent
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
     engine = load_engine(options.model, device="cpu", dtype=options.dtype, batching="padded")
     seconds: dict[str, list[float]] = {"padded": [], "apart": []}
     for _ in range(options.rounds):
-        for name, how in (("padded", padded), ("apart", apart)):
-            engine._prefill = how  # type: ignore[attr-defined]
+        for name, recent in (("padded", None), ("apart", Recent(0))):
+            engine._recent = recent  # type: ignore[attr-defined]
             started = time.perf_counter()
             engine.generate(prompts, [Sampling(temperature=0.0, max_tokens=1)] * len(prompts))
             seconds[name].append(time.perf_counter() - started)

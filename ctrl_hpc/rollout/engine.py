@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import torch
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
-from ctrl_hpc.rollout.kv_cache import KVCache
+from ctrl_hpc.rollout.kv_cache import KVCache, Recent
 from ctrl_hpc.rollout.packed import PackedLinears, can_pack, float_head
 from ctrl_hpc.rollout.prefill import apart, padded
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
@@ -46,7 +46,7 @@ class PaddedEngine:
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
         large = sum(weight.numel() for weight in model.parameters()) >= _FILLS_A_CPU
-        self._prefill = apart if large and self._device.type == "cpu" else padded
+        self._recent = Recent(max_batch_tokens) if large and self._device.type == "cpu" else None
         packs = can_pack(model)
         self._packed = PackedLinears(model) if packs else None
         self.head = float_head(model, packed=packs)
@@ -54,6 +54,8 @@ class PaddedEngine:
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         self._state = copy_weights(self.model, folder, self._state)
+        if self._recent is not None:
+            self._recent.clear()
         for copied in (self._packed, self.head):
             if copied is not None:
                 copied.update()
@@ -156,8 +158,11 @@ class _Batch:
             lengths_B[alive_R[ended_R]] = step + 1
             keep_K = torch.nonzero(running_R & ~ended_R & (step + 1 < lengths_B[alive_R]))[:, 0]
             if len(keep_K) == 0:
+                self._remember(range(len(alive_R)), alive_R, real_RP, tokens_BT, lengths_B)
                 break
             if len(keep_K) < _COMPACT_BELOW * len(alive_R):
+                left = set(range(len(alive_R))) - set(keep_K.tolist())
+                self._remember(sorted(left), alive_R, real_RP, tokens_BT, lengths_B)
                 self.cache.keep(keep_K)
                 self.sampler.keep(keep_K)
                 if self.adjustments is not None:
@@ -167,6 +172,25 @@ class _Batch:
         if not torch.isfinite(logprobs_BT).all():
             raise RuntimeError(f"the logits are not finite: bad weights? (version {self.engine.version})")
         return self._completions(tokens_BT, logprobs_BT, lengths_B, ends_B)
+
+    def _remember(
+        self,
+        leaving: Iterable[int],
+        alive_R: torch.Tensor,
+        real_RP: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        lengths_B: torch.Tensor,
+    ) -> None:
+        """Note the caches of these of the rows, which have all but the last of their tokens."""
+        if self.engine._recent is None:
+            return
+        for row in leaving:
+            request = int(alive_R[row])
+            drawn = int(lengths_B[request]) - 1
+            later_N = torch.arange(real_RP.shape[1], real_RP.shape[1] + drawn, device=self.device)
+            columns_N = torch.cat([torch.nonzero(real_RP[row])[:, 0], later_N])
+            tokens = (*self.prompts[request], *tokens_BT[request, :drawn].tolist())
+            self.engine._recent.note(tokens, self.cache.row(row, columns_N))
 
     def _note_top(self, logprobs_RV: torch.Tensor, alive_R: torch.Tensor, running_R: torch.Tensor) -> None:
         values_RK, ids_RK = logprobs_RV.topk(self.top, dim=-1)
@@ -207,7 +231,8 @@ class _Batch:
         index = {prompt: u for u, prompt in enumerate(distinct)}
         row_B = torch.tensor([index[tuple(prompt)] for prompt in self.prompts], device=self.device)
         layers = self.model.config.num_hidden_layers
-        self.cache, last_U, real_UP = self.engine._prefill(self._forward, layers, list(distinct), self.device)
+        recent, asked = self.engine._recent, (self._forward, layers, list(distinct), self.device)
+        self.cache, last_U, real_UP = padded(*asked) if recent is None else apart(*asked, recent)
         self.cache.keep(row_B)
         return self._logits(last_U)[row_B], real_UP[row_B]
 

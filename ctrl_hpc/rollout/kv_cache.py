@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,3 +70,41 @@ class KVCache:
                     mine[layer] = whole
                 whole[rows_M, :, begin:length] = tensor[:, :, : other.length]
         self.length = length
+
+    def row(self, row: int, columns_N: torch.Tensor) -> KVCache:
+        """A copy of these columns of one row, as a cache of its own."""
+        one = KVCache(len(self._keys))
+        for mine, new in ((self._keys, one._keys), (self._values, one._values)):
+            new[:] = [None if tensor is None else tensor[row, None][:, :, columns_N] for tensor in mine]
+        one.length = len(columns_N)
+        return one
+
+
+class Recent:
+    """Caches of rows that were decoded last, by their tokens: a text that goes on from there is not computed again."""
+
+    def __init__(self, most_tokens: int) -> None:
+        """Of so many tokens together at most, the oldest forgotten first."""
+        self.most_tokens = most_tokens
+        self._rows: dict[tuple[int, ...], KVCache] = {}
+
+    def note(self, tokens: Sequence[int], cache: KVCache) -> None:
+        """Remember the cache of these tokens."""
+        self._rows.pop(tuple(tokens), None)
+        self._rows[tuple(tokens)] = cache
+        room = self.most_tokens - sum(map(len, self._rows))
+        while room < 0:
+            room += len(oldest := next(iter(self._rows)))
+            del self._rows[oldest]
+
+    def longest(self, prompt: Sequence[int]) -> KVCache | None:
+        """That of the most tokens with which the prompt begins, and which are not all of it."""
+        whole = tuple(prompt)
+        for length in sorted({len(tokens) for tokens in self._rows if len(tokens) < len(whole)}, reverse=True):
+            if (found := self._rows.get(whole[:length])) is not None:
+                return found
+        return None
+
+    def clear(self) -> None:
+        """Forget all: the weights are others."""
+        self._rows.clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ctrl_hpc.rollout.kv_cache import KVCache
+from ctrl_hpc.rollout.kv_cache import KVCache, Recent
 
 _MOST = 64
 """Prompts of a group at most: their rests are one batch."""
@@ -70,34 +70,67 @@ def padded(
 ) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
     """The cache of all prompts as one left-padded batch, what the logits after each are made of, and which columns of
     the cache are a prompt's: ``[B, P]``."""
-    cache = KVCache(layers)
-    return cache, forward(cache, *_block(prompts, 0, device)), _real(prompts, max(map(len, prompts)), device)
+    cache, real_BP = KVCache(layers), _real(prompts, max(map(len, prompts)), device)
+    nothing_BX = real_BP.new_zeros(len(prompts), 0)
+    return cache, forward(cache, *_block(prompts, nothing_BX, device)), real_BP
 
 
 def apart(
-    forward: Forward, layers: int, prompts: Sequence[Sequence[int]], device: torch.device
+    forward: Forward, layers: int, prompts: Sequence[Sequence[int]], device: torch.device, recent: Recent
 ) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
-    """The same of distinct prompts, group after group: common beginnings once, and no padding between groups.
+    """The same of distinct prompts, group after group: common beginnings once, and no padding between groups; those
+    that go on from a ``recent`` row first, together.
 
     For a model that a single prompt keeps busy.
     """
-    found = groups(prompts)
-    ends = [max(len(prompts[member]) for member in group.members) for group in found]
-    cache, real_BP = KVCache(layers), torch.zeros(len(prompts), max(ends), dtype=torch.bool, device=device)
-    last: list[torch.Tensor] = []
-    for group, end in zip(found, ends, strict=True):
-        one, rows_M = KVCache(layers), torch.tensor(group.members, device=device)
-        if group.prefix:
-            forward(one, *_block([prompts[group.members[0]][: group.prefix]], 0, device))
-            one.keep(torch.zeros_like(rows_M))
-        rests = [prompts[member][group.prefix :] for member in group.members]
-        last.append(forward(one, *_block(rests, group.prefix, device)))
-        cache.place(one, rows_M, len(prompts), max(ends))
-        real_BP[rows_M, -end:] = torch.cat(
-            [real_BP.new_ones(len(rests), group.prefix), _real(rests, end - group.prefix, device)], dim=1
-        )
-    order_B = torch.tensor([member for group in found for member in group.members], device=device).argsort()
-    return cache, torch.cat(last)[order_B], real_BP
+    known = {number: found for number, prompt in enumerate(prompts) if (found := recent.longest(prompt)) is not None}
+    fresh = [number for number in range(len(prompts)) if number not in known]
+    parts = [_going_on(forward, layers, [prompts[number] for number in known], list(known.values()), device)]
+    numbers = list(known)
+    for group in groups([prompts[number] for number in fresh]):
+        members = [fresh[member] for member in group.members]
+        parts.append(_together(forward, layers, [prompts[number] for number in members], group.prefix, device))
+        numbers += members
+    width = max(one.length for one, _, _ in parts)
+    cache, real_BP = KVCache(layers), torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
+    done = 0
+    for one, _, real_MP in parts:
+        rows_M = torch.tensor(numbers[done : done + len(real_MP)], dtype=torch.long, device=device)
+        if len(rows_M):
+            cache.place(one, rows_M, len(prompts), width)
+            real_BP[rows_M, -one.length :] = real_MP
+        done += len(rows_M)
+    order_B = torch.tensor(numbers, device=device).argsort()
+    return cache, torch.cat([last_M for _, last_M, _ in parts if len(last_M)])[order_B], real_BP
+
+
+def _together(
+    forward: Forward, layers: int, prompts: Sequence[Sequence[int]], prefix: int, device: torch.device
+) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
+    """As :func:`padded`, of prompts with so many tokens in common."""
+    one = KVCache(layers)
+    prefix_MX = torch.ones(len(prompts), prefix, dtype=torch.bool, device=device)
+    if prefix:
+        forward(one, *_block([prompts[0][:prefix]], prefix_MX[:1, :0], device))
+        one.keep(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    rests = [prompt[prefix:] for prompt in prompts]
+    last_M = forward(one, *_block(rests, prefix_MX, device))
+    return one, last_M, torch.cat([prefix_MX, _real(rests, one.length - prefix, device)], dim=1)
+
+
+def _going_on(
+    forward: Forward, layers: int, prompts: Sequence[Sequence[int]], known: Sequence[KVCache], device: torch.device
+) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
+    """As :func:`padded`, of prompts whose beginnings have been computed; there may be none."""
+    one, width = KVCache(layers), max((found.length for found in known), default=0)
+    if not known:
+        return one, torch.zeros(0, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device)
+    for row, found in enumerate(known):
+        one.place(found, torch.tensor([row], device=device), len(known), width)
+    begun_MX = _real([range(found.length) for found in known], width, device)
+    rests = [prompt[found.length :] for prompt, found in zip(prompts, known, strict=True)]
+    last_M = forward(one, *_block(rests, begun_MX, device))
+    return one, last_M, torch.cat([begun_MX, _real(rests, one.length - width, device)], dim=1)
 
 
 def _real(texts: Sequence[Sequence[int]], width: int, device: torch.device) -> torch.Tensor:
@@ -106,13 +139,14 @@ def _real(texts: Sequence[Sequence[int]], width: int, device: torch.device) -> t
 
 
 def _block(
-    texts: Sequence[Sequence[int]], before: int, device: torch.device
+    texts: Sequence[Sequence[int]], begun_MX: torch.Tensor, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids ``[M, S]``, left-padded, their positions, and what they may see, after so many that all have."""
+    """Token ids ``[M, S]``, left-padded, their positions, and what they may see ``[M, S, X + S]``, where of X columns
+    of the cache those are each text's beginning."""
     width = max(map(len, texts))
     ids_MS = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts], device=device)
     real_MS, column_S = _real(texts, width, device), torch.arange(width, device=device)
-    positions_MS = before + (real_MS.cumsum(dim=1) - 1).clamp_(min=0)
+    positions_MS = begun_MX.sum(dim=1, keepdim=True) + (real_MS.cumsum(dim=1) - 1).clamp_(min=0)
     allowed_MSS = real_MS[:, None, :] & (column_S[None, :, None] >= column_S)
-    seen_MSB = allowed_MSS.new_ones(len(texts), width, before)
-    return ids_MS, positions_MS, torch.cat([seen_MSB, allowed_MSS], dim=2)
+    seen_MSX = begun_MX[:, None, :].expand(-1, width, -1)
+    return ids_MS, positions_MS, torch.cat([seen_MSX, allowed_MSS], dim=2)
