@@ -22,7 +22,7 @@ from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.data import catalog, critic_benchmarks
 from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
-from ctrl_hpc.flow.prompts import Prompts, judgements, longest_closing
+from ctrl_hpc.flow.prompts import Prompts, closings, judgements
 from ctrl_hpc.records import Problem
 from ctrl_hpc.rollout.choices import check_close
 from ctrl_hpc.rollout.thinking import Thinking
@@ -226,7 +226,7 @@ def _of_texts(config: Config, folder: Path, todo: Sequence[str]) -> None:
             if mode != "auto":
                 Thinking(mode=mode).check(tokenizer, key)
             if words:
-                check_close(tokenizer, longest_closing(words), judgements(words), "prompts.critique_close")
+                check_close(tokenizer, closings(words), judgements(words), "prompts.critique_close")
 
 
 def _hub(place: str) -> str:

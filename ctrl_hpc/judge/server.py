@@ -27,7 +27,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.calibration import Calibration
 from ctrl_hpc.flow.comparison import comparison_template
-from ctrl_hpc.flow.prompts import Prompts, judgements, longest_closing, packaged
+from ctrl_hpc.flow.prompts import Prompts, closings, judgements, packaged
 from ctrl_hpc.judge.opinions import (
     TOP,
     Critic,
@@ -389,7 +389,7 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
     def check(tokenizer: Any) -> None:
         if options.critique_close:
             words = options.critique_close
-            check_close(tokenizer, longest_closing(words), judgements(words), "--critique-close")
+            check_close(tokenizer, closings(words), judgements(words), "--critique-close")
 
     worker, tokenizer = open_worker(
         options.model,

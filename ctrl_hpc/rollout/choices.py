@@ -67,9 +67,12 @@ class Choices:
         )
 
 
-def check_close(tokenizer: Any, text: str, words: Sequence[str], key: str) -> None:
-    """Raises ValueError where closing words leave no token of the room that is kept for them and a judgement."""
-    n_tokens = Choices.of(tokenizer, text, words).n_tokens
+def check_close(tokenizer: Any, texts: Sequence[str], words: Sequence[str], key: str) -> None:
+    """Raises ValueError where one of the texts leaves no token of the room that is kept for it and a judgement."""
+    try:
+        n_tokens = max(Choices.of(tokenizer, text, words).n_tokens for text in texts)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
     if n_tokens >= CLOSE_ROOM:
         raise ValueError(
             f"{key}: has {n_tokens} tokens, line breaks and judgement among them; at most {CLOSE_ROOM - 1}"

@@ -22,6 +22,8 @@ from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtyp
 
 _FILLS_A_CPU = 50_000_000
 """Numbers of a model that one prompt keeps a CPU busy with."""
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that are the same for sequences of all lengths."""
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from a batch when fewer than this fraction of its rows is alive."""
 LENGTH, STOP, ABORT = 0, 1, 2
@@ -45,8 +47,7 @@ class PaddedEngine:
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
-        large = sum(weight.numel() for weight in model.parameters()) >= _FILLS_A_CPU
-        self._recent = Recent(max_batch_tokens) if large and self._device.type == "cpu" else None
+        self._recent = Recent(max_batch_tokens) if _takes_prompts_apart(model) else None
         packs = can_pack(model)
         self._packed = PackedLinears(model) if packs else None
         self.head = float_head(model, packed=packs)
@@ -103,6 +104,16 @@ class PaddedEngine:
             batch.append(row)
         if batch:
             yield batch
+
+
+def _takes_prompts_apart(model: Any) -> bool:
+    """Whether a prompt keeps the device busy by itself, and its beginning is the same whatever comes after it."""
+    weights = list(model.parameters())
+    large = sum(weight.numel() for weight in weights) >= _FILLS_A_CPU
+    rope: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
+    of_layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]  # one kind, or one a kind of layer
+    fixed = all(one.get("rope_type", "default") in _FIXED_ROPES for one in of_layers)
+    return large and fixed and weights[0].device.type == "cpu"
 
 
 class _Batch:

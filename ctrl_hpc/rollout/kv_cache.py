@@ -49,12 +49,12 @@ class KVCache:
         """Positions filled (transformers' name)."""
         return self.length
 
-    def keep(self, rows_K: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be named several times."""
+    def keep(self, rows_K: torch.Tensor, room: int = _GROWTH) -> None:
+        """Keep these rows, in this order; a row may be named several times. There is room for more positions then."""
         for store in (self._keys, self._values):
             for layer, tensor in enumerate(store):
                 assert tensor is not None
-                chosen = tensor.new_zeros(len(rows_K), tensor.shape[1], self.length + _GROWTH, tensor.shape[3])
+                chosen = tensor.new_zeros(len(rows_K), tensor.shape[1], self.length + room, tensor.shape[3])
                 chosen[:, :, : self.length] = tensor[rows_K, :, : self.length]
                 store[layer] = chosen
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,35 +85,41 @@ def apart(
     """
     known = {number: found for number, prompt in enumerate(prompts) if (found := recent.longest(prompt)) is not None}
     fresh = [number for number in range(len(prompts)) if number not in known]
-    parts = [_going_on(forward, layers, [prompts[number] for number in known], list(known.values()), device)]
-    numbers = list(known)
-    for group in groups([prompts[number] for number in fresh]):
-        members = [fresh[member] for member in group.members]
-        parts.append(_together(forward, layers, [prompts[number] for number in members], group.prefix, device))
-        numbers += members
-    width = max(one.length for one, _, _ in parts)
+    width = max(map(len, prompts))
+    if known:
+        rest = max(len(prompts[number]) - found.length for number, found in known.items())
+        width = max(width, rest + max(found.length for found in known.values()))
+
+    def parts() -> Iterator[tuple[list[int], tuple[KVCache, torch.Tensor, torch.Tensor]]]:
+        if known:
+            texts = [prompts[number] for number in known]
+            yield list(known), _going_on(forward, layers, texts, list(known.values()), device)
+        for group in groups([prompts[number] for number in fresh]):
+            members = [fresh[member] for member in group.members]
+            texts = [prompts[number] for number in members]
+            yield members, _together(forward, layers, texts, group.prefix, device)
+
     cache, real_BP = KVCache(layers), torch.zeros(len(prompts), width, dtype=torch.bool, device=device)
-    done = 0
-    for one, _, real_MP in parts:
-        rows_M = torch.tensor(numbers[done : done + len(real_MP)], dtype=torch.long, device=device)
-        if len(rows_M):
-            cache.place(one, rows_M, len(prompts), width)
-            real_BP[rows_M, -one.length :] = real_MP
-        done += len(rows_M)
-    order_B = torch.tensor(numbers, device=device).argsort()
-    return cache, torch.cat([last_M for _, last_M, _ in parts if len(last_M)])[order_B], real_BP
+    order: list[int] = []
+    last: list[torch.Tensor] = []
+    for numbers, (one, last_M, real_MP) in parts():
+        rows_M = torch.tensor(numbers, device=device)
+        cache.place(one, rows_M, len(prompts), width)  # part by part: keys and values are hardly held twice
+        real_BP[rows_M, -one.length :] = real_MP
+        order += numbers
+        last.append(last_M)
+    return cache, torch.cat(last)[torch.tensor(order, device=device).argsort()], real_BP
 
 
 def _together(
     forward: Forward, layers: int, prompts: Sequence[Sequence[int]], prefix: int, device: torch.device
 ) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
     """As :func:`padded`, of prompts with so many tokens in common."""
-    one = KVCache(layers)
+    one, rests = KVCache(layers), [prompt[prefix:] for prompt in prompts]
     prefix_MX = torch.ones(len(prompts), prefix, dtype=torch.bool, device=device)
     if prefix:
         forward(one, *_block([prompts[0][:prefix]], prefix_MX[:1, :0], device))
-        one.keep(torch.zeros(len(prompts), dtype=torch.long, device=device))
-    rests = [prompt[prefix:] for prompt in prompts]
+        one.keep(torch.zeros(len(prompts), dtype=torch.long, device=device), room=max(map(len, rests)))
     last_M = forward(one, *_block(rests, prefix_MX, device))
     return one, last_M, torch.cat([prefix_MX, _real(rests, one.length - prefix, device)], dim=1)
 
@@ -121,10 +127,8 @@ def _together(
 def _going_on(
     forward: Forward, layers: int, prompts: Sequence[Sequence[int]], known: Sequence[KVCache], device: torch.device
 ) -> tuple[KVCache, torch.Tensor, torch.Tensor]:
-    """As :func:`padded`, of prompts whose beginnings have been computed; there may be none."""
-    one, width = KVCache(layers), max((found.length for found in known), default=0)
-    if not known:
-        return one, torch.zeros(0, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device)
+    """As :func:`padded`, of prompts whose beginnings have been computed."""
+    one, width = KVCache(layers), max(found.length for found in known)
     for row, found in enumerate(known):
         one.place(found, torch.tensor([row], device=device), len(known), width)
     begun_MX = _real([range(found.length) for found in known], width, device)

@@ -100,16 +100,19 @@ class Sampler:
         open_Q = torch.arange(len(rows_Q), device=rows_Q.device)
         id_V = torch.arange(live_QV.shape[1], device=rows_Q.device)
         uniform_Q1 = self._uniforms_BT[rows_Q, step, None]
-        top_p_Q1, least_Q1 = self._top_p_B1[rows_Q], self._min_p_B1[rows_Q] * live_QV.amax(dim=-1, keepdim=True)
+        most_Q1, first_Q1 = live_QV.max(dim=-1, keepdim=True)
+        top_p_Q1, least_Q1 = self._top_p_B1[rows_Q], self._min_p_B1[rows_Q] * most_Q1
         for again in itertools.count(1):
             token_Q1 = _invert(live_QV, uniform_Q1)[:, None]
             prob_Q1 = live_QV.gather(1, token_Q1)
             inside_Q = (_before(live_QV, token_Q1, prob_Q1, top_p_Q1) & (prob_Q1 >= least_Q1))[:, 0]
+            # The likeliest always may be drawn; and what is no number has no end.
+            inside_Q |= (token_Q1 == first_Q1)[:, 0] | ~torch.isfinite(least_Q1)[:, 0]
             tokens_R[open_Q[inside_Q]] = token_Q1[inside_Q, 0]
             if inside_Q.all():
                 break
             open_Q, token_Q1, prob_Q1, live_QV = (one[~inside_Q] for one in (open_Q, token_Q1, prob_Q1, live_QV))
-            top_p_Q1, least_Q1 = top_p_Q1[~inside_Q], least_Q1[~inside_Q]
+            top_p_Q1, least_Q1, first_Q1 = (one[~inside_Q] for one in (top_p_Q1, least_Q1, first_Q1))
             earlier_QV = (live_QV > prob_Q1) | ((live_QV == prob_Q1) & (id_V < token_Q1))
             live_QV = torch.where(earlier_QV, live_QV, 0.0)
             numbers = np.stack([_uniform(self._keys[row], 1, step + 1, again) for row in rows_Q[open_Q].tolist()])
@@ -197,14 +200,19 @@ def _invert(probs_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
     row_R = torch.arange(rows, device=probs_RV.device)
     start_R = ends_RG[row_R, block_R] - mass_RG[row_R, block_R]
     within_RK = probs_RGK[row_R, block_R].double().cumsum(dim=-1)
-    return block_R * _BLOCK + _first_above(within_RK, target_R1 - start_R[:, None])
+    inside_R = _first_above(within_RK, (target_R1 - start_R[:, None]).clamp_(min=0.0))
+    return (block_R * _BLOCK + inside_R).clamp_(max=vocabulary - 1)
 
 
 def _first_above(cumulative_RK: torch.Tensor, target_R1: torch.Tensor) -> torch.Tensor:
-    """The first column of each row above its target; that where the row's last sum is reached, if none is."""
+    """The first column of each row above its target; that where the row's last sum is reached, if none is.
+
+    Some column where the sums are no numbers: its log-prob tells.
+    """
     above_R1 = torch.searchsorted(cumulative_RK, target_R1, right=True)
     last_R1 = torch.searchsorted(cumulative_RK, cumulative_RK[:, -1:].contiguous())
-    return torch.minimum(above_R1, last_R1)[:, 0]
+    found_R1 = torch.minimum(above_R1, last_R1)
+    return found_R1[:, 0].clamp_(max=cumulative_RK.shape[1] - 1)  # sums that are no numbers are above nothing
 
 
 class Adjustments:

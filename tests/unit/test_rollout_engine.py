@@ -8,7 +8,7 @@ import pytest
 import random_qwen
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout import engine as engines
@@ -85,6 +85,22 @@ def test_a_text_that_goes_on_is_not_computed_again(
     greedy = [Sampling(temperature=0.0, max_tokens=4)] * len(later)
     pairs = zip(large.generate(later, greedy), plain.generate(later, greedy), strict=True)
     assert all(one.logprobs == pytest.approx(other.logprobs, abs=1e-4) for one, other in pairs)
+
+
+def test_prompts_are_taken_apart_where_a_model_is_large_and_its_rotary_embedding_fixed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Phi-3's longrope turns all positions by another angle once a sequence is long."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "pad_token_id": 0}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for kind, more, apart in (("qwen2", {}, True), ("phi3", {}, True), ("phi3", {"rope_parameters": long}, False)):
+        config = AutoConfig.for_model(kind, **sizes, **heads, **more)
+        model = AutoModelForCausalLM.from_config(config)
+        assert PaddedEngine(model, frozenset())._recent is None
+        monkeypatch.setattr(engines, "_FILLS_A_CPU", 100)
+        assert (PaddedEngine(model, frozenset())._recent is not None) == apart
+        monkeypatch.undo()
 
 
 def test_of_recent_rows_the_oldest_are_forgotten_first() -> None:
