@@ -36,6 +36,9 @@ class ContinuousEngine:
         self._state = copy_weights(self.model, folder, self._state)
         self.version = version
 
+    def forget(self) -> None:
+        """Nothing is kept of earlier batches."""
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -130,6 +130,10 @@ class Engine(Protocol):
         """Replace the weights by those of a Hugging Face folder of the same architecture."""
         ...
 
+    def forget(self) -> None:
+        """Keep nothing of earlier requests; any thread may ask."""
+        ...
+
 
 def check_prompts(prompts: Sequence[Sequence[int]], max_positions: int, vocabulary: int) -> None:
     """Raise ValueError for a prompt that is empty, too long, or holds an id outside the vocabulary."""

@@ -55,12 +55,16 @@ class PaddedEngine:
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         self._state = copy_weights(self.model, folder, self._state)
-        if self._recent is not None:
-            self._recent.clear()
+        self.forget()
         for copied in (self._packed, self.head):
             if copied is not None:
                 copied.update()
         self.version = version
+
+    def forget(self) -> None:
+        """Keep no rows of earlier batches."""
+        if self._recent is not None:
+            self._recent = Recent(self.max_batch_tokens)
 
     def generate(
         self,

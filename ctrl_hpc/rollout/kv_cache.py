@@ -104,7 +104,3 @@ class Recent:
             if (found := self._rows.get(whole[:length])) is not None:
                 return found
         return None
-
-    def clear(self) -> None:
-        """Forget all: the weights are others."""
-        self._rows.clear()

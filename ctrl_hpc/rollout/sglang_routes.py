@@ -230,7 +230,8 @@ def _add_control_routes(app: FastAPI, service: RolloutService) -> None:
 
     @app.api_route("/flush_cache", methods=["GET", "POST"])
     async def flush_cache() -> PlainTextResponse:
-        return PlainTextResponse("Cache flushed.\n")  # a batch's cache ends with it
+        service.worker.engine.forget()
+        return PlainTextResponse("Cache flushed.\n")
 
 
 def _add_information_routes(app: FastAPI, service: RolloutService) -> None:

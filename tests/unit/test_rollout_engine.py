@@ -76,6 +76,10 @@ def test_a_text_that_goes_on_is_not_computed_again(
         for one, other in zip(found, expected, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         large.generate([[70, 71, 72]], [Sampling(temperature=0.0, max_tokens=2)])
+    large.forget()
+    passed.clear()
+    large.generate(later[:1], [Sampling(temperature=0.0, max_tokens=1)])
+    assert passed == [len(later[0])], "all of it"
     changed = tmp_path / "changed"
     shutil.copytree(folder, changed)
     weights = {name: value * 1.25 for name, value in load_file(changed / "model.safetensors").items()}
