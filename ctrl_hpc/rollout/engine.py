@@ -22,6 +22,8 @@ from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtyp
 
 _FILLS_A_CPU = 50_000_000
 """Numbers of a model that one prompt keeps a CPU busy with."""
+_BATCHES = 2
+"""Largest batches whose rows are remembered: requests that belong together may be more than one."""
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that are the same for sequences of all lengths."""
 _COMPACT_BELOW = 0.75
@@ -47,7 +49,7 @@ class PaddedEngine:
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
-        self._recent = Recent(max_batch_tokens) if _takes_prompts_apart(model) else None
+        self._recent = Recent(_BATCHES * max_batch_tokens) if _takes_prompts_apart(model) else None
         packs = can_pack(model)
         self._packed = PackedLinears(model) if packs else None
         self.head = float_head(model, packed=packs)
@@ -64,7 +66,7 @@ class PaddedEngine:
     def forget(self) -> None:
         """Keep no rows of earlier batches."""
         if self._recent is not None:
-            self._recent = Recent(self.max_batch_tokens)
+            self._recent = Recent(_BATCHES * self.max_batch_tokens)
 
     def generate(
         self,
