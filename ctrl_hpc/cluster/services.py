@@ -19,6 +19,7 @@ import submitit
 from ctrl_hpc.cluster.element import SERVE, leave_request, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
+from ctrl_hpc.cluster.prefork import Prefork
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.progress import console
@@ -92,6 +93,18 @@ class Services:
         if self._handlers:
             sys.unraisablehook = sys.__unraisablehook__
 
+    def import_ahead(self, roles: Iterable[str]) -> Prefork | None:
+        """Let local jobs of these roles be forked from processes that have imported what they need; does not wait.
+
+        None where jobs are Slurm's, or have GPUs, which no process may have touched before it forks.
+        """
+        launch = self.config.launch
+        gpus = {"executor": launch.executor.gpus, "trainer": launch.trainer.gpus}
+        wanted = [role for role in roles if not gpus.get(role, launch.rollout.gpus)]
+        if self.config.rollout.engine != "builtin":
+            wanted = [role for role in wanted if role not in ("critic", "generator")]
+        return self.jobs.begin_prefork(wanted) if launch.engine == "local" and wanted else None
+
     def start(self, roles: Iterable[str]) -> None:
         """Start the arrays of these roles, all at once, and wait for the first element of each."""
         wanted = set(roles)
@@ -140,6 +153,9 @@ class Services:
             self._end(jobs)
             self.registry.remove(lambda service: service.role == "driver")
             self.registry.remove_list()
+        if self.jobs.prefork is not None:
+            self.jobs.prefork.close()
+            self.jobs.prefork = None
         if self._driver is not None:
             self._driver.close()
             self._driver = None
