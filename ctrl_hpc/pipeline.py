@@ -34,12 +34,13 @@ from ctrl_hpc.data.table import Keep
 from ctrl_hpc.data.verification import proven, verify
 from ctrl_hpc.evaluate.critics import roles
 from ctrl_hpc.evaluate.judgebench import pairs_file
+from ctrl_hpc.evaluate.write_ahead import WriteAheadLog, in_parts
 from ctrl_hpc.flow.adversarial import strengthen
 from ctrl_hpc.flow.feedback import hint
 from ctrl_hpc.flow.filters import counts, mend, select, traits
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique_with_hints, draft, execute
-from ctrl_hpc.progress import console, in_chunks
+from ctrl_hpc.progress import Steps, console
 from ctrl_hpc.records import Critique, Problem, Sampling, Solution
 from ctrl_hpc.run import directory, disk
 from ctrl_hpc.sandbox import rootfs
@@ -78,17 +79,29 @@ def sample(run: Run, connections: Connections) -> dict[str, Any]:
     )
     facts = _prove(run, connections)
     problems_all = _before_strengthening(run)
-    solutions: list[Solution] = []
-    for start, problems in in_chunks(problems_all, 512, "sample: drafts, executed"):
-        seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
-        drafts = draft(problems, connections.generator, run.prompts, seeded)
-        by_id = {problem.id: problem for problem in problems}
-        pairs = [(by_id[solution.problem_id], solution) for solution in drafts]
-        solutions += execute(pairs, connections.executor, config.executor.rules)
+    size = config.sample.chunk
+
+    def work(problems: Sequence[Problem], number: int, log: WriteAheadLog) -> list[Solution]:
+        seeded = replace(sampling, seed=config.seed * 1_000_003 + number * size)
+        return evaluation.executed_drafts(
+            problems,
+            number,
+            log,
+            lambda: draft(problems, connections.generator, run.prompts, seeded),
+            lambda pairs: execute(pairs, connections.executor, config.executor.rules),
+        )
+
+    file = run.folder / "sample" / "solutions.jsonl"
+    as_drafted = file.with_name("drafts.jsonl") if config.sample.adversarial_tests else file
+    with Steps("sample: drafts, executed", len(problems_all)) as steps:
+        solutions = in_parts(
+            as_drafted, Solution, problems_all, work, size=size, at_once=1, tell=lambda done, _: steps.reach(done)
+        )
     if config.sample.adversarial_tests:
         solutions, added = _strengthen(run, problems_all, solutions, connections)
         facts["adversarial_tests"] = added
-    jsonl.write(run.folder / "sample" / "solutions.jsonl", solutions)
+        jsonl.write(file, solutions)
+        as_drafted.unlink(missing_ok=True)
     right = sum(solution.verdict is not None and solution.verdict.accepted for solution in solutions)
     return {"solutions": len(solutions), "pass_at_1": right / len(solutions), **facts, **spent(connections.generator)}
 
@@ -149,11 +162,21 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
     pairs = [(by_id[solution.problem_id], solution) for solution in _solutions(run)]
     sampling = Sampling(temperature=config.synthesize.temperature, max_tokens=config.synthesize.max_tokens)
     connections.critic.update_weights(config.critic.model, 0)
-    critiques: list[Critique] = []
-    for start, chunk in in_chunks(pairs, 512, "synthesize: critiques from hints"):
-        hinted = [(problem, solution, hint(problem, solution)) for problem, solution in chunk]
-        seeded = replace(sampling, seed=config.seed * 1_000_003 + start)
-        critiques += critique_with_hints(hinted, connections.critic, run.prompts, seeded)
+    size = config.synthesize.chunk
+
+    def work(part: Sequence[tuple[Problem, Solution]], number: int, log: WriteAheadLog) -> list[Critique]:
+        hinted = [(problem, solution, hint(problem, solution)) for problem, solution in part]
+        seeded = replace(sampling, seed=config.seed * 1_000_003 + number * size)
+        return log.once(
+            "hinted", number, Critique, lambda: critique_with_hints(hinted, connections.critic, run.prompts, seeded)
+        )
+
+    folder = run.folder / "synthesize"
+    with Steps("synthesize: critiques from hints", len(pairs)) as steps:
+        written = folder / "written.jsonl"
+        critiques = in_parts(
+            written, Critique, pairs, work, size=size, at_once=1, tell=lambda done, _: steps.reach(done)
+        )
     judged = list(zip(critiques, (solution for _, solution in pairs), strict=True))
     kept, rejected = select(
         judged,
@@ -163,8 +186,9 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
         seed=config.seed,
     )
     shares = _tell(judged)
-    jsonl.write(run.folder / "synthesize" / "rejected.jsonl", rejected)
-    jsonl.write(run.folder / "synthesize" / "critiques.jsonl", kept)
+    jsonl.write(folder / "rejected.jsonl", rejected)
+    jsonl.write(folder / "critiques.jsonl", kept)
+    written.unlink(missing_ok=True)
     if not kept:
         raise ValueError(
             f"synthesize: none of {len(critiques)} critiques is kept: {mend(critiques, rejected)}; then run "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from typing import Self
 
 from rich.console import Console
@@ -56,12 +55,3 @@ class Steps:
             rate = (done - self._first) / max(now - self._started, 1e-9)
             left = f", {(self._total - done) / rate:.0f} s left" if rate > 0 and done < self._total else ""
             self._console.print(f"{self._description}: {done}/{self._total}{left} {note}".rstrip(), highlight=False)
-
-
-def in_chunks[T](items: Sequence[T], size: int, description: str) -> Iterator[tuple[int, Sequence[T]]]:
-    """``(start, items[start:start + size])`` for the whole sequence, with progress."""
-    with Steps(description, len(items)) as steps:
-        for start in range(0, len(items), size):
-            chunk = items[start : start + size]
-            yield start, chunk
-            steps.advance(len(chunk))

@@ -182,6 +182,8 @@ class SampleConfig:
     """Tests added to a training problem at most: inputs near those on which drafts failed, with the canonical
     solution's output, that a draft gets wrong (Code-A1's mistake book); 0: none. Needs canonical solutions and stdin
     tests; other problems stay as they are."""
+    chunk: Positive[int] = 512
+    """Problems drafted and executed together, then written down: an interruption loses one chunk at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +200,8 @@ class SynthesizeConfig:
     """Keep as many critiques of right drafts as of wrong ones."""
     consistent_only: bool = True
     """Drop critiques whose judgement contradicts the execution."""
+    chunk: Positive[int] = 512
+    """Drafts critiqued together, then written down: an interruption loses one chunk at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,7 +184,14 @@ def _draft_all(
             part: Sequence[Problem], number: int, log: WriteAheadLog, sampling: Sampling = sampling
         ) -> list[Solution]:
             seed = evaluation_seed(config.seed, dataset, "drafts", number)
-            return _drafts(part, number, log, replace(sampling, seed=seed), environment)
+            seeded = replace(sampling, seed=seed)
+            return executed_drafts(
+                part,
+                number,
+                log,
+                lambda: draft(part, environment.generator, environment.prompts, seeded),
+                lambda pairs: execute(pairs, environment.executor, environment.rules),
+            )
 
         size = max(config.eval.chunk // n, 1)
         solutions = in_parts(file, Solution, problems, work, size=size, at_once=config.eval.chunks_in_flight)
@@ -193,20 +200,18 @@ def _draft_all(
     return [(by_id[solution.problem_id], solution) for solution in sampled]
 
 
-def _drafts(
-    problems: Sequence[Problem], number: int, log: WriteAheadLog, sampling: Sampling, environment: Environment
+def executed_drafts(
+    problems: Sequence[Problem],
+    number: int,
+    log: WriteAheadLog,
+    drafted: Callable[[], list[Solution]],
+    executed: Callable[[list[tuple[Problem, Solution]]], list[Solution]],
 ) -> list[Solution]:
-    def drafted() -> list[Solution]:
-        return draft(problems, environment.generator, environment.prompts, sampling)
-
+    """The drafts of a part, made and then executed, each written down before the next is begun."""
     solutions = log.once("drafts", number, Solution, drafted)
     by_id = {problem.id: problem for problem in problems}
     pairs = [(by_id[solution.problem_id], solution) for solution in solutions]
-
-    def executed() -> list[Solution]:
-        return execute(pairs, environment.executor, environment.rules)
-
-    return log.once("executed", number, Solution, executed)
+    return log.once("executed", number, Solution, lambda: executed(pairs))
 
 
 def _load(place: str, connections: Connected, version: int) -> Generator:

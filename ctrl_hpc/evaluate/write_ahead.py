@@ -1,4 +1,4 @@
-"""Write-ahead records of an evaluation, and earlier answers: one that was killed asks nothing again."""
+"""Write-ahead records of a stage, and earlier answers: one that was killed asks nothing again."""
 
 from __future__ import annotations
 
@@ -50,10 +50,11 @@ class WriteAheadLog:
     def once[R](self, step: str, part: int, record: type[R], make: Callable[[], Sequence[R]]) -> list[R]:
         """The records of a step of a part: those written down, else what ``make`` returns, written down first.
 
+        Asked for once in the life of a log, which does not keep them.
         They come back as they are read, so that later steps see the same data after a kill as without one.
         """
         with self._lock:
-            known = self._known.get((step, part))
+            known = self._known.pop((step, part), None)
         if known is None:
             known = [jsonl.encode(item) for item in make()]
             line = json.dumps({"step": step, "part": part, "records": known}, separators=(",", ":")) + "\n"
@@ -61,7 +62,6 @@ class WriteAheadLog:
                 self._out.write(line.encode())
                 self._out.flush()
                 os.fsync(self._out.fileno())
-                self._known[step, part] = known
         return [jsonl.decode(record, item) for item in known]
 
 
