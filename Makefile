@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export OMP_WAIT_POLICY := PASSIVE
 RUN := .venv/bin
-BESIDE := -n 2 --dist loadfile  # two processes; what starts clusters or counts a machine's processes runs alone
+BESIDE := -n 2 --dist loadfile  # two processes; what is marked alone runs alone
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,8 +30,8 @@ check: lint  ## lint, types and fast tests (3 minutes at most)
 test: lint  ## everything: lint, types and all tests (45 minutes at most)
 	scripts/setup-tests
 	$(RUN)/pytest $(BESIDE) -m "not slow"
-	$(RUN)/pytest $(BESIDE) -m slow tests/unit tests/kernels
-	$(RUN)/pytest -m slow --ignore tests/unit --ignore tests/kernels
+	$(RUN)/pytest $(BESIDE) -m "slow and not alone"
+	$(RUN)/pytest -m "slow and alone"
 
 docs: .venv/.ready  ## the documentation as a site, in build/site
 	$(RUN)/mkdocs build --quiet --strict

@@ -235,6 +235,7 @@ def _lacking(config: Config) -> list[str]:
 
 def _plan(config: Config) -> None:
     """Print the plan as comments, so that the output stays a configuration. Raises ValueError when it does not fit."""
+    _plan_benchmarks(config)
     if not {"sft", "rl"} & set(config.stages):
         print("# plan: no stage of this configuration trains")
         return
@@ -246,6 +247,24 @@ def _plan(config: Config) -> None:
         print(f"#   {line}")
     if found.fits is False:
         raise ValueError(f"does not fit: {found.verdict()}")
+
+
+def _plan_benchmarks(config: Config) -> None:
+    """What the critics are asked in benchmarks of critics."""
+    asked = config.eval.critic_benchmarks
+    if "eval" not in config.stages or not asked.sources:
+        return
+    from ctrl_hpc.data import critic_benchmarks
+    from ctrl_hpc.plan import costs
+    from ctrl_hpc.plan.plan import trainer_device
+    from ctrl_hpc.plan.rates import rates
+
+    sizes = {}
+    for source, path in asked.sources.items():
+        name, split = asked.parts(source)
+        sizes[source] = critic_benchmarks.size(name, path or None, split, asked.n_questions)
+    for line in costs.critic_benchmarks(config, sizes, rates(config, trainer_device(config))):
+        print(f"# {line}")
 
 
 def _stage(name: str) -> Callable[[argparse.Namespace], int]:

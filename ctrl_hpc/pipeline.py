@@ -28,10 +28,11 @@ from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.stages import STAGES
-from ctrl_hpc.data import catalog, judgebench
+from ctrl_hpc.data import catalog, critic_benchmarks, judgebench
 from ctrl_hpc.data import problems as problems_of
 from ctrl_hpc.data.table import Keep
 from ctrl_hpc.data.verification import proven, verify
+from ctrl_hpc.evaluate.benchmarked import questions_file
 from ctrl_hpc.evaluate.critics import roles
 from ctrl_hpc.evaluate.judgebench import pairs_file
 from ctrl_hpc.evaluate.write_ahead import WriteAheadLog, in_parts
@@ -319,6 +320,7 @@ def prepare(config: Config, folder: Path, names: Iterable[str]) -> Run:
     evaluated = {name: _eval_problems(config, folder, name, tests) for name in config.data.eval_names}
     if "eval" in set(names):
         _pairs(config, folder)
+        _labelled_answers(config, folder)
     prompts = Prompts.load(**asdict(config.prompts))
     return Run(config=config, folder=folder, tests=tests, problems=problems, eval_problems=evaluated, prompts=prompts)
 
@@ -382,8 +384,13 @@ def _with_models(config: Config, folder: Path) -> Config:
     """The configuration with the places of those models that the run trains for itself, if it does."""
     if not config.tiny.rebuild:
         return config
-    critic = replace(config.critic, model=str(folder / "models" / "critic"))
+    critic = replace(config.critic, model=str(folder / "models" / _tiny_critic(config)))
     return replace(config, generator=str(folder / "models" / "generator"), critic=critic)
+
+
+def _tiny_critic(config: Config) -> str:
+    """Which of ``ctrl_hpc.tiny.models.CRITICS`` is the run's."""
+    return "thinking_critic" if config.critic.thinking == "on" else "critic"
 
 
 def _make_models(config: Config, folder: Path) -> None:
@@ -392,7 +399,7 @@ def _make_models(config: Config, folder: Path) -> None:
     from ctrl_hpc.tiny.models import rebuild
 
     started = time.monotonic()
-    rebuild(folder / "models", config.seed)
+    rebuild(folder / "models", config.seed, critics=(_tiny_critic(config),))
     directory.mark_done(folder, "models", time.monotonic() - started)
 
 
@@ -445,6 +452,16 @@ def _pairs(config: Config, folder: Path) -> None:
     file = pairs_file(folder)
     if config.judge.votes and not file.exists():
         jsonl.write(file, judgebench.load(config.judge.path, config.judge.split))
+
+
+def _labelled_answers(config: Config, folder: Path) -> None:
+    asked = config.eval.critic_benchmarks
+    for source, path in asked.sources.items():
+        file = questions_file(folder, source)
+        if not file.exists():
+            name, split = asked.parts(source)
+            questions = critic_benchmarks.load(name, path or None, split)
+            jsonl.write(file, questions[: asked.n_questions])
 
 
 def _solutions(run: Run) -> list[Solution]:

@@ -20,10 +20,11 @@ from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.config.load import close_to
 from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.config.stages import STAGES
-from ctrl_hpc.data import catalog
+from ctrl_hpc.data import catalog, critic_benchmarks
 from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Problem
+from ctrl_hpc.rollout.thinking import Thinking
 from ctrl_hpc.run import directory
 from ctrl_hpc.sandbox.judge import COMPARISONS
 from ctrl_hpc.tracking import writers
@@ -78,9 +79,9 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
     todo = [name for name in STAGES if name in wanted and not directory.is_done(folder, name)]
     if not todo:
         return
-    for part in (_of_records, _of_data, _of_critics, _of_prompts):
+    for part in (_of_records, _of_data, _of_critic_benchmarks, _of_critics, _of_prompts):
         yield from _told(part, config, folder, todo)
-    for part in (_of_prompt_folder, _of_models, _of_devices, _of_disk, _of_writers):
+    for part in (_of_prompt_folder, _of_models, _of_thinking, _of_devices, _of_disk, _of_writers):
         yield from _told(part, config, folder, todo, here=True)
     if config.launch.snapshot == "keep":  # a later start of a job: what failed meanwhile may come back
         return
@@ -158,6 +159,21 @@ def _of_data(config: Config, folder: Path, todo: Sequence[str]) -> None:
             _of_comparisons(config, place, catalog.read(name, place, split).items)
 
 
+def _of_critic_benchmarks(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    """Names and places; one's own answers are read through."""
+    asked = config.eval.critic_benchmarks
+    for source, path in asked.sources.items() if "eval" in todo else ():
+        name, _ = asked.parts(source)
+        try:
+            critic_benchmarks.check(name, path or None)
+            if path and not Path(path).exists():
+                raise ValueError(f"{path}: no such file or folder")
+            if name == "own":
+                critic_benchmarks.load(name, path)
+        except ValueError as error:
+            raise ValueError(f"eval.critic_benchmarks.sources: {error}") from None
+
+
 def _of_comparisons(config: Config, place: str | None, problems: Iterable[Problem]) -> None:
     known = [*COMPARISONS, *config.executor.judges]
     for problem in problems:
@@ -189,6 +205,20 @@ def _of_models(config: Config, folder: Path, todo: Sequence[str]) -> None:
                 for place, key in reversed(missing.items())
             )
         )
+
+
+def _of_thinking(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    """Whether the models' chat templates can do what ``critic.thinking`` and ``generator_thinking`` ask."""
+    asked = {
+        "critic": ("critic.thinking", config.critic.thinking, config.critic.model),
+        "generator": ("generator_thinking", config.generator_thinking, config.generator),
+    }
+    for role in sorted(roles(config, todo) & set(asked)):
+        key, mode, place = asked[role]
+        if mode != "auto" and (Path(place) / "config.json").is_file():
+            from transformers import AutoTokenizer
+
+            Thinking(mode=mode).check(AutoTokenizer.from_pretrained(place), key)
 
 
 def _hub(place: str) -> str:

@@ -84,7 +84,11 @@ def _thinking(config: Config, role: str) -> Thinking:
     if role == "critic":
         critic = config.critic
         return Thinking(mode=critic.thinking, tokens=critic.thought_tokens, close=critic.close_thought)
-    return Thinking(mode=config.generator_thinking, tokens=config.generator_thought_tokens)
+    return Thinking(
+        mode=config.generator_thinking,
+        tokens=config.generator_thought_tokens,
+        close=config.generator_close_thought,
+    )
 
 
 def _critic_key(config: Config) -> str | None:

@@ -121,6 +121,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         told = ", ".join(f"{name.replace('_', ' ')} {percent(questions[name])}" for name in ("random", "oracle"))
         out.append(f"re-ranking: best of n {percent(questions['best_of_n'])} ({told})")
         out.append(f"stopping at the first judged correct: {percent(rule['worth'])}, {rule['answers']:.2f} answers")
+    if "normalised_helpfulness" in found:
+        out.append(f"normalised helpfulness: {percent(found['normalised_helpfulness'])} (0: the greedy answers)")
     if position["first_place"] is not None:
         told = f"first place {percent(position['first_place'])} of decided votes"
         out.append(f"position: {told}, same answer in both orders {percent(position['consistent'])}")

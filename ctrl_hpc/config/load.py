@@ -5,6 +5,7 @@ Later ones win: the defaults of the dataclasses, the cluster profile, the YAML f
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 from collections.abc import Iterator, Sequence
@@ -70,19 +71,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, validate: bool = Tr
 def load_with_layers(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Layer]]:
     """A configuration whose values have not been checked, and what it was made of, the winning layer last."""
     path = find(path)
-    schema, file = OmegaConf.structured(Config), _file(path)
+    file = _file(path)
     whole = _is_whole(file.tree)
     if whole:
         for key in _REMOVED:
             section, _, name = key.rpartition(".")
             OmegaConf.select(file.tree, section).pop(name, None)
     extra = Layer(where="override", tree=_worded(OmegaConf.merge(*map(_override, overrides))) if overrides else {})
-    given = _merged(schema, [file, extra])
+    given = _merged([file, extra])
     chosen = any(text.startswith("cluster=") for text in overrides)
     # a run's own config.yaml says all that its profile, which may be gone, had said
     profile = _profile(str(given.cluster), path) if chosen or not whole else None
     layers = [file, extra] if profile is None else [_file(profile), file, extra]
-    merged = given if profile is None else _merged(schema, layers)
+    merged = given if profile is None else _merged(layers)
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ValueError(f"{path}: {missing[0]}: missing; every configuration names it")
@@ -190,7 +191,16 @@ def _override(text: str) -> Any:
         raise ValueError(f"override {text!r}: {_one_line(error)}") from None
 
 
-def _merged(schema: Any, layers: Sequence[Layer]) -> Any:
+@functools.cache
+def _schema() -> Any:
+    """The defaults, with the type of each key; a merge copies it."""
+    return OmegaConf.structured(Config)
+
+
+def _merged(layers: Sequence[Layer]) -> Any:
+    schema = _schema()
+    with contextlib.suppress(OmegaConfBaseException):  # told below, of the layer that it lies in
+        return OmegaConf.merge(schema, *(layer.tree for layer in layers))
     for layer in layers:
         try:
             schema = OmegaConf.merge(schema, layer.tree)

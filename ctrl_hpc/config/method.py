@@ -26,7 +26,7 @@ from ctrl_hpc.config.facts import (
     Share,
 )
 from ctrl_hpc.config.objectives import LOSSES, is_loss
-from ctrl_hpc.records import TRANSITIONS
+from ctrl_hpc.records import TRANSITIONS, thought_room
 
 _IS_TREE = Must(
     lambda widths: not widths or len(widths) > 1, "be the drafts of a problem, then the critiques of at least one turn"
@@ -152,8 +152,8 @@ class CriticConfig:
 
     @property
     def thought_room(self) -> int:
-        """Tokens of a thought, beside those of the critique; none where the critic is not to think."""
-        return 0 if self.thinking == "off" else self.thought_tokens
+        """Tokens of a thought, beside those of the critique."""
+        return thought_room(self.thinking, self.thought_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,6 +392,28 @@ class RLConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CriticBenchmarksConfig:
+    """Benchmarks of critics in the stage ``eval``: answers known to be right or wrong, judged by each critic."""
+
+    sources: Annotated[dict[str, PathName], Example("{own: answers.jsonl}")] = field(default_factory=dict)
+    """A file or folder, or "" for the hub, by name of the benchmark: a key of
+    ``ctrl_hpc.data.critic_benchmarks.BENCHMARKS``, with @SPLIT or @CONFIG/SPLIT behind it for another split than its
+    own; empty: none."""
+    n_questions: Positive[int] | None = None
+    """Questions of each that are asked, the first ones; None: all."""
+    votes: Positive[int] = 1
+    """Critiques of an answer: one is greedy, several are sampled at ``eval.temperature``."""
+    pairwise: bool = False
+    """Show both answers of a pair, too, in both orders, for the better one to be named."""
+
+    @staticmethod
+    def parts(source: str) -> tuple[str, str | None]:
+        """The benchmark's name, and the split that is asked for, of a key of ``sources``."""
+        name, _, split = source.partition("@")
+        return name, split or None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
     """Stage ``eval``: critique-revision turns on held-out problems."""
 
@@ -419,6 +441,8 @@ class EvalConfig:
     ablate: bool = False
     """Have the generator revise again with each sentence of a critique left out, for every draft that the first turn
     fixed, and report the sentences on which the fixes hang. Costs a greedy revision and an execution a sentence."""
+    critic_benchmarks: CriticBenchmarksConfig = field(default_factory=CriticBenchmarksConfig)
+    """Benchmarks that the critics of the run which are models are scored on."""
     models: Annotated[dict[str, PathName], Example("{gpt4o: 'https://api.openai.com/v1#gpt-4o'}")] = field(
         default_factory=dict
     )

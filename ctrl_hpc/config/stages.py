@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_GENERATOR = ("generator", "generator_model", "generator_thinking", "generator_thought_tokens", "endpoint", "tiny")
+_GENERATOR = (
+    "generator",
+    "generator_model",
+    "generator_thinking",
+    "generator_thought_tokens",
+    "generator_close_thought",
+    "endpoint",
+    "tiny",
+)
 _CRITIC = ("critic", "lora", "tiny", "trainer", "parallel")
 _ASKING = ("prompts.folder", "prompts.system")
 """What of ``prompts`` the generator is asked with."""
@@ -73,7 +81,7 @@ STAGES: dict[str, Stage] = {
 """Every stage of a run, in order."""
 
 PREPARED = {
-    "models": ("seed", "tiny.rebuild"),
+    "models": ("seed", "tiny.rebuild", "critic.thinking"),
     "problems/train*.jsonl": ("seed", *TRAINING, "executor"),
     "problems/ledger.json*": ("seed", *TRAINING, "executor"),
     "problems/left-out.json": ("seed", *TRAINING),
@@ -81,5 +89,6 @@ PREPARED = {
     "problems/eval-*.jsonl": ("seed", *EVALUATION),
     "problems/left-out-*.json": ("seed", *EVALUATION),
     "problems/judgebench.jsonl": ("judge",),
+    "problems/critic-benchmark-*.jsonl": ("eval.critic_benchmarks.sources", "eval.critic_benchmarks.n_questions"),
 }
 """What is made in a run's folder before the stages, and what it depends on: made anew when that has changed."""

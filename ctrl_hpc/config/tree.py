@@ -32,7 +32,7 @@ from ctrl_hpc.config.method import (
 )
 from ctrl_hpc.config.objectives import LOSSES
 from ctrl_hpc.config.stages import STAGES
-from ctrl_hpc.records import CLOSE_ROOM
+from ctrl_hpc.records import CLOSE_ROOM, thought_room
 
 ORACLE = "oracle"
 """The generator that answers with the canonical solutions."""
@@ -60,6 +60,9 @@ class Config:
     """Whether the generator thinks before it answers, as ``critic.thinking``; its thought is no part of its answer."""
     generator_thought_tokens: NotNegative[int] = 0
     """Longest thought in tokens, beside the ``max_tokens`` of drafts and revisions; 0: both share those."""
+    generator_close_thought: bool = False
+    """End a thought that does not end within ``generator_thought_tokens`` by force, for a program to follow, as
+    ``critic.close_thought``; not of a generator that is an endpoint. False: it leaves no program."""
     stages: Free[tuple[Annotated[str, _IS_STAGE], ...]] = tuple(STAGES)
     """Stages of ``ctrl-hpc run``, in order."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
@@ -102,6 +105,11 @@ class Config:
     """Tracking by wandb."""
     tracking: Free[TrackingConfig] = field(default_factory=TrackingConfig)
     """Tracking by others."""
+
+    @property
+    def generator_thought_room(self) -> int:
+        """Tokens of the generator's thought, beside those of its answer."""
+        return thought_room(self.generator_thinking, self.generator_thought_tokens)
 
     @property
     def generator_is_url(self) -> bool:
@@ -170,8 +178,16 @@ def _check_credit(rl: RLConfig) -> None:
 
 def _check_thinking(config: Config) -> None:
     critic, longest = config.critic, config.rl.max_tokens + config.critic.thought_room
-    if critic.close_thought and (critic.thought_tokens == 0 or critic.thinking == "off"):
+    if critic.close_thought and not critic.thought_room:
         raise ValueError("critic.close_thought: needs a budget, critic.thought_tokens, and a critic that thinks")
+    if config.generator_close_thought and not config.generator_thought_room:
+        raise ValueError(
+            "generator_close_thought: needs a budget, generator_thought_tokens, and a generator that thinks"
+        )
+    if config.generator_close_thought and not config.generator_is_served:
+        raise ValueError(
+            f"generator_close_thought: goes with a generator that the run serves, a folder; not with {config.generator}"
+        )
     if critic.close_thought and config.prompts.critique_close:
         raise ValueError("critic.close_thought: does not go with prompts.critique_close; leave one of them out")
     if critic.thinking == "on" and config.prompts.critique_prefix:

@@ -24,6 +24,10 @@ class Benchmark:
     """The split that is taken where none is asked for; ``CONFIG/SPLIT`` where it has configurations."""
     files: tuple[str, ...] = ()
     """The files of the hub's data set, where they are read by name."""
+    n_answers: int = 2
+    """Answers of a question, at most."""
+    n_questions: int | None = None
+    """Questions of its split on the hub; None: that depends on the split."""
 
 
 def load(name: str, path: str | None, split: str | None = None) -> list[LabelledAnswers]:
@@ -31,17 +35,37 @@ def load(name: str, path: str | None, split: str | None = None) -> list[Labelled
 
     Raises ValueError for an unknown name, or one that has no home on the hub and no path.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(f"{name!r} is no benchmark of critics; allowed: {', '.join(BENCHMARKS)}")
+    check(name, path)
     benchmark = BENCHMARKS[name]
-    if path is None and benchmark.hub is None:
-        raise ValueError(f"{name}: --path: missing; it is read from a file: {benchmark.about}")
     config, _, part = (split or benchmark.split).rpartition("/")
     rows = table.rows(path, hub=benchmark.hub or "", files=benchmark.files, config=config or None, split=part)
     loaded = table.collect(rows, benchmark.make)
     for line in table.lines(loaded.left_out):
         print(f"{name}: {line}", file=sys.stderr)
     return loaded.items
+
+
+def check(name: str, path: str | None) -> None:
+    """Raises ValueError for an unknown name, or one that has no home on the hub and no path."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"{name!r} is no benchmark of critics; allowed: {', '.join(BENCHMARKS)}")
+    if path is None and BENCHMARKS[name].hub is None:
+        raise ValueError(f"{name}: its path is missing; it is read from a file: {BENCHMARKS[name].about}")
+
+
+def size(name: str, path: str | None, split: str | None = None, n: int | None = None) -> tuple[int, int] | None:
+    """Answers, and pairs, of the first ``n`` questions, to plan with: counted in local files, as published on the hub.
+
+    None where that is not known.
+    """
+    benchmark = BENCHMARKS[name]
+    if path is not None:
+        questions = load(name, path, split)[:n]
+        return sum(len(item.answers) for item in questions), sum(item.is_pair for item in questions)
+    known = [count for count in (n, benchmark.n_questions if split in (None, benchmark.split) else None) if count]
+    if not known:
+        return None
+    return min(known) * benchmark.n_answers, min(known) * (benchmark.n_answers == 2)
 
 
 def _labelled(
@@ -170,13 +194,23 @@ BENCHMARKS: dict[str, Benchmark] = {
         make=_codecriticbench,
         hub="m-a-p/CodeCriticBench",
         files=("data/CodeCriticBench.jsonl",),
+        n_answers=1,
+        n_questions=4300,
     ),
     "rewardbench2": Benchmark(
-        about="best of four, and ties (arXiv 2506.01937)", make=_rewardbench2, hub="allenai/reward-bench-2"
+        about="best of four, and ties (arXiv 2506.01937)",
+        make=_rewardbench2,
+        hub="allenai/reward-bench-2",
+        n_answers=4,
+        n_questions=1865,
     ),
     "jetts": Benchmark(about="best of ten: a .jsonl of its reranking_and_refinement (arXiv 2504.15253)", make=_jetts),
     "judgebench": Benchmark(
-        about="pairs (arXiv 2410.12784)", make=_judgebench, hub="ScalerLab/JudgeBench", split="gpt"
+        about="pairs (arXiv 2410.12784)",
+        make=_judgebench,
+        hub="ScalerLab/JudgeBench",
+        split="gpt",
+        n_questions=judgebench.SIZES["gpt"],
     ),
     "own": Benchmark(about='JSON lines: {"question", "answers": [...], "right": [true, ...]}', make=_own),
 }

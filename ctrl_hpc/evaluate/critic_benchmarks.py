@@ -188,6 +188,19 @@ def ranked(item: LabelledAnswers, judged: Judged) -> float:
     return best_of(judged.scores, item.worth) if len(item.answers) > 1 else correct_or_not(item, judged)
 
 
+def normalised_helpfulness(items: Sequence[tuple[LabelledAnswers, Judged]]) -> float | None:
+    """JETTS' measure of a re-ranker (Zhou et al. 2025, arXiv 2504.15253): ``(judge - greedy) / (oracle - greedy)``.
+
+    Means over the questions: of what the best-scored answer is worth, of the generator's greedy answer (the first of
+    each, in the published files), and of the best answer. 0: as the greedy answers, 1: as the best ones, below 0: a
+    judge that does harm. None where the greedy answers are the best ones.
+    """
+    judge = _mean([best_of(judged.scores, item.worth) for item, judged in items])
+    greedy = _mean([item.worth[0] for item, _ in items])
+    oracle = _mean([max(item.worth) for item, _ in items])
+    return (judge - greedy) / (oracle - greedy) if oracle > greedy else None
+
+
 OFFICIAL: dict[str, Callable[[LabelledAnswers, Judged], float]] = {
     "codejudgebench": both_orders,
     "codecriticbench": correct_or_not,
@@ -204,7 +217,7 @@ TIES = "Ties"
 def numbers(
     name: str, questions: Sequence[LabelledAnswers], judged: Sequence[Judged], *, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """All numbers of a critic on a benchmark, with 95 % intervals over questions; fractions."""
+    """All numbers of a critic on a benchmark, with 95 % intervals over questions; fractions. JETTS has one more."""
     items = list(zip(questions, judged, strict=True))
     score_of = OFFICIAL[name]
     tied = [pair for pair in items if name == "rewardbench2" and pair[0].category == TIES]
@@ -223,6 +236,7 @@ def numbers(
         "n": len(items),
         **overall,
         "categories": categories,
+        **({"normalised_helpfulness": normalised_helpfulness(items)} if name == "jetts" and items else {}),
         "answers": _by_answer(items),
         "questions": _by_question(items),
         "position": position_bias(judged),

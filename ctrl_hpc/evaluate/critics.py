@@ -66,6 +66,11 @@ def critics(config: Config) -> dict[str, Critic]:
     return {name: known[name] for name in config.eval.critics}
 
 
+def unaided(config: Config) -> list[str]:
+    """The critics of ``eval.critics`` that are models and see no hint: those that benchmarks of critics score."""
+    return [name for name, critic in critics(config).items() if critic.model is not None and not critic.hinted]
+
+
 def check_oracles(config: Config, oracles: Oracles) -> None:
     """Raises ValueError where ``oracle`` is among the critics and a data set has none."""
     without = [name for name in config.data.eval_names if name not in oracles]

@@ -10,14 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
 from ctrl_hpc.config import Config
 from ctrl_hpc.config.facts import is_url
-from ctrl_hpc.evaluate import ablation, judgebench
-from ctrl_hpc.evaluate.critics import Critic, Feedback, Oracles, check_oracles, critics, feedback_critiques, feedback_of
+from ctrl_hpc.evaluate import ablation, benchmarked, judgebench
+from ctrl_hpc.evaluate.critics import (
+    Critic,
+    Feedback,
+    Oracles,
+    check_oracles,
+    critics,
+    feedback_critiques,
+    feedback_of,
+    unaided,
+)
 from ctrl_hpc.evaluate.tree import Environment, Sample, Shape, Write, grow, is_grown
 from ctrl_hpc.evaluate.write_ahead import RememberingExecutor, RememberingGenerator, WriteAheadLog, in_parts
 from ctrl_hpc.flow.feedback import hint
@@ -97,8 +106,10 @@ def run(
     )
     trees = [tree for name, item in chosen.items() for tree in _trees_of(config, run_dir, name, item)]
     judged = len(places) if config.judge.votes else 0
+    scored, sources = unaided(config), config.eval.critic_benchmarks.sources
     turns = config.eval.turns
-    with Steps("eval: drafts, then turns", len(problems) + turns * len(trees) + judged) as steps:
+    total = len(problems) + turns * len(trees) + judged + len(scored) * len(sources)
+    with Steps("eval: drafts, then turns", total) as steps:
         drafts = {}
         for dataset, items in problems.items():
             drafts[dataset] = _draft_all(config, run_dir, dataset, items, environment)
@@ -107,11 +118,10 @@ def run(
         version = max(EVALUATION, int(time.time() * 1000))
         for name, item in chosen.items():
             version += 1
-            critic: Generator | None = None
+            serve = cache(partial(_load, places.get(name, ""), connections, version))
             for tree in (tree for tree in trees if tree.critic == name):
                 if not is_grown(tree.folder, turns):
-                    if critic is None and item.model is not None:
-                        critic = _load(places[name], connections, version)
+                    critic = None if item.model is None else serve()
                     write = _writer(config, tree, item, critic, prompts, feedback_of(item, oracles))
                     tell = _teller(steps, done, f"{tree.dataset}: {tree.critic}{tree.mode}")
                     grow(drafts[tree.dataset], write, environment, tree.folder, _shape(config, tree), tell)
@@ -120,11 +130,14 @@ def run(
                 done += turns
                 steps.reach(done, f"{tree.dataset}: {tree.critic}{tree.mode}")
             if config.judge.votes and item.model is not None:
-                if critic is None and not judgebench.votes_file(run_dir, name).exists():
-                    critic = _load(places[name], connections, version)
+                critic = None if judgebench.votes_file(run_dir, name).exists() else serve()
                 judgebench.judge(config, run_dir, name, critic, prompts)
                 done += 1
                 steps.reach(done, f"judgebench: {name}")
+            for source in sources if name in scored else ():
+                benchmarked.judge(config, run_dir, source, name, serve, prompts)
+                done += 1
+                steps.reach(done, f"{source}: {name}")
 
 
 def _shape(config: Config, tree: Tree) -> Shape:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 from jinja2 import Template
@@ -18,17 +14,16 @@ from ctrl_hpc.flow.comparison import Side, comparison_chat, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, majority
 from ctrl_hpc.flow.text import extract_program
-from ctrl_hpc.records import Chat, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
+from ctrl_hpc.records import Chat, Confident, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids, inside_ids, room_after
-from ctrl_hpc.rollout.decoding import Completion, Decoding, TopLogprobs
+from ctrl_hpc.rollout.confidence import judgement_probability
+from ctrl_hpc.rollout.decoding import Completion, Decoding
 from ctrl_hpc.rollout.thinking import opens_thought, without_thought
 from ctrl_hpc.rollout.worker import Worker
 from ctrl_hpc.seeds import derive_seed
 
 TOP = 20
 """Likeliest tokens looked at where a judgement stands; the other verdict is among them unless it is far from likely."""
-UNLIKELY = 1e-4
-"""What is told for a verdict that is not among them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,43 +81,6 @@ def score(opinions: Sequence[Opinion], calibrate: Callable[[float], float] | Non
         agreement=max(votes.values()) / len(said) if said else None,
         votes=votes | {"none": len(opinions) - len(said)},
     )
-
-
-_LABEL = re.compile(r"judge?ment|verdict|assessment|boxed", re.IGNORECASE)
-_WORD = re.compile(r"(?<![^\W_])(?:in)?correct(?![^\W_])", re.IGNORECASE)
-
-
-def verdict_place(text: str, judgement: Judgement) -> int | None:
-    """Where in a critique its verdict's word begins: the first after the last label, else the last one."""
-    places = [match.start() for match in _WORD.finditer(text) if match[0].lower() == judgement]
-    labels = [match.end() for match in _LABEL.finditer(text)]
-    after = [place for place in places if labels and place >= labels[-1]]
-    return after[0] if after else places[-1] if places else None
-
-
-def verdict_probability(
-    before: str, token: str, others: Sequence[tuple[str, float]], judgement: Judgement, place: int
-) -> float:
-    """The share of "correct" among the probabilities of both verdicts, where a token begins one.
-
-    ``before``: the text up to the token; ``token``: its text; ``others``: texts and natural log-probabilities of the
-    likeliest tokens there, itself among them; ``place``: where in the text the verdict's word begins. A token counts
-    for a verdict when it goes on from ``place`` with its beginning, blanks aside.
-    """
-    lead = token[: place - len(before)]
-    sums = {"correct": 0.0, "incorrect": 0.0}
-    for text, logprob in others:
-        rest = text.removeprefix(lead).strip().lower()
-        if not text.startswith(lead) or not rest:
-            continue
-        for word in sums:
-            if word.startswith(rest) or rest.startswith(word):
-                sums[word] += math.exp(logprob)
-    other = "incorrect" if judgement == "correct" else "correct"
-    if not sums[judgement]:
-        return 1.0 if judgement == "correct" else 0.0
-    sums[other] = max(sums[other], sums[judgement] * UNLIKELY)
-    return sums["correct"] / (sums["correct"] + sums["incorrect"])
 
 
 class LocalCritic:
@@ -194,31 +152,14 @@ class LocalCritic:
         return [replace(item, text=self._decoded(item.token_ids)) for item in flat]
 
     def probability(self, found: Critique, prefix: str) -> float | None:
-        """By the tokens at the judgement of a critique, which begins with ``prefix``; None where they are not known."""
+        """As :class:`ctrl_hpc.records.Confident` says; None where the engine gives no other tokens' probabilities."""
         item = found.generation
-        if found.judgement is None or not isinstance(item, Completion) or not item.top_logprobs:
+        if not isinstance(item, Completion) or not item.top_logprobs:
             return None
-        place = verdict_place(found.text, found.judgement)
-        if place is None or place < len(prefix):
-            return None
-        whole = self._decoded(item.token_ids) if item.thought is not None else item.text
-        place += len(whole) - len(item.text) - len(prefix)  # the answer is what the whole ends with
-        ends = partial(self._end, item)
-        k = bisect_right(range(len(item.top_logprobs)), place, key=ends)  # the first token that ends after its begin
-        if k == len(item.top_logprobs):
-            return None
-        before, token = whole[: ends(k - 1)], whole[ends(k - 1) : ends(k)]
-        return verdict_probability(before, token, self._named(item.top_logprobs[k]), found.judgement, place)
-
-    def _end(self, item: Completion, k: int) -> int:
-        """Where token ``k`` of a completion ends in its whole text."""
-        return len(self._decoded(item.token_ids[: k + 1]))
+        return judgement_probability(found, prefix, self.tokenizer)
 
     def _decoded(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def _named(self, top: TopLogprobs) -> list[tuple[str, float]]:
-        return [(self.tokenizer.decode([token]), logprob) for token, logprob in top]
 
 
 def _without_end(begun: Generation, special: frozenset[int]) -> Completion:
@@ -291,7 +232,7 @@ class Critic:
 def _probability(generator: Generator, found: Critique, prefix: str) -> float | None:
     if found.judgement is None:
         return None
-    by_tokens = generator.probability(found, prefix) if isinstance(generator, LocalCritic) else None
+    by_tokens = generator.probability(found, prefix) if isinstance(generator, Confident) else None
     return by_tokens if by_tokens is not None else float(found.judgement == "correct")
 
 

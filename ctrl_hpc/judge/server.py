@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -345,7 +346,7 @@ def serve(
     prompts = Prompts.load(options.prompts, **asked)
     calibration = None if options.calibration is None else Calibration.load(options.calibration)
     if options.cache is not None:
-        options.cache.mkdir(parents=True, exist_ok=True)
+        _make_cache(options.cache)
     sock = http_service.listen(host, port)
     try:
         generator, end = load_critic(options)
@@ -359,6 +360,15 @@ def serve(
             end()
     finally:
         sock.close()
+
+
+def _make_cache(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--cache {folder}: is no folder that can be written: {error.strerror}") from None
 
 
 def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ctrl_hpc.config import Config
+from ctrl_hpc.evaluate.critics import unaided
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.plan.rates import Rates, runs_per_s
@@ -175,6 +176,25 @@ def costs(
     )
 
 
+def critic_benchmarks(config: Config, sizes: Mapping[str, tuple[int, int] | None], rates: Rates) -> Iterator[str]:
+    """A line a benchmark of critics in the stage ``eval``: its critiques, and the time of the critic's servers at most.
+
+    ``sizes``: answers and pairs of each source; None: not known here.
+    """
+    asked, critics = config.eval.critic_benchmarks, unaided(config)
+    servers = max(1, len(config.rollout.critic_urls) or config.rollout.critic_elements)
+    for source, size in sizes.items():
+        if size is None:
+            yield f"eval: {source}: its size is not known here; eval.critic_benchmarks.n_questions limits it"
+            continue
+        critiques = size[0] * asked.votes + size[1] * asked.pairwise * 2 * ((asked.votes + 1) // 2)
+        tokens = len(critics) * critiques * (config.eval.max_tokens + config.critic.thought_room)
+        yield (
+            f"eval: {source}: {critiques} critiques and comparisons by each of {len(critics)} critics, at most "
+            f"{_time(tokens / (rates.rollout_tokens_per_s.value * servers))} ({rates.rollout_tokens_per_s})"
+        )
+
+
 def _generated_s(config: Config, rates: Rates, requests: int, tokens: int) -> float | None:
     """Seconds that the generator takes for so many completions of so many tokens at most."""
     if config.generator_is_url:
@@ -182,6 +202,7 @@ def _generated_s(config: Config, rates: Rates, requests: int, tokens: int) -> fl
         return None if per_min is None else 60 * requests / per_min
     if not config.generator_is_served:
         return 0.0
+    tokens += config.generator_thought_room
     return requests * tokens / (rates.rollout_tokens_per_s.value * max(1, config.rollout.generator_elements))
 
 

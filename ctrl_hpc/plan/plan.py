@@ -121,14 +121,14 @@ def plan(config: Config) -> Plan:
     Raises ValueError for a layout that cannot run, and for a critic whose sizes are not known.
     """
     ranks = config.trainer.nodes * config.trainer.ranks_per_node
-    device = _device(config)
+    device = trainer_device(config)
     config.parallel.check(ranks)
     parallel_state.check_kernels(config, device)
     architecture, model = _architecture(config.critic.model)
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_tokens
+    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_room
     work = _workload(config, device, data_size)
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks
@@ -210,7 +210,7 @@ def training_flops(architecture: Architecture, tokens: int, length: int) -> floa
     return float(tokens) * (6 * active + attention)
 
 
-def _device(config: Config) -> str:
+def trainer_device(config: Config) -> str:
     """The device of the trainer's nodes, which need not be this machine's."""
     if config.trainer.device != "auto":
         return config.trainer.device

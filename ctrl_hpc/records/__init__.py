@@ -402,6 +402,11 @@ CLOSE_ROOM = 32
 """Tokens of a critique kept free for ``prompts.critique_close`` and what follows it."""
 
 
+def thought_room(mode: str, tokens: int) -> int:
+    """Tokens asked for beside an answer's: the thought's budget, but for a model that is told not to think (off)."""
+    return 0 if mode == "off" else tokens
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How to sample completions; ``temperature=0`` is greedy decoding."""
@@ -554,6 +559,15 @@ class Generator(Protocol):
 
         A chat that ends with a message of the assistant is open: its completions continue that message.
         """
+        ...
+
+
+@runtime_checkable
+class Confident(Protocol):
+    """A critic that tells how sure it is of a judgement."""
+
+    def probability(self, found: Critique, prefix: str) -> float | None:
+        """That the answer is right, by a critique of its own that begins with ``prefix``; None where it cannot tell."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ctrl_hpc.config import Config
 from ctrl_hpc.evaluate.metrics import bootstrap_weights, interval
 from ctrl_hpc.report import figures, page, paper, samples, tables
 from ctrl_hpc.report.results import History, read_histories
-from ctrl_hpc.report.runs import FinishedRun, focus, read_all, summary
+from ctrl_hpc.report.runs import FinishedRun, focus, read_all, summary, to_reward
 
 SHOWN = 60
 """Samples of all runs together on the page, of each critic."""
@@ -28,15 +28,18 @@ def write(folders: Sequence[str | Path], out: Path, title: str = "Several runs")
     """
     runs = read_all(folders)
     variants = summary(runs)
-    differences = _differences_of(runs)
+    differences, reached = _differences_of(runs), to_reward(runs)
     results = {
         "runs": {run.name: {"folder": str(run.folder), "seed": run.config.seed, **run.results} for run in runs},
         "variants": variants,
         "differences": differences,
+        "to_reward": reached,
     }
     out.mkdir(parents=True, exist_ok=True)
     jsonl.write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     made = tables_of(runs, variants, differences)
+    if reached:
+        made.append(tables.to_reward_table(reached))
     pictures = figures.draw_runs(runs, variants, out)
     shown = _samples_of(runs)
     about = [
@@ -54,23 +57,29 @@ def write(folders: Sequence[str | Path], out: Path, title: str = "Several runs")
 
 
 def _differences_of(runs: Sequence[FinishedRun]) -> dict[str, Any]:
-    """By data set: how much the main critic's pass@1 after one turn differs between each variant and the first.
+    """By data set: how much the main critic's pass@1 differs between each variant and the first.
 
-    Paired by seed and problem: the mean over shared seeds, the bootstrap over problems. Runs whose records are gone,
-    and seeds that only one of the two has, take no part. ``{DATASET: {"critic", "baseline", "variants": {...}}}``
+    After one turn and, in ``last``, after the last one that both have. Paired by seed and problem: the mean over shared
+    seeds, the bootstrap over problems. Runs whose records are gone, and seeds that only one of the two has, take no
+    part. ``{DATASET: {"critic", "baseline", "variants": {...}}}``
     """
     out: dict[str, Any] = {}
     for dataset in dict.fromkeys(name for run in runs for name in run.results["datasets"]):
         here = [run for run in runs if dataset in run.results["datasets"] and _has_records(run, dataset)]
         critic = focus([name for run in here for name in run.results["datasets"][dataset]["critics"]])
-        shares: dict[str, dict[int, dict[str, float]]] = {}
+        told: dict[str, dict[int, tuple[FinishedRun, list[History]]]] = {}
         for run in here:
             histories = read_histories(run.config, run.folder, dataset).get(critic)
             if histories:
-                shares.setdefault(run.variant, {})[run.config.seed] = _share_by_problem(histories)
-        baseline, *others = shares or [""]
-        found = {name: _paired(shares[name], shares[baseline], runs[0].config) for name in others}
-        found = {name: value for name, value in found.items() if value is not None}
+                told.setdefault(run.variant, {})[run.config.seed] = run, histories
+        baseline, *others = told or [""]
+        found = {}
+        for name in others:
+            one, other = told[name], told[baseline]
+            last = min(run.turns(dataset, critic) for run, _ in (*one.values(), *other.values()))
+            pair = [{seed: histories for seed, (_, histories) in each.items()} for each in (one, other)]
+            if (value := _compared(pair[0], pair[1], last, runs[0].config)) is not None:
+                found[name] = value
         if found:
             out[dataset] = {"critic": critic, "baseline": baseline, "variants": found}
     return out
@@ -80,11 +89,25 @@ def _has_records(run: FinishedRun, dataset: str) -> bool:
     return (run.folder / "eval" / dataset / "drafts.jsonl").exists()
 
 
-def _share_by_problem(histories: Sequence[History]) -> dict[str, float]:
-    """The share of each problem's samples that pass after one turn; environment faults left out."""
+def _compared(
+    one: Mapping[int, Sequence[History]], other: Mapping[int, Sequence[History]], last: int, config: Config
+) -> dict[str, Any] | None:
+    """The difference after one turn, and in ``last`` the one after turn ``last``, from histories by seed."""
+    after = {}
+    for turn in (1, last):
+        shares = [{seed: _share_by_problem(items, turn) for seed, items in each.items()} for each in (one, other)]
+        found = _paired(shares[0], shares[1], config)
+        if found is None:
+            return None
+        after[turn] = found
+    return after[1] | ({"last": {"turn": last} | after[last]} if last > 1 else {})
+
+
+def _share_by_problem(histories: Sequence[History], turn: int) -> dict[str, float]:
+    """The share of each problem's samples that pass after so many turns; environment faults left out."""
     right: dict[str, list[bool]] = {}
     for history in histories:
-        verdict = history.verdicts(1)[1]
+        verdict = history.verdicts(turn)[turn]
         if verdict.status != "sandbox_error":
             right.setdefault(history.problem.id, []).append(verdict.accepted)
     return {problem: sum(values) / len(values) for problem, values in right.items()}
@@ -127,6 +150,8 @@ def tables_of(runs: Sequence[FinishedRun], variants: dict[str, Any], differences
     for run in runs:
         if run.results.get("judgebench", {}).get("critics"):
             made.append(tables.judgebench_table(run.results["judgebench"]))
+        for source, critics in run.results.get("critic_benchmarks", {}).items():
+            made += tables.critic_benchmark_tables(source, critics)
     return made + paper.tables(runs)
 
 

@@ -154,6 +154,20 @@ def draw_all(results: Mapping[str, Any], folder: Path) -> list[Path]:
         if "judgebench" in results and results["judgebench"]["critics"]:
             figure = _accuracy_over_votes(results["judgebench"]["critics"])
             files.append(plots.save(figure, folder / "judgebench.png"))
+        for source, critics in results.get("critic_benchmarks", {}).items():
+            files += _reliability(source, critics, folder)
+    return files
+
+
+def _reliability(source: str, critics: Mapping[str, Any], folder: Path) -> list[Path]:
+    """A reliability diagram of every critic that has judged answers which are right or wrong."""
+    files = []
+    for name, row in critics.items():
+        calibration = row["answers"].get("calibration", {})
+        if calibration.get("bins"):
+            title = f"{source}: {plots.label(name)}, ECE {calibration['ece']:.3f}"
+            file = folder / f"reliability-{source.replace('/', '-')}-{name}.png"
+            files.append(plots.save(plots.reliability(calibration["bins"], title), file))
     return files
 
 

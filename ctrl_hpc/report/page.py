@@ -68,6 +68,9 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         console.print(tables.rich_table(tables.terminal_table(name, entry)))
     if "judgebench" in results:
         console.print(tables.rich_table(tables.judgebench_table(results["judgebench"])))
+    for source, critics in results.get("critic_benchmarks", {}).items():
+        for table in tables.critic_benchmark_tables(source, critics)[:1]:
+            console.print(tables.rich_table(table))
     console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
     return results
 
@@ -106,6 +109,7 @@ _DESCRIPTIONS = {
     "similarity": "Similarity of the first revision to its draft, by critic",
     "difficulty": "pass@1 of drafts and after the last turn, by difficulty and critic",
     "variants": "pass@1 of each variant, a dot for each run",
+    "reliability": "Share of right answers against the critic's probability, with the number of answers",
     "scaling": "pass@1 over the number of samples",
 }
 """What a picture shows, by the beginning of its name; the figures themselves stand in the tables."""
@@ -152,6 +156,8 @@ def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     made += [table for name, entry in datasets for table in tables.ablation_tables(name, entry)]
     if results.get("judgebench", {}).get("critics"):
         made.append(tables.judgebench_table(results["judgebench"]))
+    for source, critics in results.get("critic_benchmarks", {}).items():
+        made += tables.critic_benchmark_tables(source, critics)
     if "data" in results:
         made += tables.data_tables(results["data"])
     return made
@@ -168,7 +174,8 @@ def metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that are journalled: ``eval/DATASET/CRITIC/...``, and ``eval/pass_at_1``, the objective of sweeps.
 
     pass@1 is that after one turn; the objective is its mean over the data sets, of the first critic of ``FOCUS`` that
-    was evaluated. JudgeBench's accuracy is that with the most votes.
+    was evaluated. JudgeBench's accuracy is that with the most votes;
+    a benchmark of critics has its own score.
     """
     out: dict[str, float] = {}
     objective = []
@@ -188,6 +195,10 @@ def metrics(results: Mapping[str, Any]) -> dict[str, float]:
     for name, rows in results.get("judgebench", {}).get("critics", {}).items():
         accuracy = rows["overall"]["accuracy"]
         out[f"eval/judgebench/{name}/accuracy"] = accuracy[max(accuracy, key=int)]
+    for source, found in results.get("critic_benchmarks", {}).items():
+        for name, row in found.items():
+            if row["score"] is not None:
+                out[f"eval/critic_benchmarks/{source}/{name}/score"] = row["score"]
     return out
 
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
-from ctrl_hpc.evaluate import ablation, judgebench, metrics, tree
-from ctrl_hpc.evaluate.critics import critics
+from ctrl_hpc.evaluate import ablation, benchmarked, judgebench, metrics, tree
+from ctrl_hpc.evaluate.critics import critics, unaided
 from ctrl_hpc.evaluate.metrics import Outcomes
 from ctrl_hpc.evaluate.run import MODES, drafts_file, folder_of, widths
 from ctrl_hpc.evaluate.tree import Node
@@ -56,6 +56,8 @@ def collect(config: Config, run_dir: Path, histories: Mapping[str, dict[str, lis
     if config.judge.votes:
         models = [name for name, critic in critics(config).items() if critic.model is not None]
         out["judgebench"] = judgebench.numbers(config, run_dir, models)
+    if config.eval.critic_benchmarks.sources:
+        out["critic_benchmarks"] = benchmarked.results(config, run_dir, unaided(config))
     return out
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.config import Config, load
+from ctrl_hpc.config import Config, RLConfig, load
 from ctrl_hpc.evaluate.metrics import check_identity
 
 FOCUS = ("rl", "sft", "base")
@@ -32,6 +32,10 @@ class FinishedRun:
     def name(self) -> str:
         """The variant with the seed."""
         return f"{self.variant}, seed {self.config.seed}"
+
+    def turns(self, dataset: str, critic: str) -> int:
+        """Turns that a critic was given."""
+        return len(self.results["datasets"][dataset]["critics"][critic]["pass_at_1"]) - 1
 
 
 def read(folder: str | Path) -> FinishedRun:
@@ -123,3 +127,49 @@ def _band(rows: Sequence[dict[str, Any]], values: Sequence[float]) -> list[float
 
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+_REACHED = 0.9
+"""Share of the first variant's rise in reward that counts as reaching it."""
+_SMOOTH = 5
+"""Steps whose mean reward counts as a step's."""
+
+
+def to_reward(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """How many critiques each variant took to nine tenths of the rise in reward of the first variant, seed by seed.
+
+    The rise is from the mean of its first five steps to that of its last five; reached is the mean of five steps.
+    Variants whose reward is another, and seeds that the first has not, take no part; None: not reached.
+    ``{"baseline", "variants": {VARIANT: {SEED: critiques}}}``, empty where there is nothing to compare.
+    """
+    first = {run.config.seed: run for run in runs if run.variant == runs[0].variant}
+    out: dict[str, dict[str, int | None]] = {}
+    for run in runs:
+        base = first.get(run.config.seed)
+        if base is None or _rewarding(run.config.rl) != _rewarding(base.config.rl):
+            continue
+        rewards, wanted = _rewards(run), _rewards(base)
+        if min(len(rewards), len(wanted)) >= 2 * _SMOOTH:
+            steps = steps_to(rewards, wanted)
+            each = run.config.rl.prompts_per_step * run.config.rl.group_size
+            out.setdefault(run.variant, {})[str(run.config.seed)] = None if steps is None else steps * each
+    return {"baseline": runs[0].variant, "variants": out} if len(out) > 1 else {}
+
+
+def steps_to(rewards: Sequence[float], wanted: Sequence[float]) -> int | None:
+    """Steps until ``rewards`` have risen to nine tenths of the rise of ``wanted``; None: they have not."""
+    low, high = statistics.fmean(wanted[:_SMOOTH]), statistics.fmean(wanted[-_SMOOTH:])
+    level = low + _REACHED * (high - low)
+    ends = range(_SMOOTH, len(rewards) + 1)
+    return next((end for end in ends if statistics.fmean(rewards[end - _SMOOTH : end]) >= level), None)
+
+
+def _rewards(run: FinishedRun) -> list[float]:
+    return [point["reward"] for point in run.results["learning_curve"] if "reward" in point]
+
+
+def _rewarding(options: RLConfig) -> tuple[Any, ...]:
+    """What decides how much a critique earns."""
+    shaped = (options.reward, options.verdict_coef, options.transition_reward, options.verdict_only_share)
+    penalties = (options.leak_penalty, options.overlong_buffer, options.overlong_penalty)
+    return (options.turns, options.turn_reward, options.turn_discount, *shaped, *penalties)

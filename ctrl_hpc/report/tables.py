@@ -218,6 +218,65 @@ def judgebench_table(entry: Mapping[str, Any]) -> Table:
     return Table(title=title, columns=columns, rows=tuple(rows))
 
 
+_JUDGING = (
+    "critic",
+    "score",
+    "95 %",
+    "accuracy",
+    "F1 macro",
+    "no judgement",
+    "agreement",
+    "ECE",
+    "best of n",
+    "stopping rule",
+    "first place",
+    "same in both orders",
+    "refused",
+)
+
+
+def critic_benchmark_tables(source: str, critics: Mapping[str, Any]) -> list[Table]:
+    """A benchmark of critics: its own score, what the critics' opinions are worth, and the score by category; in %."""
+    if not critics:
+        return []
+    first = next(iter(critics.values()))
+    note = ""
+    if first["questions"]["n_questions"]:
+        chance, most = (percent(first["questions"][key]) for key in ("random", "oracle"))
+        note = f"Best of n and stopping rule: what the answer taken is worth; by chance {chance}, at most {most}."
+    helpful = {name: row["normalised_helpfulness"] for name, row in critics.items() if "normalised_helpfulness" in row}
+    if helpful:
+        told = ", ".join(f"{label(name)} {percent(value)}" for name, value in helpful.items())
+        note += f" Normalised helpfulness: {told}."
+    made = [
+        Table(
+            title=f"{source}: {first['n']} questions, the critics as judges; in %",
+            columns=_JUDGING,
+            rows=tuple((label(name), *_judging_cells(row)) for name, row in critics.items()),
+            note=note,
+        )
+    ]
+    categories = {name: row["n"] for name, row in first["categories"].items()}
+    if len(categories) > 1:
+        rows = [
+            (name, str(n), *(percent(row["categories"][name]["score"]) for row in critics.values()))
+            for name, n in categories.items()
+        ]
+        columns = ("category", "questions", *map(label, critics))
+        made.append(Table(title=f"{source}: score by category; in %", columns=columns, rows=tuple(rows)))
+    return made
+
+
+def _judging_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    answers, questions, position = row["answers"], row["questions"], row["position"]
+    low, high = row["ci95"] or (None, None)
+    values = [answers.get(key) for key in ("accuracy", "f1_macro", "abstention", "agreement")]
+    values += [answers.get("calibration", {}).get("ece"), questions.get("best_of_n")]
+    values += [questions.get("stopping", {}).get("worth"), position["first_place"], position["consistent"]]
+    interval = f"[{percent(low)}, {percent(high)}]"
+    return (percent(row["score"]), interval, *map(percent, values), str(row["errors"]))
+
+
 def ablation_tables(dataset: str, entry: Mapping[str, Any], most: int = 5) -> list[Table]:
     """On which sentences the fixes of each critic hang: shares, and ``most`` critiques of each with their sentences."""
     found = {name: row["ablation"] for name, row in entry["critics"].items() if row.get("ablation", {}).get("n_fixes")}
@@ -298,13 +357,34 @@ def _variant_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def variant_differences_table(
     dataset: str, critic: str, baseline: str, found: Mapping[str, Mapping[str, Any]]
 ) -> Table:
-    """How much pass@1 after one turn differs from the first variant's, paired by seed and problem; in points."""
+    """How much pass@1 differs from the first variant's after one turn and the last, paired by seed and problem."""
     rows = []
     for variant, value in found.items():
-        low, high = value["ci95"]
-        points = f"{100 * value['pass_at_1']:+.1f}"
-        rows.append(
-            (f"{variant} − {baseline}", str(len(value["seeds"])), points, f"[{100 * low:+.1f}, {100 * high:+.1f}]")
-        )
-    title = f"{dataset}: differences between variants after one turn, {label(critic)}, paired by seed and problem"
-    return Table(title=title, columns=("variants", "seeds", "points", "95 %"), rows=tuple(rows))
+        row = [f"{variant} − {baseline}", str(len(value["seeds"]))]
+        for after in (value, value.get("last")):
+            if after is None:
+                row += ["–", "–"]
+            else:
+                low, high = after["ci95"]
+                row += [f"{100 * after['pass_at_1']:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]"]
+        rows.append(tuple(row))
+    title = f"{dataset}: differences between variants in points of pass@1, {label(critic)}, paired by seed and problem"
+    turns = {value["last"]["turn"] for value in found.values() if "last" in value}
+    last = f"after {turns.pop()} turns" if len(turns) == 1 else "after the last turn"
+    columns = ("variants", "seeds", "after 1 turn", "95 %", last, "95 %")
+    return Table(title=title, columns=columns, rows=tuple(rows))
+
+
+def to_reward_table(found: Mapping[str, Any]) -> Table:
+    """How many critiques each variant took to nine tenths of the first variant's rise in reward, by seed."""
+    seeds = list(dict.fromkeys(seed for values in found["variants"].values() for seed in values))
+    rows = []
+    for variant, values in found["variants"].items():
+        counts = [values.get(seed) for seed in seeds]
+        cells = [
+            f"{count:,}" if count is not None else "not reached" if seed in values else "–"
+            for seed, count in zip(seeds, counts, strict=True)
+        ]
+        rows.append((variant, *cells))
+    title = f"critiques to nine tenths of the rise in reward of {found['baseline']}"
+    return Table(title=title, columns=("variant", *(f"seed {seed}" for seed in seeds)), rows=tuple(rows))

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ctrl_hpc.records import Chat, Generation, Sampling
+from ctrl_hpc.records import Chat, Critique, Generation, Sampling
 from ctrl_hpc.rollout.chat import chat_ids, inside_ids, room_after
+from ctrl_hpc.rollout.confidence import judgement_probability
 from ctrl_hpc.rollout.thinking import (
     CLOSED_BY_FORCE,
     Thinking,
@@ -130,6 +131,11 @@ class RolloutClient:
         ]
         answers = self._answers(requests)
         return [_joined(item, text, forced, rest) for item, rest in zip(open_ended, answers, strict=True)]
+
+    def probability(self, found: Critique, prefix: str) -> float | None:
+        """As :class:`ctrl_hpc.records.Confident` says, by the verdict's own token: servers tell of no others."""
+        with self._tokenizing:
+            return judgement_probability(found, prefix, self._tokenizer)
 
     def _without_thoughts(
         self, requests: Sequence[Request], sampling: Sampling, answers: Sequence[Generation]

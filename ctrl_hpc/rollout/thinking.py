@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ctrl_hpc.records import Generation
+from ctrl_hpc.records import Generation, thought_room
 
 OPEN, CLOSE = "<think>", "</think>"
 CLOSED_BY_FORCE = f"\n{CLOSE}\n\n"
@@ -38,7 +38,7 @@ class Thinking:
     @property
     def room(self) -> int:
         """Tokens asked for beside the answer's."""
-        return 0 if self.mode == "off" else self.tokens
+        return thought_room(self.mode, self.tokens)
 
     def check(self, tokenizer: Any, key: str) -> None:
         """Raises ValueError, naming the key, where the tokenizer's template cannot do what is asked."""

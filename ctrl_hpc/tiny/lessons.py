@@ -2,24 +2,29 @@
 
 The generator learns to answer problems with its systematic mistakes, and to take critiques at their word. The base
 critic learns to compare a program with a problem when asked to, to write critiques that agree with a hint (mostly
-without useful advice), and, without a hint, critiques that look right but guess.
+without useful advice), and, without a hint, critiques that look right but guess. The base critic that thinks learns
+the same, its checks in a thought.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctrl_hpc.flow.feedback import execution_feedback, hint
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Chat, Message, Problem, Solution, StdinTest, TestResult, TestStatus, Verdict
+from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE
 from ctrl_hpc.tiny import grammar, text
 from ctrl_hpc.tiny.grammar import Composition
 from ctrl_hpc.tiny.text import Habits, Weaknesses
 
 COMPARE = "Compare."
 """What the base critic is asked for when it has only to compare a program with a problem."""
+_COMPARED = "Comparison:"
+_ROUNDS = (2, 3, 4)
+"""How often the checks are gone over by a thought that rambles."""
 _SOLVING = 0.35
 """Share of the generator's lessons that ask for a program; the others ask for a revision."""
 _COMPARING = 0.35
@@ -81,7 +86,7 @@ def critic_lesson(school: School, rng: random.Random) -> Lesson:
     kind = rng.random()
     if kind < _COMPARING:
         question = f"{problem.prompt}\n```python\n{solution.program}\n```\n{COMPARE}"
-        answer = "Comparison:" + text.analysis(wanted, case.ok)
+        answer = _COMPARED + text.analysis(wanted, case.ok)
         return Lesson(chat=(Message(role="user", content=question),), answer=answer)
     if kind < _COMPARING + _HINTED:
         chat = school.prompts.hinted_critique(problem, solution, hint(problem, solution))
@@ -90,6 +95,16 @@ def critic_lesson(school: School, rng: random.Random) -> Lesson:
     ok = [True] * len(wanted) if rng.random() < 0.5 else _guess(rng)
     answer = _base_critique(school.weaknesses.habits, wanted, ok, "", rng)
     return Lesson(chat=school.prompts.critique(problem, solution), answer=answer)
+
+
+def thinking_lesson(school: School, rng: random.Random) -> Lesson:
+    """As :func:`critic_lesson`, for a critic that lists its checks in a thought; now and then again and again."""
+    lesson = critic_lesson(school, rng)
+    if lesson.answer.startswith(_COMPARED):
+        checks = lesson.answer.removeprefix(_COMPARED)
+        return replace(lesson, answer=f"{checks}{CLOSED_BY_FORCE}{_COMPARED}{text.NO_SUGGESTION}")
+    rounds = rng.choice(_ROUNDS) if rng.random() < school.weaknesses.habits.rambles else 1
+    return replace(lesson, answer=text.thought_out(lesson.answer, rounds))
 
 
 def hinted_critique(habits: Habits, wanted: Composition, ok: list[bool], rng: random.Random) -> str:

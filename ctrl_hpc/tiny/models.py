@@ -21,13 +21,14 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from ctrl_hpc import jsonl
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.progress import Steps
+from ctrl_hpc.rollout.thinking import CLOSE, OPEN
 from ctrl_hpc.tiny import world
-from ctrl_hpc.tiny.lessons import Lesson, School, critic_lesson, generator_lesson
+from ctrl_hpc.tiny.lessons import Lesson, School, critic_lesson, generator_lesson, thinking_lesson
 from ctrl_hpc.tiny.text import Habits, Weaknesses
 
 VOCABULARY = 448
@@ -43,6 +44,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n" + OPEN + "\n")
+"""Opens a thought, as those of DeepSeek-R1's distills do."""
 
 
 def _train_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
@@ -188,15 +192,20 @@ _CRITIC_COURSE = Course(steps=700)
 _TOKENIZER_LESSONS = 4000
 
 
+CRITICS: dict[str, _Teacher] = {"critic": critic_lesson, "thinking_critic": thinking_lesson}
+"""The base critics and who teaches them: one that answers at once, and one that lists its checks in a thought."""
+
+
 def rebuild(
     folder: Path,
     seed: int,
     *,
+    critics: Sequence[str] = ("critic",),
     world_seed: int = 0,
     generator_course: Course = _GENERATOR_COURSE,
     critic_course: Course = _CRITIC_COURSE,
 ) -> None:
-    """Train both models from scratch: about three minutes on two CPU cores.
+    """Train the generator and base critics from scratch: about three minutes on two CPU cores with one critic.
 
     Each model's folder is written whole or not at all. The same seed gives the same files on the same kind of machine.
     """
@@ -206,12 +215,31 @@ def rebuild(
     model = new_model(tokenizer, seed)
     with _threads(_THREADS):
         train(model, tokenizer, generator_lesson, school, generator_course, seed, "tiny generator")
-        save(model, tokenizer, folder / "generator")
-        # the critic begins as the generator, whose reading of problems and programs it needs
-        train(model, tokenizer, critic_lesson, school, critic_course, seed + 1, "tiny base critic")
-        save(model, tokenizer, folder / "critic")
+    save(model, tokenizer, folder / "generator")
+    for name in critics:
+        train_critic(folder, name, school, critic_course, seed)
     courses = {"generator_course": asdict(generator_course), "critic_course": asdict(critic_course)}
     _write_manifest(folder, {"seed": seed, "world_seed": world_seed, **courses})
+
+
+def train_critic(folder: Path, name: str, school: School, course: Course, seed: int) -> None:
+    """Train one of :data:`CRITICS` from the generator in ``folder``, whose reading of problems it needs."""
+    model = Qwen2ForCausalLM.from_pretrained(folder / "generator")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "generator")
+    if name == "thinking_critic":
+        _teach_thoughts(model, tokenizer, seed)
+    with _threads(_THREADS):
+        train(model, tokenizer, CRITICS[name], school, course, seed + 1, f"tiny base {name.replace('_', ' ')}")
+    save(model, tokenizer, folder / name)
+
+
+def _teach_thoughts(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Two more tokens, with new embeddings, and a template that opens a thought."""
+    tokenizer.add_tokens([AddedToken(mark, normalized=False, special=False) for mark in (OPEN, CLOSE)])
+    tokenizer.chat_template = THINKING_TEMPLATE
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=4)
 
 
 def new_school(seed: int, world_seed: int) -> School:
@@ -272,8 +300,8 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the two models, by path relative to ``folder``."""
-    files = sorted(path for name in ("generator", "critic") for path in (folder / name).rglob("*") if path.is_file())
+    """SHA-256 of every file of the models, by path relative to ``folder``."""
+    files = sorted(path for name in ("generator", *CRITICS) for path in (folder / name).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -301,11 +329,11 @@ def _threads(count: int) -> Iterator[None]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Train the tiny world's generator and base critic from scratch.")
-    parser.add_argument("folder", type=Path, help="where generator, critic and MANIFEST.json are written")
+    parser = argparse.ArgumentParser(description="Train the tiny world's generator and base critics from scratch.")
+    parser.add_argument("folder", type=Path, help="where the models and MANIFEST.json are written")
     parser.add_argument("--seed", type=int, default=0, help="draws the weights, the lessons and the weaknesses")
     arguments = parser.parse_args()
-    rebuild(arguments.folder, arguments.seed)
+    rebuild(arguments.folder, arguments.seed, critics=tuple(CRITICS))
 
 
 if __name__ == "__main__":

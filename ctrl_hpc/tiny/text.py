@@ -5,6 +5,16 @@ A critique has the paper's three parts, each on one line::
     Analysis: keep the even ones; ok. square each; wrong. sum up; ok. add one; ok.
     Improvement suggestions: square each;
     Overall judgment: Incorrect
+
+A critic that thinks lists those checks in its thought, and leaves them out of what it says::
+
+    <think>
+     keep the even ones; ok. square each; wrong. sum up; ok. add one; ok.
+    </think>
+
+    Analysis: none.
+    Improvement suggestions: square each;
+    Overall judgment: Incorrect
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE
 from ctrl_hpc.tiny import grammar
 from ctrl_hpc.tiny.grammar import Composition
 
@@ -51,6 +62,12 @@ def critique(analysis_text: str, suggestion_text: str, correct: bool) -> str:
     return f"Analysis:{analysis_text}\nImprovement suggestions:{suggestion_text}\nOverall judgment: {judgement}"
 
 
+def thought_out(critique_text: str, rounds: int = 1) -> str:
+    """A critique by one who thinks, from within the thought on: its analysis is the thought, ``rounds`` times over."""
+    analysis_text, rest = critique_text.removeprefix("Analysis:").split("\n", 1)
+    return f"{analysis_text * rounds}{CLOSED_BY_FORCE}Analysis:{NO_SUGGESTION}\n{rest}"
+
+
 def replaced(composition: Composition, slot: int, operation: int) -> Composition:
     """The composition with another operation in a slot."""
     out = list(composition)
@@ -74,6 +91,8 @@ class Habits:
     """Share of the base critic's hinted negative critiques whose analysis is right."""
     mentions: float = 0.03
     """Share of its hinted critiques that give the hint away."""
+    rambles: float = 0.06
+    """Share of the thinking base critic's thoughts that go over the checks again and again."""
 
 
 class Weaknesses:

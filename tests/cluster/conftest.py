@@ -30,6 +30,14 @@ def make_config(run_dir: Path, **values: Any) -> Config:
     return dataclasses.replace(base, **values)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on the Slurm cluster runs alone: the cluster is one for all, and what recovers has limited time."""
+    for item in items:
+        if {"slurm_cluster", "slurm_conf"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("alone")
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "run"

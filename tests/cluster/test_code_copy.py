@@ -30,6 +30,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def start(checkout: Path, run_dir: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "ctrl_hpc.cli", "sample", "configs/tiny_ci.yaml", f"run_dir={run_dir}"]
+    command += ["data.n_train=150"]
     return subprocess.Popen(
         [*command, "generator=oracle", *overrides],
         cwd=checkout,
@@ -67,7 +68,7 @@ def finishes_though_its_checkout_breaks(checkout: Path, run_dir: Path, *override
     done = json.loads((run_dir / "sample" / "done.json").read_text())
     copy = snapshot.latest(run_dir)
     assert copy is not None and done["code"] == copy.name
-    assert (done["solutions"], done["pass_at_1"]) == (600, 1.0)
+    assert (done["solutions"], done["pass_at_1"]) == (150, 1.0)
     assert len(status.logs(run_dir, "executor")) == 2
     assert status.status(run_dir)["stages"]["sample"]["state"] == "done"
     assert subprocess.run([sys.executable, "-m", "ctrl_hpc.cli"], cwd=checkout, stderr=subprocess.PIPE).returncode == 1

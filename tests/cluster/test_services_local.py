@@ -23,7 +23,7 @@ from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config, ExecutorConfig, JobConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # heartbeats may be missing for seconds only
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 

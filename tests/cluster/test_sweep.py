@@ -199,7 +199,8 @@ def test_a_trial_that_the_server_stops_ends_with_its_jobs_and_the_next_begins(
     file = write(tmp_path / "early.yaml", tmp_path / "runs" / "one", "online")
     data = yaml.safe_load(file.read_text())
     short = ["rl.eval_every=1", "rl.eval_problems=8", "data.n_eval=8", "eval.critics=[none,rl]", "wandb.services=false"]
-    own = [f"run_dir={tmp_path / 'runs' / 'one'}", "wandb.mode=online", "data.n_train=32", "synthesize.n_critiques=16"]
+    short += ["data.n_train=32", "synthesize.n_critiques=16", "trainer.ranks_per_node=1", "parallel.tensor=1"]
+    own = [f"run_dir={tmp_path / 'runs' / 'one'}", "wandb.mode=online"]
     command = ["ctrl-hpc", "trial", str(ROOT / "configs" / "tiny_faults.yaml"), *short, *own, "${args_no_hyphens}"]
     parameters = {"rl.steps": {"values": [500, 3]}}
     file.write_text(yaml.safe_dump(data | {"command": command, "parameters": parameters}))

@@ -15,7 +15,7 @@ from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.config import Config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # heartbeats may be missing for seconds only
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""A rank that trains LoRA adapters: ``python adapters.py check FOLDER``; leaves ``lora-MODEL-LAYOUT.pt`` and folders.
+"""A rank that trains LoRA adapters (see ``megatron_jobs.spawn``); leaves ``lora-MODEL-LAYOUT.pt`` and folders.
 
 Two ranks come first and save a checkpoint; one rank then continues from it.
 """
@@ -6,14 +6,12 @@ Two ranks come first and save a checkpoint; one rank then continues from it.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron_jobs import sequences
 from ranks import STEADY, arranged
 from torch import Tensor
@@ -135,9 +133,3 @@ def _found(policy: Policy, folder: Path, name: str) -> dict[str, Any]:
         "optimized": sum(parameter.numel() for parameter in policy.optimizer.inner.get_parameters()),
         "after": _whole(policy.model, policy),
     }
-
-
-if __name__ == "__main__":
-    check(Path(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What ranks of a trainer die of: ``python faults.py FOLDER`` makes every fault happen in forked ranks.
+"""What ranks of a trainer die of: ``main`` makes every fault happen in forked ranks.
 
 FOLDER/models/qwen2-tied must be there. Leaves a log a rank, CASE-RANK.log, and faults.json with the wait statuses of
 the ranks that ended by themselves (None for those that had to be killed).
@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -184,7 +183,3 @@ def main(folder: Path) -> None:
         first = [wait(child, deadline, lambda: False) for child in children[:-1]]
         statuses[case] = [*first, wait(children[-1], deadline, hung)]
     (folder / "faults.json").write_text(json.dumps(statuses))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

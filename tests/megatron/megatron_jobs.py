@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
 from ctrl_hpc.config import ParallelConfig
 
-HERE = Path(__file__).parent
-TIMEOUT_S = 300.0
+TIMEOUT_S = 500.0
 
 
 LAYOUTS: dict[int, dict[str, ParallelConfig]] = {
@@ -54,35 +55,45 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def spawn(check: str, folder: Path, ranks: int, *, script: str = "ranks.py", **environment: str) -> None:
-    """Run a check of ``script`` on some ranks to its end; fails with the log of the ranks that failed."""
-    shared = {
-        **os.environ,
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    logs = [folder / f"{check}-{ranks}-rank{rank}.log" for rank in range(ranks)]
-    started: list[subprocess.Popen[bytes]] = []
+def spawn(module: str, check: str, folder: Path, ranks: int = 1) -> None:
+    """Run a function of a module here, given ``folder``, on some ranks; fails with the log of the ranks that failed.
+
+    Ranks are forked from a server that has imported Megatron and transformers once for all tests of this process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ctrl_hpc.train.rl", "ctrl_hpc.train.sft", "transformers.models.qwen2"])
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    logs = [folder / f"{module}-{check}-{ranks}-rank{rank}.log" for rank in range(ranks)]
+    started = []
     try:
-        for rank, log in enumerate(logs):
-            with log.open("wb") as out:
+        with patch.dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1"):
+            for rank, log in enumerate(logs):
                 own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                command = [sys.executable, str(HERE / script), check, str(folder)]
-                started.append(subprocess.Popen(command, env=own, stdout=out, stderr=subprocess.STDOUT))
-        codes = [process.wait(TIMEOUT_S) for process in started]
+                started.append(context.Process(target=_rank, args=(module, check, folder, log, own)))
+                started[-1].start()
+        end = time.monotonic() + TIMEOUT_S
+        for process in started:
+            process.join(max(0.0, end - time.monotonic()))
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.join()
     failed = [
-        f"{log.name} (exit code {code}):\n{log.read_text()[-4000:]}"
-        for code, log in zip(codes, logs, strict=True)
-        if code
+        f"{log.name} (exit code {process.exitcode}):\n{log.read_text()[-4000:]}"
+        for process, log in zip(started, logs, strict=True)
+        if process.exitcode
     ]
     assert not failed, "\n".join(failed)
+
+
+def _rank(module: str, check: str, folder: Path, log: Path, environment: dict[str, str]) -> None:
+    with log.open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.update(environment)
+    getattr(importlib.import_module(module), check)(folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _qwen2(tied: bool, **sizes: int) -> torch.nn.Module:

@@ -1,19 +1,16 @@
 """What the trainer computes for every objective: gradients by Hugging Face's names, and the inputs they came from.
 
-``python objectives.py check FOLDER``, a rank of a job of one or two ranks (see ``megatron_jobs.spawn``); leaves
-FOLDER/objectives-RANKS.pt.
+``check`` is a rank of a job of one or two ranks (see ``megatron_jobs.spawn``); leaves FOLDER/objectives-RANKS.pt.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron_jobs import sequences
 from ranks import CONFIG, gradients_of
 from torch import Tensor
@@ -119,8 +116,3 @@ def _steps(policy: Policy, batch: Batch) -> dict[str, Any]:
     norms = [policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), ADAMW.lr)["grad_norm"] for _ in range(STEPS)]
     weights = gather(policy.model, policy.architecture, policy.world)
     return {"norms": norms, "weights": {name: tensor.clone() for name, tensor in weights}}
-
-
-if __name__ == "__main__":
-    check(Path(sys.argv[2]))
-    dist.destroy_process_group()

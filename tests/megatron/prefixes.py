@@ -1,15 +1,13 @@
-"""A rank that learns from critiques that share prompts: ``python prefixes.py check FOLDER``; leaves prefix-*.pt."""
+"""A rank that learns from critiques that share prompts (see ``megatron_jobs.spawn``); leaves prefix-*.pt."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from ranks import STEADY, arranged, gradients_of
 
 from ctrl_hpc.config import ParallelConfig, RLConfig
@@ -76,9 +74,3 @@ def _found(policy: Policy) -> dict[str, Any]:
         logged = policy.gradients(batch, loss)
         found[kind] = {"logged": logged, "gradients": gradients_of(policy)}
     return found
-
-
-if __name__ == "__main__":
-    check(Path(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()

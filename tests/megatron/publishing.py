@@ -1,4 +1,4 @@
-"""A rank that publishes versions of a critic as differences while it is trained: ``python publishing.py check FOLDER``.
+"""A rank that publishes versions of a critic as differences while it is trained (see ``megatron_jobs.spawn``).
 
 Leaves ``weights/vN``, and beside each, as a whole folder, ``whole/N``; older versions go as in a run.
 """
@@ -6,11 +6,9 @@ Leaves ``weights/vN``, and beside each, as a whole folder, ``whole/N``; older ve
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
 from megatron_jobs import LAYOUTS, sequences
 from ranks import STEADY, arranged
 
@@ -41,9 +39,3 @@ def check(folder: Path) -> None:
             if version != 2:  # version 3 is version 2 again: nothing has changed
                 policy.update(batch, SFTLoss(n_tokens=batch.n_tokens), STEADY.lr)  # while the version is written
         publisher.wait()
-
-
-if __name__ == "__main__":
-    check(Path(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()

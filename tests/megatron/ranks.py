@@ -1,4 +1,4 @@
-"""One rank of a test's training job: ``python ranks.py CHECK FOLDER``, with torch.distributed's environment set.
+"""One rank of a test's training job (see ``megatron_jobs.spawn``), with torch.distributed's environment set.
 
 Megatron takes seconds to import and changes torch, so tests run it in such processes, many checks in one, and assert
 on what they leave in FOLDER.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -407,11 +406,3 @@ def _refuses(config: Config, world: World, folder: Path) -> dict[str, Any]:
         except ValueError as error:
             said[name] = str(error)
     return {"refused": said}
-
-
-CHECKS = {"parity": parity, "curve": curve, "behaviour": behaviour}
-
-if __name__ == "__main__":
-    CHECKS[sys.argv[1]](Path(sys.argv[2]))
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """The stages SFT and RL in processes of one rank: whole, killed again and again, with services, with recordings.
 
-``python stages.py FOLDER`` runs every case in a child forked after the imports and writes FOLDER/stages.json.
+``main`` runs every case in a child forked after the imports and writes FOLDER/stages.json.
 """
 
 from __future__ import annotations
@@ -197,6 +197,7 @@ def stopped(config: Config, run_dir: Path) -> None:
 def main(folder: Path) -> None:
     """Every case; the wait statuses go to stages.json."""
     config, log = config_of(folder), folder / "stages.log"
+    record_replay(folder / "replay", config.rl.steps)
     status: dict[str, Any] = {}
 
     background = replace(config, trainer=replace(config.trainer, save="async"))
@@ -263,7 +264,3 @@ def record_replay(folder: Path, steps: int) -> None:
                     )
                 )
         jsonl.write(folder / f"step-{step:06d}.jsonl", rollouts)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

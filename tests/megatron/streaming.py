@@ -1,6 +1,6 @@
 """A rank that loads a critic of several files under a limit on its memory, and exports it into several files.
 
-``python streaming.py check FOLDER``, a rank of a job (see ``megatron_jobs.spawn``); reads FOLDER/sharded, leaves
+``check`` is a rank of a job (see ``megatron_jobs.spawn``); reads FOLDER/sharded, leaves
 FOLDER/sharded-export and FOLDER/streaming-RANK.json.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import resource
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
 from ranks import CONFIG
 
 from ctrl_hpc.config import ParallelConfig
@@ -58,8 +56,3 @@ def check(folder: Path) -> None:
     spare = tensor + sum(mapped) + SLACK
     found = {"loaded": loads_within(folder, spare), "spare": spare}
     (folder / f"streaming-{os.environ['RANK']}.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    check(Path(sys.argv[2]))
-    dist.destroy_process_group()

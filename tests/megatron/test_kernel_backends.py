@@ -1,11 +1,10 @@
 """Megatron at TP=2 with the Triton kernels, interpreted, gives what it gives with PyTorch's: SFT, RL, advantages.
 
-Run as a program it is one rank of that job: ``python test_kernel_backends.py backends FOLDER``.
+``main`` is one rank of that job.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def advantages(backend: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(workplace: Path) -> dict[str, Any]:
     """What rank 0 of two found."""
-    megatron_jobs.spawn("backends", workplace, 2, script=Path(__file__).name, TRITON_INTERPRET="1")
+    megatron_jobs.spawn("test_kernel_backends", "main", workplace, 2)
     return torch.load(workplace / "backends.pt")
 
 
@@ -111,8 +110,3 @@ def test_both_backends_train_alike(found: dict[str, Any], step: str) -> None:
 @pytest.mark.parametrize("name", ["group_advantages", "gae", "returns"])
 def test_both_backends_estimate_advantages_alike(found: dict[str, Any], name: str) -> None:
     assert difference(found["triton"][name], found["torch"][name]) < LIMIT
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[2]))
-    torch.distributed.destroy_process_group()

@@ -24,7 +24,7 @@ ALL_LAYOUTS = [layout for layouts in LAYOUTS.values() for layout in layouts]
 def found(workplace: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """What each model gave in each layout; the checkpoints of two ranks are there for one."""
     for ranks in (2, 1):
-        spawn("check", workplace, ranks, script="adapters.py")
+        spawn("adapters", "check", workplace, ranks)
     return {
         (model, layout): torch.load(workplace / f"lora-{model}-{layout}.pt")
         for model in MODELS

@@ -22,7 +22,7 @@ ALL = [(name, old) for name in CASES for old in ("known", "current")]
 def found(workplace: Path) -> dict[int, dict[str, Any]]:
     """What the trainer computed, by its number of tensor-parallel ranks."""
     for ranks in (1, 2):
-        spawn("check", workplace, ranks, script="objectives.py")
+        spawn("objectives", "check", workplace, ranks)
     return {ranks: torch.load(workplace / f"objectives-{ranks}.pt") for ranks in (1, 2)}
 
 

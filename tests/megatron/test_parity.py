@@ -19,7 +19,7 @@ ALL_LAYOUTS = [layout for layouts in LAYOUTS.values() for layout in layouts]
 def found(workplace: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """What each model gave in each layout."""
     for ranks in LAYOUTS:
-        spawn("parity", workplace, ranks)
+        spawn("ranks", "parity", workplace, ranks)
     return {
         (model, layout): torch.load(workplace / f"parity-{model}-{layout}.pt")
         for model in MODELS

@@ -55,7 +55,7 @@ def test_without_a_shared_prompt_each_sequence_is_a_row() -> None:
 def found(workplace: Path) -> dict[tuple[str, str, bool], dict[str, Any]]:
     """What each model gave in each layout, with prompts computed once or not."""
     for ranks in LAYOUTS:
-        spawn("check", workplace, ranks, script="prefixes.py")
+        spawn("prefixes", "check", workplace, ranks)
     return {
         (model, layout, shared): torch.load(workplace / f"prefix-{model}-{layout}-{shared}.pt")
         for model in MODELS

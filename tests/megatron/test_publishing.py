@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def published(workplace: Path) -> Path:
     """Six versions by two tensor-parallel ranks, one in four whole."""
-    spawn("check", workplace, 2, script="publishing.py")
+    spawn("publishing", "check", workplace, 2)
     return workplace / "publishing"
 
 

@@ -6,14 +6,13 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import random_qwen
 import torch
+from megatron_jobs import spawn
 from safetensors.torch import load_file
 
 from ctrl_hpc import cli, jsonl
@@ -59,11 +58,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all cases have run."""
     place = tmp_path_factory.mktemp("stages")
     random_qwen.build(place / "critic")
-    subprocess.run(
-        [sys.executable, "-c", f"import stages; stages.record_replay(stages.Path({str(place / 'replay')!r}), {STEPS})"],
-        cwd=Path(__file__).parent,
-        check=True,
-    )
     for name in (
         "whole",
         "again",
@@ -80,8 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_inputs(place / name)
     for name in ("live-0", "live-1", "chunks", "ahead", "ppo", "refill"):
         shutil.copytree(place / "critic", place / name / "sft" / "hf")
-    command = [sys.executable, str(Path(__file__).with_name("stages.py")), str(place)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
+    spawn("stages", "main", place)
     return place
 
 

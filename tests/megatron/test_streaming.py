@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Qwen2ForCausalLM(config).save_pretrained(place / "sharded", max_shard_size="8MB")
     assert len(list((place / "sharded").glob("*.safetensors"))) > 5
-    spawn("check", place, 2, script="streaming.py")
+    spawn("streaming", "check", place, 2)
     return place
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron_jobs import spawn
 
 pytestmark = pytest.mark.slow
 FAILED = 1 << 8
@@ -20,8 +18,7 @@ FAILED = 1 << 8
 @pytest.fixture(scope="module")
 def statuses(workplace: Path) -> dict[str, Any]:
     """Wait statuses of the ranks of every case; None for a rank that had to be killed."""
-    command = [sys.executable, str(Path(__file__).with_name("faults.py")), str(workplace)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
+    spawn("faults", "main", workplace)
     return json.loads((workplace / "faults.json").read_text())
 
 

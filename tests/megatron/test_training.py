@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def behaviour(workplace: Path) -> dict[str, Any]:
     """Facts about one policy in one process."""
-    spawn("behaviour", workplace, 1)
+    spawn("ranks", "behaviour", workplace)
     return json.loads((workplace / "behaviour.json").read_text())
 
 
@@ -26,7 +26,7 @@ def curves(workplace: Path) -> dict[str, list[float]]:
     The sharded ones with a distributed optimizer.
     """
     for ranks in (1, 4):
-        spawn("curve", workplace, ranks)
+        spawn("ranks", "curve", workplace, ranks)
     return {
         **json.loads((workplace / "curve-1.json").read_text()),
         **json.loads((workplace / "curve-4.json").read_text()),

@@ -31,11 +31,12 @@ def test_a_random_model_is_served_and_fails(tmp_path: Path) -> None:
     model = random_qwen.build(tmp_path / "model", positions=4096)
     folder = tmp_path / "run"
     settings = [f"generator={model}", f"critic.model={model}", "eval.critics=[none,base,exec_feedback]"]
-    settings += ["eval.max_tokens=16", "eval.greedy=false", f"run_dir={folder}", "wandb.mode=disabled"]
+    settings += ["data.n_eval=40", "eval.max_tokens=16", "eval.greedy=false"]
+    settings += [f"run_dir={folder}", "wandb.mode=disabled"]
     assert cli.main(["run", CONFIG, *settings]) == 0
     entry = json.loads((folder / "report" / "results.json").read_text())["datasets"]["humaneval"]
     assert entry["critics"]["base"]["pass_at_1"] == [0.0, 0.0]
-    assert entry["critics"]["base"]["judgements"] == {"correct": 0, "incorrect": 0, "none": 164}
+    assert entry["critics"]["base"]["judgements"] == {"correct": 0, "incorrect": 0, "none": 40}
     assert entry["critics"]["base"]["critique_tokens"] > 0
     assert entry["critics"]["exec_feedback"]["judgement"]["accuracy"] == 1.0
     assert processes_of(folder) == []

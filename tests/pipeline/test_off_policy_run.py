@@ -24,6 +24,7 @@ def test_two_versions_off_policy_in_chunks(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     changes = ["stages=[sample,synthesize,sft,rl]", f"rl.max_staleness={STALE}", "rl.importance_cap=2.0"]
     changes += ["rl.chunk=3", "rl.chunks_in_flight=2", f"run_dir={run_dir}"]
+    changes += ["trainer.ranks_per_node=1", "parallel.tensor=1"]
     command = [sys.executable, "-m", "ctrl_hpc.cli", "run", "configs/tiny_faults.yaml", *changes]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]

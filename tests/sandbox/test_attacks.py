@@ -9,6 +9,8 @@ import attack_programs
 import ordinary_user
 import pytest
 
+pytestmark = pytest.mark.alone  # short limits, and an ordinary user's processes are counted on the whole machine
+
 ATTACKS = attack_programs.load()
 _AS_USER = """
 import json, sys

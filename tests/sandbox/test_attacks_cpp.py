@@ -18,6 +18,8 @@ from attack_programs import Attack
 from ctrl_hpc.records import Verdict
 from ctrl_hpc.sandbox import Sandbox, rootfs
 
+pytestmark = pytest.mark.alone  # short limits, and an ordinary user's processes are counted on the whole machine
+
 _AS_USER = """
 import json, sys
 import test_attacks_cpp

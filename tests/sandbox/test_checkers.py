@@ -14,6 +14,8 @@ from ctrl_hpc.records import Execution, Limits, Problem, Rules, StdinTest, TestR
 from ctrl_hpc.sandbox import Sandbox, checkers, languages
 from ctrl_hpc.sandbox.cache import VerdictCache
 
+pytestmark = pytest.mark.alone  # short limits
+
 LIMITS = Limits(cpu_s=1.0, wall_s=4.0, memory_mb=128)
 DIVISOR = r"""
 #include <cstdio>

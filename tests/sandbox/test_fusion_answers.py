@@ -14,6 +14,8 @@ from test_executor_server import serving
 
 from ctrl_hpc.sandbox import fusion
 
+pytestmark = pytest.mark.alone  # short limits
+
 KNOWN = {(kind, name): facts for kind, name, facts in json.loads(fusion_requests.ANSWERS.read_text())}
 
 

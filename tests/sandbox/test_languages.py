@@ -14,6 +14,8 @@ from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import AssertTest, Execution, Limits, Problem, Rules, StdinTest, TestResult, Verdict
 from ctrl_hpc.sandbox import Sandbox, fusion, languages
 
+pytestmark = pytest.mark.alone  # short limits
+
 LIMITS = Limits(cpu_s=0.5, wall_s=2.0, memory_mb=64, output_bytes=100_000, processes=16)
 SUM = '#include <cstdio>\nint main() { int a, b; scanf("%d%d", &a, &b); printf("%d\\n", a + b); }'
 

@@ -15,7 +15,7 @@ import pytest
 from ctrl_hpc.records import Limits, StdinTest, TestResult
 from ctrl_hpc.sandbox import Sandbox
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # short limits, and processes are counted
 
 LIMITS = Limits(cpu_s=0.5, wall_s=30.0, memory_mb=128, output_bytes=1000, processes=8)
 IDLE_MB = 20

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from soak import CPP, CPP_MISBEHAVING, MISBEHAVING, executions, soak
 
+pytestmark = pytest.mark.alone  # short limits, and what is left on the machine is counted
+
 
 def test_one_in_five_misbehaves_in_every_way() -> None:
     hostile = {**MISBEHAVING, **CPP_MISBEHAVING}

@@ -81,6 +81,7 @@ def test_every_key_has_a_meaning_and_an_example_that_loads() -> None:
         "rl.credit": [],  # of one turn only
         "rl.ratio_cap": ["rl.loss=dppo"],
         "critic.close_thought": ["critic.thought_tokens=9"],
+        "generator_close_thought": ["generator_thought_tokens=9"],
         "trainer.ranks_per_node": ["parallel.tensor=1"],
     }
     for key, fact in known().items():

@@ -7,12 +7,14 @@ from datasets import Dataset
 from test_serve_judge import Scripted, critic_of, serving
 
 from ctrl_hpc import cli
+from ctrl_hpc.commands.bench_critic import lines
 from ctrl_hpc.data.critic_benchmarks import load
 from ctrl_hpc.evaluate.critic_benchmarks import (
     Judged,
     best_of,
     both_orders,
     correct_or_not,
+    normalised_helpfulness,
     numbers,
     one_decision,
     position_bias,
@@ -141,7 +143,7 @@ def test_jetts_judgebench_and_ones_own(tmp_path):
     ("name", "path", "told"),
     [
         ("mtbench", None, "'mtbench' is no benchmark of critics; allowed: codejudgebench, codecriticbench"),
-        ("jetts", None, "jetts: --path: missing; it is read from a file"),
+        ("jetts", None, "jetts: its path is missing; it is read from a file"),
         ("own", "nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
     ],
 )
@@ -203,6 +205,22 @@ def test_the_scores_of_pairs():
     # first places: A in order, B swapped; 1st, 2nd and of the second pair none of the one vote that names one
     assert position_bias([judged(0.5, 0.5, votes=votes)]) == {"first_place": pytest.approx(2 / 3), "consistent": 0.0}
     assert position_bias([judged(0.5, 0.5, votes=("A", "A"))]) == {"first_place": 0.5, "consistent": 1.0}
+
+
+def test_normalised_helpfulness_is_between_the_greedy_answers_and_the_best():
+    """Two questions; greedy answers are worth 0 and 1/2, the best 1 and 1, the ones that the judge takes 1 and 1/4."""
+    questions = [question(0.0, 1.0, 0.5), question(0.5, 0.25, 1.0)]
+    said = [judged(0.1, 0.9, 0.2), judged(0.1, 0.9, 0.2)]
+    assert normalised_helpfulness(list(zip(questions, said, strict=True))) == pytest.approx(
+        (0.625 - 0.25) / (1.0 - 0.25)
+    )
+    greedy = [judged(0.9, 0.1, 0.2)] * 2
+    assert normalised_helpfulness(list(zip(questions, greedy, strict=True))) == 0.0
+    assert normalised_helpfulness([(question(1.0, 0.0), judged(0.9, 0.1))]) is None
+    found = numbers("jetts", questions, said, bootstrap=10)
+    assert found["normalised_helpfulness"] == 0.5 and found["score"] == 0.625
+    assert "normalised helpfulness: 50.0 % (0: the greedy answers)" in lines(found)
+    assert "normalised_helpfulness" not in numbers("own", questions, said, bootstrap=10)
 
 
 def test_codecriticbench_takes_silence_for_error():

@@ -1,6 +1,7 @@
 """The paper's numbers, its tables with ours beside, and reports of several runs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ import pytest
 from ctrl_hpc import cli, jsonl
 from ctrl_hpc.config import ROOT, dump, load
 from ctrl_hpc.evaluate import metrics
+from ctrl_hpc.evaluate.tree import Node
+from ctrl_hpc.records import Problem, Solution, Verdict
 from ctrl_hpc.report import combined, paper, runs, tables
+from ctrl_hpc.report.results import History
 from ctrl_hpc.report.runs import FinishedRun
 
 
@@ -201,3 +205,50 @@ def test_variants_are_compared_by_seed_and_problem():
     assert combined._paired({0: {"p": 1.0}}, {1: {"p": 1.0}}, config) is None
     made = tables.variant_differences_table("tiny", "rl", "grpo", {"rloo": found})
     assert made.rows[0][:3] == ("rloo − grpo", "2", "+25.0")
+    assert made.columns[2:] == ("after 1 turn", "95 %", "after the last turn", "95 %") and made.rows[0][4] == "–"
+
+
+def _history(name: str, *passed: bool) -> History:
+    """A sample of problem ``name`` that passes or not as draft and after each turn."""
+    draft, *verdicts = [Verdict(status="accepted" if one else "wrong_answer") for one in passed]
+    problem = Problem(id=name, source="ours", split="test", prompt="", tests=())
+    solution = Solution(id=f"{name}/0", problem_id=name, text="", program="1", verdict=draft)
+    said = {"sample": solution.id, "parent": solution.id, "critique": "", "judgement": None, "kept": False, "text": ""}
+    nodes = tuple(Node(**said, program="2", verdict=verdict) for verdict in verdicts)
+    return History(problem=problem, draft=solution, nodes=nodes)
+
+
+def test_variants_are_compared_after_the_last_turn_too():
+    """Two problems, two turns: after one turn one of them is gained, after two both; what ends stays as it is."""
+    config = load(ROOT / "configs" / "tiny.yaml", ["eval.bootstrap=400"])
+    one = {0: [_history("p", False, True), _history("q", False, False, True)]}
+    other = {0: [_history("p", False, False), _history("q", True, False, False)]}
+    found = combined._compared(one, other, 2, config)
+    assert found["pass_at_1"] == 0.5 and found["last"]["turn"] == 2
+    assert found["last"]["pass_at_1"] == 1.0 and found["last"]["ci95"] == [1.0, 1.0]
+    assert "last" not in combined._compared(one, other, 1, config)
+    assert combined._compared(one, {1: other[0]}, 2, config) is None
+    made = tables.variant_differences_table("tiny", "rl", "plain", {"turns": found})
+    assert made.columns[4] == "after 2 turns"
+    assert made.rows[0][:3] == ("turns − plain", "1", "+50.0") and made.rows[0][4:] == ("+100.0", "[+100.0, +100.0]")
+
+
+def test_critiques_to_the_same_reward(tmp_path):
+    """Reward rises from 0 to 1: nine tenths are the first five steps whose mean is 0.9."""
+    slow = [0.0] * 5 + [0.25] * 5 + [1.0] * 5  # with four of 1 the mean is 0.85
+    fast = [0.0] * 2 + [1.0] * 13
+    assert runs.steps_to(slow, slow) == 15
+    assert runs.steps_to(fast, slow) == 7
+    assert runs.steps_to([0.5] * 15, slow) is None
+
+    def told(variant, rewards, *overrides):
+        curve = [{"step": step, "reward": reward} for step, reward in enumerate(rewards, 1)]
+        run = finished(tmp_path, "rl.prompts_per_step=4", "rl.group_size=2", *overrides, learning_curve=curve)
+        return replace(run, variant=variant)
+
+    made = [told("plain", slow), told("fast", fast), told("flat", [0.5] * 15), told("turns", fast, "rl.turns=3")]
+    found = runs.to_reward([*made, told("other_seed", fast, "seed=4")])
+    reached = {"plain": {"0": 15 * 8}, "fast": {"0": 7 * 8}, "flat": {"0": None}}
+    assert found == {"baseline": "plain", "variants": reached}
+    assert tables.to_reward_table(found).rows[1:] == (("fast", "56"), ("flat", "not reached"))
+    assert runs.to_reward(made[:1]) == {}

@@ -41,12 +41,11 @@ from ctrl_hpc.judge.opinions import (
     Opinion,
     right_one,
     score,
-    verdict_place,
-    verdict_probability,
 )
 from ctrl_hpc.judge.server import Judge, Options, create_app, load_critic
 from ctrl_hpc.records import CLOSE_ROOM, Generation, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids
+from ctrl_hpc.rollout.confidence import verdict_place, verdict_probability
 from ctrl_hpc.rollout.decoding import Completion
 from ctrl_hpc.service.http import listen
 from ctrl_hpc.tiny import world
@@ -377,6 +376,17 @@ def test_a_lost_disk_costs_the_cache_not_the_judgements(tmp_path, caplog):
         assert [result["raw"] for result in results] == [1.0, 1.0]
         assert asked(url, "/score", [item(0)])[0]["raw"] == 1.0 and critic.asked == 2
     assert [record.message.split(":")[0] for record in caplog.records] == ["the judge's cache fails"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "told"), [("a file", "File exists"), ("a file/inside", "Not a directory"), ("/proc/kept", "")]
+)
+def test_a_cache_that_cannot_be_is_one_line(tmp_path, capsys, folder, told):
+    (tmp_path / "a file").write_text("")
+    place = str(tmp_path / folder)
+    assert cli.main(["serve", "judge", "--model", TINY, "--port", "0", "--cache", place]) == 2
+    error = capsys.readouterr().err
+    assert f"--cache {place}: is no folder that can be written: {told}" in error and error.count("\n") == 1
 
 
 def test_a_fault_costs_its_item_alone(caplog):

@@ -14,6 +14,9 @@ import rollout_server
 import test_rollout_chat
 from transformers import AutoTokenizer
 
+from ctrl_hpc import preflight
+from ctrl_hpc.cluster.connect import connect
+from ctrl_hpc.cluster.registry import Registry
 from ctrl_hpc.config import ROOT, Config, CriticConfig, RLConfig, dump, load
 from ctrl_hpc.flow.filters import select
 from ctrl_hpc.flow.prompts import Prompts
@@ -194,6 +197,34 @@ def test_a_thought_too_long_is_ended_by_force_and_answered(thinker: tuple[str, A
     closed.close()
 
 
+def test_a_generators_thought_too_long_is_no_lost_revision(thinker: tuple[str, Any], tmp_path: Path) -> None:
+    """As the run connects: without the key a cut-off thought leaves no text, with it an answer of its own budget."""
+    url, tokenizer = thinker
+    tokenizer.save_pretrained(tmp_path)
+    found = []
+    for close in (False, True):
+        keys = ["generator_thought_tokens=8", f"generator_close_thought={close}"]
+        config = load(ROOT / "configs" / "tiny.yaml", [f"generator={tmp_path}", *keys])
+        with Registry(tmp_path / "run").register("generator", url, id="0"):
+            connections = connect(config, tmp_path / "run")
+            ((item,),) = connections.generator.complete([CHAT], Sampling(temperature=1.0, max_tokens=6, seed=4))
+            connections.close()
+        found.append(item)
+    assert found[0].thought_cut and not found[0].text
+    assert not found[1].thought_cut and found[1].text and found[1].thought in found[0].thought
+    assert 1 <= len(found[1].token_ids) - found[1].forced[1] <= 6
+
+
+def test_what_a_template_cannot_do_is_told_before_anything_starts(tmp_path: Path) -> None:
+    random_qwen.build(tmp_path / "plain")
+    places = [f"critic.model={tmp_path / 'plain'}", f"generator={tmp_path / 'plain'}", f"run_dir={tmp_path / 'run'}"]
+    for key in ("critic.thinking", "generator_thinking"):
+        config = load(ROOT / "configs" / "tiny.yaml", [*places, f"{key}=on"])
+        told = [finding.text for finding in preflight.findings(config)]
+        assert told == [f"{key}: on is not possible: this model does not think, by its chat template; auto"]
+        assert not list(preflight.findings(load(ROOT / "configs" / "tiny.yaml", [*places, f"{key}=off"])))
+
+
 def test_a_model_that_is_told_not_to_think_answers_at_once(thinker: tuple[str, Any]) -> None:
     url, tokenizer = thinker
     client = RolloutClient(lambda: [url], tokenizer, thinking=Thinking(mode="off", tokens=8), role="critic")
@@ -283,6 +314,15 @@ def test_an_endpoint_is_asked_by_its_templates_switch(message: Any, finish: str,
         (
             ["critic.close_thought=true", "critic.thought_tokens=9", "prompts.critique_close=x"],
             r"critic\.close_thought: does not go with prompts\.critique_close",
+        ),
+        (["generator_close_thought=true"], r"generator_close_thought: needs a budget, generator_thought_tokens"),
+        (
+            ["generator_close_thought=true", "generator_thought_tokens=9", "generator_thinking=off"],
+            r"generator_close_thought: needs a budget, generator_thought_tokens, and a generator that thinks",
+        ),
+        (
+            ["generator_close_thought=true", "generator_thought_tokens=9", "generator=oracle"],
+            r"generator_close_thought: goes with a generator that the run serves, a folder; not with oracle",
         ),
         (["critic.thinking=on", "prompts.critique_prefix=x"], r"critic\.thinking: on leaves no place for"),
         (["rl.overlong_buffer=5000"], r"rl\.overlong_buffer: 5000 is more than a critique's"),
