@@ -40,6 +40,8 @@ from ctrl_hpc.progress import console
 _PICKLE_S = 10.0
 """The driver names a job's file by the controller's process id, at most so long after that one was forked."""
 _POLL_S = 0.01
+_ANSWER_S = 120.0
+"""A process of the chain that has not answered for so long, its imports included, is not asked again."""
 TASK_NAME = re.compile(r"task-(\d+)")
 """What a task's process is called: the environment that it was given cannot be seen from outside."""
 
@@ -101,7 +103,7 @@ class Prefork:
                 return None
             try:
                 end.send((str(folder), dict(environment)))
-                found: tuple[int, str] = end.recv()
+                found: tuple[int, str] = end.recv() if end.poll(_ANSWER_S) else (0, "it does not answer")
             except (OSError, EOFError):
                 found = (0, "it is gone")
             except BaseException:  # its answer would be taken for the next one's
@@ -273,7 +275,12 @@ def _serve(end: Connection, initial: Mapping[str, str]) -> None:
             end.close()
             _control(folder, environment, initial)
 
-        end.send((_fork(job), ""))
+        pid = _fork(job)
+        try:
+            end.send((pid, ""))
+        except OSError:  # nobody waits for it any more: its driver has started the job otherwise
+            os.kill(pid, signal.SIGKILL)
+            return
 
 
 def _reap(*_: object) -> None:

@@ -123,6 +123,21 @@ def test_without_the_chain_jobs_are_started_as_ever(
     assert "executor: not forked from a process that is ready, but started: it is gone" in told
 
 
+def test_a_chain_that_does_not_answer_is_not_waited_for(
+    make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = Jobs(make_config(), run_dir, "test")
+    chain = jobs.begin_prefork(["executor"])
+    try:
+        chain._first.send_signal(signal.SIGSTOP)
+        monkeypatch.setattr(prefork_module, "_ANSWER_S", 0.2)
+        assert chain.fork("executor", run_dir, {}) is None
+        assert "executor" not in chain._ends
+    finally:
+        chain._first.send_signal(signal.SIGCONT)
+        chain.close()
+
+
 def test_the_chain_ends_with_its_driver(make_config: Callable[..., Config], run_dir: Path) -> None:
     jobs = Jobs(make_config(), run_dir, "test")
     chain = jobs.begin_prefork(["trainer"])
