@@ -131,7 +131,8 @@ class PromptConfig:
     one word, then write one. The critic continues it; it is no part of what is learnt. Empty: none."""
     critique_close: str = ""
     """Text, as ``Overall judgment:``, after which a critique that ended without a judgement is continued, within its
-    ``max_tokens``. RL learns from what the critic wrote itself, before and after the text. Empty: no critique is."""
+    ``max_tokens``: where a judgement follows such a text, by ``Correct`` or ``Incorrect``, drawn between the two.
+    RL learns from what the critic wrote itself, before and after the text. Empty: no critique is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,10 +203,15 @@ class RememberingGenerator:
         return self._answers.ask(keys, chats, lambda unknown: self._generator.complete(unknown, sampling))
 
     def extend(
-        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+        self,
+        chats: Sequence[Chat],
+        begun: Sequence[Generation],
+        text: str,
+        sampling: Sequence[Sampling],
+        choices: Sequence[str] = (),
     ) -> list[Generation]:
         """As the generator's own."""
-        return continuing(self._generator).extend(chats, begun, text, sampling)
+        return continuing(self._generator).extend(chats, begun, text, sampling, choices)
 
 
 def _key(chat: Chat, sampling: Sampling) -> bytes:

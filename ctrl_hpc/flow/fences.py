@@ -216,6 +216,12 @@ class _Scanner:
         """Whether a block is open."""
         return self._opening is not None
 
+    @property
+    def closing_fence(self) -> str:
+        """What would close the block that is open; empty where none is, or its quotation's end does."""
+        opening = self._opening
+        return "" if opening is None or opening.quoted else opening.mark * opening.length
+
     def end(self) -> None:
         """The text ends here, and with it a block that is open."""
         self._end(closed=False)
@@ -290,6 +296,13 @@ def split(text: str) -> tuple[list[Block], list[str]]:
     scanner.read(_unwrapped(text.replace("\r\n", "\n").split("\n")))
     scanner.end()
     return scanner.blocks, scanner.outside
+
+
+def open_fence(text: str) -> str:
+    """What closes the block within which a text ends; empty where it ends outside of all."""
+    scanner = _Scanner()
+    scanner.read(_unwrapped(text.replace("\r\n", "\n").split("\n")))
+    return scanner.closing_fence
 
 
 _MARKDOWN = ("markdown", "md")

@@ -22,6 +22,8 @@ from typing import Self
 from jinja2 import Environment, StrictUndefined, Template, TemplateSyntaxError, meta
 
 from ctrl_hpc.flow.feedback import Hint
+from ctrl_hpc.flow.fences import answer, open_fence
+from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.jsonl import well_formed
 from ctrl_hpc.records import Chat, Message, Problem, Solution
 
@@ -50,7 +52,7 @@ class Prompts:
     critique_prefix: str = ""
     """What every critique begins with: the critic's chats end with it, open."""
     critique_close: str = ""
-    """What a critique without a judgement is continued after; empty: none is."""
+    """What a critique without a judgement is continued after, by one of :func:`judgements`; empty: none is."""
 
     @classmethod
     def load(
@@ -106,9 +108,24 @@ class Prompts:
         return (user,) if self.system is None else (Message(role="system", content=self.system), user)
 
 
-def closing(words: str) -> str:
-    """What a critique without a judgement is continued after: ``critique_close``, as a paragraph of its own."""
-    return "\n\n" + words
+_LONGEST_FENCE = 4
+"""Marks of a fence that is closed: a longer one would take the room of what follows it."""
+
+
+def closing(words: str, critique: str = "") -> str:
+    """What a critique without a judgement is continued after: ``critique_close``, as a paragraph of its own.
+
+    A block of code that the critique ends within is closed before: what stands in code is no judgement.
+    """
+    fence = open_fence(answer(critique))
+    return f"\n{fence}\n\n{words}" if 0 < len(fence) <= _LONGEST_FENCE else f"\n\n{words}"
+
+
+def judgements(words: str) -> tuple[str, ...]:
+    """Both judgements as they follow ``critique_close``; none where what follows that is not the judgement's word."""
+    blank = "" if words[-1:].isspace() else " "
+    found = {f"{blank}{name.capitalize()}": name for name in ("correct", "incorrect")}
+    return tuple(found) if all(parse_judgement(words + word) == name for word, name in found.items()) else ()
 
 
 def _draft(solution: Solution) -> dict[str, object]:

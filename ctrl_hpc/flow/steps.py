@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ctrl_hpc.flow.feedback import Hint
-from ctrl_hpc.flow.prompts import Prompts, closing
+from ctrl_hpc.flow.prompts import Prompts, closing, judgements
 from ctrl_hpc.flow.text import asked_for, extract_program, parse_judgement
 from ctrl_hpc.harness import prepared
 from ctrl_hpc.jsonl import well_formed
@@ -178,9 +178,12 @@ def continuing(critic: Generator) -> Continuing:
 def _closed(
     critiques: Sequence[Critique], chats: Sequence[Chat], critic: Generator, prompts: Prompts, sampling: Sampling
 ) -> list[Critique]:
-    """The critiques, those without a judgement continued after ``prompts.critique_close``; each by its own seed."""
+    """The critiques, those without a judgement continued after ``prompts.critique_close``; each by its own seed.
+
+    Where that introduces a judgement, one of the two words follows, as likely as the critic finds it beside the other.
+    """
     continued = continuing(critic)
-    rows, begun, how = [], [], []
+    todo: dict[str, list[tuple[int, Generation, Sampling]]] = {}
     for row, item in enumerate(critiques):
         generation, (i, j) = item.generation, divmod(row, sampling.n)
         assert generation is not None
@@ -189,16 +192,16 @@ def _closed(
         )
         if item.judgement is None and not (at_the_end_of_its_positions or generation.thought_cut):
             seed = None if sampling.seed is None else derive_seed(sampling.seed, sampling.number(i), j, 1)
-            rows.append(row)
-            begun.append(generation)
-            how.append(replace(sampling, n=1, first=0, rows=(), seed=seed, max_tokens=CLOSE_ROOM))
-    if not rows:
-        return list(critiques)
-    longer = continued.extend([chats[row // sampling.n] for row in rows], begun, closing(prompts.critique_close), how)
+            how = replace(sampling, n=1, first=0, rows=(), seed=seed, max_tokens=CLOSE_ROOM)
+            todo.setdefault(closing(prompts.critique_close, item.text), []).append((row, generation, how))
     out = list(critiques)
-    for row, generation in zip(rows, longer, strict=True):
-        words = well_formed(prompts.critique_prefix + generation.text)
-        out[row] = replace(out[row], text=words, judgement=parse_judgement(words), generation=generation)
+    for text, group in todo.items():
+        rows, begun, hows = zip(*group, strict=True)
+        asked = [chats[row // sampling.n] for row in rows]
+        longer = continued.extend(asked, begun, text, hows, judgements(prompts.critique_close))
+        for row, generation in zip(rows, longer, strict=True):
+            words = well_formed(prompts.critique_prefix + generation.text)
+            out[row] = replace(out[row], text=words, judgement=parse_judgement(words), generation=generation)
     return out
 
 

@@ -15,9 +15,10 @@ from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, majority
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import Chat, Confident, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
-from ctrl_hpc.rollout.chat import chat_ids, inside_ids, room_after
+from ctrl_hpc.rollout.chat import chat_ids, room_after
+from ctrl_hpc.rollout.choices import Choices
 from ctrl_hpc.rollout.confidence import judgement_probability
-from ctrl_hpc.rollout.decoding import Completion, Decoding
+from ctrl_hpc.rollout.decoding import Completion, Decoding, TopLogprobs
 from ctrl_hpc.rollout.thinking import opens_thought, without_thought
 from ctrl_hpc.rollout.worker import Worker
 from ctrl_hpc.seeds import derive_seed
@@ -107,20 +108,30 @@ class LocalCritic:
         return [named[k : k + sampling.n] for k in range(0, len(named), sampling.n)]
 
     def extend(
-        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+        self,
+        chats: Sequence[Chat],
+        begun: Sequence[Generation],
+        text: str,
+        sampling: Sequence[Sampling],
+        choices: Sequence[str] = (),
     ) -> list[Generation]:
         """Each completion, ``text``, and what follows, as one: the tokens so far are kept, but for an end of turn.
 
-        Raises ValueError for a text that leaves no token.
+        Of ``choices`` one is drawn. Raises ValueError for a text that leaves no token.
         """
-        forced = tuple(inside_ids(self.tokenizer, text))
-        room = room_after(text, len(forced), [how.max_tokens for how in sampling])
+        follow = Choices.of(self.tokenizer, text, choices)
+        forced = follow.forced
+        room = room_after(text, follow.n_tokens, [how.max_tokens for how in sampling])
         special = frozenset(self.tokenizer.all_special_ids)
         kept = [_without_end(item, special) for item in begun]
         rests = self._answers(
             [[*item.prompt_ids, *item.token_ids, *forced] for item in kept],
-            [self._decoding(how, left, how.seed) for how, left in zip(sampling, room, strict=True)],
+            [
+                replace(self._decoding(how, 1 if choices else left, how.seed), logit_bias=follow.biases)
+                for how, left in zip(sampling, room, strict=True)
+            ],
         )
+        rests = [follow.whole(rest) for rest in rests]
         return [
             replace(
                 rest,
@@ -128,13 +139,20 @@ class LocalCritic:
                 prompt_ids=item.prompt_ids,
                 token_ids=(*item.token_ids, *forced, *rest.token_ids),
                 logprobs=(*item.logprobs, *(0.0 for _ in forced), *rest.logprobs),
-                top_logprobs=(*item.top_logprobs, *(() for _ in forced), *rest.top_logprobs) if self._top else (),
+                top_logprobs=self._tops(item, len(forced), rest),
                 forced=(len(item.token_ids), len(item.token_ids) + len(forced)),
                 thought=item.thought,
                 thought_tokens=item.thought_tokens,
             )
             for item, rest in zip(kept, rests, strict=True)
         ]
+
+    def _tops(self, item: Completion, n_forced: int, rest: Completion) -> tuple[TopLogprobs, ...]:
+        """The likeliest tokens at each of a longer completion's; none where there was no choice."""
+        if not self._top:
+            return ()
+        without = len(rest.token_ids) - len(rest.top_logprobs)
+        return (*item.top_logprobs, *(() for _ in range(n_forced)), *rest.top_logprobs, *(() for _ in range(without)))
 
     def _decoding(self, sampling: Sampling, max_tokens: int, seed: int | None) -> Decoding:
         return Decoding(

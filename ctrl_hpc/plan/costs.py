@@ -11,6 +11,7 @@ from ctrl_hpc.evaluate.critics import unaided
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.plan.rates import Rates, runs_per_s
+from ctrl_hpc.plan.work import Work, critique_tokens
 
 GIB = 1 << 30
 _PROCESS_BYTES = 107 << 20
@@ -126,29 +127,31 @@ class Costs:
 
 
 def costs(
-    config: Config, architecture: Architecture, *, ranks: int, width: int, update_s: float, sft_step_s: float,
-    rates: Rates,
+    config: Config, architecture: Architecture, *, ranks: int, width: int, step: Work, update_s: float,
+    sft_step_s: float, rates: Rates,
 ) -> Costs:  # fmt: skip
-    """The costs of a configuration whose critic has ``width`` bytes a parameter in the trainer."""
+    """The costs of a configuration whose critic has ``width`` bytes a parameter in the trainer.
+
+    ``step``: the work of an RL step.
+    """
     rl, rollout, device_gb = config.rl, config.rollout, rates.disk_gb_per_s.value * 1e9
-    critiques = rl.prompts_per_step * rl.group_size * rl.turns
     servers = max(1, len(rollout.critic_urls) or rollout.critic_elements)
     jails = config.executor.elements * config.executor.workers
     weights = architecture.n_parameters * width
     drafts = config.data.n_train * config.sample.n_samples
     sft_steps = config.sft.epochs * max(1, config.synthesize.n_critiques // config.sft.batch_size)
-    prompt, response = config.plan.prompt_tokens, rl.max_tokens + config.critic.thought_room
-    tokens_in, tokens_out = _endpoint_tokens(config, critiques, drafts)
+    prompt, response = config.plan.prompt_tokens, critique_tokens(config)
+    tokens_in, tokens_out = _endpoint_tokens(config, step.revisions, drafts)
     limit = config.executor.limits.wall_s * config.executor.time_factor
     part = weights // ranks * (2 if rl.publish == "delta" else 1)
     serving = _served(config, architecture)
     endpoint = config.endpoint
     priced = endpoint.price_in or endpoint.price_out
     return Costs(
-        sample_s=critiques * response / (rates.rollout_tokens_per_s.value * servers),
-        revise_s=_generated_s(config, rates, critiques, rl.max_revision_tokens),
-        execute_s=critiques / (runs_per_s(config.plan, rates) * jails),
-        execute_at_most_s=critiques * config.plan.tests_per_program * limit / jails,
+        sample_s=step.critiques * response / (rates.rollout_tokens_per_s.value * servers),
+        revise_s=_generated_s(config, rates, step.revisions, rl.max_revision_tokens),
+        execute_s=step.revisions / (runs_per_s(config.plan, rates) * jails),
+        execute_at_most_s=step.revisions * config.plan.tests_per_program * limit / jails,
         load_s=weights / device_gb,
         update_s=update_s,
         publish_s=weights / device_gb,
@@ -166,7 +169,7 @@ def costs(
             "checkpoints": config.trainer.keep_checkpoints * architecture.n_parameters * (width + 12),
             "exports": 2 * weights,
             "drafts": drafts * _DRAFT_ON_DISK_BYTES,
-            "rollouts": round(rl.steps * critiques * (prompt + response) * _ROLLOUT_TOKEN_BYTES),
+            "rollouts": round(rl.steps * step.critiques * (prompt + response) * _ROLLOUT_TOKEN_BYTES),
         },
         gpus=_gpus(config, ranks),
         tokens_in=tokens_in,
@@ -195,7 +198,7 @@ def critic_benchmarks(config: Config, sizes: Mapping[str, tuple[int, int] | None
         )
 
 
-def _generated_s(config: Config, rates: Rates, requests: int, tokens: int) -> float | None:
+def _generated_s(config: Config, rates: Rates, requests: float, tokens: int) -> float | None:
     """Seconds that the generator takes for so many completions of so many tokens at most."""
     if config.generator_is_url:
         per_min = config.endpoint.requests_per_min
@@ -206,14 +209,14 @@ def _generated_s(config: Config, rates: Rates, requests: int, tokens: int) -> fl
     return requests * tokens / (rates.rollout_tokens_per_s.value * max(1, config.rollout.generator_elements))
 
 
-def _endpoint_tokens(config: Config, critiques: int, drafts: int) -> tuple[int, int]:
-    """Tokens to and from a commercial generator: drafts, and a revision of each critique."""
+def _endpoint_tokens(config: Config, revisions: float, drafts: int) -> tuple[int, int]:
+    """Tokens to and from a commercial generator: drafts, and the revisions, so many a step."""
     if not config.generator_is_url:
         return 0, 0
     rl, prompt = config.rl, config.plan.prompt_tokens
-    revisions = rl.steps * critiques
-    sent = drafts * prompt + revisions * (prompt + rl.max_tokens)
-    return sent, drafts * config.sample.max_tokens + revisions * rl.max_revision_tokens
+    revised = round(rl.steps * revisions)
+    sent = drafts * prompt + revised * (prompt + rl.max_tokens)
+    return sent, drafts * config.sample.max_tokens + revised * rl.max_revision_tokens
 
 
 def _served(config: Config, architecture: Architecture) -> dict[str, Architecture]:

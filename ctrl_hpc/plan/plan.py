@@ -18,6 +18,7 @@ from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.plan.costs import Costs, costs
 from ctrl_hpc.plan.memory import FP32, Memory, Workload, estimate
 from ctrl_hpc.plan.rates import rates, runs_per_s
+from ctrl_hpc.plan.work import critique_tokens, sharing, work
 
 GIB = 1 << 30
 _RESERVE = {"cuda": 4.0, "cpu": 1.0}
@@ -128,23 +129,20 @@ def plan(config: Config) -> Plan:
     architectures.check_layout(architecture, config.parallel)
     data_size = ranks // (config.parallel.tensor * config.parallel.pipeline)
     rl = config.rl
-    length = config.plan.prompt_tokens + rl.max_tokens + config.critic.thought_room
-    work = _workload(config, device, data_size)
+    length = config.plan.prompt_tokens + critique_tokens(config)
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks
-    critiques = rl.prompts_per_step * rl.group_size * rl.turns  # at most: an episode may end before its last turn
-    # Forward and backward are 6 parts; the old policy's log-probs of all but the first minibatch, and the reference's,
-    # are a forward pass each; a value network does all of that again.
-    passes = 6 + 2 * (1 - 1 / rl.minibatches) + (2 if rl.kl_coef else 0) + (8 if rl.estimator == "gae" else 0)
-    rl_update_s = passes / 6 * training_flops(architecture, critiques * length, length) / flops
+    step = work(config, data_size)
+    rl_update_s = step.passes / 3 * training_flops(architecture, step.tokens, step.attended) / flops
     sft_length = min(config.sft.max_length, length)
     sft_tokens = config.sft.batch_size * sft_length
-    sft_step_s = training_flops(architecture, sft_tokens, sft_length) / flops
+    sft_step_s = training_flops(architecture, sft_tokens, sft_tokens * sft_length / 2) / flops
     whole = costs(
         config,
         architecture,
         ranks=ranks,
         width=2 if device == "cuda" else FP32,
+        step=step,
         update_s=rl_update_s,
         sft_step_s=sft_step_s,
         rates=found,
@@ -156,26 +154,24 @@ def plan(config: Config) -> Plan:
         tensor=config.parallel.tensor,
         data_size=data_size,
         device=device,
-        stages=estimate(architecture, config.parallel, work),
+        stages=estimate(architecture, config.parallel, _workload(config, device, data_size)),
         available_gb=_available_gb(config, device),
         sft_step_s=sft_step_s,
         sft_tokens_per_s=sft_tokens / sft_step_s,
         rl_update_s=rl_update_s,
         rl_rollout_s=whole.sample_s,
-        rl_tokens_per_s=critiques * length / rl_update_s,
+        rl_tokens_per_s=step.tokens / rl_update_s,
         max_staleness=rl.max_staleness,
-        executor_workers=max(1, math.ceil(critiques / (rl_update_s * runs_per_s(config.plan, found)))),
+        executor_workers=max(1, math.ceil(step.revisions / (rl_update_s * runs_per_s(config.plan, found)))),
         costs=whole,
         jobs=tuple(_jobs(config, ranks)),
     )
 
 
-def _response_share(config: Config) -> float:
+def _response_share(config: Config, data_size: int) -> float:
     """Share of a full micro-batch's tokens that are critiques': those of a draft may share their prompt."""
-    prompt, critique = config.plan.prompt_tokens, config.rl.max_tokens + config.critic.thought_room
-    room = (config.trainer.micro_batch_tokens - prompt) // critique
-    together = max(1, min(config.rl.group_size, room)) if config.trainer.shared_prefix else 1
-    return together * critique / (prompt + together * critique)
+    critiques = sharing(config, data_size) * critique_tokens(config)
+    return critiques / (config.plan.prompt_tokens + critiques)
 
 
 def _workload(config: Config, device: str, data_size: int) -> Workload:
@@ -184,7 +180,7 @@ def _workload(config: Config, device: str, data_size: int) -> Workload:
     return Workload(
         data_size=data_size,
         tokens=tokens,
-        response_tokens=round(tokens * _response_share(config)),
+        response_tokens=round(tokens * _response_share(config, data_size)),
         on_gpu=device == "cuda",
         reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
         value_network=rl.estimator == "gae",
@@ -202,12 +198,15 @@ def _architecture(model: str) -> tuple[Architecture, str]:
         raise ValueError(f"critic.model: {error}") from None
 
 
-def training_flops(architecture: Architecture, tokens: int, length: int) -> float:
-    """6 operations a parameter and token, and causal attention's (forward 2 T^2 H D, backward twice that)."""
+def training_flops(architecture: Architecture, tokens: int, attended: float) -> float:
+    """Forward and backward: 6 operations a parameter and token, 12 H D a layer and position that a token attends to.
+
+    ``attended``: the sum of those positions over the tokens; T tokens of a causal sequence attend to T^2 / 2.
+    """
     embedding = architecture.vocab_size * architecture.hidden_size
     active = architecture.n_parameters - (0 if architecture.tied else embedding)
-    attention = 6 * architecture.n_layers * length * architecture.n_heads * architecture.head_dim
-    return float(tokens) * (6 * active + attention)
+    attention = 12 * architecture.n_layers * architecture.n_heads * architecture.head_dim
+    return 6.0 * tokens * active + attention * attended
 
 
 def trainer_device(config: Config) -> str:

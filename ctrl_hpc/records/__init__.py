@@ -576,11 +576,18 @@ class Continuing(Protocol):
     """A generator that can go on with a completion after a text of ours."""
 
     def extend(
-        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+        self,
+        chats: Sequence[Chat],
+        begun: Sequence[Generation],
+        text: str,
+        sampling: Sequence[Sampling],
+        choices: Sequence[str] = (),
     ) -> list[Generation]:
         """Each completion, ``text``, and what follows that, as one; the tokens of ``text`` are ``forced``.
 
-        ``sampling.max_tokens`` is for the text and what follows it, where the text's tokens are known.
+        ``sampling.max_tokens`` is for the text and what follows it, where the text's tokens are known. With ``choices``
+        one of these follows, drawn among them alone, and ends the completion; where tokens are not known the model goes
+        on as it likes.
         """
         ...
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ctrl_hpc.records import Chat, Critique, Generation, Sampling
-from ctrl_hpc.rollout.chat import chat_ids, inside_ids, room_after
+from ctrl_hpc.rollout.chat import chat_ids, room_after
+from ctrl_hpc.rollout.choices import Choices
 from ctrl_hpc.rollout.confidence import judgement_probability
 from ctrl_hpc.rollout.thinking import (
     CLOSED_BY_FORCE,
@@ -113,24 +114,34 @@ class RolloutClient:
         return [flat[i * sampling.n : (i + 1) * sampling.n] for i in range(len(chats))]
 
     def extend(
-        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+        self,
+        chats: Sequence[Chat],
+        begun: Sequence[Generation],
+        text: str,
+        sampling: Sequence[Sampling],
+        choices: Sequence[str] = (),
     ) -> list[Generation]:
         """Each completion, ``text``, and what follows, as one: the tokens so far are kept, but for an end of turn.
 
-        One completion each, by its sampling's own seed. Errors as :meth:`complete`, and ValueError for a text that
-        leaves no token.
+        One completion each, by its sampling's own seed. Of ``choices`` one is drawn, by the token that decides, whose
+        log-prob is among them; where it is cut by ``top_p`` and the like, too. Errors as :meth:`complete`, and
+        ValueError for a text that leaves no token.
         """
         with self._tokenizing:
-            forced = tuple(inside_ids(self._tokenizer, text))
+            follow = Choices.of(self._tokenizer, text, choices)
             special = frozenset(self._tokenizer.all_special_ids)
-        room = room_after(text, len(forced), [how.max_tokens for how in sampling])
+        room = room_after(text, follow.n_tokens, [how.max_tokens for how in sampling])
         open_ended = [_without_end(item, special) for item in begun]
+        only = {"logit_bias": {str(token): bias for token, bias in follow.biases}, "max_new_tokens": 1}
         requests = [
-            ([*item.prompt_ids, *item.token_ids, *forced], _parameters(replace(how, max_tokens=left), how.seed))
+            (
+                [*item.prompt_ids, *item.token_ids, *follow.forced],
+                _parameters(replace(how, max_tokens=left), how.seed) | (only if choices else {}),
+            )
             for item, how, left in zip(open_ended, sampling, room, strict=True)
         ]
-        answers = self._answers(requests)
-        return [_joined(item, text, forced, rest) for item, rest in zip(open_ended, answers, strict=True)]
+        answers = [follow.whole(rest) for rest in self._answers(requests)]
+        return [_joined(item, text, follow.forced, rest) for item, rest in zip(open_ended, answers, strict=True)]
 
     def probability(self, found: Critique, prefix: str) -> float | None:
         """As :class:`ctrl_hpc.records.Confident` says, by the verdict's own token: servers tell of no others."""

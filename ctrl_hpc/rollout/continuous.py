@@ -10,6 +10,7 @@ import torch
 
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Follower, check_prompts
+from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights
 from ctrl_hpc.seeds import derive_seed
@@ -52,10 +53,13 @@ class ContinuousEngine:
             for item, prompt in zip(map(Decoding.of, sampling), prompts, strict=True)
         ]
         groups: dict[Decoding, list[int]] = {}
+        out: dict[int, Completion] = {}
         for row, decoding in enumerate(decodings):
+            if _is_one_biased(decoding):
+                out[row] = self._one_biased(prompts[row], decoding)
+                continue
             _check_known(decoding)
             groups.setdefault(replace(decoding, seed=None, n=1, first=0, prompt_logprobs=False), []).append(row)
-        out: dict[int, Completion] = {}
         for alike, rows in groups.items():
             seeds = [item.seed for row in rows if (item := sampling[row]).seed is not None]
             seed = derive_seed(0, *seeds) if seeds else None
@@ -66,6 +70,29 @@ class ContinuousEngine:
             if score is not None:
                 out[row] = replace(out[row], prompt_logprobs=score[0])
         return [out[row] if followers is None else _followed(out[row], followers[row]) for row in range(len(prompts))]
+
+    def _one_biased(self, prompt: Sequence[int], decoding: Decoding) -> Completion:
+        """One token by biased logits, which the scheduler does not know, by a forward pass of its own."""
+        device, stop_ids = next(self.model.parameters()).device, decoding.stop_ids(self.stop_ids)
+        with torch.inference_mode():
+            hidden_1D = self.model.base_model(
+                input_ids=torch.tensor([list(prompt)], device=device), use_cache=False
+            ).last_hidden_state[:, -1]
+            logits_1V = self.model.get_output_embeddings()(hidden_1D)
+            logits_1V = Adjustments([decoding], [prompt], [stop_ids], self.vocabulary, device).apply(logits_1V, 0)
+            token_1, logprob_1, _ = Sampler([decoding], 1, device).draw(logits_1V, 0)
+        if not torch.isfinite(logprob_1).all():
+            raise RuntimeError(f"the logits are not finite: bad weights? (version {self.version})")
+        token = int(token_1)
+        return Completion(
+            text="",
+            prompt_ids=tuple(prompt),
+            token_ids=(token,),
+            logprobs=(float(logprob_1),),
+            finish_reason="stop" if token in stop_ids else "length",
+            version=self.version,
+            matched=token if token in stop_ids else None,
+        )
 
     def _decode(self, prompts: list[list[int]], decoding: Decoding, seed: int | None) -> list[Completion]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -102,6 +129,11 @@ class ContinuousEngine:
             version=self.version,
             matched=tokens[-1] if stopped else None,
         )
+
+
+def _is_one_biased(decoding: Decoding) -> bool:
+    """Whether a single token is asked for, and nothing that needs others: how one of several words is chosen."""
+    return decoding.max_tokens == 1 and bool(decoding.logit_bias) and decoding.top_logprobs == 0
 
 
 def _check_known(decoding: Decoding) -> None:

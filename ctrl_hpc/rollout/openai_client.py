@@ -100,11 +100,17 @@ class OpenAIGenerator:
         return self._thread.run(self._every(bodies))
 
     def extend(
-        self, chats: Sequence[Chat], begun: Sequence[Generation], text: str, sampling: Sequence[Sampling]
+        self,
+        chats: Sequence[Chat],
+        begun: Sequence[Generation],
+        text: str,
+        sampling: Sequence[Sampling],
+        choices: Sequence[str] = (),
     ) -> list[Generation]:
         """Each completion, ``text``, and what follows, as one; for endpoints that continue a message (vLLM, SGLang).
 
-        One completion each, by its sampling's own seed. Errors as :meth:`complete`.
+        One completion each, by its sampling's own seed; ``choices`` are left to the model, whose tokens are not known.
+        Errors as :meth:`complete`.
         """
         longer = [_with_answer(chat, item.text + text) for chat, item in zip(chats, begun, strict=True)]
         bodies = [self._body(how.seed, chat, replace(how, n=1)) for chat, how in zip(longer, sampling, strict=True)]

@@ -202,34 +202,53 @@ class Adjustments:
         def column(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
+        self._penalises = any(
+            (item.repetition_penalty, item.frequency_penalty, item.presence_penalty) != (1.0, 0.0, 0.0)
+            for item in decodings
+        )
+        self._delays = any(item.min_tokens > 0 for item in decodings)
+        counted, stops = vocabulary if self._penalises else 0, vocabulary if self._delays else 0
         self._repetition_R1 = column([item.repetition_penalty for item in decodings])
         self._frequency_R1 = column([item.frequency_penalty for item in decodings])
         self._presence_R1 = column([item.presence_penalty for item in decodings])
         self._min_tokens_R1 = column([float(item.min_tokens) for item in decodings])
-        self._in_prompt_RV = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
-        self._bias_RV = torch.zeros(rows, vocabulary, device=device)
-        self._stops_RV = torch.zeros(rows, vocabulary, dtype=torch.bool, device=device)
-        self._counts_RV = torch.zeros(rows, vocabulary, device=device)
+        # No table of the whole vocabulary for what no row asks: with a large one it is as large as the logits.
+        self._in_prompt_RV = torch.zeros(rows, counted, dtype=torch.bool, device=device)
+        self._stops_RV = torch.zeros(rows, stops, dtype=torch.bool, device=device)
+        self._counts_RV = torch.zeros(rows, counted, device=device)
+        most = max(len(item.logit_bias) for item in decodings)
+        self._biased_RK = torch.zeros(rows, most, dtype=torch.long, device=device)
+        self._bias_RK = torch.zeros(rows, most, device=device)
         for row, item in enumerate(decodings):
-            self._in_prompt_RV[row, list(prompts[row])] = True
-            self._stops_RV[row, sorted(stop_ids[row])] = True
-            for token, bias in item.logit_bias:
-                self._bias_RV[row, token] += bias
+            if self._penalises:
+                self._in_prompt_RV[row, list(prompts[row])] = True
+            if self._delays:
+                self._stops_RV[row, sorted(stop_ids[row])] = True
+            for place, (token, bias) in enumerate(item.logit_bias):
+                self._biased_RK[row, place], self._bias_RK[row, place] = token, bias
 
     def apply(self, logits_RV: torch.Tensor, step: int) -> torch.Tensor:
         """The logits that are drawn from, in float32."""
-        logits_RV = logits_RV.float()
+        logits_RV = self._penalised(logits_RV.float()) if self._penalises else logits_RV.float()
+        if self._bias_RK.shape[1]:
+            logits_RV = logits_RV.scatter_add(1, self._biased_RK, self._bias_RK)
+        if self._delays:
+            logits_RV = logits_RV.masked_fill(self._stops_RV & (step < self._min_tokens_R1), -torch.inf)
+        return logits_RV
+
+    def _penalised(self, logits_RV: torch.Tensor) -> torch.Tensor:
         drawn_RV = self._counts_RV > 0
         penalised_RV = torch.where(logits_RV > 0, logits_RV / self._repetition_R1, logits_RV * self._repetition_R1)
         logits_RV = torch.where(self._in_prompt_RV | drawn_RV, penalised_RV, logits_RV)
-        logits_RV = logits_RV - self._frequency_R1 * self._counts_RV - self._presence_R1 * drawn_RV + self._bias_RV
-        return logits_RV.masked_fill_(self._stops_RV & (step < self._min_tokens_R1), -torch.inf)
+        return logits_RV - self._frequency_R1 * self._counts_RV - self._presence_R1 * drawn_RV
 
     def note(self, token_R: torch.Tensor) -> None:
         """Count what was drawn."""
-        self._counts_RV[torch.arange(len(token_R), device=token_R.device), token_R] += 1.0
+        if self._penalises:
+            self._counts_RV[torch.arange(len(token_R), device=token_R.device), token_R] += 1.0
 
     def keep(self, rows_K: torch.Tensor) -> None:
         """Forget all rows but these."""
-        for name, tensor in vars(self).items():
-            setattr(self, name, tensor[rows_K])
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value[rows_K])

@@ -21,7 +21,7 @@ from ctrl_hpc.service import http
 
 _SEEDS = 1 << 63
 _SAMPLING = {
-    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+    **{name: name for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")},
     "max_new_tokens": "max_tokens",
     "sampling_seed": "seed",
 }

@@ -172,7 +172,7 @@ def _workload(options: Options, batch: Batch, on_gpu: bool) -> Workload:
 
 def _rates(policy: Policy, batch: Batch, options: Options, on_gpu: bool) -> dict[str, Any]:
     tokens = int((batch.lengths_S - 1).sum())
-    flops = training_flops(policy.architecture, tokens, min(LENGTH, options.tokens))
+    flops = training_flops(policy.architecture, tokens, tokens * min(LENGTH, options.tokens) / 2)
     peak = options.peak_tflops or (989.0 if on_gpu else None)
     old_SR = policy.logprobs(batch)
     advantages_SR = torch.ones_like(old_SR) * batch.mask_SR

@@ -26,6 +26,7 @@ from ctrl_hpc.config import (
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.plan.memory import Workload, estimate, parameters_of_rank
 from ctrl_hpc.plan.plan import count, plan
+from ctrl_hpc.plan.work import work
 from ctrl_hpc.records import Limits
 
 GIB = 1 << 30
@@ -122,12 +123,70 @@ def test_stages_of_a_pipeline_share_the_parameters() -> None:
     assert sum("pipeline stage" in line for line in lines) == 4
 
 
+ACTIVE = 8030261248 - 128256 * 4096
+"""Of Llama-3.1-8B: the embedding multiplies nothing."""
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "nodes", "prompts"),
+    [
+        (8192, 1, 64),  # 256 + 8 * 768 = 6400: all of a draft's critiques behind one prompt
+        (4096, 1, 128),  # 256 + 5 * 768 = 4096: five, and three behind another
+        (8192, 128, 128),  # a rank has four critiques of the 512
+        (1024, 1, 512),
+    ],
+)
+def test_critiques_of_a_draft_share_its_prompt(micro_batch: int, nodes: int, prompts: int) -> None:
+    given = replace(H200, trainer_tflops=400.0, prompt_tokens=256)
+    rl = RLConfig(prompts_per_step=64, group_size=8, max_tokens=768, minibatches=1, kl_coef=0.0)
+    trainer = TrainerConfig(device="cuda", micro_batch_tokens=micro_batch, nodes=nodes)
+    found = plan(config_of("Llama-3.1-8B", rl=rl, plan=given, trainer=trainer))
+    tokens = prompts * 256 + 512 * 768
+    attended = prompts * 256 * 128 + 512 * 768 * (256 + 384)
+    seconds = (6 * ACTIVE * tokens + 12 * 32 * 4096 * attended) / (400e12 * nodes)
+    assert found.rl_update_s == pytest.approx(seconds, rel=1e-6)
+    assert found.rl_tokens_per_s == pytest.approx(tokens / seconds, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        (RLConfig(minibatches=4, kl_coef=0.0), 3 + 3 / 4),
+        (RLConfig(minibatches=4, kl_coef=0.0, loss="clip_cov"), 3 + 1),  # chooses tokens before its first update, too
+        (RLConfig(minibatches=1, kl_coef=0.1, loss="kl_cov"), 3 + 1 + 1),
+        (RLConfig(minibatches=1, kl_coef=0.1), 3 + 1),
+        (RLConfig(minibatches=1, kl_coef=0.0, estimator="gae"), 3 + 1 + 3),
+    ],
+)
+def test_passes_of_a_step(options: RLConfig, passes: float) -> None:
+    assert work(config_of("Qwen3-4B", rl=options), 1).passes == pytest.approx(passes)
+
+
+def test_critiques_that_earn_by_their_judgement_alone_are_not_revised() -> None:
+    """Half of 15 drafts are 8, as rounded; from the second of two steps on none."""
+    given = replace(H200, rollout_tokens_per_s=100.0, executor_runs_per_s=2.0)
+    rl = RLConfig(prompts_per_step=15, group_size=4, steps=2, max_tokens=100, max_revision_tokens=200)
+    half, fading = replace(rl, verdict_only_share=0.5), replace(rl, verdict_only_share="0.5@0,0@1")
+    all_of_them, found, faded = (
+        plan(config_of("Qwen3-4B", rl=options, plan=given, generator="Qwen3-4B")).costs
+        for options in (rl, half, fading)
+    )
+    jails = ExecutorConfig().elements * ExecutorConfig().workers
+    assert all_of_them.revise_s == pytest.approx(60 * 200 / 100.0)
+    assert found.revise_s == pytest.approx(28 * 200 / 100.0)
+    assert faded.revise_s == pytest.approx((28 + 60) / 2 * 200 / 100.0)
+    assert found.execute_s == pytest.approx(28 / 2.0 / jails)
+    assert found.sample_s == all_of_them.sample_s == pytest.approx(60 * 100 / 100.0)
+    assert found.disk_bytes == all_of_them.disk_bytes
+
+
 def test_times_follow_from_the_given_rates() -> None:
     given = replace(H200, trainer_tflops=400.0, rollout_tokens_per_s=1000.0, prompt_tokens=256, executor_runs_per_s=2.0)
     rl = RLConfig(prompts_per_step=64, group_size=8, max_tokens=768, minibatches=1, kl_coef=0.0)
-    found = plan(config_of("Llama-3.1-8B", rl=rl, plan=given))
+    alone = TrainerConfig(device="cuda", micro_batch_tokens=4096, shared_prefix=False)
+    found = plan(config_of("Llama-3.1-8B", rl=rl, plan=given, trainer=alone))
     tokens, length = 64 * 8 * 1024, 1024
-    active = 8030261248 - 128256 * 4096  # the embedding multiplies nothing
+    active = ACTIVE
     seconds = tokens * (6 * active + 6 * 32 * length * 4096) / 400e12
     assert found.rl_update_s == pytest.approx(seconds, rel=1e-6)
     assert found.rl_tokens_per_s == pytest.approx(tokens / seconds, rel=1e-6)
@@ -135,7 +194,7 @@ def test_times_follow_from_the_given_rates() -> None:
     assert found.executor_workers == -(-64 * 8 // (2.0 * seconds))
     sampling = 64 * 8 * 768 / 1000.0
     assert found.overlap() == f"rl.max_staleness=0: one after the other, {seconds + sampling:.1f} s"
-    ahead = plan(config_of("Llama-3.1-8B", rl=replace(rl, max_staleness=2), plan=given)).overlap()
+    ahead = plan(config_of("Llama-3.1-8B", rl=replace(rl, max_staleness=2), plan=given, trainer=alone)).overlap()
     assert ahead == f"rl.max_staleness=2: beside each other, {sampling:.1f} s; weights on disk: 4 versions at most"
 
 

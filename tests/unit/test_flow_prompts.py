@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.flow.feedback import Hint
-from ctrl_hpc.flow.prompts import Prompts, packaged
+from ctrl_hpc.flow.prompts import Prompts, closing, judgements, packaged
 from ctrl_hpc.flow.text import parse_judgement
 from ctrl_hpc.records import Problem, Solution
 from ctrl_hpc.rollout.chat import chat_ids
@@ -25,6 +25,33 @@ def folder(tmp_path):
     (tmp_path / "critique_hinted.j2").write_text("H {{ program }} | {{ hint }}")
     (tmp_path / "revision.j2").write_text("R {{ critique }}")
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    "critique",
+    [
+        "It adds.",
+        "It adds:\n```python\nprint(1)",
+        "It adds:\n~~~~\nx = 1\n",
+        "It adds:\n```python\nprint(1)\n```\nso it is",
+        "> It adds:\n> ```\n> print(1)",
+        "<think>\n```\n</think>It adds:\n    ```\n    x = 1",
+    ],
+)
+def test_a_judgement_after_the_closing_words_is_outside_all_code(critique):
+    for word in judgements("Overall judgment:"):
+        closed = critique + closing("Overall judgment:", critique) + word
+        assert parse_judgement(closed) == word.strip().lower()
+
+
+def test_closing_words():
+    assert closing("Overall judgment:") == closing("Overall judgment:", "No.") == "\n\nOverall judgment:"
+    assert closing("So:", "See:\n```c\nint x") == "\n```\n\nSo:"
+    assert closing("So:", "See:\n`````c\nint x") == "\n\nSo:"  # no room for a fence of any length
+    assert judgements("Overall judgment:") == (" Correct", " Incorrect")
+    assert judgements("All in all, as one line.\nOverall judgment: ") == ("Correct", "Incorrect")
+    assert judgements("Say what you think of it in the form asked for.") == ()
+    assert judgements("So") == ()
 
 
 def turns(chat):

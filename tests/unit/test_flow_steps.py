@@ -128,6 +128,35 @@ def test_identical_greedy_chats_are_asked_once_but_samples_each():
     assert [item.program for item in sampled] == ["x = 0", "x = 1", "x = 2", "x = 3"]
 
 
+class Terse(Script):
+    """A critic that never judges of itself."""
+
+    def __init__(self, *texts):
+        super().__init__()
+        self.texts, self.closed = texts, []
+
+    def complete(self, chats, sampling):
+        return [[Generation(text=text)] for text in self.texts]
+
+    def extend(self, chats, begun, text, sampling, choices=()):
+        self.closed.append((text, list(chats), tuple(choices)))
+        return [replace(item, text=item.text + text + choices[1]) for item in begun]
+
+
+def test_critiques_without_a_judgement_get_one_of_both_outside_of_their_code():
+    prompts = Prompts.load("default", critique_close="Overall judgment:")
+    drafts = [solution(P, k) for k in range(3)]
+    critic = Terse("It adds.", "It has:\n```python\nx", "Overall judgment: Correct")
+    found = critique([(P, item) for item in drafts], critic, prompts, Sampling())
+    assert [item.judgement for item in found] == ["incorrect", "incorrect", "correct"]
+    assert found[1].text == "It has:\n```python\nx\n```\n\nOverall judgment: Incorrect"
+    words = (" Correct", " Incorrect")
+    assert critic.closed == [
+        ("\n\nOverall judgment:", [prompts.critique(P, drafts[0])], words),
+        ("\n```\n\nOverall judgment:", [prompts.critique(P, drafts[1])], words),
+    ]
+
+
 def test_nothing_is_asked_when_all_drafts_are_kept():
     first, generator = solution(P, 0), Script()
     revise([(P, first, said(first, "correct"))], generator, PROMPTS, GREEDY)

@@ -30,7 +30,9 @@ from ctrl_hpc.records import (
     Solution,
     Verdict,
 )
+from ctrl_hpc.rollout.choices import Choices
 from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.decoding import Decoding
 from ctrl_hpc.rollout.engine import load_engine
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
 from ctrl_hpc.service import fleet
@@ -87,7 +89,7 @@ def test_answers_do_not_depend_on_the_servers(urls: list[str], tokenizer: Any) -
 
 
 def test_critiques_are_begun_and_closed(urls: list[str], folder: str, tokenizer: Any) -> None:
-    """By ids: what was sampled stays, what is put there is marked, what follows is drawn given all before it."""
+    """By ids: what was sampled stays, what is put there is marked, one of two words follows, drawn among them."""
     client = RolloutClient(lambda: urls, tokenizer)
     plain = Prompts.load("default")
     templates = {**plain.templates, "critique": Template("{{ problem.prompt }}")}
@@ -97,7 +99,9 @@ def test_critiques_are_begun_and_closed(urls: list[str], folder: str, tokenizer:
     draft = Solution(id="p/0", problem_id="p", text="print(1)", program="print(1)")
     sampling = Sampling(temperature=1.0, max_tokens=48, n=3, seed=5)
     engine: Any = load_engine(folder, device="cpu")
-    forced = tuple(tokenizer("\n\nOverall judgment:")["input_ids"])
+    right, wrong = (tuple(tokenizer(word)["input_ids"]) for word in (" Correct", " Incorrect"))
+    assert right[0] == wrong[0] and right[1] != wrong[1]  # both begin with a blank, which is put there, too
+    forced = (*tokenizer("\n\nOverall judgment:")["input_ids"], right[0])
     begin = replace(prompts, critique_close="")
     begun = critique([(problem, draft)], client, begin, replace(sampling, max_tokens=48 - CLOSE_ROOM))
     closed = critique([(problem, draft)], client, prompts, sampling)
@@ -108,15 +112,19 @@ def test_critiques_are_begun_and_closed(urls: list[str], folder: str, tokenizer:
         assert made.prompt_ids == tuple(tokenizer(opened).input_ids)
         assert made.token_ids[:start] == tuple(t for t in own.token_ids if t not in tokenizer.all_special_ids)
         assert made.token_ids[start:end] == forced and made.logprobs[start:end] == (0.0,) * len(forced)
-        assert start < len(made.token_ids) and end < len(made.token_ids) <= sampling.max_tokens
-        assert item.text.startswith(first.text) and first.text.startswith("Analysis:")
-        assert "\n\nOverall judgment:" in item.text
+        assert made.token_ids[end:] == (right if item.judgement == "correct" else wrong)[1:]
+        assert made.finish_reason == "stop" and len(made.token_ids) <= sampling.max_tokens
+        assert first.text.startswith("Analysis:") and item.judgement is not None
+        assert item.text == f"{first.text}\n\nOverall judgment: {item.judgement.capitalize()}"
         ids = torch.tensor([made.prompt_ids + made.token_ids])
         with torch.no_grad():
             logprobs = torch.log_softmax(engine.model(ids).logits[0, len(made.prompt_ids) - 1 : -1], -1)
         found = logprobs.gather(1, torch.tensor(made.token_ids)[:, None])[:, 0]
+        assert torch.allclose(found[:start], torch.tensor(made.logprobs)[:start], atol=1e-4)
+        either = torch.logsumexp(logprobs[end, [right[1], wrong[1]]], 0)
+        assert made.logprobs[end] == pytest.approx(float(found[end] - either), abs=1e-4)
+        assert made.logprobs[end + 1 :] == (0.0,) * (len(made.token_ids) - end - 1)
         sampled = [row for row in range(len(made.token_ids)) if not start <= row < end]
-        assert torch.allclose(found[sampled], torch.tensor(made.logprobs)[sampled], atol=1e-4)
         rollout = Experience.of([_rollout(made)], version=0, position=0, metrics={})
         assert rollout.batch.n_tokens == len(sampled)
     again = critique([(problem, draft)], client, prompts, sampling)
@@ -124,6 +132,28 @@ def test_critiques_are_begun_and_closed(urls: list[str], folder: str, tokenizer:
     with pytest.raises(ValueError, match="takes 32 of a critique's 20 tokens"):
         critique([(problem, draft)], client, prompts, replace(sampling, max_tokens=20))
     client.close()
+
+
+def test_words_are_drawn_as_the_model_finds_them_beside_each_other(folder: str, tokenizer: Any) -> None:
+    """Of three words, one of which begins as another does, by the share of its deciding token."""
+    with pytest.raises(ValueError, match="' a', ' ab', ' c': not told apart by the first token that differs"):
+        Choices.of(tokenizer, "is", (" a", " ab", " c"))
+    follow = Choices.of(tokenizer, "is", (" add", " Mul", " 3"))
+    blank = tokenizer(" ")["input_ids"]
+    assert follow.forced == (*tokenizer("is")["input_ids"], *blank)
+    prompt = [5, 9, *follow.forced]
+    engine: Any = load_engine(folder, device="cpu")
+    asked = [Decoding(max_tokens=1, seed=seed, logit_bias=follow.biases) for seed in range(300)]
+    drawn = [item.token_ids[0] for item in engine.generate([prompt] * 300, asked)]
+    with torch.no_grad():
+        shares = torch.softmax(engine.model(torch.tensor([prompt])).logits[0, -1, list(follow.words)].double(), 0)
+    for token, share in zip(follow.words, shares.tolist(), strict=True):
+        assert abs(drawn.count(token) - 300 * share) <= 4 * (300 * share * (1 - share)) ** 0.5
+    decided = follow.whole(Generation(text="?", token_ids=(drawn[0],), logprobs=(-0.5,), finish_reason="length"))
+    assert tokenizer.decode([*blank, *decided.token_ids]) == decided.text
+    assert decided.logprobs == (-0.5,) + (0.0,) * (len(decided.token_ids) - 1) and decided.finish_reason == "stop"
+    other = Generation(text="so", token_ids=(0,), logprobs=(-1.0,))
+    assert follow.whole(other) == other  # of a server that knows no biases
 
 
 def _rollout(generation: Generation) -> Rollout:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout import engine as engines
 from ctrl_hpc.rollout.continuous import ContinuousEngine
-from ctrl_hpc.rollout.decoding import Follower
+from ctrl_hpc.rollout.decoding import Decoding, Follower
 from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
 from ctrl_hpc.seeds import derive_seed
 
@@ -173,6 +173,12 @@ def test_continuous_batching_answers_as_the_padded_engine(folder: str, engine: P
     assert [item.token_ids for item in got] == [item.token_ids for item in expected]
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4)
+    one_of_two = [Decoding(max_tokens=1, seed=seed, logit_bias=((3, 100.0), (7, 100.0))) for seed in (1, 2, 3)]
+    for a, b in zip(
+        continuous.generate(PROMPTS[:3], one_of_two), engine.generate(PROMPTS[:3], one_of_two), strict=True
+    ):
+        assert a.token_ids == b.token_ids and a.token_ids[0] in (3, 7)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     followers = [Follower(), Follower()]
     followers[1].aborted = True  # runs to its end, but is not given as whole
     marked = continuous.generate(PROMPTS[:2], greedy[:2], followers)
