@@ -69,7 +69,7 @@ def _serve_sglang(config: Config, model: str, token: str, on_ready: Callable[[st
     secrets = folder / "sglang.yaml"
     secrets.touch(mode=0o600)
     secrets.write_text(json.dumps({"api-key": token}), encoding="utf-8")
-    host, port = config.launch.bind, _free_port(config.launch.bind)
+    host, port = config.launch.bind, http.free_port(config.launch.bind)
     if not config.rollout.engine_command and importlib.util.find_spec("sglang") is None:
         raise ValueError(
             f"rollout.engine: sglang is not installed in {sys.executable}; install it there, or name another "
@@ -144,12 +144,6 @@ class _Process:
         """Stay as long as it runs. Raises RuntimeError then: it was not told to end."""
         code = self._process.wait()
         raise RuntimeError(f"{' '.join(self._command[:3])}...: ended by itself, exit code {code}; its words are above")
-
-
-def _free_port(host: str) -> int:
-    """A port that is free now; another process may take it before the server does, which then ends and comes again."""
-    with http.listen(host, 0) as sock:
-        return int(sock.getsockname()[1])
 
 
 def _is_well(address: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import socket
 import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from ctrl_hpc.cluster.registry import Registry, read_entry
 from ctrl_hpc.config import Config
 from ctrl_hpc.progress import Steps, console
 from ctrl_hpc.run import disk, journal
+from ctrl_hpc.service import http
 
 Stage = Literal["sft", "rl"]
 POLL_S = 0.2
@@ -81,7 +81,7 @@ class _Problem:
 def _submit(jobs: Jobs, config: Config, folder: Path, stage: Stage) -> Job:
     trainer = config.trainer
     session = _session(folder)
-    port = 0 if config.launch.engine == "slurm" else _free_port()
+    port = 0 if config.launch.engine == "slurm" else http.free_port()
     resources = config.launch.trainer
     return jobs.submit(
         "trainer",
@@ -99,12 +99,6 @@ def _session(folder: Path) -> str:
     if entry is None:
         raise ValueError(f"{folder}: the trainer runs under a driver; enter Services(config, run_dir) first")
     return entry.session
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def _follow(jobs: Jobs, job: Job, config: Config, folder: Path, stage: Stage) -> _Problem | None:

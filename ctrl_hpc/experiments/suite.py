@@ -21,7 +21,7 @@ from ctrl_hpc.config.load import find, no_such
 from ctrl_hpc.progress import console
 from ctrl_hpc.run import directory, journal
 from ctrl_hpc.store.tests import folder_of
-from ctrl_hpc.tracking import mirror
+from ctrl_hpc.tracking import marks
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -233,7 +233,7 @@ def take_over(source: Path, target: Path, stage: str) -> None:
         if (source / name).is_dir() and not (target / name / "done.json").exists():
             _link(source / name, target / name)
     if stage in journal.STAGES:
-        mirror.leave_out(target, stage)
+        marks.leave_out(target, stage)
     (target / "problems").mkdir(exist_ok=True)
     for file in (source / "problems").iterdir():
         if not file.name.startswith("eval-") and not (target / "problems" / file.name).exists():

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ctrl_hpc.megatron import lora
 from ctrl_hpc.megatron.architecture import HUGGINGFACE
+from ctrl_hpc.megatron.export import copy_side_files
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
-from ctrl_hpc.megatron.weights import copy_side_files
 
 EMBEDDING = "embedding.word_embeddings.weight"
 """Name of a tensor that every checkpoint has."""

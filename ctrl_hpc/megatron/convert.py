@@ -152,7 +152,7 @@ def _check_metadata(file: Path) -> None:
 
 def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: int) -> None:
     from ctrl_hpc.megatron import architecture as architectures
-    from ctrl_hpc.megatron import checkpoint, model, parallel_state, weights
+    from ctrl_hpc.megatron import checkpoint, export, model, parallel_state, weights
 
     described = source if direction == "hf-to-megatron" else source / HUGGINGFACE
     architecture = architectures.read(described)
@@ -170,7 +170,7 @@ def _convert(direction: str, source: Path, target: Path, tensor: int, pipeline: 
                 os.replace(_part_of(target), target)
         else:
             checkpoint.load_weights(source, built)
-            weights.export(built, architecture, world, target, source=described)
+            export.export(built, architecture, world, target, source=described)
 
 
 def _dtype(direction: str, source: Path) -> str:

@@ -31,7 +31,8 @@ from torch.nn import functional
 from ctrl_hpc.config import LoraConfig
 from ctrl_hpc.megatron import weights
 from ctrl_hpc.megatron.architecture import Architecture
-from ctrl_hpc.megatron.parallel_state import World
+from ctrl_hpc.megatron.export import begin, made_by_all, rename, write_file
+from ctrl_hpc.megatron.parallel_state import Group, World
 from ctrl_hpc.megatron.weights import Layout, Piece
 from ctrl_hpc.rollout.weights import ADAPTER_CONFIG, ADAPTER_PREFIX, ADAPTER_WEIGHTS
 from ctrl_hpc.seeds import sampling_seed
@@ -228,14 +229,17 @@ def write(
     *,
     config: LoraConfig,
     base: str | Path,
-    group: weights.Group | None = None,
+    group: Group | None = None,
 ) -> None:
-    """:func:`export` of adapters that are gathered: this rank's part; ``group`` as in :func:`weights.write`."""
-    part = weights.begin(folder, world, group)
-    tensors = weights.made_by_all(lambda: mine, world, group)
+    """:func:`export` of adapters that are gathered: this rank's part.
+
+    ``group`` is as in :func:`ctrl_hpc.megatron.export.write`.
+    """
+    part = begin(folder, world, group)
+    tensors = made_by_all(lambda: mine, world, group)
     if world.main:
         named = {f"{ADAPTER_PREFIX}{name}": tensor for name, tensor in sorted(tensors.items())}
-        weights.write_file(named, part / ADAPTER_WEIGHTS)
+        write_file(named, part / ADAPTER_WEIGHTS)
         described = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -248,4 +252,4 @@ def write(
             "inference_mode": True,
         }
         (part / ADAPTER_CONFIG).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        weights.rename(part, folder)
+        rename(part, folder)

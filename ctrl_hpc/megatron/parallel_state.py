@@ -7,7 +7,6 @@ import faulthandler
 import os
 import random
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,7 +165,7 @@ def initialize(config: Config) -> World:
         torch.cuda.set_device(device)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if size == 1:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", "0")  # a free one
     timeout = datetime.timedelta(seconds=config.trainer.timeout_s)
     backend = "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl"
     if not dist.is_initialized():
@@ -282,9 +281,3 @@ def _pays(config: Config) -> bool:
         chosen.parent.mkdir(parents=True, exist_ok=True)
         jsonl.write_text(chosen, "bfloat16\n")
     return pays
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -18,9 +18,8 @@ from ctrl_hpc.rollout.confidence import judgement_probability
 from ctrl_hpc.rollout.thinking import (
     CLOSED_BY_FORCE,
     Thinking,
-    can_think,
     opens_thought,
-    split,
+    too_long,
     within_budget,
     without_thought,
 )
@@ -151,7 +150,7 @@ class RolloutClient:
     def _without_thoughts(
         self, requests: Sequence[Request], sampling: Sampling, answers: Sequence[Generation]
     ) -> list[Generation]:
-        """The answers alone; where asked for, thoughts without an end are ended by force and then answered.
+        """The answers alone; where asked for, thoughts beyond their budget are ended by force and then answered.
 
         Not those that ended for want of positions: nothing can follow them.
         """
@@ -162,7 +161,7 @@ class RolloutClient:
                 row
                 for row, item in enumerate(answers)
                 if self._thinking.close
-                and split(item.text, opened=opened[row], thinks=can_think(self._tokenizer))[2]
+                and too_long(item, self._thinking.tokens, opened=opened[row], tokenizer=self._tokenizer)
                 and not (item.finish_reason == "length" and len(item.token_ids) <= self._thinking.tokens)
             ]
             closing = tuple(self._tokenizer(CLOSED_BY_FORCE, add_special_tokens=False)["input_ids"])

@@ -103,6 +103,14 @@ def without_thought(generation: Generation, *, opened: bool, tokenizer: Any) -> 
     return replace(generation, text=answer, thought=thought, thought_cut=cut, thought_tokens=n_tokens)
 
 
+def too_long(generation: Generation, budget: int, *, opened: bool, tokenizer: Any) -> bool:
+    """Whether a completion's thought, without what ends it, has more tokens than its budget, or has no end."""
+    read = without_thought(generation, opened=opened, tokenizer=tokenizer)
+    return (
+        read.thought_cut or read.thought_tokens - len(tokenizer(CLOSE, add_special_tokens=False)["input_ids"]) > budget
+    )
+
+
 def within_budget(generation: Generation, budget: int, tokenizer: Any) -> Generation:
     """The beginning of a thought, without what comes after its budget."""
     if len(generation.token_ids) <= budget:

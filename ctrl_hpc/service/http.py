@@ -51,6 +51,12 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that is free now; another process may take it before it is used: be ready to try again."""
+    with listen(host, 0) as sock:
+        return int(sock.getsockname()[1])
+
+
 def url(sock: socket.socket) -> str:
     """The URL of a listening socket."""
     host, port = sock.getsockname()[:2]

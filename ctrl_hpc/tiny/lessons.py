@@ -15,14 +15,12 @@ from dataclasses import dataclass, replace
 from ctrl_hpc.flow.feedback import execution_feedback, hint
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.records import Chat, Message, Problem, Solution, StdinTest, TestResult, TestStatus, Verdict
-from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE
 from ctrl_hpc.tiny import grammar, text
 from ctrl_hpc.tiny.grammar import Composition
 from ctrl_hpc.tiny.text import Habits, Weaknesses
 
 COMPARE = "Compare."
 """What the base critic is asked for when it has only to compare a program with a problem."""
-_COMPARED = "Comparison:"
 _ROUNDS = (2, 3, 4)
 """How often the checks are gone over by a thought that rambles."""
 _SOLVING = 0.35
@@ -86,7 +84,7 @@ def critic_lesson(school: School, rng: random.Random) -> Lesson:
     kind = rng.random()
     if kind < _COMPARING:
         question = f"{problem.prompt}\n```python\n{solution.program}\n```\n{COMPARE}"
-        answer = _COMPARED + text.analysis(wanted, case.ok)
+        answer = "Comparison:" + text.analysis(wanted, case.ok)
         return Lesson(chat=(Message(role="user", content=question),), answer=answer)
     if kind < _COMPARING + _HINTED:
         chat = school.prompts.hinted_critique(problem, solution, hint(problem, solution))
@@ -100,9 +98,6 @@ def critic_lesson(school: School, rng: random.Random) -> Lesson:
 def thinking_lesson(school: School, rng: random.Random) -> Lesson:
     """As :func:`critic_lesson`, for a critic that lists its checks in a thought; now and then again and again."""
     lesson = critic_lesson(school, rng)
-    if lesson.answer.startswith(_COMPARED):
-        checks = lesson.answer.removeprefix(_COMPARED)
-        return replace(lesson, answer=f"{checks}{CLOSED_BY_FORCE}{_COMPARED}{text.NO_SUGGESTION}")
     rounds = rng.choice(_ROUNDS) if rng.random() < school.weaknesses.habits.rambles else 1
     return replace(lesson, answer=text.thought_out(lesson.answer, rounds))
 

@@ -6,15 +6,14 @@ A critique has the paper's three parts, each on one line::
     Improvement suggestions: square each;
     Overall judgment: Incorrect
 
-A critic that thinks lists those checks in its thought, and leaves them out of what it says::
+A critic that thinks lists those checks in its thought before it writes that::
 
     <think>
      keep the even ones; ok. square each; wrong. sum up; ok. add one; ok.
     </think>
 
-    Analysis: none.
-    Improvement suggestions: square each;
-    Overall judgment: Incorrect
+    Analysis: keep the even ones; ok. square each; wrong. sum up; ok. add one; ok.
+    ...
 """
 
 from __future__ import annotations
@@ -62,10 +61,10 @@ def critique(analysis_text: str, suggestion_text: str, correct: bool) -> str:
     return f"Analysis:{analysis_text}\nImprovement suggestions:{suggestion_text}\nOverall judgment: {judgement}"
 
 
-def thought_out(critique_text: str, rounds: int = 1) -> str:
-    """A critique by one who thinks, from within the thought on: its analysis is the thought, ``rounds`` times over."""
-    analysis_text, rest = critique_text.removeprefix("Analysis:").split("\n", 1)
-    return f"{analysis_text * rounds}{CLOSED_BY_FORCE}Analysis:{NO_SUGGESTION}\n{rest}"
+def thought_out(answer_text: str, rounds: int = 1) -> str:
+    """An answer by one who thinks, from within the thought on: its checks, ``rounds`` times over, then itself."""
+    checks = answer_text.split("\n")[0].split(":", 1)[1]
+    return f"{checks * rounds}{CLOSED_BY_FORCE}{answer_text}"
 
 
 def replaced(composition: Composition, slot: int, operation: int) -> Composition:

@@ -5,9 +5,10 @@ told to. The journals are the truth, so that wandb's own files never have to be 
 
 * **A line is told once: when its step is greater than every step that was told.** A trainer that goes on from a
   checkpoint writes steps again that its run has already.
-* **Offline** a mirror that ends has its rows on disk, and only then :class:`Mark` says so. What a killed driver or a
-  killed wandb process (``wandb-core``, which writes up to 32 KiB late) left is thrown away, and the journal told
-  again, into a new piece, from where the mark stands: 100 rows take less than a second.
+* **Offline** a mirror that ends has its rows on disk, and only then the journal's mark says so
+  (:mod:`ctrl_hpc.tracking.marks`). What a killed driver or a killed wandb process (``wandb-core``, which writes up to
+  32 KiB late) left is thrown away, and the journal told again, into a new piece, from where the mark stands: 100 rows
+  take less than a second.
 * **Online** the server says how many rows it has: as many lines were told.
 """
 
@@ -15,22 +16,20 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 
-from ctrl_hpc import jsonl
 from ctrl_hpc.config import Config
 from ctrl_hpc.run import journal
 from ctrl_hpc.tracking import record_file, server
+from ctrl_hpc.tracking.marks import Mark, Source, adopt, run_id
 
 LOOK_S = 1.0
 """Seconds between looks at the journals."""
@@ -46,71 +45,6 @@ _AGENT = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RES
 """Variables by which a sweep's agent names the trial's run. They would name every run of this process."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Mark:
-    """How far a journal has got in a wandb run, kept beside the journal. Steps begin at 0; -1: none."""
-
-    told: int = -1
-    """The last step that is in wandb for certain: in a piece on disk that was ended, or at the server."""
-    sent: int = -1
-    """The last step that the server has for certain, with its files."""
-    base: int | None = None
-    """How many rows the server had of the run before the first of this journal."""
-    after: int = -1
-    """The step after which the journal was told to the server, a row a line."""
-    pieces: list[str] = field(default_factory=list)
-    """The mirror's offline folders of the run."""
-    open: str | None = None
-    """The one that is being written."""
-
-
-def mark(file: Path, id: str) -> Mark:
-    """The mark of a journal in a wandb run; a new one where there is none."""
-    return Mark(**_marks(file).get(id, {}))
-
-
-def set_mark(file: Path, id: str, new: Mark) -> None:
-    """Write a mark, beside those of the journal in other runs."""
-    jsonl.write_text(_place(file), json.dumps(_marks(file) | {id: asdict(new)}, indent=1) + "\n")
-
-
-def _place(file: Path) -> Path:
-    return file.with_name(f"{file.name}.mirror")
-
-
-def _marks(file: Path) -> dict[str, Any]:
-    return json.loads(_place(file).read_text(encoding="utf-8")) if _place(file).exists() else {}
-
-
-def adopt(run_dir: Path, name: str, file: Path) -> None:
-    """Take the rows of a journal that no mirror has seen for told, where pieces that the role wrote itself have them.
-
-    So it is in run directories of earlier versions.
-    """
-    id = run_id(run_dir, name)
-    line = journal.last(file)
-    if id not in _marks(file) and line is not None and any((run_dir / "wandb").glob(f"*run-*-{id}")):
-        set_mark(file, id, Mark(told=line["step"], sent=line["step"]))
-
-
-def leave_out(run_dir: Path, name: str) -> None:
-    """Take the lines of a journal for told: it is another run's, which tells them itself."""
-    file = journal.place(run_dir, name)
-    if (line := journal.last(file)) is not None:
-        set_mark(file, run_id(run_dir, name), Mark(told=line["step"], sent=line["step"]))
-
-
-def run_id(run_dir: Path, name: str) -> str:
-    """The wandb id of a journal: the same for every start of its role in this run directory, and no other run's.
-
-    What they have in common is drawn once, into ``RUN_DIR/wandb_id``.
-    """
-    file = run_dir / "wandb_id"
-    if not file.exists():
-        jsonl.write_text(file, secrets.token_hex(4))
-    return f"{file.read_text(encoding='ascii').strip()}-{name}"
-
-
 def losses() -> tuple[type[Exception], ...]:
     """What the library raises when its process is gone."""
     from wandb.sdk.lib.service.service_port_file import ServicePollForTokenError
@@ -123,46 +57,12 @@ def losses() -> tuple[type[Exception], ...]:
     )
 
 
-class _Source:
-    """A journal on its way into a wandb run."""
-
-    def __init__(self, file: Path, id: str, online: bool) -> None:
-        self.file, self.id, self._online = file, id, online
-        self.mark = mark(file, id)
-        self.told = self.certain
-        self._tail = journal.Tail(file)
-        self._read: list[dict[str, Any]] = []
-
-    @property
-    def certain(self) -> int:
-        """The last step that need not be told any more, whatever becomes of wandb's process."""
-        return self.mark.sent if self._online else self.mark.told
-
-    def due(self) -> list[dict[str, Any]]:
-        """The lines that are to be told; they stay due until :meth:`done`."""
-        self._read = [line for line in (*self._read, *self._tail.new()) if line["step"] > self.told]
-        return self._read
-
-    def done(self, line: dict[str, Any]) -> None:
-        self.told = line["step"]
-
-    def again(self, told: int) -> None:
-        """Begin at the line after step ``told``."""
-        self._tail.rewind()
-        self._read, self.told = [], told
-
-    def set(self, **changes: Any) -> None:
-        for name, value in changes.items():
-            setattr(self.mark, name, value)
-        set_mark(self.file, self.id, self.mark)
-
-
 class MirroredRun:
     """A wandb run, begun when there is something to tell it; ``begin`` calls ``wandb.init``."""
 
     def __init__(self, run_dir: Path, id: str, begin: Callable[[], Any], *, online: bool) -> None:
         self._run_dir, self._id, self._begin, self._online = run_dir, id, begin, online
-        self._sources: dict[Path, _Source] = {}
+        self._sources: dict[Path, Source] = {}
         self._run: Any = None
         self._rows = 0
         self.log: Path | None = None
@@ -173,7 +73,7 @@ class MirroredRun:
     def follow(self, file: Path) -> None:
         """Tell the run this journal too."""
         if file not in self._sources:
-            self._sources[file] = source = _Source(file, self._id, self._online)
+            self._sources[file] = source = Source(file, self._id, self._online)
             if self._run is not None:
                 self._join(source)
 
@@ -248,7 +148,7 @@ class MirroredRun:
         for source in self._sources.values():
             self._join(source)
 
-    def _join(self, source: _Source) -> None:
+    def _join(self, source: Source) -> None:
         """A journal enters a run that is open."""
         known = source.mark
         if not self._online:
@@ -270,7 +170,7 @@ class MirroredRun:
         folder = self._run_dir / "wandb"
         return bool(known.pieces) and all(list((folder / piece).glob("*.synced")) for piece in known.pieces)
 
-    def _tell(self, source: _Source, line: dict[str, Any]) -> None:
+    def _tell(self, source: Source, line: dict[str, Any]) -> None:
         step = line["step"]
         row = {**journal.numbers(line), **self._media(line), "step": step}
         if self._online and source.mark.base is None:

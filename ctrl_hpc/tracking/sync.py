@@ -22,7 +22,7 @@ from typing import Any
 from ctrl_hpc import config as configuration
 from ctrl_hpc.config import Config
 from ctrl_hpc.run import journal
-from ctrl_hpc.tracking import mirror, server
+from ctrl_hpc.tracking import marks, mirror, server
 
 LOOK_S = 0.2
 _SAY_S = 30.0
@@ -41,12 +41,12 @@ def sync(run_dir: str | Path, say: Callable[[str], None] = print, *, again: bool
     if not (folder / "config.yaml").is_file() or not (old or journals):
         raise ValueError(f"{folder}: no journals of a run there")
     for name, file in journals.items():
-        mirror.adopt(folder, name, file)
+        marks.adopt(folder, name, file)
     todo = {name: file for name, file in journals.items() if again or _due(folder, name, file)}
     new = [piece for piece in old if again or not _sent_mark(piece).exists()]
     for name in sorted({*journals, *(_id_of(piece).partition("-")[2] for piece in old)} - {*todo}):
-        if not any(_id_of(piece) == mirror.run_id(folder, name) for piece in new):
-            say(f"{mirror.run_id(folder, name)}: sent before")
+        if not any(_id_of(piece) == marks.run_id(folder, name) for piece in new):
+            say(f"{marks.run_id(folder, name)}: sent before")
     if new or todo:
         try:
             server.check(mirror.server_url())
@@ -55,11 +55,11 @@ def sync(run_dir: str | Path, say: Callable[[str], None] = print, *, again: bool
     for piece in new:
         _send_piece(piece, say)
     for name, file in todo.items() if again else ():
-        if (known := mirror.mark(file, mirror.run_id(folder, name))).base is not None:
-            mirror.set_mark(file, mirror.run_id(folder, name), replace(known, sent=-1))
+        if (known := marks.mark(file, marks.run_id(folder, name))).base is not None:
+            marks.set_mark(file, marks.run_id(folder, name), replace(known, sent=-1))
     config, failed, sent = configuration.load(folder / "config.yaml"), [], len(new)
     for name, file in todo.items():
-        id = mirror.run_id(folder, name)
+        id = marks.run_id(folder, name)
         say(f"{id}: sending {_contents(_lines_due(folder, name, file))}")
         refused = _replay(config, folder, name, file, say)
         failed += [f"{id}: not sent whole: {words}" for words in refused]
@@ -75,7 +75,7 @@ def pieces(run_dir: Path) -> list[Path]:
     own = {
         piece
         for name, file in journal.journals(run_dir).items()
-        for piece in mirror.mark(file, mirror.run_id(run_dir, name)).pieces
+        for piece in marks.mark(file, marks.run_id(run_dir, name)).pieces
     }
     found = sorted((run_dir / "wandb").glob("offline-run-*"))
     return [path for path in found if path.name not in own and list(path.glob("run-*.wandb"))]
@@ -92,7 +92,7 @@ def _sent_mark(piece: Path) -> Path:
 
 
 def _lines_due(run_dir: Path, name: str, file: Path) -> list[dict[str, Any]]:
-    sent = mirror.mark(file, mirror.run_id(run_dir, name)).sent
+    sent = marks.mark(file, marks.run_id(run_dir, name)).sent
     return [line for line in journal.lines(file) if line["step"] > sent]
 
 
@@ -139,10 +139,10 @@ def _replay(config: Config, run_dir: Path, name: str, file: Path, say: Callable[
                 mirror.kill_wandb()
                 ended.wait()
                 raise
-    id = mirror.run_id(run_dir, name)
+    id = marks.run_id(run_dir, name)
     if failures:
         raise RuntimeError(f"{id}: not sent: {mirror.line_of(failures[0])}; the same command sends what is left")
-    for piece in mirror.mark(file, id).pieces if not refused else ():
+    for piece in marks.mark(file, id).pieces if not refused else ():
         if (run_dir / "wandb" / piece).is_dir():
             _sent_mark(run_dir / "wandb" / piece).touch()
     return refused

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctrl_hpc.config import Config, OptimizerConfig
 from ctrl_hpc.megatron import architecture as architectures
-from ctrl_hpc.megatron import lora, model, weights
+from ctrl_hpc.megatron import export, lora, model, weights
 from ctrl_hpc.megatron.optimizer import Optimizer
 from ctrl_hpc.megatron.parallel_state import World
 from ctrl_hpc.train.batch import Batch, MicroBatch, micro_batches, packed_micro_batches
@@ -145,7 +145,7 @@ class Policy:
 
         ``link`` shares those files with ``source`` where the file system can, for folders that live one step.
         """
-        weights.export(self.model, self.architecture, self.world, folder, source=source, link=link)
+        export.export(self.model, self.architecture, self.world, folder, source=source, link=link)
 
     def export_adapters(self, folder: Path) -> None:
         """Write the adapters in PEFT's format, for the folder that the critic was loaded from; whole or not at all."""

@@ -14,7 +14,7 @@ from typing import Protocol, Self
 import torch.distributed as dist
 from torch import Tensor
 
-from ctrl_hpc.megatron import lora, weights
+from ctrl_hpc.megatron import export, lora, weights
 from ctrl_hpc.rollout.deltas import About
 from ctrl_hpc.train.ahead import weights_folder
 from ctrl_hpc.train.policy import Policy
@@ -96,7 +96,7 @@ class Publisher:
         if self._adapters_alone:
             config = self._policy.config.lora
             return partial(lora.write, mine, world, folder, config=config, base=self._policy.folder, group=self._group)
-        whole = partial(weights.write, *to, source=self._sft, link=True, group=self._group)
+        whole = partial(export.write, *to, source=self._sft, link=True, group=self._group)
         if options.publish == "full":
             return whole
         about, before = About(state=secrets.token_hex(16)), self._last
@@ -106,7 +106,7 @@ class Publisher:
             return partial(whole, about=about)
         self._since_whole += 1
         about = replace(about, base=weights_folder(self._stage, before[0]).name, base_state=before[1].state)
-        return partial(weights.write_difference, *to, about=about, previous=self._previous, group=self._group)
+        return partial(export.write_difference, *to, about=about, previous=self._previous, group=self._group)
 
 
 class _Writing:

@@ -22,7 +22,8 @@ from ctrl_hpc.config import ROOT, Config, load
 from ctrl_hpc.pipeline import mirrored
 from ctrl_hpc.run.journal import Journal, Table, place
 from ctrl_hpc.tracking import mirror
-from ctrl_hpc.tracking.mirror import LiveMirror, mark, run_id
+from ctrl_hpc.tracking.marks import mark, run_id
+from ctrl_hpc.tracking.mirror import LiveMirror
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from ctrl_hpc.cli import main
 from ctrl_hpc.config import ROOT, Config, dump, load
 from ctrl_hpc.run.journal import Artifact, Journal, Table, journals
 from ctrl_hpc.tracking import mirror, sync
-from ctrl_hpc.tracking.mirror import LiveMirror, run_id
+from ctrl_hpc.tracking.marks import run_id
+from ctrl_hpc.tracking.mirror import LiveMirror
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from ranks import STEADY, arranged
 from torch import Tensor
 
 from ctrl_hpc.config import LoraConfig, ParallelConfig
-from ctrl_hpc.megatron import checkpoint, weights
+from ctrl_hpc.megatron import checkpoint, export, weights
 from ctrl_hpc.seeds import sampling_seed
 from ctrl_hpc.train.batch import collate
 from ctrl_hpc.train.losses import SFTLoss
@@ -71,7 +71,7 @@ class _AdapterGradients:
 
 def _whole(model: Any, policy: Policy) -> dict[str, Tensor]:
     mine = weights.gather(model, policy.architecture, policy.world, adapters=True)
-    return weights.made_by_all(lambda: dict(mine), policy.world)
+    return export.made_by_all(lambda: dict(mine), policy.world)
 
 
 def check(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ranks import CONFIG
 
 from ctrl_hpc.config import ParallelConfig
 from ctrl_hpc.megatron import architecture as architectures
-from ctrl_hpc.megatron import model, parallel_state, weights
+from ctrl_hpc.megatron import export, model, parallel_state, weights
 
 SLACK = 4 << 20
 FILE_BYTES = 20 << 20
@@ -43,8 +43,8 @@ def loads_within(folder: Path, extra: int) -> bool:
         return False
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-    weights.FILE_BYTES = FILE_BYTES
-    weights.export(built, architecture, world, folder / "sharded-export", source=source)
+    export.FILE_BYTES = FILE_BYTES
+    export.export(built, architecture, world, folder / "sharded-export", source=source)
     return True
 
 

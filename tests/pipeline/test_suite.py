@@ -15,7 +15,7 @@ from ctrl_hpc.config import ROOT, Config
 from ctrl_hpc.experiments import suite
 from ctrl_hpc.run import directory
 from ctrl_hpc.run.journal import Journal, lines
-from ctrl_hpc.tracking import mirror
+from ctrl_hpc.tracking import marks
 
 TINY = str(ROOT / "configs" / "tiny_ci.yaml")
 
@@ -145,7 +145,7 @@ def test_the_journal_of_a_stage_that_is_taken_over_is_told_by_its_own_run(tmp_pa
     suite.take_over(a, b, "sft")
     file = b / "sft" / "metrics.jsonl"
     assert [line["step"] for line in lines(file)] == [0, 1, 2]
-    assert mirror.mark(file, mirror.run_id(b, "sft")).told == 2
+    assert marks.mark(file, marks.run_id(b, "sft")).told == 2
 
 
 def test_a_failure_stops_no_other_and_the_same_command_goes_on(

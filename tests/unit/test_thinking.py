@@ -27,7 +27,7 @@ from ctrl_hpc.records import Critique, Generation, Message, Problem, Revision, R
 from ctrl_hpc.rollout.chat import chat_ids
 from ctrl_hpc.rollout.client import RolloutClient
 from ctrl_hpc.rollout.openai_client import OpenAIGenerator
-from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE, Thinking, can_think, opens_thought, split
+from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE, Thinking, can_think, opens_thought, split, too_long
 from ctrl_hpc.train.rewards import Rewards
 from ctrl_hpc.train.rollouts import Experience, Rollout, summary
 
@@ -223,6 +223,20 @@ def test_what_a_template_cannot_do_is_told_before_anything_starts(tmp_path: Path
         told = [finding.text for finding in preflight.findings(config)]
         assert told == [f"{key}: on is not possible: this model does not think, by its chat template; auto"]
         assert not list(preflight.findings(load(ROOT / "configs" / "tiny.yaml", [*places, f"{key}=off"])))
+
+
+def test_a_thought_is_too_long_by_its_own_tokens(thinker: tuple[str, Any]) -> None:
+    """What ends a thought does not count, nor what is answered; one without an end is too long in any case."""
+    tokenizer = thinker[1]
+
+    def said(text: str) -> Generation:
+        return Generation(text=text, token_ids=tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    n = len(tokenizer("hm hm", add_special_tokens=False)["input_ids"])
+    whole = said(f"hm hm</think>\n\n{RIGHT}")
+    assert [too_long(whole, budget, opened=True, tokenizer=tokenizer) for budget in (n - 1, n)] == [True, False]
+    assert too_long(said("hm hm"), 100, opened=True, tokenizer=tokenizer)
+    assert not too_long(said(RIGHT), 0, opened=False, tokenizer=tokenizer)
 
 
 def test_a_model_that_is_told_not_to_think_answers_at_once(thinker: tuple[str, Any]) -> None:

@@ -8,21 +8,26 @@ import re
 from pathlib import Path
 
 import pytest
+import rollout_server
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ctrl_hpc.config import ROOT
 from ctrl_hpc.flow.feedback import mentions_hint
 from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.steps import critique
 from ctrl_hpc.flow.text import extract_program, parse_judgement
+from ctrl_hpc.records import Revision, Reward, Sampling
 from ctrl_hpc.rollout.chat import chat_ids
-from ctrl_hpc.rollout.thinking import opens_thought
+from ctrl_hpc.rollout.client import RolloutClient
+from ctrl_hpc.rollout.thinking import CLOSED_BY_FORCE, Thinking, opens_thought
 from ctrl_hpc.rollout.thinking import split as thinking_split
 from ctrl_hpc.tiny import grammar, models, world
 from ctrl_hpc.tiny import lessons as tiny_lessons
 from ctrl_hpc.tiny import text as tiny_text
 from ctrl_hpc.tiny.lessons import Lesson, School
 from ctrl_hpc.tiny.models import Course, answer_loss, rate, rendered, train
+from ctrl_hpc.train.rollouts import Experience, Rollout
 
 SHIPPED = ROOT / "models" / "tiny"
 
@@ -108,29 +113,21 @@ def test_lessons_speak_the_format(school: School) -> None:
 
 
 def test_a_critic_that_thinks_lists_its_checks_in_its_thought(school: School) -> None:
-    """What it says has the judgement of the critique that it would have written, and no check."""
-    spoken = tiny_text.critique(
-        tiny_text.analysis((0, 0, 0, 0), [True, False, True, True]), tiny_text.suggestion(1, 0), False
-    )
-    assert tiny_text.thought_out(spoken) == (
-        " keep the even ones; ok. square each; wrong. sum up; ok. add one; ok.\n</think>\n\n"
-        "Analysis: none.\nImprovement suggestions: square each;\nOverall judgment: Incorrect"
-    )
-    assert tiny_text.thought_out(spoken, 3).count("add one; ok.") == 3
-    rounds, kinds = set(), set()
+    """What it says then is the critique that it would have written without."""
+    spoken = "Analysis: sum up; ok.\nImprovement suggestions: none.\nOverall judgment: Correct"
+    assert tiny_text.thought_out(spoken, 2) == f" sum up; ok. sum up; ok.\n</think>\n\n{spoken}"
+    rounds = []
     for number in range(400):
         plain, thinking = (
             teacher(school, random.Random(number))
             for teacher in (tiny_lessons.critic_lesson, tiny_lessons.thinking_lesson)
         )
         thought, answer, cut = thinking_split(thinking.answer, opened=True, thinks=True)
-        assert plain.chat == thinking.chat and not cut and thought is not None
-        assert parse_judgement(answer) == parse_judgement(plain.answer)
+        assert (thinking.chat, answer, cut) == (plain.chat, plain.answer, False)
         checks = plain.answer.split("\n")[0].split(":", 1)[1].strip()
-        assert thought.startswith(checks) and checks not in answer
-        rounds.add(thought.count(checks))
-        kinds.add(answer.split(":")[0])
-    assert rounds == {1, 2, 3, 4} and kinds == {"Analysis", "Comparison"}
+        assert thought is not None and thought.startswith(checks)
+        rounds.append(thought.count(checks))
+    assert set(rounds) == {1, 2, 3, 4} and rounds.count(1) > 350
 
 
 def test_hinted_lessons_agree_with_the_execution(school: School) -> None:
@@ -280,7 +277,33 @@ def test_the_shipped_critic_that_thinks_checks_every_step_before_it_judges() -> 
         assert thought is not None and not cut
         phrases = grammar.phrases(world.composition_of(problem))
         assert [part.split(";")[0] for part in thought.split(". ")] == phrases
-        assert parse_judgement(answer) is not None and not any(f"{phrase}; " in answer for phrase in phrases)
+        assert parse_judgement(answer) is not None
+
+
+def test_a_thought_that_is_ended_by_force_is_judged_all_the_same() -> None:
+    """A budget of 8 tokens is the four checks, without the line's end; all but what ends the thought is learnt."""
+    tokenizer = AutoTokenizer.from_pretrained(SHIPPED / "thinking_critic")
+    closing = tuple(tokenizer(CLOSED_BY_FORCE, add_special_tokens=False)["input_ids"])
+    prompts, problems = Prompts.load("tiny"), world.world().splits["dev"][:4]
+    pairs = [(problem, tiny_lessons.executed(problem, world.composition_of(problem))) for problem in problems]
+    with rollout_server.running(SHIPPED / "thinking_critic") as url:
+        thinking = Thinking(mode="on", tokens=8, close=True)
+        client = RolloutClient(lambda: [url], tokenizer, thinking=thinking, role="critic")
+        made = critique(pairs, client, prompts, Sampling(temperature=0.0, max_tokens=32))
+        client.close()
+    rollouts = []
+    for (problem, draft), item in zip(pairs, made, strict=True):
+        generation = item.generation
+        assert generation is not None and generation.forced == (8, 8 + len(closing)) and not generation.thought_cut
+        checks = " ".join(rf"{phrase}; (ok|wrong)\." for phrase in grammar.phrases(world.composition_of(problem)))
+        assert re.fullmatch(checks, generation.thought or "")
+        assert item.text.startswith("Analysis: ") and item.judgement is not None
+        kept = Revision(critique_id=item.id, text="", program=None, kept=True, verdict=draft.verdict)
+        reward = Reward(critique_id=item.id, value=1.0, reason="kept_passed")
+        rollouts.append(Rollout.of(item, kept, draft, reward))
+    mask_SR = Experience.of(rollouts, version=0, position=0, metrics={}).batch.mask_SR
+    end = 8 + len(closing)
+    assert mask_SR[:, :8].all() and not mask_SR[:, 8:end].any() and mask_SR[:, end].all()
 
 
 def _greedy(name: str, tokenizer: PreTrainedTokenizerBase, chats: list[tuple]) -> list[str]:
