@@ -70,7 +70,7 @@ def write(config: Config, run_dir: Path) -> dict[str, Any]:
         console.print(tables.rich_table(tables.judgebench_table(results["judgebench"])))
     for source, critics in results.get("critic_benchmarks", {}).items():
         for table in tables.critic_benchmark_tables(source, critics)[:1]:
-            console.print(tables.rich_table(table))
+            console.print(tables.rich_table(tables.in_brief(table)))
     console.print(f"report: {folder / 'index.html'}", soft_wrap=True, highlight=False)
     return results
 

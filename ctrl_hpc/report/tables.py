@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -265,6 +265,13 @@ def critic_benchmark_tables(source: str, critics: Mapping[str, Any]) -> list[Tab
         columns = ("category", "questions", *map(label, critics))
         made.append(Table(title=f"{source}: score by category; in %", columns=columns, rows=tuple(rows)))
     return made
+
+
+def in_brief(table: Table) -> Table:
+    """The first table of a benchmark of critics with the columns that a terminal has room for."""
+    shown = [_JUDGING.index(name) for name in ("critic", "score", "95 %", "accuracy", "no judgement", "ECE", "refused")]
+    columns, *rows = (tuple(row[place] for place in shown) for row in (table.columns, *table.rows))
+    return replace(table, columns=columns, rows=tuple(rows))
 
 
 def _judging_cells(row: Mapping[str, Any]) -> tuple[str, ...]:

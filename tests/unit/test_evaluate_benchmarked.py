@@ -112,7 +112,7 @@ def test_a_critic_that_refuses_everything_is_told(tmp_path):
         evaluated(configured(tmp_path), Refusing())
 
 
-def test_the_report_shows_them(tmp_path):
+def test_the_report_shows_them(tmp_path, capsys):
     config = configured(tmp_path, "eval.critic_benchmarks.n_questions=3")
     folder = evaluated(config, Judge())
     written = page.write(config, folder)
@@ -121,6 +121,8 @@ def test_the_report_shows_them(tmp_path):
     told = (folder / "report" / "results.md").read_text()
     assert "own: 3 questions, the critics as judges; in %" in told and "own: score by category; in %" in told
     assert "by chance 50.0, at most 100.0" in told
+    shown = capsys.readouterr().out
+    assert "refused" in shown and "first place" not in shown
 
 
 @pytest.mark.parametrize(
