@@ -168,9 +168,11 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
     def work(part: Sequence[tuple[Problem, Solution]], number: int, log: WriteAheadLog) -> list[Critique]:
         hinted = [(problem, solution, hint(problem, solution)) for problem, solution in part]
         seeded = replace(sampling, seed=config.seed * 1_000_003 + number * size)
-        return log.once(
-            "hinted", number, Critique, lambda: critique_with_hints(hinted, connections.critic, run.prompts, seeded)
-        )
+
+        def made() -> list[Critique]:
+            return [_slim(item) for item in critique_with_hints(hinted, connections.critic, run.prompts, seeded)]
+
+        return log.once("hinted", number, Critique, made)
 
     folder = run.folder / "synthesize"
     with Steps("synthesize: critiques from hints", len(pairs)) as steps:
@@ -196,6 +198,13 @@ def synthesize(run: Run, connections: Connections) -> dict[str, Any]:
             f"`ctrl-hpc synthesize CONFIG --redo`. They are in {run.folder / 'synthesize' / 'rejected.jsonl'}"
         )
     return {"critiques": len(kept), "dropped": counts(rejected), "shares": shares}
+
+
+def _slim(critique: Critique) -> Critique:
+    """Without prompt and log-probs: stage I learns its tokens under another prompt."""
+    if critique.generation is None:
+        return critique
+    return replace(critique, generation=replace(critique.generation, prompt_ids=(), logprobs=()))
 
 
 SHOWN_TEXTS, SHOWN_CHARACTERS = 2, 240

@@ -215,7 +215,8 @@ def _of_thinking(config: Config, folder: Path, todo: Sequence[str]) -> None:
     }
     for role in sorted(roles(config, todo) & set(asked)):
         key, mode, place = asked[role]
-        if mode != "auto" and (Path(place) / "config.json").is_file():
+        made_first = role == "critic" and config.tiny.rebuild  # by the run: one that thinks, where asked for
+        if mode != "auto" and not made_first and (Path(place) / "config.json").is_file():
             from transformers import AutoTokenizer
 
             Thinking(mode=mode).check(AutoTokenizer.from_pretrained(place), key)

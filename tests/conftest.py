@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import submitit  # noqa: F401 (first of all: it sets up logging, which closes the handlers that are there)
 from hypothesis import settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

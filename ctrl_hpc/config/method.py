@@ -43,7 +43,7 @@ _IS_INTERVAL = Must(lambda ends: not ends or (len(ends) == 2 and ends[0] < ends[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyConfig:
-    """The miniature world: its problems, and its two models when they are trained anew."""
+    """The miniature world: its problems, and its models when they are trained anew."""
 
     rebuild: bool = False
     """Train the generator and the base critic from scratch instead of using the shipped ones."""

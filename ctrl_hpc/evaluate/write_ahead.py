@@ -91,7 +91,8 @@ def in_parts[T, R](
         with WriteAheadLog(place) as log:
             jobs = [_job(make, part, number, log) for number, part in enumerate(parts)]
             made = _concurrently(jobs, at_once, lambda done: tell and tell(min(done * size, len(items)), len(items)))
-            jsonl.write(file, [item for part in made for item in part])
+            jsonl.write(file, (item for part in made for item in part))
+            made.clear()  # they are read back below: once in memory, not twice
     place.unlink(missing_ok=True)
     return jsonl.read(record, file)
 

@@ -151,14 +151,18 @@ def to_reward(runs: Sequence[FinishedRun]) -> dict[str, Any]:
         rewards, wanted = _rewards(run), _rewards(base)
         if min(len(rewards), len(wanted)) >= 2 * _SMOOTH:
             steps = steps_to(rewards, wanted)
-            each = run.config.rl.prompts_per_step * run.config.rl.group_size
+            each = run.config.rl.prompts_per_step * run.config.rl.group_size * run.config.rl.turns
             out.setdefault(run.variant, {})[str(run.config.seed)] = None if steps is None else steps * each
     return {"baseline": runs[0].variant, "variants": out} if len(out) > 1 else {}
 
 
 def steps_to(rewards: Sequence[float], wanted: Sequence[float]) -> int | None:
-    """Steps until ``rewards`` have risen to nine tenths of the rise of ``wanted``; None: they have not."""
+    """Steps until ``rewards`` have risen to nine tenths of the rise of ``wanted``; None: they have not, or it has not
+    risen.
+    """
     low, high = statistics.fmean(wanted[:_SMOOTH]), statistics.fmean(wanted[-_SMOOTH:])
+    if high <= low:
+        return None
     level = low + _REACHED * (high - low)
     ends = range(_SMOOTH, len(rewards) + 1)
     return next((end for end in ends if statistics.fmean(rewards[end - _SMOOTH : end]) >= level), None)

@@ -95,6 +95,7 @@ class RLLoss:
         by_token = kernel.get("ratio", "token") == "token" and options.loss in LOSSES and options.loss != "gmpo"
         if self.old_SR is not None and by_token and options.aggregation == "token-mean":
             old_N = micro.pick(self.old_SR)
+            rollout_N = _known(rollout_N, old_N)
             values |= self._behaviour(old_N, rollout_N, micro)
             loss, metrics = ctrl_kernels.linear_policy_loss(
                 hidden_ND,
@@ -109,6 +110,7 @@ class RLLoss:
         else:
             logprobs_N, entropy_N = head.logprobs_and_entropy(hidden_ND, micro.targets_N, options.temperature)
             old_N = micro.pick(self.old_SR) if self.old_SR is not None else logprobs_N.detach()
+            rollout_N = _known(rollout_N, old_N)
             values |= self._behaviour(old_N, rollout_N, micro) | {"entropy": entropy_N}
             grids = {name: micro.grid(value_N) for name, value_N in values.items()}
             logprobs_BR, own = micro.grid(logprobs_N), 0.0
@@ -198,6 +200,11 @@ def kernel_options(options: RLConfig) -> dict[str, Any]:
 def needs_old(options: RLConfig) -> bool:
     """Whether the loss needs log-probabilities of before the update for the first minibatch, too."""
     return options.loss in LOSSES and LOSSES[options.loss].covariance
+
+
+def _known(rollout_N: Tensor, old_N: Tensor) -> Tensor:
+    """The engine's log-probabilities, the old policy's where they tell of no drift: a ratio of 1 there."""
+    return torch.where(rollout_N.isnan(), old_N, rollout_N)
 
 
 def _outside(ratios_N: Tensor, options: RLConfig) -> Tensor:

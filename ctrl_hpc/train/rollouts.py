@@ -121,7 +121,7 @@ class Experience:
     valid_S: Tensor
     """False where the environment failed: the critique leaves its group."""
     rollout_SR: Tensor
-    """Log-probabilities by the engine that sampled."""
+    """Log-probabilities by the engine that sampled; NaN where it drew among few words alone, which tells no drift."""
     position: int
     """Drafts drawn from the pool so far."""
     metrics: dict[str, float]
@@ -135,6 +135,8 @@ class Experience:
         rollout_SR = torch.zeros(batch.mask_SR.shape)
         for row, item in enumerate(rollouts):
             rollout_SR[row, : len(item.logprobs)] = torch.tensor(item.logprobs)
+            if item.forced is not None and not _ends_thought(item):
+                rollout_SR[row, item.forced[1] : len(item.logprobs)] = torch.nan
         numbers = {key: number for number, key in enumerate(dict.fromkeys(map(_group, rollouts)))}
         return cls(
             batch=batch,
@@ -253,15 +255,17 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     }
 
 
-def _of_thoughts(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths of thoughts and answers in tokens, the shares of thoughts cut off and ended by force; none of no thought.
+def _ends_thought(item: Rollout) -> bool:
+    """Whether what is forced ends its thought, which is told from ``prompts.critique_close`` by its place."""
+    return item.forced is not None and item.forced[0] < item.thought_tokens
 
-    An end by force is told from ``prompts.critique_close`` by its place: right after the thought.
-    """
+
+def _of_thoughts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths of thoughts and answers in tokens, the shares of thoughts cut off and ended by force; none without."""
     if all(item.thought is None for item in rollouts):
         return {}
     n = len(rollouts)
-    forced = sum(item.forced is not None and item.forced[0] < item.thought_tokens for item in rollouts)
+    forced = sum(map(_ends_thought, rollouts))
     return {
         "rl/thought_tokens": sum(item.thought_tokens for item in rollouts) / n,
         "rl/answer_tokens": sum(len(item.token_ids) - item.thought_tokens for item in rollouts) / n,

@@ -20,7 +20,7 @@ TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 CEILINGS = ROOT / "kernels" / "bench" / "sass.json"
 """Registers, and machine instructions an element, that no change may exceed, as triton 3.9 compiles them."""
 PEERS = ("TRL", "Liger", "CCE", "verl")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 
 def compile_all(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

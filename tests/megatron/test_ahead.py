@@ -244,7 +244,7 @@ def test_the_trainer_goes_on_while_a_version_is_written(monkeypatch: pytest.Monk
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(publish.weights, "gather", lambda *_, **__: iter(()))
-    monkeypatch.setattr(publish.weights, "write", write)
+    monkeypatch.setattr(publish.export, "write", write)
     world, config = SimpleNamespace(size=1), Config(name="test")
     policy = SimpleNamespace(model=None, architecture=None, world=world, config=config)
     publisher = publish.Publisher(policy, tmp_path, tmp_path)  # type: ignore[arg-type]

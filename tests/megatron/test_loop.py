@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -178,3 +179,27 @@ def test_rollouts_by_older_weights_are_corrected_for_by_truncated_importance_wei
     # k3 of old against engine: mean of r - 1 - log r with r = 2, 0.75, 1
     expected = (2 - 1 - math.log(2) + 0.75 - 1 - math.log(0.75)) / 3
     assert logged["rollout_kl"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_word_drawn_among_few_tells_of_no_drift() -> None:
+    """The engine's log-prob of a forced judgement is among two words: it is left out of ratio and divergence.
+
+    By hand: 0.5/0.25 = 2, cut to 1.5; the second token is the text that was put, the third the drawn word: ratio 1.
+    """
+    closed = replace(rollout("a", 1.0), forced=(1, 2))
+    assert Experience.of([closed], version=5, position=0, metrics={}).rollout_SR[0].isnan().tolist() == [0, 0, 1]
+    thought = replace(closed, thought="t", thought_tokens=2)
+    assert not Experience.of([thought], version=5, position=0, metrics={}).rollout_SR.isnan().any()
+
+    batch = collate([((1, 2), (3, 4, 5))], [(1, 2)])
+    options = RLConfig(max_staleness=2, importance_cap=1.5, kl_coef=0.0)
+    rollout_SR, logprobs_N = torch.tensor([[0.25, 1.0, math.nan]]).log(), torch.tensor([0.5, 0.001]).log()
+    logprobs_N.requires_grad_(True)
+    head: Any = SimpleNamespace(logprobs_and_entropy=lambda *_: (logprobs_N, torch.zeros(2)), backend="torch")
+    micro = micro_batches(batch, data_rank=0, data_size=1, budget=99, multiple=1, device=torch.device("cpu"))[0]
+    loss = RLLoss.of(batch, options, advantages_SR=torch.full((1, 3), 2.0), rollout_SR=rollout_SR)
+    value, logged = loss(head, micro, torch.zeros(2, 1))
+    value.backward()
+    assert value.item() == pytest.approx(-(1.5 + 1.0) * 2 / 2, rel=1e-6)
+    assert logprobs_N.grad is not None and logprobs_N.grad.tolist() == pytest.approx([-1.5, -1.0], rel=1e-6)
+    assert logged["rollout_kl"].item() == pytest.approx((2 - 1 - math.log(2)) / 2, rel=1e-5)

@@ -11,6 +11,7 @@ from ctrl_hpc import cli
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # takes gigabytes
 def test_the_estimate_is_within_a_tenth_of_what_a_critic_of_200_million_parameters_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -24,6 +25,7 @@ def test_the_estimate_is_within_a_tenth_of_what_a_critic_of_200_million_paramete
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # takes gigabytes
 def test_an_unknown_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "trainer", "--model", "GPT-7"]) == 2
     error = capsys.readouterr().err

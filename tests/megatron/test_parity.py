@@ -11,7 +11,7 @@ from megatron_jobs import LAYOUTS, MODELS, sequences, spawn
 from safetensors.torch import load_file
 from torch.nn import functional
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ALL_LAYOUTS = [layout for layouts in LAYOUTS.values() for layout in layouts]
 
 

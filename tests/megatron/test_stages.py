@@ -21,7 +21,7 @@ from ctrl_hpc.rollout.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merged
 from ctrl_hpc.run import journal
 from ctrl_hpc.seeds import take
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 STEPS = 8
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from megatron_jobs import spawn
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")

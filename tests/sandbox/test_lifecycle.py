@@ -93,16 +93,21 @@ def _ends(pidfd: int) -> bool:
 @pytest.mark.parametrize("victim", ["nsjail", "runner"])
 def test_a_killed_jail_is_replaced_and_the_program_run_again(victim: str) -> None:
     """An outside kill is the executor's fault, not the program's: the test is run once more in a new jail."""
+    before = set(descendants(os.getpid()))
+
+    def jailed() -> list[int]:
+        return [pid for pid in descendants(os.getpid()) if pid not in before]
+
     with Sandbox(workers=1) as sandbox:
         assert sandbox.run_many([PASS])[0].accepted
-        jail_pids = descendants(os.getpid())[1:]
+        jail_pids = jailed()
         future = sandbox.submit(SLEEP)
-        while len(descendants(os.getpid())) < 4:
+        while len(jailed()) < 3:
             pass
         os.kill(jail_pids[0 if victim == "nsjail" else 1], signal.SIGKILL)
-        while set(jail_pids) & set(descendants(os.getpid())) or len(descendants(os.getpid())) < 4:
+        while set(jail_pids) & set(jailed()) or len(jailed()) < 3:
             pass
-        os.kill(descendants(os.getpid())[1], signal.SIGKILL)
+        os.kill(jailed()[0], signal.SIGKILL)
         verdict = future.result()
         assert verdict.status == "sandbox_error" and "the runner" in verdict.detail
         assert sandbox.run_many([PASS])[0].accepted

@@ -1,12 +1,14 @@
 """Stages ``sample`` and ``synthesize`` that were interrupted: what was written down is not asked for again."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ctrl_hpc import jsonl, pipeline
 from ctrl_hpc.config import load
 from ctrl_hpc.records import Critique, Generation, Problem, Solution, StdinTest, TestResult, Verdict
+from ctrl_hpc.train.drafts import response_ids
 
 ROOT = Path(__file__).parents[2]
 PROBLEMS = [
@@ -31,7 +33,8 @@ class Model:
         if len(self.seen) == self.stops_at:
             raise KeyboardInterrupt
         self.seen.append((len(chats), sampling.seed))
-        return [[Generation(text=self.text.format(seed=sampling.seed))] * sampling.n for _ in chats]
+        text = self.text.format(seed=sampling.seed)
+        return [[Generation(text=text, prompt_ids=(7, 8), token_ids=(4, 5), logprobs=(-1.0, -2.0))] for _ in chats]
 
     def update_weights(self, folder, version):
         pass
@@ -70,4 +73,5 @@ def test_what_was_written_down_is_not_asked_again(tmp_path):
     for record, file in ((Solution, "sample/solutions.jsonl"), (Critique, "synthesize/critiques.jsonl")):
         first, second = (jsonl.read(record, run.folder / file) for run in runs.values())
         assert first == second and len(first) == (5 if record is Solution else len(first))
+    assert response_ids(SimpleNamespace(eos_token_id=9), second[0]) == (4, 5, 9)  # what stage I learns
     assert [item.name for item in (runs["stopped"].folder / "sample").iterdir()] == ["solutions.jsonl"]
