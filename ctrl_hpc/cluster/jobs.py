@@ -146,6 +146,8 @@ class Jobs:
     ) -> list[Job]:
         """One job for each tuple of arguments, as one array where there are several (as several arrays where Slurm
         allows none so large); does not wait for them."""
+        if self.prefork is not None and not resources.gpus:
+            self.prefork.await_ready(role)
         with _environment_lock, _environment(threads, self._wandb_mode), _interrupts_blocked():
             executor = self._executor(role, resources, nodes, tasks_per_node)
             if self._launch.engine == "local" and resources.gpus:

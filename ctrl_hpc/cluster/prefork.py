@@ -40,8 +40,10 @@ from ctrl_hpc.progress import console
 _PICKLE_S = 10.0
 """The driver names a job's file by the controller's process id, at most so long after that one was forked."""
 _POLL_S = 0.01
-_ANSWER_S = 120.0
-"""A process of the chain that has not answered for so long, its imports included, is not asked again."""
+_IMPORTS_S, _LOOK_S = 120.0, 0.1
+"""How long a process of the chain may import before jobs are started without it; how often it is asked."""
+_ANSWER_S = 10.0
+"""One that has not forked in that time is not asked again."""
 TASK_NAME = re.compile(r"task-(\d+)")
 """What a task's process is called: the environment that it was given cannot be seen from outside."""
 
@@ -84,7 +86,10 @@ class Prefork:
         told = json.dumps(
             [{**asdict(one), "pipe": there.fileno()} for one, (_, there) in zip(chain, pipes, strict=True)]
         )
-        self._ends = {role: here for one, (here, _) in zip(chain, pipes, strict=True) for role in one.roles}
+        self._ends = {
+            role: here for one, (here, _) in zip(chain, pipes, strict=True) for role in one.roles if role in roles
+        }
+        self._ready: set[Connection] = set()
         self._lock = threading.Lock()
         self._first = subprocess.Popen(
             [*shlex.split(python), "-m", "ctrl_hpc.cluster.prefork", told],
@@ -95,26 +100,46 @@ class Prefork:
         for _, there in pipes:
             there.close()
 
+    def await_ready(self, role: str) -> None:
+        """Return once the process that jobs of this role are forked from has imported all, or will not.
+
+        Nothing has been asked of it yet: Ctrl-C may end the wait.
+        """
+        deadline = time.monotonic() + _IMPORTS_S
+        while True:
+            with self._lock:
+                end = self._ends.get(role)
+                if end is None or end in self._ready:
+                    return
+                try:
+                    if end.poll(_LOOK_S):
+                        end.recv()
+                        self._ready.add(end)
+                    elif time.monotonic() > deadline:
+                        self._give_up(role, end, f"its imports take longer than {_IMPORTS_S:.0f} s")
+                except (OSError, EOFError):
+                    self._give_up(role, end, "it is gone")
+
     def fork(self, role: str, folder: Path, environment: Mapping[str, str]) -> Forked | None:
-        """A job's controller; None, which is told once, where that process is gone or may not fork."""
+        """A job's controller; None where that process is not ready, or, told once, is gone or may not fork."""
         with self._lock:
             end = self._ends.get(role)
-            if end is None:
+            if end is None or end not in self._ready:
                 return None
             try:
                 end.send((str(folder), dict(environment)))
                 found: tuple[int, str] = end.recv() if end.poll(_ANSWER_S) else (0, "it does not answer")
             except (OSError, EOFError):
                 found = (0, "it is gone")
-            except BaseException:  # its answer would be taken for the next one's
-                self._drop(end)
-                raise
             pid, problem = found
             if not pid:
-                console.print(f"{role}: not forked from a process that is ready, but started: {problem}")
-                self._drop(end)
+                self._give_up(role, end, problem)
                 return None
             return Forked(pid)
+
+    def _give_up(self, role: str, end: Connection, problem: str) -> None:
+        console.print(f"{role}: not forked from a process that is ready, but started: {problem}")
+        self._drop(end)
 
     def _drop(self, end: Connection) -> None:
         self._ends = {role: one for role, one in self._ends.items() if one is not end}
@@ -125,10 +150,11 @@ class Prefork:
         with self._lock:
             for end in set(self._ends.values()):
                 self._drop(end)
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._first.wait(timeout=2.0)
-        processes.end([self._first.pid])
-        self._first.wait()
+        except subprocess.TimeoutExpired:  # those after it in the chain see their own pipe's end
+            self._first.kill()
+            self._first.wait()
 
 
 class Forked:
@@ -190,6 +216,8 @@ class _Controller(Controller):
         deadline = time.monotonic() + _PICKLE_S
         while not paths[0].submitted_pickle.exists() and time.monotonic() < deadline:
             time.sleep(_POLL_S)  # submitit's task would look once a second
+        if not paths[0].submitted_pickle.exists():
+            raise RuntimeError(f"{paths[0].submitted_pickle} is not there: the driver has ended")
         for task, path in enumerate(paths):
             self.tasks.append(_Task(self.folder, self.pid, task, path.stdout))  # type: ignore[arg-type]
 
@@ -255,12 +283,16 @@ def _control(folder: str, environment: Mapping[str, str], initial: Mapping[str, 
     for name in set(initial) - set(environment):
         os.environ.pop(name, None)
     os.environ.update(environment)
+    if "PYTHONPATH" in initial:  # the run's copy of the code, which the driver itself has not
+        os.environ["PYTHONPATH"] = initial["PYTHONPATH"]
     sys.argv = ["submitit.core._submit", folder]
     _Controller(Path(folder)).run()
 
 
 def _serve(end: Connection, initial: Mapping[str, str]) -> None:
-    """Fork a job for every message, until the driver has closed its end."""
+    """Fork a job for every message, until the driver has closed its end, which hears first that all is ready."""
+    signal.signal(signal.SIGCHLD, _reap)
+    end.send("ready")
     while True:
         try:
             folder, environment = end.recv()
@@ -292,14 +324,13 @@ def _reap(*_: object) -> None:
 
 def main() -> None:
     """Import, fork the next generation, serve; in each process of the chain."""
-    signal.signal(signal.SIGCHLD, _reap)
     initial, told = dict(os.environ), json.loads(sys.argv[1])
     ends = [Connection(one["pipe"]) for one in told]
     for number, one in enumerate(told):
         try:
             for module in one["modules"]:
                 importlib.import_module(module)
-        except Exception:  # noqa: BLE001 (a job that needs it will say so in its own log)
+        except (Exception, SystemExit):  # noqa: BLE001 (a job that needs it will say so in its own log)
             traceback.print_exc()
         gc.collect()
         gc.freeze()

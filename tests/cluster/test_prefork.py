@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -129,12 +130,35 @@ def test_a_chain_that_does_not_answer_is_not_waited_for(
     jobs = Jobs(make_config(), run_dir, "test")
     chain = jobs.begin_prefork(["executor"])
     try:
+        chain.await_ready("executor")
         chain._first.send_signal(signal.SIGSTOP)
         monkeypatch.setattr(prefork_module, "_ANSWER_S", 0.2)
         assert chain.fork("executor", run_dir, {}) is None
         assert "executor" not in chain._ends
     finally:
         chain._first.send_signal(signal.SIGCONT)
+        chain.close()
+
+
+def test_imports_that_hang_are_not_waited_for_and_ctrl_c_ends_the_wait(
+    make_config: Callable[..., Config], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_slow_module.py").write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    slow = (Generation(roles=("executor",), modules=("a_slow_module",)),)
+    monkeypatch.setattr(prefork_module, "GENERATIONS", slow)
+    chain = Jobs(make_config(), run_dir, "test").begin_prefork(["executor"])
+    try:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            chain.await_ready("executor")
+        assert time.monotonic() - began < 5.0
+        assert chain.fork("executor", run_dir, {}) is None, "it is not ready"
+        monkeypatch.setattr(prefork_module, "_IMPORTS_S", 0.2)
+        chain.await_ready("executor")
+        assert "executor" not in chain._ends
+    finally:
         chain.close()
 
 
