@@ -24,7 +24,6 @@ from ctrl_hpc.flow.steps import critique, majority
 from ctrl_hpc.flow.text import extract_program
 from ctrl_hpc.records import (
     Chat,
-    Confident,
     Critique,
     Generation,
     Generator,
@@ -33,6 +32,7 @@ from ctrl_hpc.records import (
     Sampling,
     Solution,
 )
+from ctrl_hpc.rollout.confidence import right_probability
 from ctrl_hpc.seeds import evaluation_seed
 
 
@@ -168,7 +168,8 @@ class _Ask:
 
     def _judged(self, item: LabelledAnswers, critiques: Sequence[Sequence[Critique] | None]) -> Judged:
         said = [[found.judgement for found in votes or () if found.judgement is not None] for votes in critiques]
-        sure = [[self._probability(found) for found in votes or ()] for votes in critiques]
+        prefix = self.prompts.critique_prefix
+        sure = [[right_probability(self.critic, found, prefix) for found in votes or ()] for votes in critiques]
         known = [[value for value in values if value is not None] for values in sure]
         return Judged(
             id=item.id,
@@ -179,14 +180,6 @@ class _Ask:
             ),
             errors=sum(votes is None for votes in critiques),
         )
-
-    def _probability(self, found: Critique) -> float | None:
-        """That the answer is right; 1 or 0 by the judgement where the critic's server does not tell."""
-        if found.judgement is None:
-            return None
-        critic, prefix = self.critic, self.prompts.critique_prefix
-        sure = critic.probability(found, prefix) if isinstance(critic, Confident) else None
-        return sure if sure is not None else float(found.judgement == "correct")
 
 
 def _sample(item: LabelledAnswers, answer: str) -> tuple[Problem, Solution]:

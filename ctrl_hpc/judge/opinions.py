@@ -14,10 +14,10 @@ from ctrl_hpc.flow.comparison import Side, comparison_chat, parse_choice
 from ctrl_hpc.flow.prompts import Prompts
 from ctrl_hpc.flow.steps import critique, majority
 from ctrl_hpc.flow.text import extract_program
-from ctrl_hpc.records import Chat, Confident, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
+from ctrl_hpc.records import Chat, Critique, Generation, Generator, Judgement, Problem, Sampling, Solution
 from ctrl_hpc.rollout.chat import chat_ids, room_after
 from ctrl_hpc.rollout.choices import Choices
-from ctrl_hpc.rollout.confidence import judgement_probability
+from ctrl_hpc.rollout.confidence import judgement_probability, right_probability
 from ctrl_hpc.rollout.decoding import Completion, Decoding, TopLogprobs
 from ctrl_hpc.rollout.thinking import opens_thought, without_thought
 from ctrl_hpc.rollout.worker import Worker
@@ -226,7 +226,9 @@ class Critic:
         sampling = _sampling(how, "critique", asdict(item))
         prefix = self.prompts.critique_prefix
         return [
-            Opinion(text=found.text, judgement=found.judgement, probability=_probability(self.generator, found, prefix))
+            Opinion(
+                text=found.text, judgement=found.judgement, probability=right_probability(self.generator, found, prefix)
+            )
             for found in critique([(problem, answer)], self.generator, self.prompts, sampling)
         ]
 
@@ -245,13 +247,6 @@ class Critic:
                 flipped: dict[Side, Side] = {"A": "B", "B": "A"}
                 out[row] = flipped[side] if side and swapped else side
         return out
-
-
-def _probability(generator: Generator, found: Critique, prefix: str) -> float | None:
-    if found.judgement is None:
-        return None
-    by_tokens = generator.probability(found, prefix) if isinstance(generator, Confident) else None
-    return by_tokens if by_tokens is not None else float(found.judgement == "correct")
 
 
 def _sampling(how: How, *parts: Any) -> Sampling:

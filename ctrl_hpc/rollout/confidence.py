@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from ctrl_hpc.records import Critique, Judgement
+from ctrl_hpc.records import Confident, Critique, Generator, Judgement
 from ctrl_hpc.rollout.decoding import Completion
 
 UNLIKELY = 1e-4
@@ -89,3 +89,13 @@ def _end(tokenizer: Any, ids: Sequence[int], k: int) -> int:
 
 def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def right_probability(critic: Generator, found: Critique, prefix: str) -> float | None:
+    """That the answer is right, by a critique that begins with ``prefix``: 1 or 0 by its judgement where the critic's
+    server does not tell; None where it has no judgement.
+    """
+    if found.judgement is None:
+        return None
+    sure = critic.probability(found, prefix) if isinstance(critic, Confident) else None
+    return sure if sure is not None else float(found.judgement == "correct")

@@ -20,8 +20,6 @@ from ctrl_hpc.rollout.sglang_routes import add_sglang_routes
 from ctrl_hpc.rollout.worker import RolloutService, Worker
 from ctrl_hpc.service import http as http_service
 
-"""Largest request."""
-
 
 def create_app(service: RolloutService) -> FastAPI:
     """The HTTP application over a service."""

@@ -295,6 +295,10 @@ async def _refuse(send: Send, status: int, detail: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
+_MAX_BODY_BYTES = 1 << 28
+"""Largest request."""
+
+
 def settings(app: Any, *, drain_s: int) -> uvicorn.Config:
     """How services are served: warnings alone are logged, and the process's logging stays as it is.
 
@@ -334,7 +338,7 @@ def serve_until_told(
         app,
         token=token,
         own_user=own_user,
-        max_body_bytes=1 << 28,
+        max_body_bytes=_MAX_BODY_BYTES,
         open_paths=frozenset({"/health", "/metrics"}),
     )
     server = DrainingServer(settings(gate, drain_s=5))
