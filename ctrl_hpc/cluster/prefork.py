@@ -86,9 +86,8 @@ class Prefork:
         told = json.dumps(
             [{**asdict(one), "pipe": there.fileno()} for one, (_, there) in zip(chain, pipes, strict=True)]
         )
-        self._ends = {
-            role: here for one, (here, _) in zip(chain, pipes, strict=True) for role in one.roles if role in roles
-        }
+        # Of all in the chain: one whose pipe were closed would end.
+        self._ends = {role: here for one, (here, _) in zip(chain, pipes, strict=True) for role in one.roles}
         self._ready: set[Connection] = set()
         self._lock = threading.Lock()
         self._first = subprocess.Popen(
@@ -292,7 +291,10 @@ def _control(folder: str, environment: Mapping[str, str], initial: Mapping[str, 
 def _serve(end: Connection, initial: Mapping[str, str]) -> None:
     """Fork a job for every message, until the driver has closed its end, which hears first that all is ready."""
     signal.signal(signal.SIGCHLD, _reap)
-    end.send("ready")
+    try:
+        end.send("ready")
+    except OSError:
+        return
     while True:
         try:
             folder, environment = end.recv()
