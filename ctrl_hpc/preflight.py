@@ -22,8 +22,9 @@ from ctrl_hpc.config.machine import resolve_device
 from ctrl_hpc.config.stages import STAGES
 from ctrl_hpc.data import catalog, critic_benchmarks
 from ctrl_hpc.evaluate.critics import check_oracles, critics, roles
-from ctrl_hpc.flow.prompts import Prompts
+from ctrl_hpc.flow.prompts import Prompts, closings, judgements
 from ctrl_hpc.records import Problem
+from ctrl_hpc.rollout.choices import check_close
 from ctrl_hpc.rollout.thinking import Thinking
 from ctrl_hpc.run import directory
 from ctrl_hpc.sandbox.judge import COMPARISONS
@@ -81,7 +82,7 @@ def findings(config: Config, stages: Iterable[str] | None = None) -> Iterator[Fi
         return
     for part in (_of_records, _of_data, _of_critic_benchmarks, _of_critics, _of_prompts):
         yield from _told(part, config, folder, todo)
-    for part in (_of_prompt_folder, _of_models, _of_thinking, _of_devices, _of_disk, _of_writers):
+    for part in (_of_prompt_folder, _of_models, _of_texts, _of_devices, _of_disk, _of_writers):
         yield from _told(part, config, folder, todo, here=True)
     if config.launch.snapshot == "keep":  # a later start of a job: what failed meanwhile may come back
         return
@@ -207,8 +208,9 @@ def _of_models(config: Config, folder: Path, todo: Sequence[str]) -> None:
         )
 
 
-def _of_thinking(config: Config, folder: Path, todo: Sequence[str]) -> None:
-    """Whether the models' chat templates can do what ``critic.thinking`` and ``generator_thinking`` ask."""
+def _of_texts(config: Config, folder: Path, todo: Sequence[str]) -> None:
+    """Whether the models' chat templates can do what ``critic.thinking`` and ``generator_thinking`` ask, and whether
+    ``prompts.critique_close`` leaves room for a judgement in the critic's tokens."""
     asked = {
         "critic": ("critic.thinking", config.critic.thinking, config.critic.model),
         "generator": ("generator_thinking", config.generator_thinking, config.generator),
@@ -216,10 +218,15 @@ def _of_thinking(config: Config, folder: Path, todo: Sequence[str]) -> None:
     for role in sorted(roles(config, todo) & set(asked)):
         key, mode, place = asked[role]
         made_first = role == "critic" and config.tiny.rebuild  # by the run: one that thinks, where asked for
-        if mode != "auto" and not made_first and (Path(place) / "config.json").is_file():
+        words = config.prompts.critique_close if role == "critic" else ""
+        if (mode != "auto" or words) and not made_first and (Path(place) / "config.json").is_file():
             from transformers import AutoTokenizer
 
-            Thinking(mode=mode).check(AutoTokenizer.from_pretrained(place), key)
+            tokenizer = AutoTokenizer.from_pretrained(place)
+            if mode != "auto":
+                Thinking(mode=mode).check(tokenizer, key)
+            if words:
+                check_close(tokenizer, closings(words), judgements(words), "prompts.critique_close")
 
 
 def _hub(place: str) -> str:

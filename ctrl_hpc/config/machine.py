@@ -255,7 +255,8 @@ class PlanConfig:
     memory_gb: Positive[float] | None = None
     """Memory of a trainer rank's device in GiB; None: this machine's GPU, or its memory shared by the ranks."""
     trainer_tflops: Positive[float] | None = None
-    """Useful Tflop/s of a trainer rank; None: 40 % of an H100's peak on cuda, 0.04 on a CPU core."""
+    """Tflop/s that a trainer rank executes, activations that are computed again included; None: 40 % of an H100's peak
+    on cuda, 0.04 on a CPU core."""
     rollout_tokens_per_s: Positive[float] | None = None
     """Tokens a second of one critic server; None: 3000 on cuda, 8000 on a CPU (the tiny critic)."""
     executor_runs_per_s: Positive[float] | None = None

@@ -121,6 +121,12 @@ def closing(words: str, critique: str = "") -> str:
     return f"\n{fence}\n\n{words}" if 0 < len(fence) <= _LONGEST_FENCE else f"\n\n{words}"
 
 
+def closings(words: str) -> tuple[str, ...]:
+    """:func:`closing` of any critique: one that ends within a block of code, by its fence, or within none."""
+    fences = [mark * n for mark in "`~" for n in range(3, _LONGEST_FENCE + 1)]
+    return tuple(dict.fromkeys(closing(words, begun) for begun in ("", *(f"{fence}\n" for fence in fences))))
+
+
 def judgements(words: str) -> tuple[str, ...]:
     """Both judgements as they follow ``critique_close``; none where what follows that is not the judgement's word."""
     blank = "" if words[-1:].isspace() else " "

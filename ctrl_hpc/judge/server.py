@@ -27,7 +27,7 @@ from ctrl_hpc import jsonl
 from ctrl_hpc.config.facts import is_url
 from ctrl_hpc.evaluate.calibration import Calibration
 from ctrl_hpc.flow.comparison import comparison_template
-from ctrl_hpc.flow.prompts import Prompts, closing, packaged
+from ctrl_hpc.flow.prompts import Prompts, closings, judgements, packaged
 from ctrl_hpc.judge.opinions import (
     TOP,
     Critic,
@@ -40,8 +40,8 @@ from ctrl_hpc.judge.opinions import (
     right_one,
     score,
 )
-from ctrl_hpc.records import CLOSE_ROOM, Generator
-from ctrl_hpc.rollout.chat import inside_ids
+from ctrl_hpc.records import Generator
+from ctrl_hpc.rollout.choices import check_close
 from ctrl_hpc.service import http as http_service
 from ctrl_hpc.store.segments import KEY_BYTES, Segments, Tolerant
 
@@ -388,7 +388,8 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
 
     def check(tokenizer: Any) -> None:
         if options.critique_close:
-            _check_close(options.critique_close, tokenizer)
+            words = options.critique_close
+            check_close(tokenizer, closings(words), judgements(words), "--critique-close")
 
     worker, tokenizer = open_worker(
         options.model,
@@ -405,12 +406,3 @@ def load_critic(options: Options) -> tuple[Generator, Callable[[], None]]:
         worker.close()
 
     return LocalCritic(worker, tokenizer, top_logprobs=0 if options.batching == "continuous" else TOP), end
-
-
-def _check_close(text: str, tokenizer: Any) -> None:
-    """Raises ValueError where the closing words leave no token of the room that is kept for them and a judgement."""
-    n_tokens = len(inside_ids(tokenizer, closing(text)))
-    if n_tokens >= CLOSE_ROOM:
-        raise ValueError(
-            f"--critique-close: has {n_tokens} tokens, its line breaks among them; at most {CLOSE_ROOM - 1}"
-        )

@@ -18,7 +18,7 @@ from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.plan.costs import Costs, costs
 from ctrl_hpc.plan.memory import FP32, Memory, Workload, estimate
 from ctrl_hpc.plan.rates import rates, runs_per_s
-from ctrl_hpc.plan.work import critique_tokens, sharing, work
+from ctrl_hpc.plan.work import critique_tokens, sharing, update_passes, work
 
 GIB = 1 << 30
 _RESERVE = {"cuda": 4.0, "cpu": 1.0}
@@ -133,10 +133,12 @@ def plan(config: Config) -> Plan:
     found = rates(config, device)
     flops = found.trainer_tflops.value * 1e12 * ranks
     step = work(config, data_size)
-    rl_update_s = step.passes / 3 * training_flops(architecture, step.tokens, step.attended) / flops
+    rl_update_s = step.passes / 3 * training_flops(architecture, step.tokens, step.attended, step.learnt) / flops
     sft_length = min(config.sft.max_length, length)
     sft_tokens = config.sft.batch_size * sft_length
-    sft_step_s = training_flops(architecture, sft_tokens, sft_tokens * sft_length / 2) / flops
+    sft_learnt = round(sft_tokens * critique_tokens(config) / length)
+    sft_flops = training_flops(architecture, sft_tokens, sft_tokens * sft_length / 2, sft_learnt)
+    sft_step_s = update_passes(config) / 3 * sft_flops / flops
     whole = costs(
         config,
         architecture,
@@ -198,15 +200,16 @@ def _architecture(model: str) -> tuple[Architecture, str]:
         raise ValueError(f"critic.model: {error}") from None
 
 
-def training_flops(architecture: Architecture, tokens: int, attended: float) -> float:
+def training_flops(architecture: Architecture, tokens: int, attended: float, learnt: int) -> float:
     """Forward and backward: 6 operations a parameter and token, 12 H D a layer and position that a token attends to.
 
     ``attended``: the sum of those positions over the tokens; T tokens of a causal sequence attend to T^2 / 2.
+    ``learnt``: tokens in the loss, the only ones whose logits are computed.
     """
     embedding = architecture.vocab_size * architecture.hidden_size
-    active = architecture.n_parameters - (0 if architecture.tied else embedding)
+    layers = architecture.n_parameters - embedding * (1 if architecture.tied else 2)
     attention = 12 * architecture.n_layers * architecture.n_heads * architecture.head_dim
-    return 6.0 * tokens * active + attention * attended
+    return 6.0 * (tokens * layers + learnt * embedding) + attention * attended
 
 
 def trainer_device(config: Config) -> str:

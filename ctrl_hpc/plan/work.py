@@ -20,8 +20,10 @@ class Work:
     """Through the trainer in one pass."""
     attended: float
     """Sum over these tokens of the positions that each attends to."""
+    learnt: int
+    """Of these tokens, those of critiques: the output layer computes no others."""
     passes: float
-    """Forward passes' worth of work: 3 of an update's forward and backward, and those for log-probabilities alone."""
+    """Forward passes' worth of work: an update's, and those for log-probabilities alone."""
 
 
 def work(config: Config, data_size: int) -> Work:
@@ -38,6 +40,7 @@ def work(config: Config, data_size: int) -> Work:
         revisions=critiques * (1 - sum(judged_alone) / (rl.steps * rl.prompts_per_step)),
         tokens=prompts * prompt + critiques * critique,
         attended=prompts * prompt * prompt / 2 + critiques * critique * (prompt + critique / 2),
+        learnt=critiques * critique,
         passes=_passes(config),
     )
 
@@ -57,13 +60,19 @@ def sharing(config: Config, data_size: int) -> int:
     return max(1, min(rl.group_size, room, of_a_rank))
 
 
+def update_passes(config: Config) -> int:
+    """Forward passes' worth of an update: a backward pass is two of them, by the activations and by the weights, of
+    which adapters want the first alone; with ``parallel.recompute=full`` the forward pass comes again."""
+    return 2 + (0 if config.lora.rank else 1) + (1 if config.parallel.recompute == "full" else 0)
+
+
 def _passes(config: Config) -> float:
-    """Of a step: a backward pass is two forward ones.
+    """Of a step.
 
     The old policy's log-probs are known for the first minibatch from its own update, but for a loss that has to choose
     tokens by them before; the reference's are a pass; a value network is asked for its values, and is updated.
     """
-    rl = config.rl
+    rl, update = config.rl, update_passes(config)
     before = rl.loss in LOSSES and LOSSES[rl.loss].covariance
     old = 1.0 if before else 1 - 1 / rl.minibatches
-    return 3 + old + (1 if rl.kl_coef else 0) + (4 if rl.estimator == "gae" else 0)
+    return update + old + (1 if rl.kl_coef else 0) + (1 + update if rl.estimator == "gae" else 0)

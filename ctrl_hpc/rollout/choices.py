@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ctrl_hpc.records import Generation
+from ctrl_hpc.records import CLOSE_ROOM, Generation
 from ctrl_hpc.rollout.chat import inside_ids
 
 BIAS = 100.0
@@ -64,4 +64,16 @@ class Choices:
             token_ids=(decided.token_ids[0], *rest),
             logprobs=(*decided.logprobs[:1], *(0.0 for _ in rest)),
             finish_reason="stop",
+        )
+
+
+def check_close(tokenizer: Any, texts: Sequence[str], words: Sequence[str], key: str) -> None:
+    """Raises ValueError where one of the texts leaves no token of the room that is kept for it and a judgement."""
+    try:
+        n_tokens = max(Choices.of(tokenizer, text, words).n_tokens for text in texts)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if n_tokens >= CLOSE_ROOM:
+        raise ValueError(
+            f"{key}: has {n_tokens} tokens, line breaks and judgement among them; at most {CLOSE_ROOM - 1}"
         )

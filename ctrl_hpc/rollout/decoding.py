@@ -148,8 +148,8 @@ def check_decoding(decoding: Decoding, vocabulary: int) -> None:
     if not 0 < decoding.top_p <= 1:
         raise ValueError(f"top_p={decoding.top_p}: must be in (0, 1]")
     _within("min_p", decoding.min_p, 0.0, 1.0)
-    if not 0 < decoding.repetition_penalty <= 1e6:
-        raise ValueError(f"repetition_penalty={decoding.repetition_penalty}: must be > 0")
+    if not 1e-6 <= decoding.repetition_penalty <= 1e6:
+        raise ValueError(f"repetition_penalty={decoding.repetition_penalty}: must be in [1e-06, 1e+06]")
     _within("frequency_penalty", decoding.frequency_penalty, -2.0, 2.0)
     _within("presence_penalty", decoding.presence_penalty, -2.0, 2.0)
     _within("max_new_tokens", decoding.max_tokens, 0, None)

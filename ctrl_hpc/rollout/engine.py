@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,66 +13,17 @@ import torch
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
+from ctrl_hpc.rollout.kv_cache import KVCache, Recent
 from ctrl_hpc.rollout.packed import PackedLinears, can_pack, float_head
+from ctrl_hpc.rollout.prefill import apart, padded
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtype, weight_files
 
-_GROWTH = 64
-"""Least room, in positions, made when a buffer is full; long ones grow by half."""
-
-
-class KVCache:
-    """What transformers' attention layers need of a cache: ``update``; plus ``expand`` and ``keep`` for the batch.
-
-    Prompts are computed once: ``expand`` copies each prompt's keys and values to the requests that share it.
-    """
-
-    def __init__(self, layers: int) -> None:
-        self.length = 0
-        """Positions filled in every row."""
-        self._keys: list[torch.Tensor | None] = [None] * layers
-        self._values: list[torch.Tensor | None] = [None] * layers
-
-    def update(
-        self, keys_BHSK: torch.Tensor, values_BHSK: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append new positions of a layer and return all of its keys and values; ``advance`` ends the step."""
-        end = self.length + keys_BHSK.shape[2]
-        all_keys = self._store(self._keys, keys_BHSK, layer, end)
-        all_values = self._store(self._values, values_BHSK, layer, end)
-        return all_keys, all_values
-
-    def _store(self, store: list[torch.Tensor | None], new_BHSK: torch.Tensor, layer: int, end: int) -> torch.Tensor:
-        old = store[layer]
-        if old is None:
-            store[layer] = new_BHSK
-            return new_BHSK
-        if end > old.shape[2]:
-            grown = old.new_zeros(old.shape[0], old.shape[1], end + max(_GROWTH, end // 2), old.shape[3])
-            grown[:, :, : self.length] = old[:, :, : self.length]
-            store[layer] = old = grown
-        old[:, :, self.length : end] = new_BHSK
-        return old[:, :, :end]
-
-    def advance(self, positions: int) -> None:
-        """Every layer has appended this many positions."""
-        self.length += positions
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Positions filled (transformers' name)."""
-        return self.length
-
-    def keep(self, rows_K: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may be named several times."""
-        for store in (self._keys, self._values):
-            for layer, tensor in enumerate(store):
-                assert tensor is not None
-                chosen = tensor.new_zeros(len(rows_K), tensor.shape[1], self.length + _GROWTH, tensor.shape[3])
-                chosen[:, :, : self.length] = tensor[rows_K, :, : self.length]
-                store[layer] = chosen
-
-
+_FILLS_A_CPU = 50_000_000
+"""Numbers of a model that one prompt keeps a CPU busy with."""
+_FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that are the same for sequences of all lengths."""
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from a batch when fewer than this fraction of its rows is alive."""
 LENGTH, STOP, ABORT = 0, 1, 2
@@ -84,8 +35,9 @@ class PaddedEngine:
     """Decodes many requests at once in left-padded batches.
 
     Requests are sorted by prompt length and cut into batches of at most ``max_batch_tokens`` (padding and the longest
-    completion included). Equal prompts are computed once. Finished rows leave the batch. Every request has its own
-    stream of random numbers, so that its completion does not depend on its batch mates, up to rounding of the logits.
+    completion included). Equal prompts are computed once; by a large model on a CPU, what prompts begin with in common,
+    too. Finished rows leave the batch. Every request has its own stream of random numbers, so that its completion does
+    not depend on its batch mates, up to rounding of the logits.
     """
 
     def __init__(self, model: Any, stop_ids: frozenset[int], *, max_batch_tokens: int = 65536) -> None:
@@ -95,6 +47,7 @@ class PaddedEngine:
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
+        self._recent = Recent(max_batch_tokens) if _takes_prompts_apart(model) else None
         packs = can_pack(model)
         self._packed = PackedLinears(model) if packs else None
         self.head = float_head(model, packed=packs)
@@ -102,6 +55,8 @@ class PaddedEngine:
     def load_weights(self, folder: str, version: int) -> None:
         """Replace the weights by those of a Hugging Face folder; on ValueError nothing has changed."""
         self._state = copy_weights(self.model, folder, self._state)
+        if self._recent is not None:
+            self._recent.clear()
         for copied in (self._packed, self.head):
             if copied is not None:
                 copied.update()
@@ -151,6 +106,16 @@ class PaddedEngine:
             yield batch
 
 
+def _takes_prompts_apart(model: Any) -> bool:
+    """Whether a prompt keeps the device busy by itself, and its beginning is the same whatever comes after it."""
+    weights = list(model.parameters())
+    large = sum(weight.numel() for weight in weights) >= _FILLS_A_CPU
+    rope: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
+    of_layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]  # one kind, or one a kind of layer
+    fixed = all(one.get("rope_type", "default") in _FIXED_ROPES for one in of_layers)
+    return large and fixed and weights[0].device.type == "cpu"
+
+
 class _Batch:
     """One padded batch, decoded to its end."""
 
@@ -185,7 +150,7 @@ class _Batch:
         alive_R = torch.arange(rows, device=self.device)  # request of each row still in the batch
         if steps == 0:
             return self._completions(tokens_BT, logprobs_BT, lengths_B, ends_B)
-        logits_RV, pad_R = self._prefill()
+        logits_RV, real_RP = self._prefilled()
         for step in range(steps):
             if self.adjustments is not None:
                 logits_RV = self.adjustments.apply(logits_RV, step)
@@ -204,17 +169,39 @@ class _Batch:
             lengths_B[alive_R[ended_R]] = step + 1
             keep_K = torch.nonzero(running_R & ~ended_R & (step + 1 < lengths_B[alive_R]))[:, 0]
             if len(keep_K) == 0:
+                self._remember(range(len(alive_R)), alive_R, real_RP, tokens_BT, lengths_B)
                 break
             if len(keep_K) < _COMPACT_BELOW * len(alive_R):
+                left = set(range(len(alive_R))) - set(keep_K.tolist())
+                self._remember(sorted(left), alive_R, real_RP, tokens_BT, lengths_B)
                 self.cache.keep(keep_K)
                 self.sampler.keep(keep_K)
                 if self.adjustments is not None:
                     self.adjustments.keep(keep_K)
-                alive_R, token_R, pad_R = alive_R[keep_K], token_R[keep_K], pad_R[keep_K]
-            logits_RV = self._decode(token_R, pad_R)
+                alive_R, token_R, real_RP = alive_R[keep_K], token_R[keep_K], real_RP[keep_K]
+            logits_RV = self._decode(token_R, real_RP)
         if not torch.isfinite(logprobs_BT).all():
             raise RuntimeError(f"the logits are not finite: bad weights? (version {self.engine.version})")
         return self._completions(tokens_BT, logprobs_BT, lengths_B, ends_B)
+
+    def _remember(
+        self,
+        leaving: Iterable[int],
+        alive_R: torch.Tensor,
+        real_RP: torch.Tensor,
+        tokens_BT: torch.Tensor,
+        lengths_B: torch.Tensor,
+    ) -> None:
+        """Note the caches of these of the rows, which have all but the last of their tokens."""
+        if self.engine._recent is None:
+            return
+        for row in leaving:
+            request = int(alive_R[row])
+            drawn = int(lengths_B[request]) - 1
+            later_N = torch.arange(real_RP.shape[1], real_RP.shape[1] + drawn, device=self.device)
+            columns_N = torch.cat([torch.nonzero(real_RP[row])[:, 0], later_N])
+            tokens = (*self.prompts[request], *tokens_BT[request, :drawn].tolist())
+            self.engine._recent.note(tokens, self.cache.row(row, columns_N))
 
     def _note_top(self, logprobs_RV: torch.Tensor, alive_R: torch.Tensor, running_R: torch.Tensor) -> None:
         values_RK, ids_RK = logprobs_RV.topk(self.top, dim=-1)
@@ -249,29 +236,27 @@ class _Batch:
                 ends_B[row], ended_R[index] = ends, True
         return ended_R
 
-    def _prefill(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits after each request's prompt and its left padding; each distinct prompt is computed once."""
+    def _prefilled(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits after each request's prompt, and its columns of the cache; each distinct prompt is computed once."""
         distinct = {tuple(prompt): None for prompt in self.prompts}
         index = {prompt: u for u, prompt in enumerate(distinct)}
         row_B = torch.tensor([index[tuple(prompt)] for prompt in self.prompts], device=self.device)
-        width = max(map(len, distinct))
-        ids_UP = torch.tensor([(0,) * (width - len(prompt)) + prompt for prompt in distinct], device=self.device)
-        pad_U = torch.tensor([width - len(prompt) for prompt in distinct], device=self.device)
-        column_P = torch.arange(width, device=self.device)
-        real_UP = column_P >= pad_U[:, None]
-        allowed_UPP = real_UP[:, None, :] & (column_P[None, :, None] >= column_P)
-        positions_UP = (column_P - pad_U[:, None]).clamp_(min=0)
-        logits_UV = self._forward(ids_UP, positions_UP, allowed_UPP)
+        layers = self.model.config.num_hidden_layers
+        recent, asked = self.engine._recent, (self._forward, layers, list(distinct), self.device)
+        self.cache, last_U, real_UP = padded(*asked) if recent is None else apart(*asked, recent)
         self.cache.keep(row_B)
-        return logits_UV[row_B], pad_U[row_B]
+        return self._logits(last_U)[row_B], real_UP[row_B]
 
-    def _decode(self, token_R: torch.Tensor, pad_R: torch.Tensor) -> torch.Tensor:
-        filled = self.cache.length
-        allowed_R1S = (torch.arange(filled + 1, device=self.device) >= pad_R[:, None])[:, None, :]
-        return self._forward(token_R[:, None], (filled - pad_R)[:, None], allowed_R1S)
+    def _decode(self, token_R: torch.Tensor, real_RP: torch.Tensor) -> torch.Tensor:
+        later = self.cache.length + 1 - real_RP.shape[1]
+        allowed_R1S = torch.cat([real_RP, real_RP.new_ones(len(real_RP), later)], dim=1)[:, None]
+        positions_R1 = real_RP.sum(dim=1, keepdim=True) + (later - 1)
+        return self._logits(self._forward(self.cache, token_R[:, None], positions_R1, allowed_R1S))
 
-    def _forward(self, ids_BQ: torch.Tensor, positions_BQ: torch.Tensor, allowed_BQS: torch.Tensor) -> torch.Tensor:
-        """Logits ``[B, V]`` at the last of Q new positions; ``allowed`` says which of S positions each may see."""
+    def _forward(
+        self, cache: KVCache, ids_BQ: torch.Tensor, positions_BQ: torch.Tensor, allowed_BQS: torch.Tensor
+    ) -> torch.Tensor:
+        """The last hidden state ``[B, D]`` where the engine has its own head, else logits ``[B, V]``."""
         blocked = torch.finfo(self.model.dtype).min
         mask_B1QS = torch.zeros(allowed_BQS.shape, dtype=self.model.dtype, device=self.device)
         mask_B1QS = mask_B1QS.masked_fill_(~allowed_BQS, blocked)[:, None]
@@ -279,16 +264,19 @@ class _Batch:
             "input_ids": ids_BQ,
             "position_ids": positions_BQ,
             "attention_mask": mask_B1QS,
-            "past_key_values": self.cache,
+            "past_key_values": cache,
             "use_cache": True,
         }
-        head = self.engine.head
-        if head is None:
-            logits_BV = self.model(**inputs, logits_to_keep=1).logits[:, -1]
+        if self.engine.head is None:
+            last_B: torch.Tensor = self.model(**inputs, logits_to_keep=1).logits[:, -1]
         else:
-            logits_BV = head(self.model.base_model(**inputs).last_hidden_state[:, -1])
-        self.cache.advance(ids_BQ.shape[1])
-        return logits_BV
+            last_B = self.model.base_model(**inputs).last_hidden_state[:, -1]
+        cache.advance(ids_BQ.shape[1])
+        return last_B
+
+    def _logits(self, last_B: torch.Tensor) -> torch.Tensor:
+        head = self.engine.head
+        return last_B if head is None else head(last_B)
 
     def _completions(
         self, tokens_BT: torch.Tensor, logprobs_BT: torch.Tensor, lengths_B: torch.Tensor, ends_B: torch.Tensor

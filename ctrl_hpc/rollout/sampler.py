@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from ctrl_hpc.rollout.decoding import Decoding
 
-NUCLEUS_WIDTHS = (256, 4096)
-"""Likeliest tokens among which those that may be drawn are looked for, before the whole vocabulary is."""
-_HALVINGS = 8
-"""How often the range of the nucleus' edge is halved before the tokens within are sorted."""
+TOP_K_WIDTHS = (256, 4096)
+"""Likeliest tokens among which the top k are looked for, before the whole vocabulary is."""
+_PLAIN, _NUCLEUS, _TOP_K = 0, 1, 2
+"""How a row is drawn: from all tokens, within ``top_p`` and ``min_p``, within ``top_k`` and these."""
+_EDGE = 1e-4
+"""Sums in float32 say whether a token is in the nucleus but so near to its edge."""
+_BLOCK = 512
+"""Tokens of a large vocabulary whose probabilities are summed first."""
 
 
-def _uniforms(seeds: Sequence[int | None], steps: int) -> torch.Tensor:
-    """``[B, T]`` float64 numbers in [0, 1): row b is a Philox stream keyed by seed b, whatever the other rows."""
-    out_BT = np.empty((len(seeds), steps))
-    for row, seed in enumerate(seeds):
-        key = secrets.randbits(62) if seed is None else seed
-        out_BT[row] = np.random.Generator(np.random.Philox(key=key)).random(steps)
-    return torch.from_numpy(out_BT)
+def _uniform(key: int, numbers: int, *stream: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """So many numbers in [0, 1): a Philox stream by its key, the first of it, or one far away for each step and try."""
+    counter = np.array([0, 0, *(stream or (0, 0))], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(numbers)
 
 
 class Sampler:
@@ -40,22 +42,25 @@ class Sampler:
         self._all_greedy, self._none_greedy = all(greedy), not any(greedy)
         scale = [1.0 if item.temperature == 0.0 else 1.0 / item.temperature for item in decodings]
         self._scale_B1 = torch.tensor(scale, dtype=torch.float32, device=device)[:, None]
-        self._cuts_B = torch.tensor([item.cuts for item in decodings], device=device)
-        self._all_cut, self._none_cut = all(item.cuts for item in decodings), not any(item.cuts for item in decodings)
+        kinds = [(_TOP_K if item.top_k else _NUCLEUS) if item.cuts else _PLAIN for item in decodings]
+        self._kinds, self._kind_B = sorted(set(kinds)), torch.tensor(kinds, device=device)
         self._top_p_B1 = torch.tensor([item.top_p for item in decodings], dtype=torch.float64, device=device)[:, None]
         self._min_p_B1 = torch.tensor([item.min_p for item in decodings], dtype=torch.float64, device=device)[:, None]
         top_k = [min(item.top_k, 2**31) for item in decodings]
         self._top_k_B1 = torch.tensor(top_k, dtype=torch.long, device=device)[:, None]
         self._widest_top_k = max(top_k)
         seeds = [0 if item.temperature == 0.0 else item.seed for item in decodings]
-        self._uniforms_BT = _uniforms(seeds, 1 if self._all_greedy else steps).to(device)
+        self._keys = [secrets.randbits(62) if seed is None else seed for seed in seeds]
+        numbers = 1 if self._all_greedy else steps
+        self._uniforms_BT = torch.from_numpy(np.stack([_uniform(key, numbers) for key in self._keys])).to(device)
 
     def keep(self, rows_K: torch.Tensor) -> None:
         """Forget all rows but these."""
-        self._greedy_B, self._cuts_B = self._greedy_B[rows_K], self._cuts_B[rows_K]
+        self._greedy_B, self._kind_B = self._greedy_B[rows_K], self._kind_B[rows_K]
         self._scale_B1, self._top_p_B1 = self._scale_B1[rows_K], self._top_p_B1[rows_K]
         self._min_p_B1, self._top_k_B1 = self._min_p_B1[rows_K], self._top_k_B1[rows_K]
         self._uniforms_BT = self._uniforms_BT[rows_K]
+        self._keys = [self._keys[row] for row in rows_K.tolist()]
 
     def draw(self, logits_BV: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``(tokens [B], logprobs [B], logprobs of the whole vocabulary [B, V])`` of step ``step``, from 0."""
@@ -69,31 +74,56 @@ class Sampler:
         return tokens_B, logprobs_BV.gather(1, tokens_B[:, None])[:, 0], logprobs_BV
 
     def _sample(self, logprobs_BV: torch.Tensor, step: int) -> torch.Tensor:
-        uniform_B1 = self._uniforms_BT[:, step : step + 1]
-        if self._none_cut:
-            return _invert(logprobs_BV.exp().double(), uniform_B1)
-        if self._all_cut:
-            return self._sample_cut(logprobs_BV, uniform_B1, torch.arange(len(logprobs_BV), device=logprobs_BV.device))
-        tokens_B = torch.empty(len(logprobs_BV), dtype=torch.long, device=logprobs_BV.device)
-        for cut in (False, True):
-            rows = torch.nonzero(self._cuts_B == cut)[:, 0]
-            if len(rows) and cut:
-                tokens_B[rows] = self._sample_cut(logprobs_BV[rows], uniform_B1[rows], rows)
-            elif len(rows):
-                tokens_B[rows] = _invert(logprobs_BV[rows].exp().double(), uniform_B1[rows])
+        everywhere_B = torch.arange(len(logprobs_BV), device=logprobs_BV.device)
+        if len(self._kinds) == 1:
+            return self._drawn(self._kinds[0], logprobs_BV, everywhere_B, step)
+        tokens_B = torch.empty_like(everywhere_B)
+        for kind in self._kinds:
+            rows_R = torch.nonzero(self._kind_B == kind)[:, 0]
+            if len(rows_R):
+                tokens_B[rows_R] = self._drawn(kind, logprobs_BV[rows_R], rows_R, step)
         return tokens_B
 
-    def _sample_cut(self, logprobs_RV: torch.Tensor, uniform_R1: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
-        """Tokens of these rows, from among the likeliest; wider and wider, for the rows that need it."""
-        tokens_R = torch.empty(len(rows_R), dtype=torch.long, device=rows_R.device)
-        if self._widest_top_k == 0 and rows_R.device.type == "cpu":
-            # A row fits the processor's caches: one after the other they cost what the whole distribution does.
-            for row, at in enumerate(rows_R.tolist()):
-                kept_V = nucleus(logprobs_RV[row].exp(), float(self._top_p_B1[at]), float(self._min_p_B1[at]))
-                tokens_R[row] = _invert(kept_V[None].double(), uniform_R1[row, None])[0]
-            return tokens_R
+    def _drawn(self, kind: int, logprobs_RV: torch.Tensor, rows_R: torch.Tensor, step: int) -> torch.Tensor:
+        """Tokens of the rows ``rows_R``, which are of one kind."""
+        if kind == _NUCLEUS:
+            return self._within_nucleus(logprobs_RV.exp(), rows_R, step)
+        uniform_R1 = self._uniforms_BT[rows_R, step, None]
+        if kind == _TOP_K:
+            return self._within_top_k(logprobs_RV, uniform_R1, rows_R)
+        return _invert(logprobs_RV.exp(), uniform_R1)
+
+    def _within_nucleus(self, live_QV: torch.Tensor, rows_Q: torch.Tensor, step: int) -> torch.Tensor:
+        """By rejection, without a sort (Ye et al. 2025, FlashInfer): a token outside the nucleus is drawn again, from
+        those that come before it: the likelier ones, and of the equally likely those of smaller ids."""
+        tokens_R = torch.empty_like(rows_Q)
+        open_Q = torch.arange(len(rows_Q), device=rows_Q.device)
+        id_V = torch.arange(live_QV.shape[1], device=rows_Q.device)
+        uniform_Q1 = self._uniforms_BT[rows_Q, step, None]
+        most_Q1, first_Q1 = live_QV.max(dim=-1, keepdim=True)
+        top_p_Q1, least_Q1 = self._top_p_B1[rows_Q], self._min_p_B1[rows_Q] * most_Q1
+        for again in itertools.count(1):
+            token_Q1 = _invert(live_QV, uniform_Q1)[:, None]
+            prob_Q1 = live_QV.gather(1, token_Q1)
+            inside_Q = (_before(live_QV, token_Q1, prob_Q1, top_p_Q1) & (prob_Q1 >= least_Q1))[:, 0]
+            # The likeliest always may be drawn; and what is no number has no end.
+            inside_Q |= (token_Q1 == first_Q1)[:, 0] | ~torch.isfinite(least_Q1)[:, 0]
+            tokens_R[open_Q[inside_Q]] = token_Q1[inside_Q, 0]
+            if inside_Q.all():
+                break
+            open_Q, token_Q1, prob_Q1, live_QV = (one[~inside_Q] for one in (open_Q, token_Q1, prob_Q1, live_QV))
+            top_p_Q1, least_Q1, first_Q1 = (one[~inside_Q] for one in (top_p_Q1, least_Q1, first_Q1))
+            earlier_QV = (live_QV > prob_Q1) | ((live_QV == prob_Q1) & (id_V < token_Q1))
+            live_QV = torch.where(earlier_QV, live_QV, 0.0)
+            numbers = np.stack([_uniform(self._keys[row], 1, step + 1, again) for row in rows_Q[open_Q].tolist()])
+            uniform_Q1 = torch.from_numpy(numbers).to(live_QV.device)
+        return tokens_R
+
+    def _within_top_k(self, logprobs_RV: torch.Tensor, uniform_R1: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
+        """From among the likeliest, of which the top k are found; wider and wider, for the rows that need it."""
+        tokens_R = torch.empty_like(rows_R)
         vocabulary = logprobs_RV.shape[1]
-        widths = [width for width in NUCLEUS_WIDTHS if self._widest_top_k < width < vocabulary]
+        widths = [width for width in TOP_K_WIDTHS if self._widest_top_k < width < vocabulary]
         open_Q = torch.arange(len(rows_R), device=rows_R.device)
         for width in (*widths, vocabulary):
             ids_QK, probs_QK = _likeliest(logprobs_RV if len(open_Q) == len(rows_R) else logprobs_RV[open_Q], width)
@@ -128,42 +158,17 @@ class Sampler:
         return first_QK & likely_QK & ((above_QK < top_p_Q1 * mass_Q1) | (top_p_Q1 >= 1.0))
 
 
-def nucleus(probs_V: torch.Tensor, top_p: float, min_p: float) -> torch.Tensor:
-    """The probabilities, zero outside the nucleus: the likeliest tokens, equally likely ones by their ids, of which
-    the likelier have less than ``top_p`` together, and at least ``min_p`` of the likeliest one's probability each.
-
-    No sort of the vocabulary: the probability at its edge lies between that of the likeliest token and
-    ``(1 - top_p) / V``, as all tokens below have no more than ``1 - top_p`` together. The range is halved, by the mass
-    above its middle, until few tokens are within; these are sorted.
-    """
-    highest = float(probs_V.max())
-    kept_V = probs_V.clone()
-    if top_p < 1.0:
-        above, below = highest, max((1.0 - top_p) / len(probs_V), 1e-30)
-        for _ in range(_HALVINGS if below < above else 0):
-            middle = math.sqrt(above * below)
-            mass = float(torch.nn.functional.threshold(probs_V, middle, 0.0).sum())
-            above, below = (middle, below) if mass < top_p else (above, middle)
-        kept_V = _nucleus_between(probs_V, top_p, above, below)
-    if min_p > 0.0:
-        kept_V[kept_V.double() < min_p * highest] = 0.0
-    return kept_V
-
-
-def _nucleus_between(probs_V: torch.Tensor, top_p: float, above: float, below: float) -> torch.Tensor:
-    """The nucleus whose edge is in ``(below, above]``; where rounding has it elsewhere, the whole row is sorted."""
-    kept_V = torch.nn.functional.threshold(probs_V, above, 0.0)
-    mass = float(kept_V.sum(dtype=torch.float64))
-    near_N = torch.nonzero(torch.nn.functional.threshold(probs_V, below, 0.0) - kept_V)[:, 0]
-    values_N, order_N = probs_V[near_N].sort(descending=True, stable=True)
-    values_N = values_N.double()
-    likelier_N = mass + values_N.cumsum(0) - values_N
-    whole = below < 0.0
-    if not whole and (mass >= top_p or len(near_N) == 0 or float(likelier_N[-1] + values_N[-1]) < top_p):
-        return _nucleus_between(probs_V, top_p, math.inf, -1.0)
-    inside_N = near_N[order_N[likelier_N < top_p]]
-    kept_V[inside_N] = probs_V[inside_N]
-    return kept_V
+def _before(
+    live_QV: torch.Tensor, token_Q1: torch.Tensor, prob_Q1: torch.Tensor, top_p_Q1: torch.Tensor
+) -> torch.Tensor:
+    """Whether the tokens that come before each row's token have less than ``top_p`` together: ``[Q, 1]``."""
+    at_least_Q1 = torch.where(live_QV >= prob_Q1, live_QV, 0.0).sum(dim=-1, keepdim=True)
+    before_Q1 = at_least_Q1 - prob_Q1 + _EDGE < top_p_Q1
+    for row in torch.nonzero(~before_Q1[:, 0] & (top_p_Q1[:, 0] < 1.0))[:, 0].tolist():
+        live_V, prob, token = live_QV[row], prob_Q1[row, 0], int(token_Q1[row, 0])
+        mass = torch.where(live_V > prob, live_V, 0.0).sum(dtype=torch.float64)
+        before_Q1[row] = mass + prob.double() * (live_V[:token] == prob).sum() < top_p_Q1[row, 0]
+    return before_Q1 | (top_p_Q1 >= 1.0)
 
 
 def _likeliest(logprobs_QV: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,11 +183,36 @@ def _likeliest(logprobs_QV: torch.Tensor, width: int) -> tuple[torch.Tensor, tor
 
 
 def _invert(probs_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
-    """The column of each row at which the cumulative sum passes the row's uniform number."""
-    cumulative_RV = probs_RV.cumsum(dim=-1)
-    target_R1 = uniform_R1 * cumulative_RV[:, -1:]
-    columns_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0]
-    return columns_R.clamp_(max=probs_RV.shape[1] - 1)
+    """The column of each row at which the cumulative sum, in float64, passes the row's uniform number.
+
+    A large vocabulary is first summed by blocks: a cumulative sum of all of it costs more than its softmax. A column of
+    probability 0 is never drawn, however the sums round.
+    """
+    rows, vocabulary = probs_RV.shape
+    if vocabulary <= 2 * _BLOCK:
+        cumulative_RV = probs_RV.double().cumsum(dim=-1)
+        return _first_above(cumulative_RV, uniform_R1 * cumulative_RV[:, -1:])
+    probs_RGK = torch.nn.functional.pad(probs_RV, (0, -vocabulary % _BLOCK)).view(rows, -1, _BLOCK)
+    mass_RG = probs_RGK.sum(dim=-1).double()
+    ends_RG = mass_RG.cumsum(dim=-1)
+    target_R1 = uniform_R1 * ends_RG[:, -1:]
+    block_R = _first_above(ends_RG, target_R1)
+    row_R = torch.arange(rows, device=probs_RV.device)
+    start_R = ends_RG[row_R, block_R] - mass_RG[row_R, block_R]
+    within_RK = probs_RGK[row_R, block_R].double().cumsum(dim=-1)
+    inside_R = _first_above(within_RK, (target_R1 - start_R[:, None]).clamp_(min=0.0))
+    return (block_R * _BLOCK + inside_R).clamp_(max=vocabulary - 1)
+
+
+def _first_above(cumulative_RK: torch.Tensor, target_R1: torch.Tensor) -> torch.Tensor:
+    """The first column of each row above its target; that where the row's last sum is reached, if none is.
+
+    Some column where the sums are no numbers: its log-prob tells.
+    """
+    above_R1 = torch.searchsorted(cumulative_RK, target_R1, right=True)
+    last_R1 = torch.searchsorted(cumulative_RK, cumulative_RK[:, -1:].contiguous())
+    found_R1 = torch.minimum(above_R1, last_R1)
+    return found_R1[:, 0].clamp_(max=cumulative_RK.shape[1] - 1)  # sums that are no numbers are above nothing
 
 
 class Adjustments:

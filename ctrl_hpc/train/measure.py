@@ -21,6 +21,7 @@ from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron import parallel_state
 from ctrl_hpc.plan.memory import Memory, Workload, estimate
 from ctrl_hpc.plan.plan import count, training_flops
+from ctrl_hpc.plan.work import update_passes
 from ctrl_hpc.train.batch import Batch, collate
 from ctrl_hpc.train.losses import RLLoss, SFTLoss
 from ctrl_hpc.train.policy import Loss, Policy
@@ -172,7 +173,7 @@ def _workload(options: Options, batch: Batch, on_gpu: bool) -> Workload:
 
 def _rates(policy: Policy, batch: Batch, options: Options, on_gpu: bool) -> dict[str, Any]:
     tokens = int((batch.lengths_S - 1).sum())
-    flops = training_flops(policy.architecture, tokens, tokens * min(LENGTH, options.tokens) / 2)
+    flops = training_flops(policy.architecture, tokens, tokens * min(LENGTH, options.tokens) / 2, batch.n_tokens)
     peak = options.peak_tflops or (989.0 if on_gpu else None)
     old_SR = policy.logprobs(batch)
     advantages_SR = torch.ones_like(old_SR) * batch.mask_SR
@@ -187,9 +188,10 @@ def _rates(policy: Policy, batch: Batch, options: Options, on_gpu: bool) -> dict
             policy.update(batch, loss, 1e-6)
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - started) / options.steps
-        tflops = flops / seconds / 1e12
-        mfu = None if peak is None else tflops / peak
-        found[name] = {"tokens_per_s": tokens / seconds, "tflops": tflops, "mfu": mfu}
+        useful = flops / seconds / 1e12
+        mfu = None if peak is None else useful / peak
+        executed = useful * update_passes(policy.config) / 3  # as the plan counts
+        found[name] = {"tokens_per_s": tokens / seconds, "tflops": executed, "mfu": mfu}
     return found
 
 

@@ -123,8 +123,9 @@ def test_stages_of_a_pipeline_share_the_parameters() -> None:
     assert sum("pipeline stage" in line for line in lines) == 4
 
 
-ACTIVE = 8030261248 - 128256 * 4096
-"""Of Llama-3.1-8B: the embedding multiplies nothing."""
+OUTPUT = 128256 * 4096
+LAYERS = 8030261248 - 2 * OUTPUT
+"""Of Llama-3.1-8B: the embedding multiplies nothing, the output layer critiques alone."""
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def test_critiques_of_a_draft_share_its_prompt(micro_batch: int, nodes: int, pro
     found = plan(config_of("Llama-3.1-8B", rl=rl, plan=given, trainer=trainer))
     tokens = prompts * 256 + 512 * 768
     attended = prompts * 256 * 128 + 512 * 768 * (256 + 384)
-    seconds = (6 * ACTIVE * tokens + 12 * 32 * 4096 * attended) / (400e12 * nodes)
+    multiplied = LAYERS * tokens + OUTPUT * 512 * 768
+    seconds = (6 * multiplied + 12 * 32 * 4096 * attended) / (400e12 * nodes)
     assert found.rl_update_s == pytest.approx(seconds, rel=1e-6)
     assert found.rl_tokens_per_s == pytest.approx(tokens / seconds, rel=1e-6)
 
@@ -160,6 +162,23 @@ def test_critiques_of_a_draft_share_its_prompt(micro_batch: int, nodes: int, pro
 )
 def test_passes_of_a_step(options: RLConfig, passes: float) -> None:
     assert work(config_of("Qwen3-4B", rl=options), 1).passes == pytest.approx(passes)
+
+
+def test_adapters_have_half_a_backward_pass_and_full_recomputing_another_forward_one() -> None:
+    """One rank, so that a step's and an update's times are in the ratio of their passes."""
+    rl = RLConfig(minibatches=1, kl_coef=0.1)
+    given = replace(H200, trainer_tflops=400.0)
+    plain, adapters, again = (
+        plan(config_of("Qwen3-4B", rl=rl, plan=given, trainer=TrainerConfig(device="cuda"), **more))
+        for more in (
+            {},
+            {"lora": LoraConfig(rank=16)},
+            {"lora": LoraConfig(rank=16), "parallel": ParallelConfig(recompute="full")},
+        )
+    )
+    assert adapters.sft_step_s / plain.sft_step_s == pytest.approx(2 / 3)
+    assert again.sft_step_s / plain.sft_step_s == pytest.approx(3 / 3)
+    assert adapters.rl_update_s / plain.rl_update_s == pytest.approx((2 + 1) / (3 + 1))
 
 
 def test_critiques_that_earn_by_their_judgement_alone_are_not_revised() -> None:
@@ -186,7 +205,7 @@ def test_times_follow_from_the_given_rates() -> None:
     alone = TrainerConfig(device="cuda", micro_batch_tokens=4096, shared_prefix=False)
     found = plan(config_of("Llama-3.1-8B", rl=rl, plan=given, trainer=alone))
     tokens, length = 64 * 8 * 1024, 1024
-    active = ACTIVE
+    active = LAYERS + OUTPUT * 768 / 1024
     seconds = tokens * (6 * active + 6 * 32 * length * 4096) / 400e12
     assert found.rl_update_s == pytest.approx(seconds, rel=1e-6)
     assert found.rl_tokens_per_s == pytest.approx(tokens / seconds, rel=1e-6)

@@ -107,6 +107,7 @@ def test_judgebench_beside_the_paper(tmp_path):
     assert votes[-1] == ("128", "64.3", "75.0")
     own = tables.judgebench_table(run.results["judgebench"])
     assert own.rows == (("RL critic", "75.0", "50.0", "25.0", "75.0", "[20.0, 80.0]"),)
+    assert f"{run.name}: {own.title}" in [table.title for table in combined.tables_of([run, run], {}, {})]
 
 
 def test_without_the_papers_benchmarks_there_is_nothing_to_say(tmp_path):

@@ -138,3 +138,16 @@ def test_a_disk_too_small_for_training_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place: usage)
     (finding,) = preflight.findings(load("tiny", [f"run_dir={tmp_path}/run"]))
     assert finding.here and "0.0 GB are free; training " in finding.text and "writes at least 0.0 GB" in finding.text
+
+
+def test_closing_words_that_leave_no_room_for_a_judgement_are_told(tmp_path: Path) -> None:
+    """In the critic's own tokens, its judgement and the end of a block of code among them."""
+    room = [f"{section}.max_tokens=100" for section in ("synthesize", "rl", "eval")]
+    for words, wrong in (
+        ("Overall judgment:", False),
+        ("In one of the two words that you know, what you think:", True),
+    ):
+        config = load("tiny", [f"prompts.critique_close='{words}'", *room, f"run_dir={tmp_path / 'run'}"])
+        told = [finding.text for finding in preflight.findings(config) if "critique_close" in finding.text]
+        assert bool(told) == wrong
+        assert all("tokens, line breaks and judgement among them; at most 31" in one for one in told)

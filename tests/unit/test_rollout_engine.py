@@ -8,16 +8,17 @@ import pytest
 import random_qwen
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ctrl_hpc.records import Generation, Sampling
 from ctrl_hpc.rollout import engine as engines
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Decoding, Follower
 from ctrl_hpc.rollout.engine import PaddedEngine, load_engine, stop_token_ids
+from ctrl_hpc.rollout.kv_cache import KVCache, Recent
 from ctrl_hpc.seeds import derive_seed
 
-PROMPTS = [[5, 9, 200], [7], [30, 31, 32, 33, 34, 35, 36], [5, 9, 200], [100, 101]]
+PROMPTS = [[5, 9, 200], [7], [30, 31, 32, 33, 34, 35, 36], [5, 9, 200], [100, 101], [30, 31, 32, 33, 8], [30, 31, 9]]
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return random_qwen.build(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def engine(folder: str) -> PaddedEngine:
+@pytest.fixture(scope="module", params=[False, True], ids=["small", "large"])
+def engine(folder: str, request: pytest.FixtureRequest) -> PaddedEngine:
+    """As small models take their prompts, and as large ones do."""
     engine = load_engine(folder, device="cpu")
-    assert isinstance(engine, PaddedEngine)
+    assert isinstance(engine, PaddedEngine) and engine._recent is None
+    if request.param:
+        engine._recent = Recent(10_000)
     return engine
 
 
@@ -49,6 +53,66 @@ def test_greedy_equals_transformers_generate(engine: PaddedEngine) -> None:
         )
         assert list(generation.token_ids) == expected[0, len(prompt) :].tolist()
         assert generation.prompt_ids == tuple(prompt)
+
+
+def test_a_text_that_goes_on_is_not_computed_again(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither right after, nor with other texts between, but with other weights."""
+    large, plain = load_engine(folder, device="cpu"), load_engine(folder, device="cpu")
+    assert isinstance(large, PaddedEngine) and isinstance(plain, PaddedEngine)
+    large._recent = Recent(10_000)
+    passed, forward = [], engines._Batch._forward
+    monkeypatch.setattr(engines._Batch, "_forward", lambda *given: passed.append(given[2].numel()) or forward(*given))
+    how = [Sampling(temperature=0.0, max_tokens=3 + row, seed=row) for row in range(len(PROMPTS))]
+    begun = [[*item.prompt_ids, *item.token_ids] for item in large.generate(PROMPTS, how)]
+    later = [[*text, 40 + row, 41][: len(text) + 1 + row % 2] for row, text in enumerate(begun)]
+    for _ in range(2):
+        passed.clear()
+        found = large.generate([*later, [17, 18]], [Sampling(temperature=0.0, max_tokens=1)] * (len(later) + 1))
+        assert passed == [len(later) * 3, 2], "the last token drawn, and what comes after it"
+        expected = plain.generate([*later, [17, 18]], [Sampling(temperature=0.0, max_tokens=1)] * (len(later) + 1))
+        assert [item.token_ids for item in found] == [item.token_ids for item in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        large.generate([[70, 71, 72]], [Sampling(temperature=0.0, max_tokens=2)])
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    weights = {name: value * 1.25 for name, value in load_file(changed / "model.safetensors").items()}
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    for engine in (large, plain):
+        engine.load_weights(str(changed), 1)
+    greedy = [Sampling(temperature=0.0, max_tokens=4)] * len(later)
+    pairs = zip(large.generate(later, greedy), plain.generate(later, greedy), strict=True)
+    assert all(one.logprobs == pytest.approx(other.logprobs, abs=1e-4) for one, other in pairs)
+
+
+def test_prompts_are_taken_apart_where_a_model_is_large_and_its_rotary_embedding_fixed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Phi-3's longrope turns all positions by another angle once a sequence is long."""
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "vocab_size": 16, "pad_token_id": 0}
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    for kind, more, apart in (("qwen2", {}, True), ("phi3", {}, True), ("phi3", {"rope_parameters": long}, False)):
+        config = AutoConfig.for_model(kind, **sizes, **heads, **more)
+        model = AutoModelForCausalLM.from_config(config)
+        assert PaddedEngine(model, frozenset())._recent is None
+        monkeypatch.setattr(engines, "_FILLS_A_CPU", 100)
+        assert (PaddedEngine(model, frozenset())._recent is not None) == apart
+        monkeypatch.undo()
+
+
+def test_of_recent_rows_the_oldest_are_forgotten_first() -> None:
+    recent, caches = Recent(7), [KVCache(0) for _ in range(3)]
+    recent.note([1, 2, 3], caches[0])
+    recent.note([1, 2], caches[1])
+    assert recent.longest([1, 2, 3, 4]) is caches[0] and recent.longest([1, 2, 3]) is caches[1]
+    assert recent.longest([1, 2]) is None and recent.longest([2, 1, 3]) is None
+    recent.note([5, 6, 7], caches[2])  # 8 tokens: the first has to go
+    assert recent.longest([1, 2, 3, 4]) is caches[1] and recent.longest([5, 6, 7, 8]) is caches[2]
+    recent.note(range(9), caches[0])
+    assert recent.longest([*range(9), 9]) is None and not recent._rows
 
 
 def full_forward_logprobs(model: torch.nn.Module, generation: Generation, temperature: float) -> torch.Tensor:
