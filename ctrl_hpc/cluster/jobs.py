@@ -67,7 +67,7 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     first_seen: float = 0.0
     """Local: when the first of its tasks was seen."""
-    seen_tasks: dict[int, float | None] = field(default_factory=dict)
+    seen_tasks: dict[int, int] = field(default_factory=dict)
     """Local: process ids of its tasks ever seen, with their start times."""
 
     @property
@@ -240,10 +240,11 @@ class Jobs:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(int(job.id)).children():
                 with contextlib.suppress(psutil.Error):
-                    if child.status() != psutil.STATUS_ZOMBIE:
+                    start = processes.started(child.pid)
+                    if start is not None:
                         if not job.seen_tasks:
                             job.first_seen = time.monotonic()
-                        job.seen_tasks.setdefault(child.pid, child.create_time())
+                        job.seen_tasks.setdefault(child.pid, start)
                         alive.append(_task_of(child))
         return alive
 
