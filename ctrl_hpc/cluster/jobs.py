@@ -125,11 +125,15 @@ class Jobs:
         """Folder of all logs."""
         return self._run_dir / "logs"
 
-    def begin_prefork(self, roles: Sequence[str]) -> Prefork:
-        """Have processes import ahead what local jobs of these roles need; does not wait."""
+    def begin_prefork(self, roles: Sequence[str]) -> Prefork | None:
+        """Have processes import ahead what local jobs of these roles need; does not wait. None, told, where they cannot
+        be started."""
         python = _python(self._launch, JobConfig(), snapshot.latest(self._run_dir))
-        with _environment_lock, _environment(1, self._wandb_mode), _interrupts_blocked():
-            self.prefork = Prefork(python, roles)
+        try:
+            with _environment_lock, _environment(1, self._wandb_mode), _interrupts_blocked():
+                self.prefork = Prefork(python, roles)
+        except OSError as error:
+            console.print(f"jobs are not forked from processes that are ready, but started: {error}")
         return self.prefork
 
     def submit(

@@ -2,8 +2,8 @@
 
 A chain of processes, a :class:`Generation` each: the first imports the executor's modules, its child those of the
 rollout servers, too, and that one's child those of the trainer, so that no job has more in it than it would import by
-itself. They have one thread each, have touched no GPU, and end with the driver, whose end of a pipe they wait on. A
-job's processes are what they are without them: submitit's controller, its tasks its children.
+itself. They have one thread each, have touched no GPU, and each ends with the process that forked it, the first with
+the driver. A job's processes are what they are without them: submitit's controller, its tasks its children.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection, Pipe
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-import psutil
+import numpy as np
 from submitit import LocalExecutor
 from submitit.core.submission import process_job
 from submitit.core.utils import JobPaths
@@ -78,26 +78,32 @@ class Prefork:
     """The driver's hold on the chain."""
 
     def __init__(self, python: str, roles: Sequence[str]) -> None:
-        """Start it, for jobs of these roles; ``python`` is the command that starts Python in a job."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SUBMITIT_")}
-        wanted = max((number for number, one in enumerate(GENERATIONS) if set(one.roles) & set(roles)), default=-1)
-        chain = GENERATIONS[: wanted + 1]
+        """Start it, for jobs of these roles; ``python`` is the command that starts Python in a job.
+
+        It ends with the thread that calls this. Raises OSError where it cannot be started.
+        """
+        which = {role: number for number, one in enumerate(GENERATIONS) for role in one.roles if role in roles}
+        chain = GENERATIONS[: max(which.values(), default=-1) + 1]
         pipes = [Pipe() for _ in chain]
-        told = json.dumps(
-            [{**asdict(one), "pipe": there.fileno()} for one, (_, there) in zip(chain, pipes, strict=True)]
-        )
-        # Of all in the chain: one whose pipe were closed would end.
-        self._ends = {role: here for one, (here, _) in zip(chain, pipes, strict=True) for role in one.roles}
+        told = json.dumps([(there.fileno(), one.modules) for one, (_, there) in zip(chain, pipes, strict=True)])
+        self._pipes = [here for here, _ in pipes]  # also of those in the chain that nobody asks for anything
+        self._ends = {role: self._pipes[number] for role, number in which.items()}
         self._ready: set[Connection] = set()
         self._lock = threading.Lock()
         self._first = subprocess.Popen(
-            [*shlex.split(python), "-m", "ctrl_hpc.cluster.prefork", told],
+            [*shlex.split(python), "-m", "ctrl_hpc.cluster.prefork", str(os.getpid()), told],
             stdin=subprocess.DEVNULL,
-            env={**environment, "CUDA_VISIBLE_DEVICES": ""},  # no library may look for a GPU before the fork
+            # no library may look for a GPU before the fork, or start a thread
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"},
             pass_fds=[there.fileno() for _, there in pipes],
         )
         for _, there in pipes:
             there.close()
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Whose jobs are forked, those first whose process is ready first."""
+        return tuple(self._ends)
 
     def await_ready(self, role: str) -> None:
         """Return once the process that jobs of this role are forked from has imported all, or will not.
@@ -105,55 +111,72 @@ class Prefork:
         Nothing has been asked of it yet: Ctrl-C may end the wait.
         """
         deadline = time.monotonic() + _IMPORTS_S
-        while True:
-            with self._lock:
-                end = self._ends.get(role)
-                if end is None or end in self._ready:
-                    return
-                try:
-                    if end.poll(_LOOK_S):
-                        end.recv()
-                        self._ready.add(end)
-                    elif time.monotonic() > deadline:
-                        self._give_up(role, end, f"its imports take longer than {_IMPORTS_S:.0f} s")
-                except (OSError, EOFError):
-                    self._give_up(role, end, "it is gone")
+        while (end := self._awaited(role, deadline)) is not None:
+            with contextlib.suppress(OSError):  # another thread has given it up
+                wait([end], _LOOK_S)
+
+    def _awaited(self, role: str, deadline: float) -> Connection | None:
+        """The pipe on which a role's process has yet to say that it is ready."""
+        with self._lock:
+            end = self._ends.get(role)
+            if end is None or end in self._ready:
+                return None
+            try:
+                if end.poll():
+                    problem = end.recv()
+                elif time.monotonic() < deadline:
+                    return end
+                else:
+                    problem = f"its imports take longer than {_IMPORTS_S:.0f} s"
+            except (OSError, EOFError):
+                problem = "it is gone"
+            if problem:
+                self._give_up(role, end, problem)
+            else:
+                self._ready.add(end)
+            return None
 
     def fork(self, role: str, folder: Path, environment: Mapping[str, str]) -> Forked | None:
-        """A job's controller; None where that process is not ready, or, told once, is gone or may not fork."""
+        """A job's controller; None where that process is not ready, or, told once, is gone or does not answer."""
         with self._lock:
             end = self._ends.get(role)
             if end is None or end not in self._ready:
                 return None
             try:
                 end.send((str(folder), dict(environment)))
-                found: tuple[int, str] = end.recv() if end.poll(_ANSWER_S) else (0, "it does not answer")
+                if end.poll(_ANSWER_S):
+                    controller = Forked(end.recv())
+                    end.send("go")
+                    return controller
+                problem = "it does not answer"
             except (OSError, EOFError):
-                found = (0, "it is gone")
-            pid, problem = found
-            if not pid:
-                self._give_up(role, end, problem)
-                return None
-            return Forked(pid)
+                problem = "it is gone"
+            except BaseException:  # the next job's would be this one's controller
+                self._drop(end)
+                raise
+            self._give_up(role, end, problem)
+            return None
 
     def _give_up(self, role: str, end: Connection, problem: str) -> None:
-        console.print(f"{role}: not forked from a process that is ready, but started: {problem}")
         self._drop(end)
+        console.print(f"{role}: not forked from a process that is ready, but started: {problem}")
 
     def _drop(self, end: Connection) -> None:
+        """Ask it for nothing more; a controller that it has not been told to let go ends."""
         self._ends = {role: one for role, one in self._ends.items() if one is not end}
         end.close()
 
     def close(self) -> None:
         """End the chain; jobs that were forked from it go on."""
         with self._lock:
-            for end in set(self._ends.values()):
-                self._drop(end)
-        try:
-            self._first.wait(timeout=2.0)
-        except subprocess.TimeoutExpired:  # those after it in the chain see their own pipe's end
-            self._first.kill()
+            self._ends = {}
+            self._first.kill()  # and so, by the kernel, those after it
             self._first.wait()
+            for end in self._pipes:
+                with contextlib.suppress(OSError, EOFError):
+                    while end.poll(_ANSWER_S):  # until the process at its other end is gone
+                        end.recv()
+                end.close()
 
 
 class Forked:
@@ -169,8 +192,7 @@ class Forked:
     def wait(self) -> int:
         """Returns when it has ended."""
         while self.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                psutil.Process(self.pid).wait(timeout=0.1)
+            time.sleep(_POLL_S)
         return 0
 
     def send_signal(self, number: int) -> None:
@@ -213,16 +235,16 @@ class _Controller(Controller):
     def start_tasks(self) -> None:
         paths = [JobPaths(self.folder, self.pid, task) for task in range(self.ntasks)]
         deadline = time.monotonic() + _PICKLE_S
-        while not paths[0].submitted_pickle.exists() and time.monotonic() < deadline:
-            time.sleep(_POLL_S)  # submitit's task would look once a second
-        if not paths[0].submitted_pickle.exists():
-            raise RuntimeError(f"{paths[0].submitted_pickle} is not there: the driver has ended")
+        while not paths[0].submitted_pickle.exists():  # submitit's task would look once a second
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{paths[0].submitted_pickle} is not there: the driver has ended")
+            time.sleep(_POLL_S)
         for task, path in enumerate(paths):
             self.tasks.append(_Task(self.folder, self.pid, task, path.stdout))  # type: ignore[arg-type]
 
 
-class _Task:
-    """A task of a job: a child of this process, with what is asked of a ``subprocess.Popen``."""
+class _Task(Forked):
+    """A task of a job: a child of this process."""
 
     def __init__(self, folder: Path, job: str, task: int, log: Path) -> None:
         own = {"SUBMITIT_LOCAL_LOCALID": str(task), "SUBMITIT_LOCAL_GLOBALID": str(task), "SUBMITIT_LOCAL_JOB_ID": job}
@@ -236,7 +258,7 @@ class _Task:
             processes.name_this(f"task-{task}")
             process_job(folder)
 
-        self.pid = _fork(work)
+        super().__init__(_fork(work))
         self._ended: int | None = None
 
     def poll(self) -> int | None:
@@ -245,11 +267,6 @@ class _Task:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             self._ended = os.waitstatus_to_exitcode(status) if pid else None
         return self._ended
-
-    def send_signal(self, number: int) -> None:
-        """As ``os.kill``, where it still runs."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
 
 
 def _fork(work: Callable[[], None]) -> int:
@@ -260,6 +277,8 @@ def _fork(work: Callable[[], None]) -> int:
     code = 1
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if "numpy.random" in sys.modules:
+            np.random.seed()  # as random does by itself
         work()
         code = 0
     except SystemExit as error:
@@ -290,62 +309,86 @@ def _control(folder: str, environment: Mapping[str, str], initial: Mapping[str, 
 
 def _serve(end: Connection, initial: Mapping[str, str]) -> None:
     """Fork a job for every message, until the driver has closed its end, which hears first that all is ready."""
-    signal.signal(signal.SIGCHLD, _reap)
-    try:
-        end.send("ready")
-    except OSError:
-        return
-    while True:
-        try:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies: the driver asks whether a controller runs
+    with contextlib.suppress(EOFError, ConnectionError):
+        end.send("")
+        while True:
             folder, environment = end.recv()
-        except (EOFError, OSError):
-            return
-        threads = len(os.listdir("/proc/self/task"))
-        if threads > 1:  # a lock that another thread holds would stay locked
-            end.send((0, f"its imports have started {threads - 1} threads"))
-            continue
+            _fork_job(end, folder, environment, initial)
 
-        def job(folder: str = folder, environment: Mapping[str, str] = environment) -> None:
-            end.close()
+
+def _fork_job(end: Connection, folder: str, environment: Mapping[str, str], initial: Mapping[str, str]) -> None:
+    """Tell the driver a controller's id, which begins once the driver says that it has heard it, and ends otherwise."""
+    gate, release = os.pipe()
+
+    def job() -> None:
+        end.close()
+        os.close(release)
+        if os.read(gate, 1):
+            os.close(gate)
             _control(folder, environment, initial)
 
-        pid = _fork(job)
-        try:
-            end.send((pid, ""))
-        except OSError:  # nobody waits for it any more: its driver has started the job otherwise
-            os.kill(pid, signal.SIGKILL)
-            return
+    pid = _fork(job)
+    os.close(gate)
+    try:
+        paths = JobPaths(folder, str(pid))
+        for stale in (paths.submitted_pickle, *paths.folder.glob(f"{pid}_*_result.pkl")):  # an earlier job's
+            stale.unlink(missing_ok=True)
+        end.send(pid)
+        end.recv()
+        os.write(release, b".")
+    finally:
+        os.close(release)
 
 
-def _reap(*_: object) -> None:
-    """No zombies: the driver asks whether a controller runs."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent, which may be gone already."""
+    processes.die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _import(modules: Sequence[str]) -> str:
+    """What forbids to fork after these imports, if anything."""
+    # Megatron imports it without need, and the first job to end would remove its folders for all
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        for module in modules:
+            importlib.import_module(module)
+    except (Exception, SystemExit):  # noqa: BLE001 (a job that needs it will say so in its own log)
+        traceback.print_exc()
+    sys.modules.pop("wandb")
+    gc.collect()
+    gc.freeze()
+    threads = len(os.listdir("/proc/self/task")) - 1  # a lock that one of them holds would stay locked
+    return f"its imports have started {threads} threads" if threads else ""
 
 
 def main() -> None:
     """Import, fork the next generation, serve; in each process of the chain."""
-    initial, told = dict(os.environ), json.loads(sys.argv[1])
-    ends = [Connection(one["pipe"]) for one in told]
-    for number, one in enumerate(told):
-        try:
-            for module in one["modules"]:
-                importlib.import_module(module)
-        except (Exception, SystemExit):  # noqa: BLE001 (a job that needs it will say so in its own log)
-            traceback.print_exc()
-        gc.collect()
-        gc.freeze()
-        child = 0 if number + 1 == len(told) else os.fork()
-        if child or number + 1 == len(told):
-            for later in ends[number + 1 :]:
-                later.close()
-            _serve(ends[number], initial)
-            with contextlib.suppress(ChildProcessError):  # it ends with this one, unless it was the first to see it
-                if child:
-                    os.waitpid(child, 0)
-            os._exit(0)
-        ends[number].close()
+    _end_with(int(sys.argv[1]))
+    initial, told = dict(os.environ), json.loads(sys.argv[2])
+    ends = [Connection(pipe) for pipe, _ in told]
+    for number, (_, modules) in enumerate(told):
+        problem = _import(modules)
+        if problem:
+            for end in ends[number:]:
+                end.send(problem)
+            break
+        this = os.getpid()
+        child = None if number + 1 == len(told) else os.fork()
+        if child == 0:
+            _end_with(this)
+            ends[number].close()
+            continue
+        for later in ends[number + 1 :]:
+            later.close()
+        _serve(ends[number], initial)
+        if child is not None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, 0)  # it would end with this one
+        break
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
 """Local jobs forked from processes that have imported ahead: the same tasks, ends and restarts as of jobs started."""
 
+import importlib.util
 import os
+import pickle
 import signal
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import psutil
 import pytest
+import submitit
 from test_services_local import pids, stub, until
 
 from ctrl_hpc.cluster import prefork as prefork_module
@@ -30,7 +37,7 @@ cloudpickle.register_pickle_by_value(sys.modules["test_services_local"])
 def modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules that are soon imported, and one whose lack a job would tell."""
     chain = (
-        Generation(roles=("executor",), modules=("wave",)),
+        Generation(roles=("executor",), modules=("wave", "numpy.random")),
         Generation(roles=("trainer",), modules=("a_module_that_is_not_there",)),
     )
     monkeypatch.setattr(prefork_module, "GENERATIONS", chain)
@@ -39,7 +46,10 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
 def about() -> dict[str, Any]:
     """Where a task runs, and what it was given."""
     names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "OMP_NUM_THREADS", "OF_THE_DRIVER")
-    return {name: os.environ.get(name) for name in names} | {"pid": os.getpid(), "imported": "wave" in sys.modules}
+    return {name: os.environ.get(name) for name in (*names, "OPENBLAS_NUM_THREADS")} | {
+        "imported": "wave" in sys.modules,
+        "random": np.random.random(),
+    }
 
 
 def fail() -> None:
@@ -52,17 +62,36 @@ def sleep() -> None:
     time.sleep(600)
 
 
-def submitted(jobs: Jobs, function: Callable[[], Any], tasks: int = 2) -> Job:
-    return jobs.submit("trainer", function, [()], JobConfig(), tasks_per_node=tasks, threads=3)[0]
+def submitted(jobs: Jobs, function: Callable[[], Any], tasks: int = 2, role: str = "trainer") -> Job:
+    return jobs.submit(role, function, [()], JobConfig(), tasks_per_node=tasks, threads=3)[0]
+
+
+def importing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, role: str, code: str) -> None:
+    """Have the generation of this role import a module of this code, and nothing else."""
+    (tmp_path / "a_module_of_the_test.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    chain = tuple(
+        Generation(roles=one.roles, modules=("a_module_of_the_test",)) if role in one.roles else one
+        for one in prefork_module.GENERATIONS
+    )
+    monkeypatch.setattr(prefork_module, "GENERATIONS", chain)
+
+
+def forked() -> list[psutil.Process]:
+    """Those of the chain that live, its jobs among them, whoever their parents are."""
+    mark = ["ctrl_hpc.cluster.prefork", str(os.getpid())]
+    return [one for one in psutil.process_iter(["cmdline"]) if (one.info["cmdline"] or [])[2:4] == mark]
 
 
 def test_tasks_are_children_of_their_controller_with_the_jobs_environment(
     make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = Jobs(make_config(), run_dir, "test")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")  # NumPy would start a thread
     chain = jobs.begin_prefork(["trainer"])
     try:
         monkeypatch.setenv("OF_THE_DRIVER", "set after the chain was started")
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
         job = submitted(jobs, about)
         until(lambda: jobs.state(job) == "ended", "the job is over")
         found = [job.result(task) for task in range(2)]
@@ -72,7 +101,9 @@ def test_tasks_are_children_of_their_controller_with_the_jobs_environment(
         assert {row["SUBMITIT_LOCAL_NTASKS"] for row in rows} == {"2"}
         assert {row["OMP_NUM_THREADS"] for row in rows} == {"3"}
         assert {row["OF_THE_DRIVER"] for row in rows} == {"set after the chain was started"}
+        assert {row["OPENBLAS_NUM_THREADS"] for row in rows} == {"3"}
         assert all(row["imported"] for row in rows)
+        assert rows[0]["random"] != rows[1]["random"]
         failed = submitted(jobs, fail, tasks=1)
         until(lambda: jobs.state(failed) == "ended", "the job is over")
         assert failed.last_words() == "ValueError: one plain line"
@@ -125,29 +156,52 @@ def test_without_the_chain_jobs_are_started_as_ever(
 
 
 def test_a_chain_that_does_not_answer_is_not_waited_for(
-    make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Callable[..., Config],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    jobs = Jobs(make_config(), run_dir, "test")
-    chain = jobs.begin_prefork(["executor"])
+    chain = Jobs(make_config(), run_dir, "test").begin_prefork(["executor"])
     try:
         chain.await_ready("executor")
         chain._first.send_signal(signal.SIGSTOP)
         monkeypatch.setattr(prefork_module, "_ANSWER_S", 0.2)
         assert chain.fork("executor", run_dir, {}) is None
-        assert "executor" not in chain._ends
-    finally:
+        assert chain.roles == ()
         chain._first.send_signal(signal.SIGCONT)
+        assert chain._first.wait(20.0) == 0
+        until(lambda: not forked(), "the controller ends, which nobody has heard of", 20.0)
+        assert "Traceback" not in capfd.readouterr().err, "it has not begun: it was given no environment to begin with"
+    finally:
+        chain.close()
+
+
+def test_a_controller_whose_driver_was_interrupted_does_not_begin(
+    make_config: Callable[..., Config], run_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chain = Jobs(make_config(), run_dir, "test").begin_prefork(["executor"])
+    try:
+        chain.await_ready("executor")
+        chain._first.send_signal(signal.SIGSTOP)
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            chain.fork("executor", run_dir, {})
+        assert chain.roles == (), "the next job's controller would be this one's"
+        chain._first.send_signal(signal.SIGCONT)
+        assert chain._first.wait(20.0) == 0
+        until(lambda: not forked(), "the controller ends, which nobody has heard of", 20.0)
+        assert "Traceback" not in capfd.readouterr().err
+    finally:
         chain.close()
 
 
 def test_imports_that_hang_are_not_waited_for_and_ctrl_c_ends_the_wait(
     make_config: Callable[..., Config], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a_slow_module.py").write_text("import time\ntime.sleep(600)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    slow = (Generation(roles=("executor",), modules=("a_slow_module",)),)
-    monkeypatch.setattr(prefork_module, "GENERATIONS", slow)
+    importing(monkeypatch, tmp_path, "executor", "import time\ntime.sleep(600)\n")
     chain = Jobs(make_config(), run_dir, "test").begin_prefork(["executor"])
+    locked: list[bool] = []
+    monkeypatch.setattr(prefork_module, "wait", lambda *given: (locked.append(chain._lock.locked()), wait(*given)))
     try:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         began = time.monotonic()
@@ -157,21 +211,116 @@ def test_imports_that_hang_are_not_waited_for_and_ctrl_c_ends_the_wait(
         assert chain.fork("executor", run_dir, {}) is None, "it is not ready"
         monkeypatch.setattr(prefork_module, "_IMPORTS_S", 0.2)
         chain.await_ready("executor")
-        assert "executor" not in chain._ends
+        assert chain.roles == ()
+        assert locked and not any(locked), "others may ask meanwhile"
     finally:
         chain.close()
 
 
-def test_the_chain_ends_with_its_driver(make_config: Callable[..., Config], run_dir: Path) -> None:
+def test_the_chain_ends_at_once_and_its_jobs_go_on(
+    make_config: Callable[..., Config], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importing(monkeypatch, tmp_path, "trainer", "import time\ntime.sleep(600)\n")
     jobs = Jobs(make_config(), run_dir, "test")
-    chain = jobs.begin_prefork(["trainer"])
-    job = submitted(jobs, sleep, tasks=1)
+    chain = jobs.begin_prefork(["executor", "trainer"])
+    job = submitted(jobs, sleep, tasks=1, role="executor")
     until(lambda: jobs._see_tasks(job) == [0], "the task is there")
     first = psutil.Process(chain._first.pid)
     (second,) = until(lambda: [one for one in first.children() if one.pid != int(job.id)], "both generations")
-    for end in set(chain._ends.values()):
-        end.close()  # as when the driver is killed
-    assert chain._first.wait(timeout=20.0) == 0
-    until(lambda: not second.is_running(), "the second is gone, too")
-    assert jobs._see_tasks(job) == [0], "jobs go on: they watch the driver themselves"
+    chain.close()
+    until(lambda: not second.is_running(), "the second is gone, too, though it imports", 20.0)
+    assert jobs._see_tasks(job) == [0]
+    assert {one.pid for one in forked()} == {int(job.id), *job.seen_tasks}
     jobs.end([job], grace_s=1.0)
+
+
+def test_the_chain_ends_with_its_driver_while_it_imports(tmp_path: Path) -> None:
+    (tmp_path / "hangs.py").write_text("import time\ntime.sleep(600)\n")
+    code = """
+        import sys, time
+        from ctrl_hpc.cluster import prefork
+        one, two = (prefork.Generation(roles=(name,), modules=(name,)) for name in ("wave", "hangs"))
+        prefork.GENERATIONS = (one, two)
+        print(prefork.Prefork(sys.executable, ["hangs"])._first.pid, flush=True)
+        time.sleep(600)
+    """
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    with driver:
+        first = psutil.Process(int(driver.stdout.readline()))
+        (second,) = until(first.children, "both generations")
+        driver.kill()
+    until(lambda: not first.is_running() and not second.is_running(), "both are gone", 20.0)
+
+
+def test_a_job_does_not_take_an_earlier_one_of_its_id_for_itself(
+    make_config: Callable[..., Config], run_dir: Path
+) -> None:
+    jobs = Jobs(make_config(), run_dir, "test")
+    chain = jobs.begin_prefork(["executor"])
+    try:
+        chain.await_ready("executor")
+        folder = jobs.log_dir / "executor"
+        folder.mkdir(parents=True)
+        last = int(Path("/proc/loadavg").read_text().split()[-1])  # the id given last
+        left = submitit.core.utils.DelayedSubmission(fail)
+        left.set_timeout(1, 1)
+        for pid in range(last, last + 1000):
+            left.dump(folder / f"{pid}_submitted.pkl")
+            (folder / f"{pid}_0_result.pkl").write_bytes(pickle.dumps(("success", "of an earlier job")))
+        slow, quick = submitted(jobs, sleep, 1, "executor"), submitted(jobs, about, 1, "executor")
+        assert slow.result() is None
+        until(lambda: jobs.state(quick) == "ended", "the job is over")
+        outcome = quick.result()
+        assert outcome is not None and outcome[0] == "success" and outcome[1]["imported"]
+        jobs.end([slow], grace_s=1.0)
+    finally:
+        chain.close()
+
+
+def found() -> tuple[bool, bool]:
+    """Whether the module that was imported ahead found wandb, and whether a job would."""
+    return sys.modules["a_module_of_the_test"].found, importlib.util.find_spec("wandb") is not None
+
+
+def test_wandb_is_not_imported_ahead(
+    make_config: Callable[..., Config], run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "try:\n    import wandb\n    found = True\nexcept ImportError:\n    found = False\n"
+    importing(monkeypatch, tmp_path, "executor", code)
+    jobs = Jobs(make_config(), run_dir, "test")
+    chain = jobs.begin_prefork(["executor"])
+    try:
+        job = submitted(jobs, found, 1, "executor")
+        until(lambda: jobs.state(job) == "ended", "the job is over")
+        assert job.result() == ("success", (False, True))
+    finally:
+        chain.close()
+
+
+def test_nothing_is_forked_beside_threads(
+    make_config: Callable[..., Config],
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    importing(monkeypatch, tmp_path, "executor", "import threading\nthreading.Timer(600, print).start()\n")
+    chain = Jobs(make_config(), run_dir, "test").begin_prefork(["executor", "trainer"])
+    try:
+        assert chain.roles == ("executor", "trainer")
+        chain.await_ready("trainer")
+        assert chain.roles == ("executor",)
+        chain.await_ready("executor")
+        assert chain.roles == ()
+        assert chain._first.wait(20.0) == 0, "the chain has ended"
+    finally:
+        chain.close()
+    told = " ".join(capsys.readouterr().err.split())
+    for role in ("executor", "trainer"):
+        assert told.count(f"{role}: not forked from a process that is ready, but started: its imports have") == 1
+    assert "have started 1 threads" in told
