@@ -281,10 +281,11 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
             needed = roles(here, todo)
             prefork = services.import_ahead([*needed, *({"trainer"} if {"sft", "rl"} & set(todo) else ())])
             this = replace(prepare(here, folder, todo), prefork=prefork)
+            services.submit(role for role in needed if prefork is None or role not in prefork.roles)
             connections = connect(here, folder, this.every_problem()) if needed else None
             if connections is not None:
                 stack.callback(connections.close)
-            services.submit(needed)
+            services.submit(needed)  # those too that wait for imports
             for index, name in enumerate(todo):
                 services.keep(roles(here, todo[index:]))
                 services.await_first(roles(here, [name]))

@@ -324,3 +324,43 @@ def test_nothing_is_forked_beside_threads(
     for role in ("executor", "trainer"):
         assert told.count(f"{role}: not forked from a process that is ready, but started: its imports have") == 1
     assert "have started 1 threads" in told
+
+
+def test_without_processes_to_fork_from_jobs_are_started(
+    make_config: Callable[..., Config],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    services = Services(make_config(), run_dir)
+    ahead: list[object] = []
+    thread = threading.Thread(target=lambda: ahead.append(services.import_ahead(["executor"])))
+    thread.start()
+    thread.join()
+    assert ahead == [None], "it would end with the thread"
+    monkeypatch.setattr(sys, "executable", "/not/there/python")
+    assert services.import_ahead(["executor"]) is None
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("jobs are not forked from processes that are ready, but started: [Errno 2]") == 1
+
+
+def test_arrays_that_wait_for_no_imports_are_started_first(
+    make_config: Callable[..., Config], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(Services, "_submit", lambda _, role, elements: order.append(role) or [])
+    chain = (
+        Generation(roles=("generator",), modules=()),
+        Generation(roles=("executor", "of_nobody"), modules=()),
+    )
+    monkeypatch.setattr(prefork_module, "GENERATIONS", chain)
+    everything = {"critic", "executor", "generator"}
+    with Services(make_config(), run_dir) as services:
+        services.submit(everything)
+        assert order == ["critic", "executor", "generator"]
+    order.clear()
+    with Services(make_config(), run_dir) as services:
+        ahead = services.import_ahead(["executor", "generator"])
+        assert ahead is not None and ahead.roles == ("generator", "executor")
+        services.submit(everything)
+        assert order == ["critic", "generator", "executor"]
