@@ -23,6 +23,7 @@ import ctrl_hpc.evaluate.run as evaluation
 import ctrl_hpc.report.page as reporting
 from ctrl_hpc import jsonl
 from ctrl_hpc.cluster.connect import Connections, connect, spent
+from ctrl_hpc.cluster.prefork import Prefork
 from ctrl_hpc.cluster.services import Services
 from ctrl_hpc.cluster.trainer import run_trainer
 from ctrl_hpc.config import Config
@@ -60,6 +61,8 @@ class Run:
     eval_problems: dict[str, tuple[Problem, ...]]
     """Evaluation problems by data set."""
     prompts: Prompts
+    prefork: Prefork | None = None
+    """What the trainer's processes are forked from, on one machine."""
 
     def every_problem(self) -> list[Problem]:
         """Training and evaluation problems."""
@@ -221,13 +224,13 @@ def _tell(judged: Sequence[tuple[Critique, Solution]]) -> dict[str, float]:
 
 def sft(run: Run, connections: Connections | None) -> dict[str, Any]:
     """Supervised fine-tuning of the critic on those critiques, without the hint."""
-    run_trainer(run.config, run.folder, "sft")
+    run_trainer(run.config, run.folder, "sft", run.prefork)
     return {}
 
 
 def rl(run: Run, connections: Connections | None) -> dict[str, Any]:
     """GRPO: the critic is rewarded when the fixed generator's revision passes all tests."""
-    run_trainer(run.config, run.folder, "rl")
+    run_trainer(run.config, run.folder, "rl", run.prefork)
     return {}
 
 
@@ -275,12 +278,14 @@ def run(config: Config, stages: Iterable[str] | None = None) -> Path:
             directory.prepare(config, jail=rootfs.contents(config.executor.python, config.executor.packages).named())
             stack.enter_context(mirrored(config, folder))
             stack.callback(services.keep, ())  # at the end, before the mirror waits for a server
-            this = prepare(here, folder, todo)
             needed = roles(here, todo)
-            services.submit(needed)
+            prefork = services.import_ahead([*needed, *({"trainer"} if {"sft", "rl"} & set(todo) else ())])
+            this = replace(prepare(here, folder, todo), prefork=prefork)
+            services.submit(role for role in needed if prefork is None or role not in prefork.roles)
             connections = connect(here, folder, this.every_problem()) if needed else None
             if connections is not None:
                 stack.callback(connections.close)
+            services.submit(needed)  # those too that wait for imports
             for index, name in enumerate(todo):
                 services.keep(roles(here, todo[index:]))
                 services.await_first(roles(here, [name]))

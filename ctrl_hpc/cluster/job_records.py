@@ -23,7 +23,8 @@ class JobRecord:
     engine: str
     job_id: str
     machine: str
-    started: float | None
+    started: int | None
+    """Local: as :func:`ctrl_hpc.cluster.processes.started` tells it of the controller."""
     log: str
     tasks: int
     gpus: Sequence[int] = ()

@@ -26,6 +26,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from ctrl_hpc.cluster import job_records, processes
 from ctrl_hpc.cluster.job_records import JobRecord
+from ctrl_hpc.cluster.prefork import TASK_NAME, Prefork, PreforkExecutor
 from ctrl_hpc.cluster.slurm import WAITING, SlurmQueue
 from ctrl_hpc.config import Config, JobConfig, LaunchConfig
 from ctrl_hpc.progress import console
@@ -66,7 +67,7 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     first_seen: float = 0.0
     """Local: when the first of its tasks was seen."""
-    seen_tasks: dict[int, float | None] = field(default_factory=dict)
+    seen_tasks: dict[int, int] = field(default_factory=dict)
     """Local: process ids of its tasks ever seen, with their start times."""
 
     @property
@@ -104,8 +105,10 @@ class Job:
 class Jobs:
     """Submits, watches and ends the jobs of one driver."""
 
-    def __init__(self, config: Config, run_dir: str | Path, name: str) -> None:
-        """``name`` tells the records of several ``Jobs`` of one driver apart."""
+    def __init__(self, config: Config, run_dir: str | Path, name: str, prefork: Prefork | None = None) -> None:
+        """``name`` tells the records of several ``Jobs`` of one driver apart; local jobs without GPUs are forked from
+        ``prefork``, where there is one."""
+        self.prefork = prefork
         self._file = job_records.folder_of(run_dir) / f"jobs-{name}.json"
         self._launch = config.launch
         self._name = config.name
@@ -122,6 +125,17 @@ class Jobs:
         """Folder of all logs."""
         return self._run_dir / "logs"
 
+    def begin_prefork(self, roles: Sequence[str]) -> Prefork | None:
+        """Have processes import ahead what local jobs of these roles need; does not wait. None, told, where they cannot
+        be started."""
+        python = _python(self._launch, JobConfig(), snapshot.latest(self._run_dir))
+        try:
+            with _environment_lock, _environment(1, self._wandb_mode), _interrupts_blocked():
+                self.prefork = Prefork(python, roles)
+        except OSError as error:
+            console.print(f"jobs are not forked from processes that are ready, but started: {error}")
+        return self.prefork
+
     def submit(
         self,
         role: str,
@@ -136,6 +150,8 @@ class Jobs:
     ) -> list[Job]:
         """One job for each tuple of arguments, as one array where there are several (as several arrays where Slurm
         allows none so large); does not wait for them."""
+        if self.prefork is not None and not resources.gpus:
+            self.prefork.await_ready(role)
         with _environment_lock, _environment(threads, self._wandb_mode), _interrupts_blocked():
             executor = self._executor(role, resources, nodes, tasks_per_node)
             if self._launch.engine == "local" and resources.gpus:
@@ -187,7 +203,10 @@ class Jobs:
         python = _python(launch, resources, snapshot.latest(self._run_dir))
         common = _common(self._name, role, resources, nodes, tasks_per_node)
         if launch.engine == "local":
-            local = submitit.LocalExecutor(folder, python=python)
+            if self.prefork is not None and not resources.gpus:
+                local: submitit.LocalExecutor = PreforkExecutor(folder, python, self.prefork, role)
+            else:
+                local = submitit.LocalExecutor(folder, python=python)
             local.update_parameters(**common, gpus_per_node=resources.gpus * tasks_per_node)
             return local
         executor = submitit.AutoExecutor(
@@ -225,12 +244,12 @@ class Jobs:
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(int(job.id)).children():
                 with contextlib.suppress(psutil.Error):
-                    if child.status() != psutil.STATUS_ZOMBIE:
+                    start = processes.started(child.pid)
+                    if start is not None:
                         if not job.seen_tasks:
                             job.first_seen = time.monotonic()
-                        job.seen_tasks.setdefault(child.pid, child.create_time())
-                        task = child.environ().get("SUBMITIT_LOCAL_GLOBALID")
-                        alive.append(None if task is None else int(task))
+                        job.seen_tasks.setdefault(child.pid, start)
+                        alive.append(_task_of(child))
         return alive
 
     def reason(self, job: Job) -> str:
@@ -272,6 +291,13 @@ class Jobs:
         except OSError as error:  # jobs end with their driver, recorded or not
             if error.errno not in disk.FULL:
                 raise
+
+
+def _task_of(process: psutil.Process) -> int | None:
+    """Which task of its job it is: a forked one is named so, another has it in its environment."""
+    named = TASK_NAME.fullmatch(process.name())
+    told = named.group(1) if named else process.environ().get("SUBMITIT_LOCAL_GLOBALID")
+    return None if told is None else int(told)
 
 
 def _least_used(run_dir: Path, count: int) -> tuple[int, ...]:

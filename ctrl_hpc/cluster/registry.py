@@ -52,7 +52,8 @@ class Service:
     machine: str
     host: str
     pid: int
-    started: float | None
+    started: int | None
+    """As :func:`ctrl_hpc.cluster.processes.started` tells it."""
     job_id: str
     log: str
     session: str
@@ -326,7 +327,7 @@ def _service(data: Any, beat: float) -> Service | None:
     if not isinstance(data, dict):
         return None
     values: dict[str, Any] = {field.name: data.get(field.name) for field in fields(Service)} | {"beat": beat}
-    numbers = type(values["pid"]) is int and type(values["started"]) in (int, float, type(None))
+    numbers = type(values["pid"]) is int and type(values["started"]) in (int, type(None))
     texts = all(type(values[field.name]) is str for field in fields(Service) if field.type == "str")
     return Service(**values) if numbers and texts else None
 

@@ -19,6 +19,7 @@ import submitit
 from ctrl_hpc.cluster.element import SERVE, leave_request, token
 from ctrl_hpc.cluster.job_records import end_recorded
 from ctrl_hpc.cluster.jobs import Job, Jobs
+from ctrl_hpc.cluster.prefork import Prefork
 from ctrl_hpc.cluster.registry import Registration, Registry, Service, new_session
 from ctrl_hpc.config import Config, JobConfig
 from ctrl_hpc.progress import console
@@ -92,6 +93,20 @@ class Services:
         if self._handlers:
             sys.unraisablehook = sys.__unraisablehook__
 
+    def import_ahead(self, roles: Iterable[str]) -> Prefork | None:
+        """Let local jobs of these roles be forked from processes that have imported what they need; does not wait.
+
+        None where jobs are Slurm's, or have GPUs, which no process may have touched before it forks, and where this is
+        not the main thread, with which they would end.
+        """
+        launch = self.config.launch
+        gpus = {"executor": launch.executor.gpus, "trainer": launch.trainer.gpus}
+        wanted = [role for role in roles if not gpus.get(role, launch.rollout.gpus)]
+        if self.config.rollout.engine != "builtin":
+            wanted = [role for role in wanted if role not in ("critic", "generator")]
+        here = launch.engine == "local" and threading.current_thread() is threading.main_thread()
+        return self.jobs.begin_prefork(wanted) if here and wanted else None
+
     def start(self, roles: Iterable[str]) -> None:
         """Start the arrays of these roles, all at once, and wait for the first element of each."""
         wanted = set(roles)
@@ -99,11 +114,16 @@ class Services:
         self.await_first(wanted)
 
     def submit(self, roles: Iterable[str]) -> None:
-        """Start the arrays of these roles, all at once; does not wait. Raises ValueError for an unknown role."""
-        wanted = sorted(set(roles) - set(self._arrays))
-        for role in wanted:
+        """Start the arrays of these roles, all at once; waits for nothing but what forked jobs are forked from.
+
+        Raises ValueError for an unknown role.
+        """
+        missing = set(roles) - set(self._arrays)
+        for role in sorted(missing):
             if role not in SERVE:
                 raise ValueError(f"{role!r} is not a service; allowed: {', '.join(SERVE)}")
+        forked = [] if self.jobs.prefork is None else [role for role in self.jobs.prefork.roles if role in missing]
+        wanted = [*sorted(missing - set(forked)), *forked]
         with self._lock:
             for role in wanted:
                 count = self._elements(role)
@@ -140,6 +160,9 @@ class Services:
             self._end(jobs)
             self.registry.remove(lambda service: service.role == "driver")
             self.registry.remove_list()
+        if self.jobs.prefork is not None:
+            self.jobs.prefork.close()
+            self.jobs.prefork = None
         if self._driver is not None:
             self._driver.close()
             self._driver = None

@@ -16,6 +16,7 @@ from ctrl_hpc.cluster import element
 from ctrl_hpc.cluster.element import leave_with_driver
 from ctrl_hpc.cluster.jobs import Job, Jobs
 from ctrl_hpc.cluster.monitor import Monitor
+from ctrl_hpc.cluster.prefork import Prefork
 from ctrl_hpc.cluster.registry import Registry, read_entry
 from ctrl_hpc.config import Config
 from ctrl_hpc.progress import Steps, console
@@ -39,15 +40,16 @@ _PEER_LOST = re.compile(
 """Errors that say that another rank went away, or that the job was told to stop: worth another start."""
 
 
-def run_trainer(config: Config, run_dir: str | Path, stage: Stage) -> None:
-    """Run a training stage to its end as a job of ``trainer.nodes`` x ``trainer.ranks_per_node`` tasks.
+def run_trainer(config: Config, run_dir: str | Path, stage: Stage, prefork: Prefork | None = None) -> None:
+    """Run a training stage to its end as a job of ``trainer.nodes`` x ``trainer.ranks_per_node`` tasks, forked from
+    ``prefork`` where they may be.
 
     Shows progress, ends the job on Ctrl-C, and as soon as one rank fails. A job that was preempted, timed out, or lost
     a process is submitted again, up to ``launch.max_requeues`` times, and continues from its last checkpoint; twice
     without progress is a failure. Raises RuntimeError with one line that says what failed and names the log.
     """
     folder = Path(run_dir).absolute()
-    jobs = Jobs(config, folder, "trainer")
+    jobs = Jobs(config, folder, "trainer", prefork)
     without_progress = 0
     for _ in range(config.launch.max_requeues + 1):
         before = _progress(folder, stage)[0]

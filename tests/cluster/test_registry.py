@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ctrl_hpc import cli, jsonl
@@ -95,6 +96,22 @@ def test_a_process_that_is_gone_is_dead_at_once_on_its_machine(run_dir: Path) ->
     child.communicate(b"\n")
     assert Registry(run_dir).endpoints("executor") == []
     registration.close()
+
+
+def test_a_process_is_the_same_when_the_systems_clock_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = processes.started(child.pid)
+    assert started is not None and started >= (processes.started(os.getpid()) or 0) > 0
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: 0.0)  # what psutil counts a process's start from
+    assert psutil.Process(child.pid).create_time() == pytest.approx(started / os.sysconf("SC_CLK_TCK"))
+    assert processes.is_running(child.pid, started)
+    assert processes.is_running(child.pid, None)
+    assert not processes.is_running(child.pid, started + 1)
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert processes.started(child.pid) is None, "a zombie runs no more"
+    child.wait()
+    assert processes.started(child.pid) is None
 
 
 def test_a_broken_entry_is_not_a_service(run_dir: Path) -> None:
