@@ -150,16 +150,16 @@ def backward(
     asked = (train_hidden, train_weight, train_bias)
     if backend == "torch":
         kept_logits = weights if saved else None
-        gradients = reference.linear_backward(
-            hidden, weight, bias, targets, entropy, lse, kept_logits, d_logprob, d_entropy, options
+        d_hidden, d_weight, d_bias = reference.linear_backward(
+            hidden, weight, bias, targets, entropy, lse, kept_logits, d_logprob, d_entropy, options, asked
         )
-        if train_weight and main_grad is not None:
-            main_grad += gradients[1]
-            asked = (train_hidden, False, train_bias)
+        if d_weight is not None and main_grad is not None:
+            main_grad += d_weight
+            d_weight = None
         like = (hidden, weight, bias)
         return tuple(
-            g.to(x.dtype) if a and x is not None else n
-            for g, x, a, n in zip(gradients, like, asked, nothing, strict=True)
+            n if g is None or x is None else g.to(x.dtype)
+            for g, x, n in zip((d_hidden, d_weight, d_bias), like, nothing, strict=True)
         )
     projection = Projection(
         weight=weight.to(hidden.dtype).contiguous(), options=options, workspace_mb=workspace_mb, bias=bias

@@ -20,10 +20,11 @@ from ctrl_kernels.options import FLOOR, Shard, compute_dtype
 from ctrl_kernels.softmax_statistics import gather_statistics
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32: small models take one chunk, large ones stay in the cache's reach
+PRODUCT_ROWS = 256  # of a product with a large vocabulary's weights at least, which are read again for each chunk
 
 
-def _chunks(tokens: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+def _chunks(tokens: int, columns: int, least: int = 1) -> Iterator[slice]:
+    step = max(least, CHUNK_ELEMENTS // max(1, columns))
     return (slice(begin, min(begin + step, tokens)) for begin in range(0, tokens, step))
 
 
@@ -205,7 +206,7 @@ def linear_forward(
     kept = (targets != options.ignore_index).nonzero().squeeze(1)
     targets_M, weight_VD = targets[kept], weight[: options.valid].to(dtype)
     statistics = hidden.new_empty((1, len(kept), 4), dtype=dtype)
-    for rows in _chunks(len(kept), options.valid):
+    for rows in _chunks(len(kept), options.valid, PRODUCT_ROWS):
         logits_nV = _linear(_rows(hidden, kept, rows).to(dtype), weight_VD, bias, options)
         if saved_MV is not None:
             saved_MV[rows] = logits_nV
@@ -231,16 +232,21 @@ def linear_backward(
     d_logprob: torch.Tensor | None,
     d_entropy: torch.Tensor | None,
     options: Shard,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of ``hidden``, summed over the group's ranks, ``weight`` and ``bias``, in what is computed in."""
+    asked: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of ``hidden``, summed over the group's ranks, ``weight`` and ``bias``, in what is computed in.
+
+    None for one that is not ``asked`` for.
+    """
     dtype = lse.dtype
     active = _with_gradient(targets, lse, d_logprob, d_entropy, options)
     position = (targets != options.ignore_index).cumsum(0) - 1
     weight_VD = weight[: options.valid].to(dtype)
-    d_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
-    d_weight = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-    d_bias = weight.new_zeros(len(weight), dtype=dtype)
-    for rows in _chunks(len(active), options.valid):
+    contiguous = torch.contiguous_format
+    d_hidden = torch.zeros_like(hidden, dtype=dtype, memory_format=contiguous) if asked[0] else None
+    d_weight = torch.zeros_like(weight, dtype=dtype, memory_format=contiguous) if asked[1] else None
+    d_bias = weight.new_zeros(len(weight), dtype=dtype) if asked[2] else None
+    for rows in _chunks(len(active), options.valid, PRODUCT_ROWS):
         chosen = active[rows]
         hidden_nD = _rows(hidden, active, rows).to(dtype)
         d_logits_nV = logits_gradient(
@@ -252,10 +258,13 @@ def linear_backward(
             None if d_entropy is None else d_entropy[chosen].to(dtype),
             options,
         )
-        d_hidden.index_copy_(0, chosen, d_logits_nV @ weight_VD)
-        d_weight[: options.valid].addmm_(d_logits_nV.T, hidden_nD)
-        d_bias[: options.valid] += d_logits_nV.sum(0)
-    if options.ranks > 1:
+        if d_hidden is not None:
+            d_hidden.index_copy_(0, chosen, d_logits_nV @ weight_VD)
+        if d_weight is not None:
+            d_weight[: options.valid].addmm_(d_logits_nV.T, hidden_nD)
+        if d_bias is not None:
+            d_bias[: options.valid] += d_logits_nV.sum(0)
+    if options.ranks > 1 and d_hidden is not None:
         dist.all_reduce(d_hidden, group=options.process_group)
     return d_hidden, d_weight, d_bias
 

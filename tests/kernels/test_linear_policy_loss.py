@@ -24,6 +24,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens a chunk, whatever the workspace."""
     monkeypatch.setattr(Projection, "chunks", lambda self, n, *_, **__: sevens(n))
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 7 * 40)
+    monkeypatch.setattr(reference, "PRODUCT_ROWS", 1)
 
 
 def problem(
