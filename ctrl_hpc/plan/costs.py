@@ -12,6 +12,7 @@ from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron.architecture import Architecture
 from ctrl_hpc.plan.rates import Rates, runs_per_s
 from ctrl_hpc.plan.work import Work, critique_tokens
+from ctrl_hpc.rollout.kv_cache import FILLS_A_CPU, REMEMBERED_BATCHES
 
 GIB = 1 << 30
 _PROCESS_BYTES = 107 << 20
@@ -52,6 +53,8 @@ class Costs:
     """Of a critic or generator server: weights, by GPU where it is divided."""
     cache_token_bytes: dict[str, int]
     """Of the same: keys and values of a token."""
+    remembered_bytes: dict[str, int]
+    """Of the same: rows of earlier batches, by large models on CPUs."""
     disk_bytes: dict[str, int]
     gpus: dict[str, int]
     tokens_in: int
@@ -121,7 +124,9 @@ class Costs:
         )
         for role, weights in self.server_bytes.items():
             cache = self.cache_token_bytes[role]
-            yield f"memory of a {role} server: weights {_size(weights)}, and {_size(1000 * cache)} for 1000 tokens"
+            told = f"memory of a {role} server: weights {_size(weights)}, and {_size(1000 * cache)} for 1000 tokens"
+            rows = self.remembered_bytes[role]
+            yield f"{told}; at most {_size(rows)} of rows to go on from" if rows else told
         told = ", ".join(f"{kind} {_size(size)}" for kind, size in self.disk_bytes.items())
         yield f"disk: {_size(sum(self.disk_bytes.values()))} = {told}; and about half of the tests' size"
 
@@ -164,6 +169,7 @@ def costs(
         published_bytes=part,
         server_bytes={role: 2 * found.n_parameters // rollout.tensor for role, found in serving.items()},
         cache_token_bytes={role: _cache_bytes(found) for role, found in serving.items()},
+        remembered_bytes={role: _remembered_bytes(config, found) for role, found in serving.items()},
         disk_bytes={
             "versions": (rl.max_staleness + 3) * weights,
             "checkpoints": config.trainer.keep_checkpoints * architecture.n_parameters * (width + 12),
@@ -234,6 +240,14 @@ def _served(config: Config, architecture: Architecture) -> dict[str, Architectur
 def _cache_bytes(found: Architecture) -> int:
     """Keys and values of a token, in 2 bytes a number."""
     return 2 * 2 * found.n_layers * found.n_kv_heads * found.head_dim
+
+
+def _remembered_bytes(config: Config, found: Architecture) -> int:
+    rollout = config.rollout
+    on_cpu = rollout.device == "cpu" or (rollout.device == "auto" and not config.launch.rollout.gpus)
+    if rollout.engine != "builtin" or not on_cpu or found.n_parameters < FILLS_A_CPU:
+        return 0
+    return REMEMBERED_BATCHES * rollout.max_batch_tokens * _cache_bytes(found)
 
 
 def _gpus(config: Config, ranks: int) -> dict[str, int]:

@@ -13,17 +13,13 @@ import torch
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
-from ctrl_hpc.rollout.kv_cache import KVCache, Recent
+from ctrl_hpc.rollout.kv_cache import FILLS_A_CPU, REMEMBERED_BATCHES, KVCache, Recent
 from ctrl_hpc.rollout.packed import PackedLinears, can_pack, float_head
 from ctrl_hpc.rollout.prefill import apart, padded
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtype, weight_files
 
-_FILLS_A_CPU = 50_000_000
-"""Numbers of a model that one prompt keeps a CPU busy with."""
-_BATCHES = 2
-"""Largest batches whose rows are remembered: requests that belong together may be more than one."""
 _FIXED_ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that are the same for sequences of all lengths."""
 _COMPACT_BELOW = 0.75
@@ -49,7 +45,7 @@ class PaddedEngine:
         self.max_positions = int(model.config.max_position_embeddings)
         self.vocabulary = int(model.config.vocab_size)
         self._device = next(model.parameters()).device
-        self._recent = Recent(_BATCHES * max_batch_tokens) if _takes_prompts_apart(model) else None
+        self._recent = Recent(REMEMBERED_BATCHES * max_batch_tokens) if _takes_prompts_apart(model) else None
         packs = can_pack(model)
         self._packed = PackedLinears(model) if packs else None
         self.head = float_head(model, packed=packs)
@@ -66,7 +62,7 @@ class PaddedEngine:
     def forget(self) -> None:
         """Keep no rows of earlier batches."""
         if self._recent is not None:
-            self._recent = Recent(_BATCHES * self.max_batch_tokens)
+            self._recent = Recent(REMEMBERED_BATCHES * self.max_batch_tokens)
 
     def generate(
         self,
@@ -115,7 +111,7 @@ class PaddedEngine:
 def _takes_prompts_apart(model: Any) -> bool:
     """Whether a prompt keeps the device busy by itself, and its beginning is the same whatever comes after it."""
     weights = list(model.parameters())
-    large = sum(weight.numel() for weight in weights) >= _FILLS_A_CPU
+    large = sum(weight.numel() for weight in weights) >= FILLS_A_CPU
     rope: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
     of_layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]  # one kind, or one a kind of layer
     fixed = all(one.get("rope_type", "default") in _FIXED_ROPES for one in of_layers)

@@ -9,6 +9,10 @@ import torch
 
 _GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
+FILLS_A_CPU = 50_000_000
+"""Numbers of a model that one prompt keeps a CPU busy with: what was computed is remembered then."""
+REMEMBERED_BATCHES = 2
+"""Largest batches whose rows are remembered: requests that belong together may be more than one."""
 
 
 class KVCache:

@@ -20,6 +20,7 @@ from ctrl_hpc.config import (
     ParallelConfig,
     PlanConfig,
     RLConfig,
+    RolloutConfig,
     TrainerConfig,
     load,
 )
@@ -197,6 +198,18 @@ def test_critiques_that_earn_by_their_judgement_alone_are_not_revised() -> None:
     assert found.execute_s == pytest.approx(28 / 2.0 / jails)
     assert found.sample_s == all_of_them.sample_s == pytest.approx(60 * 100 / 100.0)
     assert found.disk_bytes == all_of_them.disk_bytes
+
+
+def test_rows_that_large_models_on_cpus_go_on_from() -> None:
+    """Twice 65,536 tokens of 24 layers, keys and values of 2 heads of 64 numbers, 2 bytes each."""
+    for device, model, size in (
+        ("cpu", "Qwen2.5-0.5B", 2 * 65536 * 24 * 2 * 2 * 64 * 2),
+        ("cuda", "Qwen2.5-0.5B", 0),
+        ("cpu", str(ROOT / "models/tiny/critic"), 0),
+    ):
+        found = plan(config_of(model, rollout=RolloutConfig(device=device))).costs
+        assert found.remembered_bytes["critic"] == size
+        assert any("rows to go on from" in line for line in found.lines()) == bool(size)
 
 
 def test_times_follow_from_the_given_rates() -> None:

@@ -102,7 +102,7 @@ def test_prompts_are_taken_apart_where_a_model_is_large_and_its_rotary_embedding
         config = AutoConfig.for_model(kind, **sizes, **heads, **more)
         model = AutoModelForCausalLM.from_config(config)
         assert PaddedEngine(model, frozenset())._recent is None
-        monkeypatch.setattr(engines, "_FILLS_A_CPU", 100)
+        monkeypatch.setattr(engines, "FILLS_A_CPU", 100)
         assert (PaddedEngine(model, frozenset())._recent is not None) == apart
         monkeypatch.undo()
 
