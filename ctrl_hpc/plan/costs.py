@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctrl_hpc.config import Config
+from ctrl_hpc.config import Config, ParallelConfig
 from ctrl_hpc.evaluate.critics import unaided
 from ctrl_hpc.megatron import architecture as architectures
 from ctrl_hpc.megatron.architecture import Architecture
+from ctrl_hpc.plan.memory import adapter_parameters_of_rank
 from ctrl_hpc.plan.rates import Rates, runs_per_s
 from ctrl_hpc.plan.work import Work, critique_tokens
 from ctrl_hpc.rollout.kv_cache import FILLS_A_CPU, REMEMBERED_BATCHES
@@ -142,13 +143,17 @@ def costs(
     rl, rollout, device_gb = config.rl, config.rollout, rates.disk_gb_per_s.value * 1e9
     servers = max(1, len(rollout.critic_urls) or rollout.critic_elements)
     jails = config.executor.elements * config.executor.workers
-    weights = architecture.n_parameters * width
+    adapters = adapter_parameters_of_rank(architecture, ParallelConfig(), config.lora)  # of one rank: all
+    trained, whole = adapters or architecture.n_parameters, architecture.n_parameters * width
+    # Servers of ours are given the adapters alone.
+    alone = adapters and rollout.engine == "builtin" and not rollout.critic_urls
+    published = adapters * width if alone else whole
     drafts = config.data.n_train * config.sample.n_samples
     sft_steps = config.sft.epochs * max(1, config.synthesize.n_critiques // config.sft.batch_size)
     prompt, response = config.plan.prompt_tokens, critique_tokens(config)
     tokens_in, tokens_out = _endpoint_tokens(config, step.revisions, drafts)
     limit = config.executor.limits.wall_s * config.executor.time_factor
-    part = weights // ranks * (2 if rl.publish == "delta" else 1)
+    part = published // ranks * (2 if rl.publish == "delta" else 1)
     serving = _served(config, architecture)
     endpoint = config.endpoint
     priced = endpoint.price_in or endpoint.price_out
@@ -157,9 +162,9 @@ def costs(
         revise_s=_generated_s(config, rates, step.revisions, rl.max_revision_tokens),
         execute_s=step.revisions / (runs_per_s(config.plan, rates) * jails),
         execute_at_most_s=step.revisions * config.plan.tests_per_program * limit / jails,
-        load_s=weights / device_gb,
+        load_s=published / device_gb,
         update_s=update_s,
-        publish_s=weights / device_gb,
+        publish_s=published / device_gb,
         max_staleness=rl.max_staleness,
         steps=rl.steps,
         draft_s=_generated_s(config, rates, drafts, config.sample.max_tokens),
@@ -171,9 +176,9 @@ def costs(
         cache_token_bytes={role: _cache_bytes(found) for role, found in serving.items()},
         remembered_bytes={role: _remembered_bytes(config, found) for role, found in serving.items()},
         disk_bytes={
-            "versions": (rl.max_staleness + 3) * weights,
-            "checkpoints": config.trainer.keep_checkpoints * architecture.n_parameters * (width + 12),
-            "exports": 2 * weights,
+            "versions": (rl.max_staleness + 3) * published,
+            "checkpoints": config.trainer.keep_checkpoints * trained * (width + 12),
+            "exports": 2 * whole,
             "drafts": drafts * _DRAFT_ON_DISK_BYTES,
             "rollouts": round(rl.steps * step.critiques * (prompt + response) * _ROLLOUT_TOKEN_BYTES),
         },

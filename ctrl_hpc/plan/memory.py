@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
+from ctrl_kernels import reference
 from ctrl_kernels.projection import WORKSPACE_MB
 
 from ctrl_hpc.config import LoraConfig, ParallelConfig
@@ -16,8 +17,6 @@ from ctrl_hpc.megatron.architecture import Architecture
 FP32 = 4
 _LOSS_WORKSPACE_BYTES = WORKSPACE_MB << 20
 """Of the fused output layer on a GPU, beyond its results, at most (a fortieth of a smaller card)."""
-_LOSS_CHUNK_BYTES = 16 << 20
-"""Of the same on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +39,7 @@ class Memory:
     what ``loss``, and for the last two also ``activations``, have given back."""
     loss: int
     """Logits and gradients in the fused output layer: hidden states and their gradient, a chunk of logits, and on a CPU
-    the weight's gradient before it is added to the main one."""
+    the weight in float32 and its gradient."""
 
     @property
     def total(self) -> int:
@@ -118,6 +117,8 @@ class Workload:
     response_tokens: int
     """Those of them that the loss is over."""
     on_gpu: bool
+    half: bool
+    """Weights and activations of 2 bytes a number, with a master copy of the weights beside them; else of 4."""
     reference_copy: bool = False
     value_network: bool = False
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -129,8 +130,16 @@ def estimate(architecture: Architecture, parallel: ParallelConfig, work: Workloa
     return tuple(_stage(architecture, parallel, stage, work) for stage in range(parallel.pipeline))
 
 
+def _loss_on_cpu(a: Architecture, parallel: ParallelConfig, work: Workload, *, learnt: bool) -> int:
+    """Three buffers of a chunk's logits, the output layer's weight in float32 and, where it is ``learnt``, its gradient
+    before it is added to the main one."""
+    columns = a.padded_vocab(parallel.tensor) // parallel.tensor
+    chunk = min(max(reference.CHUNK_ELEMENTS, reference.PRODUCT_ROWS * columns), work.response_tokens * columns)
+    return FP32 * (3 * chunk + columns * a.hidden_size * (int(learnt) + int(work.half)))
+
+
 def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload) -> Memory:
-    width = 2 if work.on_gpu else FP32
+    width = 2 if work.half else FP32
     n = parameters_of_rank(a, parallel, stage)
     last = stage == parallel.pipeline - 1
     shards = work.data_size if parallel.distributed_optimizer else 1
@@ -149,14 +158,14 @@ def _stage(a: Architecture, parallel: ParallelConfig, stage: int, work: Workload
         working += _layer_activations(a, unsaved, width, fused=work.on_gpu)
     vocabulary = a.padded_vocab(parallel.tensor) // parallel.tensor * a.hidden_size
     embedding = vocabulary * width if stage == 0 else 0
+    adapters = adapter_parameters_of_rank(a, parallel, work.lora)
+    trained = adapters or n
     loss = 0
     if last:
         loss = work.response_tokens * a.hidden_size * (2 * width + FP32)
-        loss += _LOSS_WORKSPACE_BYTES if work.on_gpu else _LOSS_CHUNK_BYTES + vocabulary * FP32
-    adapters = adapter_parameters_of_rank(a, parallel, work.lora)
-    trained = adapters or n
+        loss += _LOSS_WORKSPACE_BYTES if work.on_gpu else _loss_on_cpu(a, parallel, work, learnt=not adapters)
     step = trained * FP32 // shards if work.on_gpu else 0  # torch's AdamW on a GPU updates all parameters at once
-    optimizer = trained * FP32 * (3 if work.on_gpu else 2) // shards
+    optimizer = trained * FP32 * (3 if work.half else 2) // shards
     return Memory(
         weights=(n + adapters) * width,
         reference=n * width if work.reference_copy else 0,

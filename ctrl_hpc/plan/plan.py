@@ -19,6 +19,7 @@ from ctrl_hpc.plan.costs import Costs, costs
 from ctrl_hpc.plan.memory import FP32, Memory, Workload, estimate
 from ctrl_hpc.plan.rates import rates, runs_per_s
 from ctrl_hpc.plan.work import critique_tokens, sharing, update_passes, work
+from ctrl_hpc.rollout.weights import cpu_has_bfloat16, has_bfloat16_weights
 
 GIB = 1 << 30
 _RESERVE = {"cuda": 4.0, "cpu": 1.0}
@@ -143,7 +144,7 @@ def plan(config: Config) -> Plan:
         config,
         architecture,
         ranks=ranks,
-        width=2 if device == "cuda" else FP32,
+        width=2 if _in_half(config, device) else FP32,
         step=step,
         update_s=rl_update_s,
         sft_step_s=sft_step_s,
@@ -176,6 +177,13 @@ def _response_share(config: Config, data_size: int) -> float:
     return critiques / (config.plan.prompt_tokens + critiques)
 
 
+def _in_half(config: Config, device: str) -> bool:
+    """Whether the critic is trained in bfloat16; where its processor decides, as on this machine's."""
+    if config.trainer.dtype != "auto":
+        return config.trainer.dtype == "bfloat16"
+    return device == "cuda" or (has_bfloat16_weights(config.critic.model) and cpu_has_bfloat16())
+
+
 def _workload(config: Config, device: str, data_size: int) -> Workload:
     """What a rank holds in RL."""
     rl, tokens = config.rl, config.trainer.micro_batch_tokens
@@ -184,6 +192,7 @@ def _workload(config: Config, device: str, data_size: int) -> Workload:
         tokens=tokens,
         response_tokens=round(tokens * _response_share(config, data_size)),
         on_gpu=device == "cuda",
+        half=_in_half(config, device),
         reference_copy=rl.kl_coef > 0 and rl.reference == "copy" and not config.lora.rank,
         value_network=rl.estimator == "gae",
         lora=config.lora,

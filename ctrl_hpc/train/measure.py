@@ -168,7 +168,7 @@ def _batch(options: Options, vocab_size: int) -> Batch:
 
 def _workload(options: Options, batch: Batch, on_gpu: bool) -> Workload:
     responses = batch.n_tokens // options.micro_batches
-    return Workload(data_size=1, tokens=options.tokens, response_tokens=responses, on_gpu=on_gpu)
+    return Workload(data_size=1, tokens=options.tokens, response_tokens=responses, on_gpu=on_gpu, half=on_gpu)
 
 
 def _rates(policy: Policy, batch: Batch, options: Options, on_gpu: bool) -> dict[str, Any]:

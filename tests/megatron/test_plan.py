@@ -84,7 +84,7 @@ def test_a_micro_batch_too_large_is_told_by_its_key() -> None:
 def test_state_is_eighteen_bytes_a_parameter_in_bf16_and_is_sharded_by_the_distributed_optimizer() -> None:
     llama = architectures.known("Llama-3.1-8B")  # 128256 rows: no padding at TP 1
     n = llama.n_parameters
-    work = Workload(data_size=4, tokens=1, response_tokens=1, on_gpu=True)
+    work = Workload(data_size=4, tokens=1, response_tokens=1, on_gpu=True, half=True)
     whole = estimate(llama, ParallelConfig(), work)[0]
     assert (whole.weights, whole.gradients, whole.optimizer) == (2 * n, 4 * n, 12 * n)
     sharded = estimate(llama, ParallelConfig(distributed_optimizer=True), work)[0]
@@ -98,7 +98,7 @@ def test_adapters_alone_have_gradients_and_an_optimizer() -> None:
     layer = 16 * (3 * 896 + 1152) + 16 * (896 + 896) + 16 * (2 * 896 + 2 * 4864) + 16 * (4864 + 896)
     n = 24 * layer
     assert n == 8_798_208  # what PEFT prints for this model and rank
-    work = Workload(data_size=1, tokens=1, response_tokens=1, on_gpu=True, lora=LoraConfig(rank=16))
+    work = Workload(data_size=1, tokens=1, response_tokens=1, on_gpu=True, half=True, lora=LoraConfig(rank=16))
     found = estimate(qwen, ParallelConfig(), work)[0]
     assert (found.gradients, found.optimizer) == (4 * n, 12 * n)
     assert found.weights == 2 * (parameters_of_rank(qwen, ParallelConfig(), 0) + n)
@@ -198,6 +198,27 @@ def test_critiques_that_earn_by_their_judgement_alone_are_not_revised() -> None:
     assert found.execute_s == pytest.approx(28 / 2.0 / jails)
     assert found.sample_s == all_of_them.sample_s == pytest.approx(60 * 100 / 100.0)
     assert found.disk_bytes == all_of_them.disk_bytes
+
+
+def test_adapters_are_small_on_disk_and_half_precision_is_half_of_it_on_a_cpu_too() -> None:
+    """8,798,208 numbers of adapters: versions of 2 bytes each, checkpoints of 14 with master weights and moments."""
+    adapted = LoraConfig(rank=16)
+    trainer = TrainerConfig(device="cpu", dtype="bfloat16", keep_checkpoints=2)
+    found = plan(config_of("Qwen2.5-0.5B", trainer=trainer, lora=adapted))
+    n, adapters = found.n_parameters, 8_798_208
+    assert found.memory.weights == 2 * (n + adapters)
+    assert (found.memory.gradients, found.memory.optimizer) == (4 * adapters, 12 * adapters)
+    disk = found.costs.disk_bytes
+    assert (disk["versions"], disk["checkpoints"], disk["exports"]) == (
+        3 * 2 * adapters,
+        2 * 14 * adapters,
+        2 * 2 * n,
+    )
+    whole = plan(config_of("Qwen2.5-0.5B", trainer=replace(trainer, dtype="float32"), lora=adapted))
+    assert whole.memory.weights == 4 * (n + adapters) and whole.memory.optimizer == 8 * adapters
+    served = RolloutConfig(critic_urls=("http://127.0.0.1:1",))  # servers of others merge nothing
+    elsewhere = plan(config_of("Qwen2.5-0.5B", trainer=trainer, lora=adapted, rollout=served)).costs
+    assert elsewhere.disk_bytes["versions"] == 3 * 2 * n
 
 
 def test_rows_that_large_models_on_cpus_go_on_from() -> None:
