@@ -38,6 +38,7 @@ TASKS = {  # MBPP's form and numbers: from 601 on its training problems, from 11
 }
 SMALL = [
     "data.n_eval=2",
+    "sample.n_samples=1",
     "sample.max_tokens=64",
     "synthesize.max_tokens=56",
     "synthesize.balance=false",  # a critic of this size judges by chance
@@ -50,6 +51,7 @@ SMALL = [
     "rl.max_revision_tokens=64",
     "rl.max_prompt_tokens=400",
     "rl.verdict_only_share=0.5",
+    "rl.kl_coef=1.0e-3",  # of adapters, the reference is the same model without them
     "eval.max_tokens=64",
     "eval.critics=[none,rl]",
     "wandb.services=false",
