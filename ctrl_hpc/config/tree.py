@@ -121,6 +121,11 @@ class Config:
         """Whether the generator is a folder, which an array of the run serves."""
         return not (self.generator_is_url or self.generator == ORACLE)
 
+    @property
+    def publishes_adapters_alone(self) -> bool:
+        """Whether the critic's servers, of ours then, merge adapters themselves."""
+        return self.lora.rank > 0 and self.rollout.engine == "builtin" and not self.rollout.critic_urls
+
 
 def known() -> dict[str, Fact]:
     """The facts of every key, sections among them, by dotted key, in order."""

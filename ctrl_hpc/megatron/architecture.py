@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from ctrl_hpc.config import SHARE, ParallelConfig
+from ctrl_hpc.rollout.kv_cache import FIXED_ROPES
 from ctrl_hpc.rollout.weights import gguf_hint
 
 HUGGINGFACE = "huggingface"
 """Sub-folder of a checkpoint with the critic's configuration and tokenizer."""
 KNOWN = SHARE / "configs" / "models.json"
 """Configurations of well-known models by name, for plans where the model's folder is elsewhere."""
-
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the length of the sequence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +182,8 @@ def _rope(hf: Any, head_dim: int, path: Path) -> tuple[tuple[float, ...], float]
 
     parameters = hf.rope_parameters
     kind = parameters.get("rope_type", "default")
-    if kind not in _ROPE_TYPES:
-        raise ValueError(f"{path}: rope_type {kind!r} is not supported; allowed: {', '.join(_ROPE_TYPES)}")
+    if kind not in FIXED_ROPES:
+        raise ValueError(f"{path}: rope_type {kind!r} is not supported; allowed: {', '.join(FIXED_ROPES)}")
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
         frequencies, amplitude = 1.0 / (parameters["rope_theta"] ** exponents), 1.0

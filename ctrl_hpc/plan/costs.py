@@ -145,9 +145,7 @@ def costs(
     jails = config.executor.elements * config.executor.workers
     adapters = adapter_parameters_of_rank(architecture, ParallelConfig(), config.lora)  # of one rank: all
     trained, whole = adapters or architecture.n_parameters, architecture.n_parameters * width
-    # Servers of ours are given the adapters alone.
-    alone = adapters and rollout.engine == "builtin" and not rollout.critic_urls
-    published = adapters * width if alone else whole
+    published = adapters * width if config.publishes_adapters_alone else whole
     drafts = config.data.n_train * config.sample.n_samples
     sft_steps = config.sft.epochs * max(1, config.synthesize.n_critiques // config.sft.batch_size)
     prompt, response = config.plan.prompt_tokens, critique_tokens(config)

@@ -149,17 +149,8 @@ def tables_of(runs: Sequence[FinishedRun], variants: dict[str, Any], differences
             )
         made.append(tables.variants_table(dataset, variants))
     for run in runs:
-        made += [replace(table, title=f"{run.name}: {table.title}") for table in _judging_tables(run.results)]
+        made += [replace(table, title=f"{run.name}: {table.title}") for table in tables.judging_tables(run.results)]
     return made + paper.tables(runs)
-
-
-def _judging_tables(results: Mapping[str, Any]) -> list[tables.Table]:
-    """Of benchmarks of critics, where a run has any."""
-    judged = results.get("judgebench", {})
-    made = [tables.judgebench_table(judged)] if judged.get("critics") else []
-    for source, critics in results.get("critic_benchmarks", {}).items():
-        made += tables.critic_benchmark_tables(source, critics)
-    return made
 
 
 def _samples_of(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:

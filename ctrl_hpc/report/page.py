@@ -154,10 +154,7 @@ def tables_of(results: Mapping[str, Any]) -> list[tables.Table]:
     made += [tables.differences_table(name, entry) for name, entry in datasets if entry["differences"]]
     made += [tables.seeds_table(name, entry) for name, entry in datasets if entry["n_samples"] > 1]
     made += [table for name, entry in datasets for table in tables.ablation_tables(name, entry)]
-    if results.get("judgebench", {}).get("critics"):
-        made.append(tables.judgebench_table(results["judgebench"]))
-    for source, critics in results.get("critic_benchmarks", {}).items():
-        made += tables.critic_benchmark_tables(source, critics)
+    made += tables.judging_tables(results)
     if "data" in results:
         made += tables.data_tables(results["data"])
     return made

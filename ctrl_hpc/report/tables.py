@@ -267,6 +267,15 @@ def critic_benchmark_tables(source: str, critics: Mapping[str, Any]) -> list[Tab
     return made
 
 
+def judging_tables(results: Mapping[str, Any]) -> list[Table]:
+    """Of JudgeBench and the benchmarks of critics, where a run has any."""
+    judged = results.get("judgebench", {})
+    made = [judgebench_table(judged)] if judged.get("critics") else []
+    for source, critics in results.get("critic_benchmarks", {}).items():
+        made += critic_benchmark_tables(source, critics)
+    return made
+
+
 def in_brief(table: Table) -> Table:
     """The first table of a benchmark of critics with the columns that a terminal has room for."""
     shown = [_JUDGING.index(name) for name in ("critic", "score", "95 %", "accuracy", "no judgement", "ECE", "refused")]

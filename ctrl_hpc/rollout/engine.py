@@ -13,15 +13,13 @@ import torch
 from ctrl_hpc.records import Sampling
 from ctrl_hpc.rollout.continuous import ContinuousEngine
 from ctrl_hpc.rollout.decoding import Completion, Decoding, Engine, Follower, TopLogprobs, check_prompts
-from ctrl_hpc.rollout.kv_cache import FILLS_A_CPU, REMEMBERED_BATCHES, KVCache, Recent
+from ctrl_hpc.rollout.kv_cache import FILLS_A_CPU, FIXED_ROPES, REMEMBERED_BATCHES, KVCache, Recent
 from ctrl_hpc.rollout.packed import PackedLinears, can_pack, float_head
 from ctrl_hpc.rollout.prefill import apart, padded
 from ctrl_hpc.rollout.sampler import Adjustments, Sampler
 from ctrl_hpc.rollout.scoring import score_prompts
 from ctrl_hpc.rollout.weights import copy_weights, cpu_has_bfloat16, stored_dtype, weight_files
 
-_FIXED_ROPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings that are the same for sequences of all lengths."""
 _COMPACT_BELOW = 0.75
 """Finished rows are dropped from a batch when fewer than this fraction of its rows is alive."""
 LENGTH, STOP, ABORT = 0, 1, 2
@@ -114,7 +112,7 @@ def _takes_prompts_apart(model: Any) -> bool:
     large = sum(weight.numel() for weight in weights) >= FILLS_A_CPU
     rope: dict[str, Any] = getattr(model.config, "rope_parameters", None) or {}
     of_layers = [one for one in rope.values() if isinstance(one, dict)] or [rope]  # one kind, or one a kind of layer
-    fixed = all(one.get("rope_type", "default") in _FIXED_ROPES for one in of_layers)
+    fixed = all(one.get("rope_type", "default") in FIXED_ROPES for one in of_layers)
     return large and fixed and weights[0].device.type == "cpu"
 
 

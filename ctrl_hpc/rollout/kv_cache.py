@@ -11,6 +11,9 @@ _GROWTH = 64
 """Least room, in positions, made when a buffer is full; long ones grow by half."""
 FILLS_A_CPU = 50_000_000
 """Numbers of a model that one prompt keeps a CPU busy with: what was computed is remembered then."""
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the length of the sequence: with others, what was computed of a
+beginning is not what the whole computes of it."""
 REMEMBERED_BATCHES = 2
 """Largest batches whose rows are remembered: requests that belong together may be more than one."""
 

@@ -76,24 +76,18 @@ class Publisher:
             policy.architecture,
             policy.world,
             spread=True,
-            adapters=self._adapters_alone,
+            adapters=self._policy.config.publishes_adapters_alone,
             copies=self._copies[0],
         )
         mine = dict(parts)
         self._writing = _Writing(self._writer(mine, version), version, reader)
-
-    @property
-    def _adapters_alone(self) -> bool:
-        """Whether the servers, of ours then, merge the adapters themselves."""
-        config = self._policy.config
-        return config.lora.rank > 0 and config.rollout.engine == "builtin" and not config.rollout.critic_urls
 
     def _writer(self, mine: dict[str, Tensor], version: int) -> Callable[[], None]:
         """What writes a version. What the next one is a difference to is known when it ends."""
         options, world = self._policy.config.rl, self._policy.world
         folder = weights_folder(self._stage, version)
         to = (mine.items(), world, folder)
-        if self._adapters_alone:
+        if self._policy.config.publishes_adapters_alone:
             config = self._policy.config.lora
             return partial(lora.write, mine, world, folder, config=config, base=self._policy.folder, group=self._group)
         whole = partial(export.write, *to, source=self._sft, link=True, group=self._group)
